@@ -1,0 +1,458 @@
+"""Flags to options to calls: the commands, their help and their exit codes; no logic of its own.
+
+torch and transformers are imported by the commands that need them, so that `--help` stays quick.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from enum import StrEnum
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
+
+import typer
+
+from lowmem_icl import __version__
+from lowmem_icl.config import EXPERIMENTS, RunOptions, run_options
+from lowmem_icl.errors import InputError, LowmemIclError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Take a large language model apart on one workstation: which heads and FFNs does in-context learning need?\n\n"
+    "Start with [bold]lowmem-icl run[/bold]: it works on a small model that comes with the tool, in under three "
+    "minutes. With --model it does the same for any OPT checkpoint.",
+    rich_markup_mode="rich",
+)
+
+STOPPED_BY = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _Stopped(BaseException):
+    """SIGTERM, turned into an exception so that what is being written is cleaned up."""
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"lowmem-icl: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn errors into one line and their exit code, and a stop into a word on how to go on."""
+
+    @wraps(command)
+    def wrapped(*arguments: P.args, **named: P.kwargs) -> R:
+        def stop(*_: object) -> NoReturn:
+            raise _Stopped
+
+        signal.signal(signal.SIGTERM, stop)
+        _quiet_libraries()
+        try:
+            return command(*arguments, **named)
+        except LowmemIclError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("stopped; finished parts are kept, the same command goes on from there", STOPPED_BY[signal.SIGINT])
+        except _Stopped:
+            _fail("stopped; finished parts are kept, the same command goes on from there", STOPPED_BY[signal.SIGTERM])
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' notes off the terminal; what concerns the user we say ourselves."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lowmem-icl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Hold the options that stand before a command."""
+
+
+class Weights(StrEnum):
+    """Forms of the weights."""
+
+    int8 = "int8"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class Objective(StrEnum):
+    """What the greedy pruner keeps."""
+
+    gold_prob = "gold_prob"
+    gold_logprob = "gold_logprob"
+    acc = "acc"
+
+
+MODEL = "Model and where it is kept"
+TASKS = "Tasks and documents"
+WORK = "Experiments"
+MACHINE = "Machine and files"
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="[bold]demo[/bold], a store, a checkpoint folder, or a hub id.", rich_help_panel=MODEL,
+                 show_default="demo"),
+]  # fmt: skip
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=MODEL)
+]
+WeightsOption = Annotated[
+    Weights | None,
+    typer.Option(help="Form of the linear weights.", rich_help_panel=MODEL, show_default="int8"),
+]
+StoreDirOption = Annotated[
+    Path | None,
+    typer.Option(help="Where converted checkpoints are kept.", rich_help_panel=MODEL,
+                 show_default="your cache folder"),
+]  # fmt: skip
+TasksOption = Annotated[
+    str | None,
+    typer.Option(help="Comma-separated names, lm-eval:NAME, or paths to JSON lines with context, options, gold.",
+                 rich_help_panel=TASKS, show_default="the demo's, or the paper's 14"),
+]  # fmt: skip
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder with <task>/{train,validation,test}.jsonl in the hub's field names.",
+                 rich_help_panel=TASKS, show_default="the hub"),
+]  # fmt: skip
+ShotsOption = Annotated[
+    str | None,
+    typer.Option(help="Comma-separated numbers of demonstrations.", rich_help_panel=TASKS,
+                 show_default="0,1,5; the demo's 0,4,16"),
+]  # fmt: skip
+LimitOption = Annotated[
+    int | None,
+    typer.Option(help="Evaluation documents a task (MultiRC: questions).", rich_help_panel=TASKS, show_default="all"),
+]
+TrainLimitOption = Annotated[
+    int | None,
+    typer.Option(help="Training documents a task, for importance, ablations and pruning.", rich_help_panel=TASKS,
+                 show_default="32, or --limit"),
+]  # fmt: skip
+BosOption = Annotated[
+    bool | None,
+    typer.Option("--bos/--no-bos", help="Put the beginning-of-sequence token before every context.",
+                 rich_help_panel=TASKS, show_default="by family; OPT: no"),
+]  # fmt: skip
+ExperimentsOption = Annotated[
+    str | None,
+    typer.Option(help=f"Comma-separated, of {', '.join(EXPERIMENTS)}.", rich_help_panel=WORK, show_default="all"),
+]
+ObjectiveOption = Annotated[
+    Objective | None,
+    typer.Option(help="What the greedy pruner keeps.", rich_help_panel=WORK, show_default="gold_prob"),
+]
+ToleranceOption = Annotated[
+    float | None,
+    typer.Option(help="How much of the objective it may lose in all.", rich_help_panel=WORK, show_default="0.01"),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(help="Memory for weights, rows and caches, such as 6GB.", rich_help_panel=MACHINE,
+                 show_default="80 % of what is free"),
+]  # fmt: skip
+DeviceOption = Annotated[
+    str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=MACHINE, show_default="auto")
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(help="Seed of random controls and of bootstraps.", rich_help_panel=MACHINE, show_default="42"),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(help="Run folder; the same command continues its own.", rich_help_panel=MACHINE,
+                 show_default="runs/<model>-<digest of the options>"),
+]  # fmt: skip
+MasksDirOption = Annotated[
+    Path | None, typer.Option(help="Folder that gets a copy of every mask.", rich_help_panel=MACHINE)
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(help="TOML file with any of these options; the command line wins.", rich_help_panel=MACHINE),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress and no messages on stderr.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _options(given: dict[str, Any], without: tuple[str, ...] = ()) -> RunOptions:
+    """Return checked options from a command's own arguments."""
+    flags = {name: value for name, value in given.items() if name in RunOptions.model_fields and name not in without}
+    plain = {name: str(value) if isinstance(value, StrEnum) else value for name, value in flags.items()}
+    return run_options(plain, given.get("config"))
+
+
+@app.command()
+@reports_errors
+def run(
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    weights: WeightsOption = None,
+    store_dir: StoreDirOption = None,
+    tasks: TasksOption = None,
+    data_dir: DataDirOption = None,
+    shots: ShotsOption = None,
+    limit: LimitOption = None,
+    train_limit: TrainLimitOption = None,
+    bos: BosOption = None,
+    experiments: ExperimentsOption = None,
+    objective: ObjectiveOption = None,
+    tolerance: ToleranceOption = None,
+    memory: MemoryOption = None,
+    device: DeviceOption = None,
+    seed: SeedOption = None,
+    out: OutOption = None,
+    masks_dir: MasksDirOption = None,
+    config: ConfigOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Plan, then every experiment, masks, tables and a page; run the same command again to continue.
+
+    Without options it takes the bundled demo model apart. On real data:
+    [dim]lowmem-icl run --model facebook/opt-1.3b --tasks piqa,copa --shots 0,1 --limit 64[/dim]
+    """
+    from lowmem_icl.run import run as run_everything
+    from lowmem_icl.summary import show_summary, summary
+    from lowmem_icl.terminal import Terminal
+
+    terminal = Terminal(quiet)
+    finished = run_everything(_options(locals()), terminal)
+    if as_json:
+        typer.echo(json.dumps(summary(finished.folder), indent=1))
+    else:
+        show_summary(finished.folder, terminal.out)
+
+
+@app.command()
+@reports_errors
+def plan(
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    weights: WeightsOption = None,
+    store_dir: StoreDirOption = None,
+    tasks: TasksOption = None,
+    data_dir: DataDirOption = None,
+    shots: ShotsOption = None,
+    limit: LimitOption = None,
+    train_limit: TrainLimitOption = None,
+    bos: BosOption = None,
+    experiments: ExperimentsOption = None,
+    memory: MemoryOption = None,
+    device: DeviceOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What the same options would read, hold, compute and take, before anything starts.
+
+    A checkpoint that has no store yet is converted first.
+    """
+    from lowmem_icl.plan import make_plan
+    from lowmem_icl.prepare import prepare
+    from lowmem_icl.terminal import Terminal, plan_table
+
+    terminal = Terminal()
+    options = _options(locals())
+    with terminal.converting() as advance:
+        prepared = prepare(options, terminal.say, advance)
+    planned = make_plan(options, prepared)
+    if as_json:
+        typer.echo(json.dumps(planned.as_json(), indent=1))
+    else:
+        terminal.out.print(plan_table(planned))
+
+
+@app.command()
+@reports_errors
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    store: Annotated[Path | None, typer.Argument(help="Folder of the store; your cache folder if left out.")] = None,
+    revision: RevisionOption = None,
+    weights: WeightsOption = None,
+    store_dir: StoreDirOption = None,
+    verify: Annotated[bool, typer.Option("--verify", help="SOURCE is a store: compare all its bytes.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Convert a checkpoint to a store of one file a layer; stopped, it resumes at the layer where it was."""
+    from dataclasses import replace
+
+    from lowmem_icl.model.locate import ensure_store, locate
+    from lowmem_icl.model.store import open_store, verify_store
+    from lowmem_icl.terminal import Terminal, size
+
+    terminal = Terminal(quiet)
+    if verify:
+        opened = open_store(Path(source))
+        verify_store(opened)
+        typer.echo(f"{source}: {len(opened.manifest.files)} files, {size(opened.size_bytes)}, all as written")
+        return
+    options = run_options(
+        {"model": source, "revision": revision, "weights": str(weights) if weights else None, "store_dir": store_dir}
+    )
+    located = locate(source, revision, options.weights, options.chosen_store_dir)
+    if store is not None:
+        located = replace(located, store_folder=store)
+    with terminal.converting() as advance:
+        made = ensure_store(located, options.weights, announce=terminal.say, advance=advance)
+    outliers = made.manifest.outliers
+    if outliers is not None:
+        share = outliers.beyond_outside / max(1, outliers.activations)
+        terminal.say(
+            f"outlier columns: {outliers.columns}; activations of {outliers.threshold:g} or more outside them: {share:.2g}"
+        )
+    typer.echo(f"{made.folder}")
+
+
+@app.command()
+@reports_errors
+def evaluate(
+    mask: Annotated[list[Path], typer.Option("--mask", help="Mask file; may be given several times.")],
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    weights: WeightsOption = None,
+    store_dir: StoreDirOption = None,
+    tasks: TasksOption = None,
+    data_dir: DataDirOption = None,
+    shots: ShotsOption = None,
+    limit: LimitOption = None,
+    bos: BosOption = None,
+    memory: MemoryOption = None,
+    device: DeviceOption = None,
+    seed: SeedOption = None,
+    out: OutOption = None,
+    config: ConfigOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Scores of the tasks clean and under each --mask, in a run folder of its own."""
+    from lowmem_icl.evaluation import evaluate_masks
+    from lowmem_icl.summary import show_evaluation, summary
+    from lowmem_icl.terminal import Terminal
+
+    terminal = Terminal(quiet)
+    finished = evaluate_masks(_options(locals() | {"experiments": "evaluate"}), mask, terminal)
+    if as_json:
+        typer.echo(json.dumps(summary(finished.folder), indent=1))
+    else:
+        show_evaluation(finished.folder, terminal.out)
+
+
+@app.command()
+@reports_errors
+def tasks(as_json: JsonOption = False, data_dir: DataDirOption = None) -> None:
+    """The tasks it knows, their metrics, and their sizes where rows are at hand."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lowmem_icl.tasks.loading import open_task
+    from lowmem_icl.tasks.sources import DEMO_TASKS, PAPER_TASKS, task_metric
+
+    listed = []
+    for name in (*DEMO_TASKS, *PAPER_TASKS):
+        sizes: dict[str, int] = {}
+        if name in DEMO_TASKS or data_dir is not None:
+            sizes = open_task(name, data_dir).sizes
+        kind = "demo" if name in DEMO_TASKS else "paper"
+        listed.append({"task": name, "from": kind, "metric": task_metric(name), "rows": sizes})
+    if as_json:
+        typer.echo(json.dumps(listed, indent=1))
+        return
+    table = Table()
+    for column in ("task", "from", "metric", "rows"):
+        table.add_column(column)
+    for entry in listed:
+        rows = ", ".join(f"{split} {count}" for split, count in entry["rows"].items())
+        table.add_row(entry["task"], entry["from"], entry["metric"], rows or "from the hub, or --data-dir")
+    Console().print(table)
+
+
+@app.command()
+@reports_errors
+def prompts(
+    task: Annotated[str, typer.Argument(help="A task's name, lm-eval:NAME, or a path to JSON lines.")],
+    model: ModelOption = None,
+    data_dir: DataDirOption = None,
+    shots: Annotated[int, typer.Option(help="Number of demonstrations.", min=0)] = 0,
+    count: Annotated[int, typer.Option(help="How many documents.", min=1)] = 2,
+    bos: BosOption = None,
+    store_dir: StoreDirOption = None,
+    weights: WeightsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The exact texts and tokens of a task's first documents, as the model gets them."""
+    from lowmem_icl.prompts import prompt_entries, show_prompts
+
+    given = {"model": model, "data_dir": data_dir, "bos": bos, "store_dir": store_dir, "weights": weights}
+    entries = prompt_entries(_options(given | {"tasks": task, "shots": str(shots), "limit": count}))
+    if as_json:
+        typer.echo(json.dumps(entries, indent=1, ensure_ascii=False))
+    else:
+        show_prompts(entries)
+
+
+@app.command()
+@reports_errors
+def status(folder: Annotated[Path, typer.Argument(help="Run folder.")], as_json: JsonOption = False) -> None:
+    """How far a run is: its stages, finished parts and warnings."""
+    from rich.console import Console
+
+    from lowmem_icl.summary import show_status, status_of
+
+    state = status_of(folder)
+    if as_json:
+        typer.echo(json.dumps(state, indent=1))
+    else:
+        show_status(state, Console())
+
+
+@app.command()
+@reports_errors
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[Path | None, typer.Option(help="The page; report.html of the only folder if left out.")] = None,
+) -> None:
+    """Write the page again, of one run or of several together."""
+    from lowmem_icl.report.page import write_report
+
+    if out is None and len(folders) > 1:
+        raise InputError("--out: expected a file for the page of several runs; give --out PAGE.html")
+    page = out or folders[0] / "report.html"
+    write_report(folders, page)
+    typer.echo(str(page))
+
+
+def _register_masks() -> None:
+    from lowmem_icl.cli_masks import masks_app
+
+    app.add_typer(masks_app, name="masks")
+
+
+_register_masks()

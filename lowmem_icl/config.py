@@ -1,0 +1,165 @@
+"""The options of a run: checked once, from the command line, a TOML file and the defaults, in that order."""
+
+import hashlib
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from lowmem_icl.errors import InputError
+
+Experiment = Literal["evaluate", "importance", "ablate", "prune", "induction", "overlap"]
+EXPERIMENTS: tuple[str, ...] = ("evaluate", "importance", "ablate", "prune", "overlap")
+DEMO = "demo"
+DEFAULT_TRAIN_LIMIT = 32
+
+SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+              "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+def parse_size(value: Any) -> Any:
+    """Return bytes from a number or a text such as 6GB or 500MiB; other values pass on to be refused."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().upper()
+    digits = text.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    unit = text[len(digits) :].strip()
+    try:
+        return int(float(digits) * SIZE_UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise ValueError("expected a size such as 6GB or 500MiB") from None
+
+
+def _split_list(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+CommaList = BeforeValidator(_split_list)
+
+
+class RunOptions(BaseModel):
+    """Every option of `lowmem-icl run`; names are the flags' names with underscores."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Annotated[str, Field(min_length=1)] = DEMO
+    """`demo`, a store, a checkpoint folder or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    weights: Literal["int8", "bfloat16", "float32"] = "int8"
+    """Form in which linear weights are held."""
+    store_dir: Path | None = None
+    """Where converted checkpoints are kept; the user's cache folder if not given."""
+    tasks: Annotated[tuple[str, ...] | None, CommaList] = None
+    """Task names, `lm-eval:NAME`, or paths to JSON lines; the demo's tasks or the paper's 14 if not given."""
+    data_dir: Path | None = None
+    """Folder with <task>/{train,validation,test}.jsonl; the hub if not given."""
+    shots: Annotated[tuple[Annotated[int, Field(ge=0, le=1000)], ...] | None, CommaList] = None
+    """Numbers of demonstrations; 0,1,5, for the demo 0,4,16."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Evaluation documents of a task; all if not given."""
+    train_limit: Annotated[int, Field(ge=1)] | None = None
+    """Training documents of a task; 32, or `limit` where that is given."""
+    experiments: Annotated[tuple[Experiment, ...], CommaList, Field(min_length=1)] = EXPERIMENTS  # type: ignore[assignment]
+    """Which experiments to run."""
+    demonstrations: Literal["per-document"] = "per-document"
+    """Whether every document draws its own demonstrations."""
+    protocol: Literal["corrected"] = "corrected"
+    """Named set of choices where the paper's code and its text differ."""
+    bos: bool | None = None
+    """Put the beginning-of-sequence token before every context; by family if not given (OPT: no)."""
+    objective: Literal["gold_prob", "gold_logprob", "acc"] = "gold_prob"
+    """What the greedy pruner keeps."""
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """How much of the objective the greedy pruner may lose in all."""
+    memory: Size | None = None
+    """Memory for weights, rows and caches; 80 % of what is free if not given."""
+    device_memory: Size | None = None
+    """Likewise on the accelerator."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seed of random controls and bootstraps; documents and demonstrations always follow Random(42)."""
+    out: Path | None = None
+    """Run folder; runs/<model>-<digest of the options> if not given."""
+    masks_dir: Path | None = None
+    """Folder that gets a copy of every mask."""
+
+    @model_validator(mode="after")
+    def _no_repeats(self) -> "RunOptions":
+        for name in ("tasks", "shots", "experiments"):
+            values = getattr(self, name)
+            if values is not None and (not values or len(set(values)) < len(values)):
+                raise ValueError(f"{name}: expected a list without repeats, at least one long")
+        return self
+
+    @property
+    def chosen_shots(self) -> tuple[int, ...]:
+        """The shot counts, ascending."""
+        default = (0, 4, 16) if self.model == DEMO else (0, 1, 5)
+        return tuple(sorted(self.shots if self.shots is not None else default))
+
+    @property
+    def chosen_train_limit(self) -> int:
+        """Training documents of a task."""
+        return self.train_limit or self.limit or DEFAULT_TRAIN_LIMIT
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits over all options that results depend on."""
+        fields = self.model_dump(mode="json", exclude=set(WITHOUT_INFLUENCE))
+        fields["shots"], fields["train_limit"] = self.chosen_shots, self.chosen_train_limit
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run's files go."""
+        if self.out is not None:
+            return self.out
+        name = Path(self.model.rstrip("/")).name if self.model != DEMO else DEMO
+        return Path("runs") / f"{name}-{self.digest}"
+
+    @property
+    def chosen_store_dir(self) -> Path:
+        """Folder of converted checkpoints: --store-dir or the user's cache folder (XDG)."""
+        if self.store_dir is not None:
+            return self.store_dir
+        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        return Path(cache) / "lowmem-icl" / "stores"
+
+
+WITHOUT_INFLUENCE = ("memory", "device_memory", "out", "masks_dir", "store_dir")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the options of a TOML file, flag names with dashes or underscores; raise InputError naming it."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"--config {path}: cannot be read as TOML ({error})") from error
+    return {name.replace("-", "_"): value for name, value in content.items()}
+
+
+def run_options(flags: dict[str, Any], config: Path | None = None) -> RunOptions:
+    """Check and merge options; flags that are None were not given. Raises InputError naming the first bad one."""
+    given = read_config(config) if config is not None else {}
+    given |= {name: value for name, value in flags.items() if value is not None}
+    try:
+        return RunOptions.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        flag = f"--{name.replace('_', '-')}: " if name else ""
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(sorted(RunOptions.model_fields))
+            raise InputError(f"{flag}no such option; expected one of {known}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        got = f", got {first['input']!r}" if name else ""
+        raise InputError(f"{flag}{message[0].lower() + message[1:]}{got}") from error
+
+
+assert set(EXPERIMENTS) <= set(get_args(Experiment))

@@ -1,0 +1,330 @@
+"""The only loops over layers: sweeps forward under many masks, and one pass back for gradients.
+
+Loop order is layers outside, rows inside, variants of a row in micro-batches innermost: a layer is read once
+for all that is alive at it. Axis letters: V variants, T tokens, D width, H heads, d head width.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lowmem_icl.engine.cache import ResidualCache
+from lowmem_icl.engine.waves import BlockRow, Job, SweepMemory, Variant, row_blocks, waves
+from lowmem_icl.masks import Mask
+from lowmem_icl.model.layer import DecoderLayer, tree_mask
+from lowmem_icl.model.streamed import StreamedModel
+from lowmem_icl.rows import PackedRows, Row
+
+MICRO_BATCH_TOKENS = 1024
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Option scores of one job: logprobs [M, O] in nats, summed in float64; greedy [M, O], for M masks, O options."""
+
+    logprobs: NDArray[np.float64]
+    greedy: NDArray[np.bool_]
+
+
+def sweep(
+    model: StreamedModel,
+    jobs: Sequence[Job],
+    *,
+    memory: SweepMemory,
+    spill_folder: Path | None = None,
+    advance: Advance = lambda layer_tokens: None,
+) -> list[Scores]:
+    """Score every job's options under every one of its masks, sharing each read of the weights.
+
+    The result does not depend on `memory`, nor on which jobs and masks are swept together. `advance` is told the
+    tokens that went through a layer. Raises DoesNotFit where one row exceeds the memory.
+    """
+    results = [
+        Scores(
+            np.zeros((len(job.masks), job.packed.option_count)),
+            np.ones((len(job.masks), job.packed.option_count), dtype=np.bool_),
+        )
+        for job in jobs
+    ]
+    for block in row_blocks(jobs, model.skeleton.width, memory):
+        plan = waves(jobs, block, model.skeleton.width, memory.alive_bytes)
+        later = {variant.first_layer for wave in plan[1:] for variant in wave}
+        with ResidualCache(memory.cache_bytes, spill_folder) as cache, torch.no_grad():
+            for number, wave in enumerate(plan):
+                _Wave(model, jobs, block, wave, cache, clean=number == 0, keep_at=later).run(results, advance)
+    return results
+
+
+class _Wave:
+    """One wave over one block: residuals of the variants alive, row by row."""
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        jobs: Sequence[Job],
+        block: Sequence[BlockRow],
+        wave: Sequence[Variant],
+        cache: ResidualCache,
+        *,
+        clean: bool,
+        keep_at: set[int],
+    ) -> None:
+        self.model, self.jobs, self.block, self.cache, self.clean = model, jobs, block, cache, clean
+        self.keep_at = keep_at if clean else set()
+        self.first_layer = 0 if clean else wave[0].first_layer
+        # Per job: the first layer and the place in the job's masks of each slot; the clean run is slot 0, place -1.
+        self.slots: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        if clean:
+            for job in {member.job for member in block}:
+                self.slots[job].append((0, -1))
+        for variant in wave:
+            self.slots[variant.job].append((variant.first_layer, variant.mask))
+        self.residuals: list[Tensor] = []
+
+    def run(self, results: list[Scores], advance: Advance) -> None:
+        """Take all variants of the wave from their first layers to their option scores."""
+        skeleton, device = self.model.skeleton, self.model.device
+        for member in self.block:
+            shape = (len(self.slots[member.job]), len(member.row), skeleton.width)
+            self.residuals.append(torch.empty(shape, device=device))
+            if self.clean:
+                tokens, positions = torch.from_numpy(member.row.tokens), torch.from_numpy(member.row.positions)
+                self.residuals[-1][0] = self.model.embed(tokens, positions)
+        for number, layer in self.model.layers(range(self.first_layer, skeleton.layers)):
+            keeps = {job: self._keeps(job, number) for job in self.slots}
+            for place, member in enumerate(self.block):
+                alive = self._branch(place, member, number)
+                if alive:
+                    self._through(layer, place, member.row, alive, *keeps[member.job])
+                    advance(alive * len(member.row))
+        for place, member in enumerate(self.block):
+            self._read_answers(place, member, results)
+        self.residuals.clear()
+
+    def _branch(self, place: int, member: BlockRow, number: int) -> int:
+        """Start the variants whose first layer this is from the clean residual; return how many are alive."""
+        slots = self.slots[member.job]
+        residuals = self.residuals[place]
+        new = [slot for slot, (first, mask) in enumerate(slots) if first == number and mask >= 0]
+        if self.clean and number in self.keep_at:
+            self.cache.keep(place, number, residuals[0])
+        if new:
+            source = residuals[0] if self.clean else self.cache.get(place, number, self.model.device)
+            residuals[new[0] : new[-1] + 1] = source
+        return sum(first <= number for first, _ in slots)
+
+    def _keeps(self, job: int, number: int) -> tuple[Tensor | None, Tensor | None]:
+        masks = [self.jobs[job].masks[mask] if mask >= 0 else Mask() for _, mask in self.slots[job]]
+        return keep_tensors(masks, number, self.model.skeleton.heads, self.model.device)
+
+    def _through(
+        self,
+        layer: DecoderLayer,
+        place: int,
+        row: Row,
+        alive: int,
+        keep_heads: Tensor | None,
+        keep_ffn: Tensor | None,
+    ) -> None:
+        residuals = self.residuals[place]
+        mask = tree_mask(torch.from_numpy(row.ends).to(self.model.device))
+        together = max(1, MICRO_BATCH_TOKENS // len(row))
+        for start in range(0, alive, together):
+            batch = slice(start, min(start + together, alive))
+            residuals[batch] = layer.run(
+                residuals[batch],
+                mask,
+                None if keep_heads is None else keep_heads[batch],
+                None if keep_ffn is None else keep_ffn[batch],
+            )
+
+    def _read_answers(self, place: int, member: BlockRow, results: list[Scores]) -> None:
+        row, residuals, slots = member.row, self.residuals[place], self.slots[member.job]
+        masks = self.jobs[member.job].masks
+        read, read_at = np.unique(row.read_at, return_inverse=True)
+        together = max(1, MICRO_BATCH_TOKENS // len(row))
+        for start in range(0, len(slots), together):
+            batch = slots[start : start + together]
+            hidden = residuals[start : start + len(batch), torch.from_numpy(read)].flatten(0, 1)
+            places = np.concatenate([read_at + variant * len(read) for variant in range(len(batch))])
+            targets = torch.from_numpy(np.tile(row.targets, len(batch))).to(hidden.device)
+            logprobs, greedy = self.model.log_probabilities(
+                hidden, torch.from_numpy(places).to(hidden.device), targets
+            )
+            of_variant = logprobs.double().cpu().numpy().reshape(len(batch), -1)
+            greedy_of_variant = greedy.cpu().numpy().reshape(len(batch), -1)
+            for variant, (_, mask) in enumerate(batch):
+                targeted = [mask] if mask >= 0 else [n for n, m in enumerate(masks) if m.first_layer is None]
+                for target in targeted:
+                    scores = results[member.job]
+                    np.add.at(scores.logprobs[target], row.options, of_variant[variant])
+                    np.logical_and.at(scores.greedy[target], row.options, greedy_of_variant[variant])
+
+
+def keep_tensors(
+    masks: Sequence[Mask], layer: int, heads: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Turn masks into what a layer multiplies with: keep_heads [V, H], keep_ffn [V]; None where all is kept."""
+    keep_heads = np.ones((len(masks), heads), dtype=np.float32)
+    keep_ffn = np.ones(len(masks), dtype=np.float32)
+    for variant, mask in enumerate(masks):
+        keep_heads[variant, list(mask.heads_in(layer))] = 0
+        keep_ffn[variant] = layer not in mask.ffns
+    return (
+        None if keep_heads.all() else torch.from_numpy(keep_heads).to(device),
+        None if keep_ffn.all() else torch.from_numpy(keep_ffn).to(device),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class UnitGradients:
+    """First-order effects of every unit on the log-probability of the chosen options, by owner (N owners).
+
+    With g the gradient of an owner's chosen log-probability, summed over its tokens t:
+    `head_absolute` [N, L, H] = Σ_t |⟨z_t, g_t⟩| over a head's slice of z; `head_signed` [N, L, H] without the
+    absolute value; `ffn_signed` [N, L] with the FFN's output in z's place, `ffn_absolute` [N, L] likewise.
+    `logprobs` [O]: the options' log-probabilities on the way forward (0 where an option was not in the rows).
+    """
+
+    head_absolute: NDArray[np.float64]
+    head_signed: NDArray[np.float64]
+    ffn_absolute: NDArray[np.float64]
+    ffn_signed: NDArray[np.float64]
+    logprobs: NDArray[np.float64]
+
+
+def unit_gradients(
+    model: StreamedModel,
+    jobs: Sequence[Sequence[Row]],
+    owner_counts: Sequence[int],
+    choose: Sequence[Callable[[NDArray[np.float64]], NDArray[np.bool_]]],
+    *,
+    option_counts: Sequence[int],
+    memory: SweepMemory,
+    spill_folder: Path | None = None,
+    advance: Advance = lambda layer_tokens: None,
+) -> list[UnitGradients]:
+    """Return the gradients of all jobs from two reads of the weights: forward with a cache, then backward.
+
+    No gradient of a weight is ever made: going back, one layer is run again from its cached input. A row's tokens
+    must each belong to one owner. `choose[j]` maps option log-probabilities [O] to which options [O] to
+    differentiate; it is called once all rows of a block are scored, so an owner's rows must lie in one block.
+    """
+    skeleton = model.skeleton
+    results = []
+    for owners, options in zip(owner_counts, option_counts, strict=True):
+        heads, ffns = (owners, skeleton.layers, skeleton.heads), (owners, skeleton.layers)
+        results.append(
+            UnitGradients(np.zeros(heads), np.zeros(heads), np.zeros(ffns), np.zeros(ffns), np.zeros(options))
+        )
+    members = [BlockRow(number, row) for number, rows in enumerate(jobs) for row in rows]
+    for block in _blocks_of(members, skeleton.width, memory):
+        with ResidualCache(memory.cache_bytes, spill_folder) as cache:
+            with torch.no_grad():
+                residuals = _forward_with_cache(model, block, cache, advance)
+                chosen = _score_and_choose(model, block, residuals, results, choose)
+            gradients = [
+                _answer_gradient(model, member.row, residual, chosen[member.job])
+                for member, residual in zip(block, residuals, strict=True)
+            ]
+            del residuals
+            for number, layer in model.layers(range(skeleton.layers - 1, -1, -1)):
+                for place, member in enumerate(block):
+                    gradients[place] = _one_layer_back(
+                        layer,
+                        number,
+                        member.row,
+                        cache.get(place, number, model.device),
+                        gradients[place],
+                        results[member.job],
+                    )
+                    advance(len(member.row))
+    return results
+
+
+def _blocks_of(members: Sequence[BlockRow], width: int, memory: SweepMemory) -> list[list[BlockRow]]:
+    packed = PackedRows(tuple(member.row for member in members), 0)
+    blocks = row_blocks([Job(packed, ())], width, memory)
+    remaining = iter(members)
+    return [[next(remaining) for _ in block] for block in blocks]
+
+
+def _forward_with_cache(
+    model: StreamedModel, block: Sequence[BlockRow], cache: ResidualCache, advance: Advance
+) -> list[Tensor]:
+    residuals = [
+        model.embed(torch.from_numpy(member.row.tokens), torch.from_numpy(member.row.positions))
+        for member in block
+    ]
+    for number, layer in model.layers(range(model.skeleton.layers)):
+        for place, member in enumerate(block):
+            cache.keep(place, number, residuals[place])
+            mask = tree_mask(torch.from_numpy(member.row.ends).to(model.device))
+            residuals[place] = layer.run(residuals[place][None], mask)[0]
+            advance(len(member.row))
+    return residuals
+
+
+def _score_and_choose(
+    model: StreamedModel,
+    block: Sequence[BlockRow],
+    residuals: Sequence[Tensor],
+    results: Sequence[UnitGradients],
+    choose: Sequence[Callable[[NDArray[np.float64]], NDArray[np.bool_]]],
+) -> dict[int, NDArray[np.bool_]]:
+    for member, residual in zip(block, residuals, strict=True):
+        row = member.row
+        logprobs, _ = model.log_probabilities(
+            residual,
+            torch.from_numpy(row.read_at).to(model.device),
+            torch.from_numpy(row.targets).to(model.device),
+        )
+        np.add.at(results[member.job].logprobs, row.options, logprobs.double().cpu().numpy())
+    return {job: choose[job](results[job].logprobs) for job in {member.job for member in block}}
+
+
+def _answer_gradient(
+    model: StreamedModel, row: Row, residual: Tensor, chosen: NDArray[np.bool_]
+) -> Tensor:
+    """Return the gradient of the row's chosen log-probabilities with respect to its last residual, [T, D]."""
+    wanted = chosen[row.options]
+    read, read_at = np.unique(row.read_at[wanted], return_inverse=True)
+    gradient = torch.zeros_like(residual)
+    if len(read):
+        places = torch.from_numpy(read).to(model.device)
+        gradient[places] = model.answer_gradient(
+            residual[places],
+            torch.from_numpy(read_at).to(model.device),
+            torch.from_numpy(row.targets[wanted]).to(model.device),
+        )
+    return gradient
+
+
+def _one_layer_back(
+    layer: DecoderLayer, number: int, row: Row, residual: Tensor, gradient: Tensor, result: UnitGradients
+) -> Tensor:
+    """Add one layer's unit gradients to `result`; return the gradient at the layer's input, [T, D]."""
+    heads = result.head_signed.shape[2]
+    mask = tree_mask(torch.from_numpy(row.ends).to(residual.device))
+    with torch.enable_grad():
+        entering = residual[None].requires_grad_()
+        leaving, captured = layer.run_captured(entering, mask)
+        before, of_z, of_ffn = torch.autograd.grad(
+            leaving, (entering, captured.z, captured.ffn), gradient[None]
+        )
+    with torch.no_grad():
+        by_head = (captured.z * of_z)[0].view(len(row), heads, -1).sum(-1).double().cpu().numpy()
+        by_ffn = (captured.ffn * of_ffn)[0].sum(-1).double().cpu().numpy()
+    np.add.at(result.head_signed[:, number], row.owners, by_head)
+    np.add.at(result.head_absolute[:, number], row.owners, np.abs(by_head))
+    np.add.at(result.ffn_signed[:, number], row.owners, by_ffn)
+    np.add.at(result.ffn_absolute[:, number], row.owners, np.abs(by_ffn))
+    return before[0]

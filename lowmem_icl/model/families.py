@@ -1,0 +1,150 @@
+"""What differs between architectures: a row here is all that another model family needs.
+
+Sizes and the place of the decoder blocks come from optimum; the layers themselves are Hugging Face's, built
+empty by accelerate. No other module names a field of one architecture.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from optimum.gptq.utils import get_block_name_with_pattern
+from optimum.utils import NormalizedConfigManager
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from lowmem_icl.errors import InputError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one architecture keeps the parts that are cut, captured or run outside the layers.
+
+    Names are relative to a decoder layer. `shared_inputs` are linears fed by one and the same tensor, so that
+    it is quantised once. `embed` maps (model, token ids [T], positions [T]) to the residual [T, D] in float32,
+    `unembed_input` maps (model, residual [M, D]) to what multiplies the unembedding, [M, E] in float32.
+    """
+
+    model_type: str
+    attention_output: str
+    ffn_output: str
+    shared_inputs: tuple[str, ...]
+    embed: Callable[[PreTrainedModel, Tensor, Tensor], Tensor]
+    unembed_input: Callable[[PreTrainedModel, Tensor], Tensor]
+    adds_bos: bool
+
+
+def _embed_opt(model: PreTrainedModel, tokens: Tensor, positions: Tensor) -> Tensor:
+    decoder = cast(Any, model).model.decoder
+    embedded = decoder.embed_tokens(tokens).float()
+    if decoder.project_in is not None:
+        embedded = decoder.project_in(embedded)
+    # OPT's table of positions has two rows in front; the module adds that offset itself.
+    return embedded + decoder.embed_positions(None, position_ids=positions[None])[0]
+
+
+def _unembed_input_opt(model: PreTrainedModel, residual: Tensor) -> Tensor:
+    decoder = cast(Any, model).model.decoder
+    if decoder.final_layer_norm is not None:
+        residual = decoder.final_layer_norm(residual)
+    if decoder.project_out is not None:
+        residual = decoder.project_out(residual)
+    return residual
+
+
+FAMILIES = {
+    "opt": Family(
+        model_type="opt",
+        attention_output="self_attn.out_proj",
+        ffn_output="fc2",
+        shared_inputs=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        embed=_embed_opt,
+        unembed_input=_unembed_input_opt,
+        adds_bos=False,
+    )
+}
+
+
+def family_of(model_type: str) -> Family:
+    """Return the family's row; raise InputError for an architecture that has none."""
+    if model_type not in FAMILIES:
+        raise InputError(
+            f"model type '{model_type}' is not supported: expected one of {', '.join(sorted(FAMILIES))}; "
+            "give an OPT checkpoint"
+        )
+    return FAMILIES[model_type]
+
+
+class Skeleton:
+    """A causal language model without weights: sizes, module names and empty layers.
+
+    All parameters are on the meta device; `empty_layer` gives a decoder layer that a store then fills.
+    """
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.config = config
+        self.family = family_of(config.model_type)
+        sizes = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+        self.layers: int = sizes.num_layers
+        self.heads: int = sizes.num_attention_heads
+        self.width: int = sizes.hidden_size
+        self.vocabulary: int = sizes.vocab_size
+        self.context_tokens: int = config.max_position_embeddings
+        if self.width % self.heads:
+            raise InputError(f"config.json: hidden size {self.width} is not a multiple of {self.heads} heads")
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "Skeleton":
+        """Build from the content of a config.json; raise InputError where it names no supported model."""
+        model_type = config.get("model_type")
+        if not isinstance(model_type, str):
+            raise InputError("config.json: expected a field 'model_type'; give a Hugging Face checkpoint folder")
+        family_of(model_type)
+        fields = {name: value for name, value in config.items() if name != "model_type"}
+        return cls(AutoConfig.for_model(model_type, **fields))
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head's output."""
+        return self.width // self.heads
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The whole model on the meta device, in evaluation mode, with sdpa attention."""
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(
+                self.config, attn_implementation="sdpa", dtype=torch.float32
+            )
+        model.tie_weights()
+        return model.eval()
+
+    @cached_property
+    def blocks_name(self) -> str:
+        """Dotted name of the module list that holds the decoder layers."""
+        return get_block_name_with_pattern(self.model)
+
+    def empty_layer(self) -> nn.Module:
+        """Return a new decoder layer on the meta device, in evaluation mode."""
+        blocks = cast(nn.ModuleList, self.model.get_submodule(self.blocks_name))
+        return copy.deepcopy(blocks[0]).eval()
+
+    def layer_parameters(self) -> dict[str, tuple[int, ...]]:
+        """Return names and shapes of a layer's parameters, relative to the layer."""
+        return {name: tuple(value.shape) for name, value in self.empty_layer().named_parameters()}
+
+    def linear_names(self) -> list[str]:
+        """Return the names of a layer's linear modules, relative to the layer."""
+        layer = self.empty_layer()
+        return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+
+    def outside_parameters(self) -> dict[str, tuple[int, ...]]:
+        """Return names and shapes of all parameters outside the layers; a tied unembedding is not named again."""
+        return {
+            name: tuple(value.shape)
+            for name, value in self.model.named_parameters()
+            if not name.startswith(self.blocks_name + ".")
+        }

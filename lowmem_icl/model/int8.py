@@ -1,0 +1,182 @@
+"""LLM.int8 by bitsandbytes' operators, with outlier columns that never depend on the batch.
+
+Dettmers et al. 2022 (arXiv 2208.07339): rows of activations and rows of the weight are scaled to int8 by their
+absolute maxima and multiplied in integers; the few input columns with large activations are multiplied in floating
+point beside that. bitsandbytes finds these columns anew in every call, from all rows of the batch; here they are
+fixed per store, so a row's result is the same whatever shares its batch.
+"""
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+OUTLIER_THRESHOLD = 6.0
+FIXED_ROWS = 128
+BACKWARD_OUTPUT_BLOCK = 4096
+
+_operators = torch.ops.bitsandbytes
+assert bnb.__version__, "importing bitsandbytes registers the operators"
+
+
+def quantise_rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 rows and their absolute maxima: values ≈ quantised · maxima / 127.
+
+    values: [M, K]; quantised: int8 [M, K]; maxima: float32 [M].
+    """
+    # The CUDA kernel takes float16 alone; on the CPU float32 loses nothing.
+    values = values.half() if values.is_cuda else values.float()
+    quantised, maxima, _ = _operators.int8_vectorwise_quant(values, 0.0)
+    return quantised, maxima
+
+
+def dequantise_rows(quantised: Tensor, maxima: Tensor) -> Tensor:
+    """Return float32 values of int8 rows [N, K] with absolute maxima [N]."""
+    return _operators.int8_vectorwise_dequant(quantised, maxima)
+
+
+def matmul_in_fixed_rows(left: Tensor, right: Tensor) -> Tensor:
+    """Return left [M, K] @ right [K, N] in blocks of FIXED_ROWS rows, the last one padded with zeros.
+
+    A floating-point product of another shape may add in another order; with one shape, a row's result does not
+    depend on how many rows come with it.
+    """
+    rows = left.shape[0]
+    out = left.new_empty(rows, right.shape[1])
+    for start in range(0, rows, FIXED_ROWS):
+        block = left[start : start + FIXED_ROWS]
+        if block.shape[0] < FIXED_ROWS:
+            block = torch.cat([block, block.new_zeros(FIXED_ROWS - block.shape[0], block.shape[1])])
+        out[start : start + FIXED_ROWS] = (block @ right)[: rows - start]
+    return out
+
+
+class SharedInput:
+    """Quantises one tensor once for all linears that read it (q, k and v)."""
+
+    def __init__(self) -> None:
+        self._last: Tensor | None = None
+        self._result: tuple[Tensor, Tensor, Tensor | None] | None = None
+
+    def quantise(self, values: Tensor, outlier_columns: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return int8 rows, their maxima and the float32 outlier columns [M, K'] taken out of them, or None."""
+        if self._result is None or self._last is not values:
+            self._result = _split_and_quantise(values.reshape(-1, values.shape[-1]), outlier_columns)
+            self._last = values
+        return self._result
+
+    def forget(self) -> None:
+        """Drop the tensor it holds."""
+        self._last = self._result = None
+
+
+def _split_and_quantise(values: Tensor, outlier_columns: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    if not outlier_columns.numel():
+        return *quantise_rows(values), None
+    beside = values[:, outlier_columns]
+    # Zeroed before quantising: they neither set a row's scale nor count twice.
+    return *quantise_rows(values.index_fill(1, outlier_columns, 0.0)), beside
+
+
+class Int8Linear(nn.Module):
+    """A linear layer held in int8: weight [N, K] ≈ weight · SCB / 127, names as bitsandbytes serialises them.
+
+    `outlier_columns`: int64 [K'], the fixed columns of the input that are multiplied in floating point. While
+    `calibrating`, a call first adds to them every column in which its input reaches OUTLIER_THRESHOLD.
+    """
+
+    weight: Tensor
+    SCB: Tensor
+    bias: Tensor | None
+    outlier_columns: Tensor
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, shared: SharedInput | None = None) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(outputs, inputs, dtype=torch.int8, device="meta"))
+        self.register_buffer("SCB", torch.empty(outputs, dtype=torch.float32, device="meta"))
+        self.register_buffer("bias", torch.empty(outputs, device="meta") if bias else None)
+        self.register_buffer("outlier_columns", torch.empty(0, dtype=torch.int64))
+        self.shared = shared or SharedInput()
+        self.calibrating = False
+        self._outlier_weight: Tensor | None = None
+
+    def refresh(self) -> None:
+        """Take up newly filled buffers: dequantise the weight's outlier columns, [K', N] in float32."""
+        self.shared.forget()
+        columns = self.outlier_columns
+        self._outlier_weight = (
+            dequantise_rows(self.weight[:, columns].contiguous(), self.SCB).t().contiguous()
+            if columns.numel()
+            else None
+        )
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Map [..., K] to [..., N] in float32."""
+        if self.calibrating:
+            self._add_outlier_columns(values)
+        if torch.is_grad_enabled() and values.requires_grad:
+            return _StraightThrough.apply(values, self)
+        return self.multiply(values)
+
+    def multiply(self, values: Tensor) -> Tensor:
+        """Return the LLM.int8 product; the integer part is exact, the floating-point part of fixed shape."""
+        quantised, maxima, beside = self.shared.quantise(values, self.outlier_columns)
+        product = _operators.int8_linear_matmul(quantised, self.weight)
+        out = torch.mul(product, (maxima / (127.0 * 127.0))[:, None])
+        del product
+        if self.bias is None:
+            out.mul_(self.SCB)
+        else:
+            torch.addcmul(self.bias, out, self.SCB, out=out)
+        if beside is not None and self._outlier_weight is not None:
+            out += matmul_in_fixed_rows(beside, self._outlier_weight)
+        return out.view(*values.shape[:-1], -1)
+
+    def _add_outlier_columns(self, values: Tensor) -> None:
+        large = values.reshape(-1, values.shape[-1]).abs().amax(0) >= OUTLIER_THRESHOLD
+        large[self.outlier_columns] = True
+        found = large.nonzero()[:, 0]
+        if found.numel() != self.outlier_columns.numel():
+            self.outlier_columns = found
+            self.refresh()
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward in int8, backward through the dequantised weight: rounding is treated as the identity."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor, linear: Int8Linear) -> Tensor:
+        context.linear = linear
+        return linear.multiply(values)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        linear: Int8Linear = context.linear
+        gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
+        out = gradient.new_zeros(gradient.shape[0], linear.weight.shape[1])
+        # Blocks of outputs keep the dequantised weight small; their order is fixed.
+        for start in range(0, linear.weight.shape[0], BACKWARD_OUTPUT_BLOCK):
+            block = slice(start, start + BACKWARD_OUTPUT_BLOCK)
+            out += gradient[:, block] @ dequantise_rows(linear.weight[block], linear.SCB[block])
+        return out.view(*gradients[0].shape[:-1], -1), None
+
+
+def replace_linears(layer: nn.Module, shared_inputs: tuple[str, ...]) -> None:
+    """Swap every linear module of an empty decoder layer for an Int8Linear of the same shape."""
+    shared = SharedInput()
+    linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    for name, module in linears.items():
+        parent, _, leaf = name.rpartition(".")
+        replacement = Int8Linear(
+            module.in_features,
+            module.out_features,
+            module.bias is not None,
+            shared if name in shared_inputs else None,
+        )
+        setattr(layer.get_submodule(parent), leaf, replacement)
+
+
+def has_fast_integer_product() -> bool:
+    """Tell whether bitsandbytes multiplies int8 as integers on this CPU, rather than casting to float32."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -1,0 +1,190 @@
+"""Layer files read ahead of the arithmetic, past the page cache, into two reused page-aligned buffers.
+
+One iterator gives the layers in the order asked for; layers that fit the allowance stay in memory between passes.
+Nothing else knows that weights are streamed.
+"""
+
+import errno
+import json
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowmem_icl.errors import InputError
+
+PAGE_BYTES = 4096
+BLOCK_BYTES = 32 << 20
+READERS = 2
+
+TORCH_TYPES = {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I64": torch.int64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor lies in a safetensors file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    elements: int
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorPlace], dict[str, str]]:
+    """Return the places of all tensors of a safetensors file and its metadata; raise InputError naming the file."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if not 0 < length <= min(size - 8, 100_000_000):
+                raise ValueError("the header's length is wrong")
+            header = json.loads(opened.read(length))
+        places = {}
+        metadata = header.pop("__metadata__", {})
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            dtype, shape = TORCH_TYPES[entry["dtype"]], tuple(entry["shape"])
+            elements = 1
+            for axis in shape:
+                elements *= axis
+            if not 0 <= begin <= end <= size - 8 - length or end - begin != elements * dtype.itemsize:
+                raise ValueError(f"tensor '{name}' does not lie inside the file")
+            places[name] = TensorPlace(dtype, shape, 8 + length + begin, elements)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: truncated or not a safetensors file ({error}); convert again") from error
+    return places, metadata
+
+
+class LayerReader:
+    """Reads the layers of a store in any order; keeps the first `resident_layers` it may in memory.
+
+    The tensors of a streamed layer are views of a buffer that the next but one layer overwrites: they are valid
+    until the iterator is advanced.
+    """
+
+    def __init__(self, paths: Sequence[Path], resident_layers: frozenset[int] = frozenset()) -> None:
+        self._paths = list(paths)
+        self._places = [read_header(path)[0] for path in self._paths]
+        self._sizes = [path.stat().st_size for path in self._paths]
+        self._resident_layers = resident_layers
+        self._resident: dict[int, dict[str, Tensor]] = {}
+        self._buffers: list[mmap.mmap] = []
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="layer-reader")
+        self.read_bytes = 0
+
+    def close(self) -> None:
+        """Stop the reading threads and drop resident layers."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._resident.clear()
+        self._buffers.clear()
+
+    def layers(self, order: Sequence[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yield (layer, its tensors by name) in the given order, the next layer being read meanwhile."""
+        pending: dict[int, tuple[mmap.mmap, list[Future[None]]]] = {}
+        try:
+            self._start(order, 0, pending)
+            for step, layer in enumerate(order):
+                buffer, parts = pending.pop(step, (None, []))
+                for part in parts:
+                    part.result()
+                self._start(order, step + 1, pending)
+                if buffer is None:
+                    yield layer, self._resident[layer]
+                    continue
+                tensors = self._view(layer, buffer)
+                if layer in self._resident_layers:
+                    self._resident[layer] = tensors
+                yield layer, tensors
+        finally:
+            for _, parts in pending.values():
+                for part in parts:
+                    part.exception()
+
+    def _start(
+        self, order: Sequence[int], step: int, pending: dict[int, tuple[mmap.mmap, list[Future[None]]]]
+    ) -> None:
+        if step >= len(order) or order[step] in self._resident:
+            return
+        layer = order[step]
+        buffer = self._buffer_for(layer, step)
+        size = self._sizes[layer]
+        self.read_bytes += size
+        blocks = range(0, size, BLOCK_BYTES)
+        pending[step] = (
+            buffer,
+            [self._pool.submit(_read_block, self._paths[layer], buffer, start, size) for start in blocks],
+        )
+
+    def _buffer_for(self, layer: int, step: int) -> mmap.mmap:
+        if layer in self._resident_layers:
+            return mmap.mmap(-1, _round_up(self._sizes[layer]))
+        if not self._buffers:
+            largest = _round_up(max(self._sizes))
+            self._buffers = [mmap.mmap(-1, largest), mmap.mmap(-1, largest)]
+        return self._buffers[step % 2]
+
+    def _view(self, layer: int, buffer: mmap.mmap) -> dict[str, Tensor]:
+        return {
+            name: (
+                torch.frombuffer(buffer, dtype=place.dtype, count=place.elements, offset=place.offset)
+                if place.elements
+                else torch.empty(0, dtype=place.dtype)
+            ).view(place.shape)
+            for name, place in self._places[layer].items()
+        }
+
+
+def _round_up(size: int) -> int:
+    return -(-size // PAGE_BYTES) * PAGE_BYTES
+
+
+def _read_block(path: Path, buffer: mmap.mmap, start: int, size: int) -> None:
+    """Read BLOCK_BYTES from `start` into the buffer at the same offset, past the page cache where possible."""
+    stop = min(start + BLOCK_BYTES, _round_up(size))
+    descriptor, direct = _open_direct(path)
+    view = memoryview(buffer)
+    try:
+        place = start
+        while place < min(stop, size):
+            try:
+                got = os.preadv(descriptor, [view[place:stop]], place)
+            except OSError as error:
+                if not direct or error.errno != errno.EINVAL:
+                    raise
+                os.close(descriptor)
+                descriptor, direct = os.open(path, os.O_RDONLY), False
+                continue
+            if got <= 0:
+                raise InputError(f"{path}: the file became shorter while it was read; convert again")
+            place += got
+            if direct and place < min(stop, size) and place % PAGE_BYTES:
+                # A direct read that stopped off a page's edge goes on buffered.
+                os.close(descriptor)
+                descriptor, direct = os.open(path, os.O_RDONLY), False
+        if not direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
+    finally:
+        view.release()
+        os.close(descriptor)
+
+
+def _open_direct(path: Path) -> tuple[int, bool]:
+    if hasattr(os, "O_DIRECT"):
+        try:
+            return os.open(path, os.O_RDONLY | os.O_DIRECT), True
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    return os.open(path, os.O_RDONLY), False

@@ -1,0 +1,160 @@
+"""The store: a converted checkpoint on disk, one file a layer, with a manifest that names and sizes them all.
+
+    STORE/manifest.json            what it is: form, model, source, files with sizes and digests
+    STORE/outside.safetensors      embeddings, final norm, projections, in the source's precision
+    STORE/layers/000.safetensors   one decoder layer; int8 linears as `weight`, `SCB`, `weight_format`
+    STORE/tokenizer/               the source's tokenizer files, unchanged
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lowmem_icl.errors import InputError
+from lowmem_icl.files import sha256_of_file
+from lowmem_icl.model.families import Skeleton
+
+STORE_FORMAT = "lowmem-icl-store/1"
+MANIFEST = "manifest.json"
+OUTSIDE = "outside.safetensors"
+
+Weights = Literal["int8", "bfloat16", "float32"]
+
+
+class StoredFile(BaseModel):
+    """A file of the store: its size and SHA-256."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    size_bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Source(BaseModel):
+    """Where the weights came from; `digest` is over the source's tensors, so it is the same in every form."""
+
+    model_config = ConfigDict(strict=True)
+    id: str
+    revision: str | None
+    digest: str
+
+
+class OutlierReport(BaseModel):
+    """What conversion saw of activations at or beyond the threshold, on the second half of the fixed text.
+
+    `columns`: outlier columns over all linears; `beyond`: activations at or beyond the threshold;
+    `beyond_outside`: those of them in no outlier column; `activations`: all.
+    """
+
+    model_config = ConfigDict(strict=True)
+    threshold: float
+    columns: int
+    activations: int
+    beyond: int
+    beyond_outside: int
+
+
+class Manifest(BaseModel):
+    """The content of manifest.json."""
+
+    model_config = ConfigDict(strict=True)
+    format: Literal["lowmem-icl-store/1"]
+    weights: Weights
+    config: dict[str, Any]
+    source: Source
+    files: dict[str, StoredFile]
+    outliers: OutlierReport | None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the whole manifest, so over every file's digest: the identity of these weights."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Store:
+    """An opened store; its manifest is checked against the files' presence and sizes, not their bytes."""
+
+    folder: Path
+    manifest: Manifest
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        """The empty model of the manifest's config."""
+        return Skeleton.from_dict(self.manifest.config)
+
+    @property
+    def layer_paths(self) -> list[Path]:
+        """The layer files in order."""
+        return [self.folder / layer_file(layer) for layer in range(self.skeleton.layers)]
+
+    @property
+    def layer_bytes(self) -> int:
+        """Size of the largest layer file."""
+        return max(self.manifest.files[layer_file(layer)].size_bytes for layer in range(self.skeleton.layers))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files named in the manifest."""
+        return sum(file.size_bytes for file in self.manifest.files.values())
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Folder that AutoTokenizer reads."""
+        return self.folder / "tokenizer"
+
+
+def layer_file(layer: int) -> str:
+    """Return a layer file's path inside the store."""
+    return f"layers/{layer:03d}.safetensors"
+
+
+def is_store(folder: Path) -> bool:
+    """Tell whether a folder holds a finished store."""
+    return (folder / MANIFEST).is_file()
+
+
+def open_store(folder: Path) -> Store:
+    """Open a store; raise InputError naming the file that is missing, foreign or of another size."""
+    try:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{folder} is not a finished store: {MANIFEST} cannot be read; convert again") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"{folder / MANIFEST}: field '{place}': {first['msg']}; expected a store of format {STORE_FORMAT}"
+        ) from error
+    store = Store(folder, manifest)
+    expected = {layer_file(layer) for layer in range(store.skeleton.layers)} | {OUTSIDE}
+    for name in sorted(expected - manifest.files.keys()):
+        raise InputError(f"{folder / MANIFEST}: file '{name}' is not listed; convert again")
+    for name, file in manifest.files.items():
+        path = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise InputError(f"{folder / MANIFEST}: file '{name}' lies outside the store; do not use this store")
+        if not path.is_file():
+            raise InputError(f"{path} is missing; convert again")
+        if path.stat().st_size != file.size_bytes:
+            raise InputError(
+                f"{path}: expected {file.size_bytes} bytes, got {path.stat().st_size}: truncated or altered; "
+                "convert again"
+            )
+    return store
+
+
+def verify_store(store: Store, advance: Any = None) -> None:
+    """Compare every file's bytes with its digest; raise InputError naming the first that differs.
+
+    `advance(bytes)` is called after each file.
+    """
+    for name, file in store.manifest.files.items():
+        if sha256_of_file(store.folder / name) != file.sha256:
+            raise InputError(f"{store.folder / name}: its bytes differ from the manifest's digest; convert again")
+        if advance is not None:
+            advance(file.size_bytes)

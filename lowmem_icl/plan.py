@@ -1,0 +1,169 @@
+"""What a run will hold, read and compute, worked out before it starts."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import psutil
+import torch
+
+from lowmem_icl.config import RunOptions
+from lowmem_icl.engine.stream import MICRO_BATCH_TOKENS
+from lowmem_icl.engine.waves import CACHE_SHARE, Job, SweepMemory, layer_reads, layer_tokens
+from lowmem_icl.errors import DoesNotFit
+from lowmem_icl.experiments.ablate import ablation_masks
+from lowmem_icl.masks import Mask
+from lowmem_icl.model.reading import PAGE_BYTES
+from lowmem_icl.model.store import OUTSIDE, Store
+from lowmem_icl.model.streamed import HEAD_ROWS, VOCABULARY_BLOCK
+from lowmem_icl.prepare import Prepared
+from lowmem_icl.rows import longest
+from lowmem_icl.tasks.packing import PackedTask
+
+FREE_SHARE = 0.8
+RESIDENT_SHARE = 0.4
+MEASURED_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a memory allowance is dealt out, in bytes."""
+
+    allowance_bytes: int
+    outside_bytes: int
+    streaming_bytes: int
+    working_bytes: int
+    resident_bytes: int
+    sweep_bytes: int
+
+    @property
+    def sweep(self) -> SweepMemory:
+        """The part for residuals."""
+        return SweepMemory.of(self.sweep_bytes)
+
+
+def plan_memory(options: RunOptions, store: Store, longest_row_tokens: int) -> MemoryPlan:
+    """Deal out --memory; raise DoesNotFit with the smallest allowance that would do."""
+    skeleton = store.skeleton
+    allowance = options.memory or int(psutil.virtual_memory().available * FREE_SHARE)
+    outside = store.manifest.files[OUTSIDE].size_bytes
+    # A layer in use and the next; forms that compute in float32 hold the one in use once more, converted.
+    converted = {"int8": 0, "bfloat16": 2, "float32": 1}[store.manifest.weights]
+    streaming = store.layer_bytes * (2 + converted) + 2 * PAGE_BYTES
+    # The widest moment of a layer: int32 products, their float32 form and the int8 input of the FFN.
+    ffn_width = max(shape[0] for shape in skeleton.layer_parameters().values())
+    tokens = max(MICRO_BATCH_TOKENS, longest_row_tokens)
+    working = tokens * (9 * ffn_width + 24 * skeleton.width) + 2 * tokens * longest_row_tokens * 4
+    working += 2 * HEAD_ROWS * VOCABULARY_BLOCK * 4 + VOCABULARY_BLOCK * skeleton.width * 4
+    fixed = outside + streaming + working
+    least_sweep = int(2 * longest_row_tokens * skeleton.width * 4 / (1 - CACHE_SHARE)) + PAGE_BYTES
+    if fixed + least_sweep > allowance:
+        raise DoesNotFit(
+            f"--memory {allowance / 1e9:.3g}GB: embeddings {outside / 1e9:.3g}, two layers {streaming / 1e9:.3g}, "
+            f"working space {working / 1e9:.3g} and one row {least_sweep / 1e9:.3g} GB do not fit; "
+            f"the smallest that does is --memory {-(-(fixed + least_sweep) // 10**6)}MB"
+        )
+    rest = allowance - fixed
+    whole = store.layer_bytes * skeleton.layers
+    resident = min(whole, int(rest * RESIDENT_SHARE), rest - least_sweep)
+    return MemoryPlan(allowance, outside, streaming, working, resident, rest - resident)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One experiment's cost: tokens that go through a layer, layers and bytes read, operations, expected seconds."""
+
+    experiment: str
+    layer_tokens: int
+    layers_read: int
+    read_bytes: int
+    operations: int
+    seconds: float
+    upper_bound: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run: memory and the cost of its experiments."""
+
+    memory: MemoryPlan
+    store_bytes: int
+    stages: tuple[StagePlan, ...]
+
+    def as_json(self) -> dict[str, object]:
+        """Return plain values for run.json."""
+        return asdict(self)
+
+
+def make_plan(options: RunOptions, prepared: Prepared) -> Plan:
+    """Plan all experiments of a run; takes about a second to measure this machine's matrix product."""
+    store, skeleton = prepared.store, prepared.store.skeleton
+    packed_evaluate = [prepared.pack(task) for task in prepared.evaluate]
+    packed_train = [prepared.pack(task) for task in prepared.train]
+    rows = [row for task in (*packed_evaluate, *packed_train) for row in task.packed.rows]
+    memory = plan_memory(options, store, longest(rows))
+    whole = store.layer_bytes * skeleton.layers
+    streams = memory.resident_bytes < whole
+    parameters = sum(torch.Size(shape).numel() for shape in skeleton.layer_parameters().values())
+    rate = _measured_rate(store)
+    stages = []
+    for experiment in options.experiments:
+        jobs = _jobs(experiment, packed_evaluate, packed_train, skeleton.layers, skeleton.heads)
+        if jobs is None:
+            continue
+        tokens, reads = 0, 0
+        for batch in jobs:
+            tokens += layer_tokens(batch, skeleton.layers)
+            reads += layer_reads(batch, skeleton.layers, skeleton.width, memory.sweep)
+        if experiment == "importance":
+            # Forward, forward again and back: the backward pass costs as much as the forward one.
+            tokens, reads = 3 * tokens, 2 * reads
+        streamed = reads * store.layer_bytes if streams else whole
+        operations = 2 * parameters * tokens
+        stages.append(
+            StagePlan(experiment, tokens, reads, streamed, operations, operations / rate, experiment == "prune")
+        )
+    return Plan(memory, store.size_bytes, tuple(stages))
+
+
+def _jobs(
+    experiment: str, evaluate: Sequence[PackedTask], train: Sequence[PackedTask], layers: int, heads: int
+) -> list[list[Job]] | None:
+    """Return the sweeps of an experiment; the pruner's as if no unit could ever be removed early."""
+    if experiment == "evaluate":
+        return [[Job(task.packed, (Mask(),)) for task in evaluate]]
+    if experiment == "importance":
+        return [[Job(task.packed, ()) for task in train]]
+    if experiment == "ablate":
+        masks = ablation_masks(layers, heads)
+        return [[Job(task.packed, masks) for task in train]]
+    if experiment == "prune":
+        sweeps = []
+        for layer in range(layers):
+            for left in range(heads, 0, -1):
+                masks = tuple(Mask(heads=frozenset([(layer, head)])) for head in range(left))
+                # Two searches, a task's own and that of all tasks, each on half of the documents.
+                sweeps.append([Job(task.packed, masks) for task in train])
+        sweeps += [[Job(task.packed, (Mask(ffns=frozenset([0])),)) for task in train]] * layers
+        return sweeps
+    return None
+
+
+def _measured_rate(store: Store) -> float:
+    """Return operations a second of this machine on one layer's widest product, in the store's form."""
+    skeleton = store.skeleton
+    shape = max(skeleton.layer_parameters().values(), key=lambda shape: torch.Size(shape).numel())
+    if store.manifest.weights == "int8":
+        left = torch.ones(256, shape[1], dtype=torch.int8)
+        right = torch.ones(shape[1], shape[0], dtype=torch.int8)
+        multiply = torch._int_mm
+    else:
+        left, right, multiply = torch.ones(256, shape[1]), torch.ones(shape[1], shape[0]), torch.mm
+    multiply(left, right)
+    start, done = time.perf_counter(), 0
+    while time.perf_counter() - start < MEASURED_SECONDS:
+        multiply(left, right)
+        done += 1
+    return done * 2 * left.numel() * shape[0] / (time.perf_counter() - start)
+
+

@@ -1,0 +1,127 @@
+"""Everything that must be right before the first sweep: the store, the tasks, the packed rows."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from lowmem_icl.config import DEMO, RunOptions
+from lowmem_icl.errors import InputError
+from lowmem_icl.masks import MaskModel
+from lowmem_icl.model.locate import ensure_store, load_tokenizer, locate
+from lowmem_icl.model.store import Store
+from lowmem_icl.tasks.loading import OpenTask, Part, TaskRows, open_task
+from lowmem_icl.tasks.packing import PackedTask, PackingLimits, Tokenise, pack, tokenise_options
+from lowmem_icl.tasks.sources import DEMO_TASKS, PAPER_TASKS
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run's model and documents, checked and tokenisable.
+
+    `evaluate`, `train`: the documents of every task and shot count, in the same order.
+    """
+
+    store: Store
+    tokenise: Tokenise
+    limits: PackingLimits
+    evaluate: tuple[TaskRows, ...]
+    train: tuple[TaskRows, ...]
+
+    @property
+    def mask_model(self) -> MaskModel:
+        """The model as mask files name it."""
+        source, skeleton = self.store.manifest.source, self.store.skeleton
+        return MaskModel(
+            id=source.id,
+            revision=source.revision,
+            model_type=skeleton.config.model_type,
+            layers=skeleton.layers,
+            heads=skeleton.heads,
+            digest=source.digest,
+        )
+
+    def pack(self, task: TaskRows, places: slice = slice(None), *, gold_only: bool = False) -> PackedTask:
+        """Pack a slice of a task's documents."""
+        return pack(replace(task, documents=task.documents[places]), self.tokenise, self.limits, gold_only=gold_only)
+
+    @property
+    def tasks_digest(self) -> str:
+        """SHA-256 over all texts, labels and demonstrations of both parts."""
+        summed = hashlib.sha256()
+        for task in (*self.evaluate, *self.train):
+            summed.update(repr((task.task, task.shots, task.split)).encode())
+            for document in task.documents:
+                summed.update(repr((document.index, document.options, document.gold)).encode())
+        return summed.hexdigest()
+
+
+def task_names(options: RunOptions) -> tuple[str, ...]:
+    """Return the tasks asked for: the demo's own, or the paper's 14, where none are named."""
+    if options.tasks is not None:
+        return options.tasks
+    return DEMO_TASKS if options.model == DEMO else PAPER_TASKS
+
+
+def open_tasks(options: RunOptions) -> list[OpenTask]:
+    """Load every task's definition and rows."""
+    if options.data_dir is not None and not options.data_dir.is_dir():
+        raise InputError(f"--data-dir {options.data_dir} does not exist; give the folder that holds <task>/*.jsonl")
+    return [open_task(name, options.data_dir) for name in task_names(options)]
+
+
+def documents(options: RunOptions, tasks: list[OpenTask], part: Part) -> tuple[TaskRows, ...]:
+    """Return the documents of all tasks and shot counts of a part."""
+    limit = options.limit if part == "evaluate" else options.chosen_train_limit
+    return tuple(
+        task.rows(shots=shots, part=part, limit=limit) for task in tasks for shots in options.chosen_shots
+    )
+
+
+def load_store(
+    options: RunOptions,
+    announce: Callable[[str], None] = lambda text: None,
+    advance: Callable[[int], None] = lambda layers: None,
+) -> Store:
+    """Find the model and convert it where needed."""
+    located = locate(options.model, options.revision, options.weights, options.chosen_store_dir)
+    return ensure_store(located, options.weights, announce=announce, advance=advance)
+
+
+def packing_limits(options: RunOptions, store: Store) -> tuple[PackingLimits, Tokenise]:
+    """Return what the model sets for packing, and its tokenizer as a function of texts."""
+    tokenizer = load_tokenizer(store.tokenizer_folder)
+    skeleton = store.skeleton
+    bos = tokenizer.bos_token_id
+    use_bos = skeleton.family.adds_bos if options.bos is None else options.bos
+    if use_bos and bos is None:
+        raise InputError("--bos: the tokenizer has no beginning-of-sequence token; leave the option out")
+    if len(tokenizer) > skeleton.vocabulary:
+        raise InputError(
+            f"{store.tokenizer_folder}: the tokenizer has {len(tokenizer)} tokens, the model only "
+            f"{skeleton.vocabulary}; they do not belong together"
+        )
+    limits = PackingLimits(
+        context_tokens=skeleton.context_tokens,
+        row_tokens=PackingLimits.row_tokens_for(skeleton.width),
+        empty_context=tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0,
+        bos=bos if use_bos else None,
+    )
+    return limits, lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def prepare(
+    options: RunOptions,
+    announce: Callable[[str], None] = lambda text: None,
+    advance: Callable[[int], None] = lambda layers: None,
+) -> Prepared:
+    """Load and check everything; raises InputError or DoesNotFit before any long work where it can be known."""
+    tasks = open_tasks(options)
+    evaluate, train = documents(options, tasks, "evaluate"), documents(options, tasks, "train")
+    store = load_store(options, announce, advance)
+    limits, tokenise = packing_limits(options, store)
+    for task in (*evaluate, *train):
+        # An option that does not fit is told now, not in the night.
+        tokenise_options(task.documents, tokenise, limits, task.task)
+    return Prepared(store, tokenise, limits, evaluate, train)
+
+

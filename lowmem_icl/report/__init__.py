@@ -1,0 +1,1 @@
+"""Figures and one page from a run's tables."""

@@ -1,0 +1,253 @@
+"""Documents of a task in the paper's protocol: which ones, in which order, with which demonstrations.
+
+The documents of a split are shuffled by `Random(42)`, and the same generator then draws every document's
+demonstrations in that order, as the harness of the paper did (paper.md 6.1). So the first N documents are the same
+under every limit at least N and at every shot count.
+"""
+
+import random
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from lm_eval.api.samplers import ContextSampler
+from lm_eval.api.task import ConfigurableTask
+
+from lowmem_icl.errors import InputError
+from lowmem_icl.tasks.sources import load_members
+
+PROTOCOL_SEED = 42
+
+Part = Literal["evaluate", "train"]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A scored row of a task: its options as (context, continuation) texts, in the order of the hub's labels.
+
+    `index`: 0-based place in the split's file; in a group the places run on through its members. `gold`: a flag an
+    option. `cluster`: the passage that intervals cluster by, or the document itself. `demonstrations`: places of
+    the rows shown before it, in prompt order. `unit`: documents of one unit are right only together (MultiRC).
+    """
+
+    index: int
+    options: tuple[tuple[str, str], ...]
+    gold: tuple[bool, ...]
+    cluster: str
+    demonstrations: tuple[int, ...]
+    unit: str
+    member: int
+    row: dict[str, Any] = field(repr=False, hash=False, compare=False)
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """Documents of one task at one shot count from one split, and what scores them.
+
+    `chance`: expected accuracy of a uniform guess; `majority`: that of always giving the option that is right most
+    often; both exact over these documents. `metric`: the task's main metric.
+    """
+
+    task: str
+    shots: int
+    split: str
+    documents: tuple[Document, ...]
+    metric: str
+    members: tuple[ConfigurableTask, ...] = field(repr=False, compare=False)
+
+    @cached_property
+    def chance(self) -> float:
+        """Expected accuracy of a uniform guess."""
+        return float(np.mean([np.prod(shares) for shares in self._by_unit(lambda gold: float(np.mean(gold)))]))
+
+    @cached_property
+    def majority(self) -> float:
+        """Accuracy of the best constant answer."""
+        options = max(len(document.gold) for document in self.documents)
+        return max(
+            float(np.mean([np.prod(right) for right in self._by_unit(lambda gold, place=place: float(any(gold[place : place + 1])))]))
+            for place in range(options)
+        )
+
+    def _by_unit(self, value: Callable[[tuple[bool, ...]], float]) -> list[list[float]]:
+        units: dict[str, list[float]] = {}
+        for document in self.documents:
+            units.setdefault(document.unit, []).append(value(document.gold))
+        return list(units.values())
+
+
+class _DrawnSampler(ContextSampler):
+    """Hands lm-eval the demonstrations that were drawn for the document at hand."""
+
+    drawn: Sequence[dict[str, Any]] = ()
+
+    def sample(self, n: int, eval_doc: Any = None, df: Any = None, **_: Any) -> Sequence[dict[str, Any]]:
+        assert len(self.drawn) == n
+        return self.drawn
+
+
+@dataclass
+class OpenTask:
+    """A task whose rows are loaded; `rows` gives documents for a shot count and a part of the protocol."""
+
+    name: str
+    members: list[ConfigurableTask]
+
+    @property
+    def metric(self) -> str:
+        """The task's main metric: `em` where it has one, else the first it lists."""
+        listed = list(self.members[0].aggregation())
+        return "em" if "em" in listed else "acc" if "acc" in listed else listed[0]
+
+    @cached_property
+    def has_train(self) -> bool:
+        """Whether demonstrations and training documents come from a split of their own."""
+        return all(member.has_training_docs() for member in self.members)
+
+    @property
+    def evaluation_split(self) -> str:
+        """The file's name of the split that is evaluated on: test if the task has one, else validation."""
+        first = self.members[0]
+        return str(first.config.test_split if first.has_test_docs() else first.config.validation_split)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Rows a split."""
+        sizes = {self.evaluation_split: sum(len(member.eval_docs) for member in self.members)}
+        if self.has_train:
+            sizes = {"train": sum(len(member.training_docs()) for member in self.members)} | sizes
+        return sizes
+
+    def rows(self, *, shots: int, part: Part, limit: int | None) -> TaskRows:
+        """Return the documents of a part; `limit` counts documents (MultiRC: questions), None takes all.
+
+        Raises InputError for a limit below 1, for more demonstrations than there are rows to draw from, and for
+        a row that lacks a field.
+        """
+        if limit is not None and limit < 1:
+            raise InputError(f"--limit: expected at least 1, got {limit}")
+        documents: list[Document] = []
+        for number, (member, share) in enumerate(zip(self.members, self._shares(limit), strict=True)):
+            offset = sum(len(self._scored(other, part)[0]) for other in self.members[:number])
+            if share != 0:
+                documents += self._member_documents(number, member, part, shots, share, offset)
+        split = "train" if part == "train" and self.has_train else self.evaluation_split
+        return TaskRows(self.name, shots, split, tuple(documents), self.metric, tuple(self.members))
+
+    def _shares(self, limit: int | None) -> list[int | None]:
+        """Deal a limit evenly over a group's members, the first ones getting what does not divide."""
+        if limit is None:
+            return [None] * len(self.members)
+        whole, rest = divmod(limit, len(self.members))
+        return [whole + (number < rest) for number in range(len(self.members))]
+
+    def _scored(self, member: ConfigurableTask, part: Part) -> tuple[Any, list[int], list[int]]:
+        """Return the rows a part scores, their shuffled places, and the places demonstrations come from.
+
+        Without a training split the shuffled evaluation rows are halved: the first half is evaluated on, the
+        second is for training and demonstrations.
+        """
+        own_split = part == "evaluate" or not self.has_train
+        scored = member.eval_docs if own_split else member.training_docs()
+        order = list(range(len(scored)))
+        rng = random.Random(PROTOCOL_SEED)
+        rng.shuffle(order)
+        if self.has_train:
+            return scored, order, list(range(len(member.training_docs())))
+        half = (len(order) + 1) // 2
+        return scored, order[:half] if part == "evaluate" else order[half:], sorted(order[half:])
+
+    def _member_documents(
+        self, number: int, member: ConfigurableTask, part: Part, shots: int, limit: int | None, offset: int
+    ) -> list[Document]:
+        metadata = member.config.metadata or {}
+        unit_of: Callable[[Any], Hashable] | None = metadata.get("scored_together")
+        cluster_of: Callable[[Any], str] | None = metadata.get("cluster")
+        scored, order, pool = self._scored(member, part)
+        shown = member.training_docs() if self.has_train else scored
+        for name, wanted in (metadata.get("demonstrations_with") or {}).items():
+            pool = [place for place in pool if shown[place][name] == wanted]
+        scores_the_pool = part == "train"
+        if shots + scores_the_pool > len(pool) and shots:
+            raise InputError(
+                f"--shots {shots}: task {member.config.task} has {len(pool)} rows to draw demonstrations from, "
+                f"{shots + scores_the_pool} are needed; ask for fewer"
+            )
+        rng = random.Random(PROTOCOL_SEED)
+        rng.shuffle(list(range(len(scored))))
+        sampler = _DrawnSampler()
+        member.sampler = sampler
+        documents: list[Document] = []
+        units: dict[Hashable, int] = {}
+        for place in order:
+            drawn = self._draw(rng, pool, shots, place if scores_the_pool else None)
+            row = scored[place]
+            unit = (number, place) if unit_of is None else unit_of(row)
+            if unit not in units and limit is not None and len(units) >= limit:
+                if unit_of is None:
+                    break
+                continue
+            units.setdefault(unit, len(units))
+            sampler.drawn = [shown[demonstration] for demonstration in drawn]
+            try:
+                options, gold = _options_and_gold(member, row, shots)
+            except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+                raise InputError(
+                    f"task {member.config.task}, row {place + 1} of its {part} rows does not have the expected "
+                    f"fields ({error!r})"
+                ) from error
+            documents.append(
+                Document(
+                    index=offset + place,
+                    options=options,
+                    gold=gold,
+                    cluster=f"{number}:{place}" if cluster_of is None else cluster_of(row),
+                    demonstrations=tuple(drawn),
+                    unit=f"{number}:{units[unit]}",
+                    member=number,
+                    row=row,
+                )
+            )
+        return documents
+
+    @staticmethod
+    def _draw(rng: random.Random, pool: list[int], shots: int, scored: int | None) -> list[int]:
+        """Draw demonstrations without replacement; one more where the scored document could be among them."""
+        if not shots:
+            return []
+        drawn = rng.sample(pool, shots + (scored is not None))
+        return [place for place in drawn if place != scored][:shots]
+
+
+def _options_and_gold(
+    member: ConfigurableTask, row: dict[str, Any], shots: int
+) -> tuple[tuple[tuple[str, str], ...], tuple[bool, ...]]:
+    """Return a row's (context, continuation) texts and which are right, from lm-eval's definition."""
+    context = member.fewshot_context(row, shots)
+    requests = member.construct_requests(row, context)
+    listed = requests if isinstance(requests, list) else [requests]
+    options = tuple((request.args[0], request.args[1]) for request in listed)
+    gold_options = (member.config.metadata or {}).get("gold_options")
+    if gold_options is not None:
+        gold = gold_options(row)
+    elif member.OUTPUT_TYPE == "loglikelihood":
+        gold = [0]
+    else:
+        gold = member.doc_to_text(row) if member.multiple_input else member.doc_to_target(row)
+        if isinstance(gold, str):
+            gold = member.doc_to_choice(row).index(gold)
+    right = gold if isinstance(gold, list) else [gold]
+    if not right or not all(isinstance(place, int) and 0 <= place < len(options) for place in right):
+        raise ValueError(f"no right option among {len(options)}: label {gold!r}")
+    return options, tuple(place in right for place in range(len(options)))
+
+
+def open_task(name: str, data_dir: Path | None) -> OpenTask:
+    """Load a task's definition and rows: a plain name, `lm-eval:NAME` or a path to JSON lines.
+
+    Raises InputError naming what is not known, missing or malformed.
+    """
+    return OpenTask(name, [task for _, task in load_members(name, data_dir)])

@@ -1,0 +1,107 @@
+"""What a person sees while a run goes on: plan, progress with rate and time left, and tables."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from lowmem_icl.plan import Plan
+
+
+class _Rate(ProgressColumn):
+    """Thousands of tokens through a layer a second."""
+
+    def render(self, task: Task) -> Text:
+        """Return the rate, or a dash before there is one."""
+        speed = task.finished_speed or task.speed
+        return Text("-" if speed is None else f"{speed / 1000:.1f}k layer-tokens/s", style="progress.data.speed")
+
+
+class Terminal:
+    """Progress and messages on stderr, results on stdout; `quiet` leaves out all but results and errors."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.out = Console()
+        self.err = Console(stderr=True, quiet=quiet)
+
+    def say(self, text: str) -> None:
+        """Print a message for people."""
+        self.err.print(text, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a bar while layer-tokens are worked off."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:>3.0f} %"),
+            _Rate(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.err, transient=not self.err.is_terminal) as shown:
+            task = shown.add_task(label, total=total)
+            yield lambda amount: shown.advance(task, amount)
+
+    @contextmanager
+    def converting(self) -> Iterator[Callable[[int], None]]:
+        """Count converted layers."""
+        done = 0
+
+        def advance(layers: int) -> None:
+            nonlocal done
+            done += layers
+            if self.err.is_terminal or done % 8 == 0:
+                self.err.print(f"converted {done} layers", end="\r" if self.err.is_terminal else "\n")
+
+        yield advance
+        if done:
+            self.say(f"converted {done} layers")
+
+    def show_plan(self, plan: Plan, folder: Path) -> None:
+        """Say what the run will hold, read and compute."""
+        memory = plan.memory
+        self.say(
+            f"run folder {folder}; memory {size(memory.allowance_bytes)}: embeddings {size(memory.outside_bytes)}, "
+            f"layers kept {size(memory.resident_bytes)}, residuals {size(memory.sweep_bytes)}"
+        )
+        self.err.print(plan_table(plan))
+
+
+def plan_table(plan: Plan) -> Table:
+    """Return the plan's experiments as a table."""
+    table = Table(title="plan", title_justify="left")
+    for column in ("experiment", "layer-tokens", "layers read", "from disk", "operations", "expected"):
+        table.add_column(column, justify="left" if column == "experiment" else "right")
+    for stage in plan.stages:
+        most = "≤ " if stage.upper_bound else ""
+        table.add_row(
+            stage.experiment,
+            f"{most}{stage.layer_tokens:,}",
+            f"{most}{stage.layers_read:,}",
+            size(stage.read_bytes),
+            f"{stage.operations / 1e9:,.0f} G",
+            f"{most}{duration(stage.seconds)}",
+        )
+    return table
+
+
+def size(amount: float) -> str:
+    """Return bytes as a short text in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.3g} {unit}"
+        amount /= 1000
+    return f"{amount:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a short text."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
