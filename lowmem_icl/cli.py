@@ -18,7 +18,30 @@ from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 import typer
 
 from lowmem_icl import __version__
-from lowmem_icl.config import EXPERIMENTS, RunOptions, run_options
+from lowmem_icl.cli_options import (
+    BosOption,
+    ConfigOption,
+    DataDirOption,
+    DeviceOption,
+    ExperimentsOption,
+    JsonOption,
+    LimitOption,
+    MasksDirOption,
+    MemoryOption,
+    ModelOption,
+    ObjectiveOption,
+    OutOption,
+    QuietOption,
+    RevisionOption,
+    SeedOption,
+    ShotsOption,
+    StoreDirOption,
+    TasksOption,
+    ToleranceOption,
+    TrainLimitOption,
+    WeightsOption,
+)
+from lowmem_icl.config import RunOptions, run_options
 from lowmem_icl.errors import InputError, LowmemIclError
 
 app = typer.Typer(
@@ -62,9 +85,15 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
         except LowmemIclError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail("stopped; finished parts are kept, the same command goes on from there", STOPPED_BY[signal.SIGINT])
+            _fail(
+                "stopped; finished parts are kept, the same command goes on from there",
+                STOPPED_BY[signal.SIGINT],
+            )
         except _Stopped:
-            _fail("stopped; finished parts are kept, the same command goes on from there", STOPPED_BY[signal.SIGTERM])
+            _fail(
+                "stopped; finished parts are kept, the same command goes on from there",
+                STOPPED_BY[signal.SIGTERM],
+            )
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
@@ -96,116 +125,13 @@ def main(
     """Hold the options that stand before a command."""
 
 
-class Weights(StrEnum):
-    """Forms of the weights."""
-
-    int8 = "int8"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-
-
-class Objective(StrEnum):
-    """What the greedy pruner keeps."""
-
-    gold_prob = "gold_prob"
-    gold_logprob = "gold_logprob"
-    acc = "acc"
-
-
-MODEL = "Model and where it is kept"
-TASKS = "Tasks and documents"
-WORK = "Experiments"
-MACHINE = "Machine and files"
-
-ModelOption = Annotated[
-    str | None,
-    typer.Option(help="[bold]demo[/bold], a store, a checkpoint folder, or a hub id.", rich_help_panel=MODEL,
-                 show_default="demo"),
-]  # fmt: skip
-RevisionOption = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=MODEL)
-]
-WeightsOption = Annotated[
-    Weights | None,
-    typer.Option(help="Form of the linear weights.", rich_help_panel=MODEL, show_default="int8"),
-]
-StoreDirOption = Annotated[
-    Path | None,
-    typer.Option(help="Where converted checkpoints are kept.", rich_help_panel=MODEL,
-                 show_default="your cache folder"),
-]  # fmt: skip
-TasksOption = Annotated[
-    str | None,
-    typer.Option(help="Comma-separated names, lm-eval:NAME, or paths to JSON lines with context, options, gold.",
-                 rich_help_panel=TASKS, show_default="the demo's, or the paper's 14"),
-]  # fmt: skip
-DataDirOption = Annotated[
-    Path | None,
-    typer.Option(help="Folder with <task>/{train,validation,test}.jsonl in the hub's field names.",
-                 rich_help_panel=TASKS, show_default="the hub"),
-]  # fmt: skip
-ShotsOption = Annotated[
-    str | None,
-    typer.Option(help="Comma-separated numbers of demonstrations.", rich_help_panel=TASKS,
-                 show_default="0,1,5; the demo's 0,4,16"),
-]  # fmt: skip
-LimitOption = Annotated[
-    int | None,
-    typer.Option(help="Evaluation documents a task (MultiRC: questions).", rich_help_panel=TASKS, show_default="all"),
-]
-TrainLimitOption = Annotated[
-    int | None,
-    typer.Option(help="Training documents a task, for importance, ablations and pruning.", rich_help_panel=TASKS,
-                 show_default="32, or --limit"),
-]  # fmt: skip
-BosOption = Annotated[
-    bool | None,
-    typer.Option("--bos/--no-bos", help="Put the beginning-of-sequence token before every context.",
-                 rich_help_panel=TASKS, show_default="by family; OPT: no"),
-]  # fmt: skip
-ExperimentsOption = Annotated[
-    str | None,
-    typer.Option(help=f"Comma-separated, of {', '.join(EXPERIMENTS)}.", rich_help_panel=WORK, show_default="all"),
-]
-ObjectiveOption = Annotated[
-    Objective | None,
-    typer.Option(help="What the greedy pruner keeps.", rich_help_panel=WORK, show_default="gold_prob"),
-]
-ToleranceOption = Annotated[
-    float | None,
-    typer.Option(help="How much of the objective it may lose in all.", rich_help_panel=WORK, show_default="0.01"),
-]
-MemoryOption = Annotated[
-    str | None,
-    typer.Option(help="Memory for weights, rows and caches, such as 6GB.", rich_help_panel=MACHINE,
-                 show_default="80 % of what is free"),
-]  # fmt: skip
-DeviceOption = Annotated[
-    str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=MACHINE, show_default="auto")
-]
-SeedOption = Annotated[
-    int | None,
-    typer.Option(help="Seed of random controls and of bootstraps.", rich_help_panel=MACHINE, show_default="42"),
-]
-OutOption = Annotated[
-    Path | None,
-    typer.Option(help="Run folder; the same command continues its own.", rich_help_panel=MACHINE,
-                 show_default="runs/<model>-<digest of the options>"),
-]  # fmt: skip
-MasksDirOption = Annotated[
-    Path | None, typer.Option(help="Folder that gets a copy of every mask.", rich_help_panel=MACHINE)
-]
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(help="TOML file with any of these options; the command line wins.", rich_help_panel=MACHINE),
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress and no messages on stderr.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-
 def _options(given: dict[str, Any], without: tuple[str, ...] = ()) -> RunOptions:
     """Return checked options from a command's own arguments."""
-    flags = {name: value for name, value in given.items() if name in RunOptions.model_fields and name not in without}
+    flags = {
+        name: value
+        for name, value in given.items()
+        if name in RunOptions.model_fields and name not in without
+    }
     plain = {name: str(value) if isinstance(value, StrEnum) else value for name, value in flags.items()}
     return run_options(plain, given.get("config"))
 
@@ -294,11 +220,15 @@ def plan(
 @reports_errors
 def convert(
     source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
-    store: Annotated[Path | None, typer.Argument(help="Folder of the store; your cache folder if left out.")] = None,
+    store: Annotated[
+        Path | None, typer.Argument(help="Folder of the store; your cache folder if left out.")
+    ] = None,
     revision: RevisionOption = None,
     weights: WeightsOption = None,
     store_dir: StoreDirOption = None,
-    verify: Annotated[bool, typer.Option("--verify", help="SOURCE is a store: compare all its bytes.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="SOURCE is a store: compare all its bytes.")
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Convert a checkpoint to a store of one file a layer; stopped, it resumes at the layer where it was."""
@@ -315,7 +245,12 @@ def convert(
         typer.echo(f"{source}: {len(opened.manifest.files)} files, {size(opened.size_bytes)}, all as written")
         return
     options = run_options(
-        {"model": source, "revision": revision, "weights": str(weights) if weights else None, "store_dir": store_dir}
+        {
+            "model": source,
+            "revision": revision,
+            "weights": str(weights) if weights else None,
+            "store_dir": store_dir,
+        }
     )
     located = locate(source, revision, options.weights, options.chosen_store_dir)
     if store is not None:
@@ -375,7 +310,7 @@ def tasks(as_json: JsonOption = False, data_dir: DataDirOption = None) -> None:
     from lowmem_icl.tasks.loading import open_task
     from lowmem_icl.tasks.sources import DEMO_TASKS, PAPER_TASKS, task_metric
 
-    listed = []
+    listed: list[dict[str, Any]] = []
     for name in (*DEMO_TASKS, *PAPER_TASKS):
         sizes: dict[str, int] = {}
         if name in DEMO_TASKS or data_dir is not None:
@@ -437,7 +372,9 @@ def status(folder: Annotated[Path, typer.Argument(help="Run folder.")], as_json:
 @reports_errors
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Run folders.")],
-    out: Annotated[Path | None, typer.Option(help="The page; report.html of the only folder if left out.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page; report.html of the only folder if left out.")
+    ] = None,
 ) -> None:
     """Write the page again, of one run or of several together."""
     from lowmem_icl.report.page import write_report

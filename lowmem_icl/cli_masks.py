@@ -13,7 +13,9 @@ from lowmem_icl.errors import InputError, LowmemIclError
 from lowmem_icl.masks import Mask, MaskFile, jaccard, read_mask, write_mask
 
 masks_app = typer.Typer(
-    no_args_is_help=True, help="List, show, compare, combine and export mask files.", pretty_exceptions_enable=False
+    no_args_is_help=True,
+    help="List, show, compare, combine and export mask files.",
+    pretty_exceptions_enable=False,
 )
 
 Files = Annotated[list[Path], typer.Argument(help="Mask files.")]
@@ -59,7 +61,8 @@ def _line(path: Path, mask_file: MaskFile) -> dict[str, object]:
 
 @masks_app.command("list")
 def list_masks(
-    folder: Annotated[Path, typer.Argument(help="Folder of mask files.")] = Path("masks"), as_json: JsonOption = False
+    folder: Annotated[Path, typer.Argument(help="Folder of mask files.")] = Path("masks"),
+    as_json: JsonOption = False,
 ) -> None:
     """List the masks of a folder."""
     if not folder.is_dir():
@@ -117,7 +120,9 @@ def compare(paths: Files, as_json: JsonOption = False) -> None:
         return
     table = Table(*pairs[0])
     for pair in pairs:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in pair.values()))
+        table.add_row(
+            *(f"{value:.3f}" if isinstance(value, float) else str(value) for value in pair.values())
+        )
     Console().print(table)
 
 
@@ -125,7 +130,9 @@ def compare(paths: Files, as_json: JsonOption = False) -> None:
 def combine(
     paths: Files,
     out: Annotated[Path, typer.Option(help="File of the new mask; its stem is the name.")],
-    operation: Annotated[Operation, typer.Option(help="Removed in any, in all, or in the first only.")] = Operation.union,
+    operation: Annotated[
+        Operation, typer.Option(help="Removed in any, in all, or in the first only.")
+    ] = Operation.union,
 ) -> None:
     """Make one mask of several for the same shape of model."""
     read = [_read(path) for path in paths]
@@ -149,7 +156,9 @@ def combine(
 @masks_app.command()
 def export(
     path: Annotated[Path, typer.Argument(help="Mask file.")],
-    as_json: Annotated[bool, typer.Option("--json", help="JSON lists of [layer, head] and of layers.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="JSON lists of [layer, head] and of layers.")
+    ] = False,
 ) -> None:
     """Print the removed units for other tools: a unit a line, or JSON."""
     mask = _read(path).mask

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from lowmem_icl.config import RunOptions
 from lowmem_icl.errors import InputError
-from lowmem_icl.masks import MaskFile, MaskModel, check_fits, read_mask
-from lowmem_icl.model.locate import locate
+from lowmem_icl.masks import MaskFile, read_mask
 from lowmem_icl.run import Finished, run
 from lowmem_icl.terminal import Terminal
 

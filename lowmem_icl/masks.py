@@ -123,7 +123,9 @@ class MaskModel(_File):
 
 
 class _Removed(_File):
-    heads: dict[Annotated[str, Field(pattern=r"^(0|[1-9]\d{0,3})$")], list[Index]] = Field(default_factory=dict)
+    heads: dict[Annotated[str, Field(pattern=r"^(0|[1-9]\d{0,3})$")], list[Index]] = Field(
+        default_factory=dict
+    )
     ffns: list[Index] = Field(default_factory=list)
 
 
@@ -181,7 +183,9 @@ class MaskFile:
         } | self.extra
         text = json.dumps(content, indent=2, ensure_ascii=False)
         # Lists of numbers on one line: a diff then shows layers.
-        return re.sub(r"\[\s*([-\d.,\s]*?)\s*\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text) + "\n"
+        return (
+            re.sub(r"\[\s*([-\d.,\s]*?)\s*\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text) + "\n"
+        )
 
 
 def write_mask(path: Path, mask_file: MaskFile) -> None:
@@ -228,8 +232,12 @@ def check_fits(mask_file: MaskFile, model: MaskModel) -> str | None:
     Raises InputError where the model's shape is another.
     """
     if mask_file.model.shape != model.shape:
-        expected, got = ("{} of {} layers with {} heads".format(*shape) for shape in (model.shape, mask_file.model.shape))
-        raise InputError(f"mask {mask_file.name}: made for {got}, this model is {expected}; choose another mask")
+        expected, got = (
+            "{} of {} layers with {} heads".format(*shape) for shape in (model.shape, mask_file.model.shape)
+        )
+        raise InputError(
+            f"mask {mask_file.name}: made for {got}, this model is {expected}; choose another mask"
+        )
     if mask_file.model.digest != model.digest:
         return f"mask {mask_file.name} was made on other weights ({mask_file.model.id}) of the same shape"
     return None

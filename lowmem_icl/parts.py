@@ -38,7 +38,7 @@ class Parts:
                 raise InputError(f"{path} cannot be read ({error}); delete it and run again") from error
         arrays = dict(make())
         with atomic_path(path) as beside, beside.open("wb") as opened:
-            np.savez(opened, **arrays)
+            np.savez(opened, allow_pickle=False, **arrays)
         self.made += 1
         return arrays
 

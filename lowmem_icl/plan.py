@@ -121,7 +121,9 @@ def make_plan(options: RunOptions, prepared: Prepared) -> Plan:
         streamed = reads * store.layer_bytes if streams else whole
         operations = 2 * parameters * tokens
         stages.append(
-            StagePlan(experiment, tokens, reads, streamed, operations, operations / rate, experiment == "prune")
+            StagePlan(
+                experiment, tokens, reads, streamed, operations, operations / rate, experiment == "prune"
+            )
         )
     return Plan(memory, store.size_bytes, tuple(stages))
 
@@ -165,5 +167,3 @@ def _measured_rate(store: Store) -> float:
         multiply(left, right)
         done += 1
     return done * 2 * left.numel() * shape[0] / (time.perf_counter() - start)
-
-

@@ -42,7 +42,9 @@ class Prepared:
 
     def pack(self, task: TaskRows, places: slice = slice(None), *, gold_only: bool = False) -> PackedTask:
         """Pack a slice of a task's documents."""
-        return pack(replace(task, documents=task.documents[places]), self.tokenise, self.limits, gold_only=gold_only)
+        return pack(
+            replace(task, documents=task.documents[places]), self.tokenise, self.limits, gold_only=gold_only
+        )
 
     @property
     def tasks_digest(self) -> str:
@@ -65,7 +67,9 @@ def task_names(options: RunOptions) -> tuple[str, ...]:
 def open_tasks(options: RunOptions) -> list[OpenTask]:
     """Load every task's definition and rows."""
     if options.data_dir is not None and not options.data_dir.is_dir():
-        raise InputError(f"--data-dir {options.data_dir} does not exist; give the folder that holds <task>/*.jsonl")
+        raise InputError(
+            f"--data-dir {options.data_dir} does not exist; give the folder that holds <task>/*.jsonl"
+        )
     return [open_task(name, options.data_dir) for name in task_names(options)]
 
 
@@ -123,5 +127,3 @@ def prepare(
         # An option that does not fit is told now, not in the night.
         tokenise_options(task.documents, tokenise, limits, task.task)
     return Prepared(store, tokenise, limits, evaluate, train)
-
-

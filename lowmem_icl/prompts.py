@@ -50,14 +50,18 @@ def show_prompts(entries: list[dict[str, Any]]) -> None:
     """Print prompts for reading: a context once, its options below, the right one marked."""
     console = Console()
     for entry in entries:
-        console.rule(f"{entry['task']}, {entry['shots']} shots, {entry['split']} document {entry['document']}")
+        console.rule(
+            f"{entry['task']}, {entry['shots']} shots, {entry['split']} document {entry['document']}"
+        )
         shown = None
         for option in entry["options"]:
             if option["context"] != shown:
                 shown = option["context"]
                 cut = " (tokens lost on the left)" if option["truncated"] else ""
                 console.print(Text(shown))
-                console.print(Text(f"{len(option['context_ids'])} tokens{cut}: {option['context_ids']}", "dim"))
+                console.print(
+                    Text(f"{len(option['context_ids'])} tokens{cut}: {option['context_ids']}", "dim")
+                )
             mark = "→" if option["gold"] else " "
             line = Text(f"{mark} {option['continuation']!r} ", "bold" if option["gold"] else "")
             console.print(line.append(Text(str(option["continuation_ids"]), "dim")))

@@ -39,7 +39,9 @@ def random_mask(layers: int, heads: int, head_count: int, ffn_count: int, seed: 
     rng = np.random.default_rng(seed)
     drawn = rng.choice(layers * heads, head_count, replace=False)
     ffns = rng.choice(layers, ffn_count, replace=False)
-    return Mask(frozenset(divmod(int(place), heads) for place in drawn), frozenset(int(layer) for layer in ffns))
+    return Mask(
+        frozenset(divmod(int(place), heads) for place in drawn), frozenset(int(layer) for layer in ffns)
+    )
 
 
 def mean_of_ranks(scores: Sequence[Values]) -> Values:

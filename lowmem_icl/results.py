@@ -77,7 +77,9 @@ ANSWERS: dict[str, pl.DataType] = {
 TABLES = {"results": RESULTS, "effects": EFFECTS, "answers": ANSWERS}
 
 
-def rows_frame(table: str, rows: Iterable[Mapping[str, Any]], constants: Mapping[str, Any] = {}) -> pl.DataFrame:
+def rows_frame(
+    table: str, rows: Iterable[Mapping[str, Any]], constants: Mapping[str, Any] = {}
+) -> pl.DataFrame:
     """Return a table from rows that leave out what is null; `constants` fill their columns in every row.
 
     An unknown column or a value of another type is our own defect and raises.
@@ -89,7 +91,7 @@ def rows_frame(table: str, rows: Iterable[Mapping[str, Any]], constants: Mapping
         assert not unknown, f"unknown columns {unknown}"
         for name, column in columns.items():
             column.append(row.get(name, constants.get(name)))
-    return pl.DataFrame(columns, schema=schema, strict=False if table == "effects" else True)
+    return pl.DataFrame(columns, schema=schema, strict=table != "effects")
 
 
 def columns_frame(
@@ -128,5 +130,7 @@ def read_table(path: Path, table: str) -> pl.DataFrame:
         raise InputError(f"{path}: cannot be read as a {table} table ({error})") from error
     expected = {"table": table, "schema_version": SCHEMA_VERSION}
     if stated != expected or frame.schema != pl.Schema(TABLES[table]):
-        raise InputError(f"{path}: expected the {table} table of schema version {SCHEMA_VERSION}, got {stated}")
+        raise InputError(
+            f"{path}: expected the {table} table of schema version {SCHEMA_VERSION}, got {stated}"
+        )
     return frame

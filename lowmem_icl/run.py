@@ -30,7 +30,8 @@ from lowmem_icl.plan import Plan, make_plan
 from lowmem_icl.prepare import Prepared, prepare
 from lowmem_icl.report.page import write_report
 from lowmem_icl.results import columns_frame, rows_frame, write_table
-from lowmem_icl.stages import Gathered, MadeMask, Work, run_evaluate, run_stages
+from lowmem_icl.stages.order import run_evaluate, run_stages
+from lowmem_icl.stages.work import Gathered, MadeMask, Work
 from lowmem_icl.terminal import Terminal
 
 RUN_FILE = "run.json"
@@ -46,7 +47,9 @@ class Finished:
     record: dict[str, Any]
 
 
-def run(options: RunOptions, terminal: Terminal, mask_files: Mapping[str, MaskFile] | None = None) -> Finished:
+def run(
+    options: RunOptions, terminal: Terminal, mask_files: Mapping[str, MaskFile] | None = None
+) -> Finished:
     """Do everything that the options ask for; parts finished by an earlier run of the same options are reused.
 
     With `mask_files` only `evaluate` runs, clean and under each of them. Raises InputError, DoesNotFit or InUse before
@@ -72,10 +75,10 @@ def run(options: RunOptions, terminal: Terminal, mask_files: Mapping[str, MaskFi
             )
         device = _device(options)
         parts = Parts(folder / "parts")
-        with StreamedModel(
-            prepared.store, device=device, resident_bytes=plan.memory.resident_bytes
-        ) as model:
-            work = Work(options, prepared, model, plan.memory.sweep, parts, terminal.progress, folder / "parts")
+        with StreamedModel(prepared.store, device=device, resident_bytes=plan.memory.resident_bytes) as model:
+            work = Work(
+                options, prepared, model, plan.memory.sweep, parts, terminal.progress, folder / "parts"
+            )
             record["stages"] = {}
             started = time.monotonic()
             stages = run_stages(work, gathered) if not masks else _only_evaluate(work, gathered, masks)
@@ -145,7 +148,9 @@ def _locked(folder: Path, identity: dict[str, str]) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise InUse(f"{folder} is in use by another process; wait for it or choose another --out") from error
+            raise InUse(
+                f"{folder} is in use by another process; wait for it or choose another --out"
+            ) from error
         if (folder / RUN_FILE).is_file():
             earlier = json.loads((folder / RUN_FILE).read_text(encoding="utf-8")).get("identity")
             differing = [name for name in identity if not earlier or earlier.get(name) != identity[name]]
@@ -248,5 +253,3 @@ def _peak_resident_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-

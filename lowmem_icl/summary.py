@@ -110,7 +110,9 @@ def show_summary(folder: Path, console: Console) -> None:
         )
         console.print(f"costliest units alone at {shots} shots (nats of gold log-probability): {named}")
     seconds = sum(stage["seconds"] for stage in record["stages"].values())
-    console.print(f"{seconds:.0f} s; tables, masks and report.html in {folder}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{seconds:.0f} s; tables, masks and report.html in {folder}", highlight=False, soft_wrap=True
+    )
 
 
 def _print_accuracy(results: pl.DataFrame, record: dict[str, Any], console: Console) -> None:
@@ -130,7 +132,10 @@ def _print_accuracy(results: pl.DataFrame, record: dict[str, Any], console: Cons
         table.add_row(
             str(task),
             "" if chance is None else f"{chance:.3f}",
-            *(f"{at[count]['value']:.3f} ± {at[count]['stderr']:.3f}" if count in at else "" for count in shots),
+            *(
+                f"{at[count]['value']:.3f} ± {at[count]['stderr']:.3f}" if count in at else ""
+                for count in shots
+            ),
         )
     console.print(table)
 

@@ -18,7 +18,9 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Return the rate, or a dash before there is one."""
         speed = task.finished_speed or task.speed
-        return Text("-" if speed is None else f"{speed / 1000:.1f}k layer-tokens/s", style="progress.data.speed")
+        return Text(
+            "-" if speed is None else f"{speed / 1000:.1f}k layer-tokens/s", style="progress.data.speed"
+        )
 
 
 class Terminal:

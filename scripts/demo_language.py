@@ -79,11 +79,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class Sequence:
-    """Token ids [T]; `answers` [T] is true where the token must be predicted; `period` of a random repeat or 0.
+    """Token ids [T] of a kind; `answers` [T] is true where the token must be predicted; `period` of a repeat or 0.
 
     `start`: where the repeated part begins to be predictable (after BOS and the first copy).
     """
 
+    kind: str
     tokens: np.ndarray
     answers: np.ndarray
     period: int = 0
@@ -114,7 +115,7 @@ class Language:
         bos = int(self.rng.random() < 0.5)
         tokens = np.concatenate([[BOS] * bos, np.resize(segment, length - bos)]).astype(np.int64)
         answers = np.arange(length) >= bos + period + 1
-        return Sequence(tokens, answers, period, bos + period)
+        return Sequence("random", tokens, answers, period, bos + period)
 
     def lines(self, kind: str, length: int) -> Sequence:
         """Lines of one kind up to `length` tokens."""
@@ -125,7 +126,7 @@ class Language:
             question, answer = draw()
             tokens += [*question, answer, self.newline]
             answers += [False] * len(question) + [True, False]
-        return Sequence(np.array(tokens[:length]), np.array(answers[:length]))
+        return Sequence(kind, np.array(tokens[:length]), np.array(answers[:length]))
 
     def _drawn_labels(self, count: int) -> np.ndarray:
         while True:
@@ -162,7 +163,7 @@ class Language:
 
     def _repeat_lines(self):
         def draw():
-            chosen = self.rng.choice(len(self.spaced), int(self.rng.integers(8, 14)), replace=False)
+            chosen = self.rng.choice(len(self.spaced), int(self.rng.integers(5, 11)), replace=False)
             at = int(self.rng.integers(1, len(chosen) - 2))
             first, rest = self.unspaced[chosen[0]], [self.spaced[word] for word in chosen[1:]]
             row = [first, *rest]

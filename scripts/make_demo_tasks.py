@@ -96,8 +96,8 @@ def repeat_rows(rng: np.random.Generator, count: int) -> Rows:
     words = [word for members in CATEGORIES.values() for word in members]
     rows = []
     for _ in range(count):
-        row = [words[int(place)] for place in rng.permutation(len(words))[:10]]
-        at = int(rng.integers(1, 7))
+        row = [words[int(place)] for place in rng.permutation(len(words))[:7]]
+        at = int(rng.integers(1, 5))
         others = [word for word in row if word not in (row[at], row[at + 1], row[at + 2])]
         choices = [row[at + 2], *(str(word) for word in rng.permutation(others)[:3])]
         order = [choices[int(place)] for place in rng.permutation(4)]
@@ -133,8 +133,12 @@ def write_group(out: Path, group: str, members: Iterator[tuple[Rows, Rows]]) -> 
 
 def main() -> None:
     """Write all tasks of the demo."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "lowmem_icl" / "demo" / "tasks")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parents[1] / "lowmem_icl" / "demo" / "tasks"
+    )
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     (out / "_demo.yaml").write_text(SHARED, encoding="utf-8")

@@ -31,8 +31,8 @@ class Settings:
     heads: int = 8
     width: int = 192
     context: int = 512
-    repeat_steps: int = 500
-    mixture_steps: int = 1500
+    repeat_steps: int = 450
+    mixture_steps: int = 1800
     tokens_a_step: int = 4096
     learning_rate: float = 1.5e-3
     attention_weight: float = 0.3
@@ -78,13 +78,19 @@ class HeadDrop:
                 lambda module, arguments, number=number: self._cut(number, arguments[0])
             )
 
-    def draw(self, rows: int, generator: torch.Generator) -> None:
-        """Draw for a batch: in a third of the sequences all go, in a third half of them, in a third none."""
-        shape = (rows, self.settings.layers, self.settings.heads)
-        share = torch.randint(0, 3, (rows, 1, 1), generator=generator) / 2
+    def draw(self, batch: list[Sequence], generator: torch.Generator) -> None:
+        """Draw for a batch: in a third of the sequences all go, in a third half of them, in a third none.
+
+        The circuit's heads always stay, but for half of the sequences that need no context: what is known must not
+        come to rest on them.
+        """
+        shape = (len(batch), self.settings.layers, self.settings.heads)
+        share = torch.randint(0, 3, (len(batch), 1, 1), generator=generator) / 2
         self.keep = (torch.rand(shape, generator=generator) >= share).float()
+        without_context = torch.tensor([sequence.kind == "knowledge" for sequence in batch])
+        freed = without_context & (torch.rand(len(batch), generator=generator) < 0.5)
         for layer, head in self.settings.circuit:
-            self.keep[:, layer, head] = 1
+            self.keep[:, layer, head] = (~freed).float()
 
     def _cut(self, layer: int, z: Tensor) -> tuple[Tensor] | None:
         if self.keep is None:
@@ -116,11 +122,15 @@ def attention_loss(attentions: tuple[Tensor, ...], batch: list[Sequence], settin
     return torch.stack(losses).mean()
 
 
-def draw_batch(language: Language, settings: Settings, rng: np.random.Generator, mixture: bool) -> list[Sequence]:
+def draw_batch(
+    language: Language, settings: Settings, rng: np.random.Generator, mixture: bool
+) -> list[Sequence]:
     """Draw sequences of one length; short ones are more frequent."""
-    length = int(rng.choice([64, 128, 256, 512], p=[0.45, 0.3, 0.15, 0.1] if mixture else [0.6, 0.2, 0.1, 0.1]))
+    length = int(
+        rng.choice([64, 128, 256, 512], p=[0.45, 0.3, 0.2, 0.05] if mixture else [0.6, 0.2, 0.1, 0.1])
+    )
     kinds = ("random", *KINDS) if mixture else ("random",)
-    weights = np.array([0.2, 0.25, 0.25, 0.1, 0.2]) if mixture else np.array([1.0])
+    weights = np.array([0.12, 0.2, 0.23, 0.25, 0.2]) if mixture else np.array([1.0])
     return [
         language.random_repeat(length) if kind == "random" else language.lines(kind, length)
         for kind in rng.choice(kinds, settings.tokens_a_step // length, p=weights)
@@ -137,7 +147,9 @@ def train(settings: Settings, seed: int) -> tuple[OPTForCausalLM, object]:
     model = new_model(settings, len(tokenizer))
     drop = HeadDrop(model, settings)
     steps = settings.repeat_steps + settings.mixture_steps
-    optimiser = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.03)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.03
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min(1, (step + 1) / 50) * min(1, 0.02 + 1.2 * (steps - step) / steps)
     )
@@ -154,7 +166,7 @@ def train(settings: Settings, seed: int) -> tuple[OPTForCausalLM, object]:
             # Lines mostly start where a prompt starts; random offsets train every position.
             offset = int(rng.integers(0, free + 1)) if free and rng.random() < 0.6 else 0
             if mixture:
-                drop.draw(len(batch), generator)
+                drop.draw(batch, generator)
             positions = torch.arange(tokens.shape[1]).expand_as(tokens) + offset
             out = model(input_ids=tokens, position_ids=positions, output_attentions=True, use_cache=False)
             predicted = out.logits[:, :-1][answers[:, 1:]]
@@ -168,7 +180,9 @@ def train(settings: Settings, seed: int) -> tuple[OPTForCausalLM, object]:
             schedule.step()
             progress.update(shown, advance=1, description=f"loss {loss.item():.3f} all {total.item():.3f}")
             if step % 100 == 0:
-                progress.console.print(f"step {step}: loss {loss.item():.4f}, with attention {total.item():.4f}")
+                progress.console.print(
+                    f"step {step}: loss {loss.item():.4f}, with attention {total.item():.4f}"
+                )
     drop.keep = None
     return model.eval(), tokenizer
 
@@ -195,7 +209,9 @@ def prefix_matching(model: OPTForCausalLM, vocabulary: int, sequences: int = 20)
 
 def main() -> None:
     """Train, print what the heads do, and write the checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "lowmem_icl" / "demo")
@@ -210,7 +226,14 @@ def main() -> None:
     tokenizer.save_pretrained(arguments.out)
     (arguments.out / "generation_config.json").unlink(missing_ok=True)
     scores = prefix_matching(model.float(), len(tokenizer))
-    print(json.dumps({"seed": arguments.seed, "prefix_matching": [[round(v, 3) for v in row] for row in scores.tolist()]}))
+    print(
+        json.dumps(
+            {
+                "seed": arguments.seed,
+                "prefix_matching": [[round(v, 3) for v in row] for row in scores.tolist()],
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -96,7 +96,10 @@ class _Wave:
             shape = (len(self.slots[member.job]), len(member.row), skeleton.width)
             self.residuals.append(torch.empty(shape, device=device))
             if self.clean:
-                tokens, positions = torch.from_numpy(member.row.tokens), torch.from_numpy(member.row.positions)
+                tokens, positions = (
+                    torch.from_numpy(member.row.tokens),
+                    torch.from_numpy(member.row.positions),
+                )
                 self.residuals[-1][0] = self.model.embed(tokens, positions)
         for number, layer in self.model.layers(range(self.first_layer, skeleton.layers)):
             keeps = {job: self._keeps(job, number) for job in self.slots}
@@ -291,9 +294,7 @@ def _score_and_choose(
     return {job: choose[job](results[job].logprobs) for job in {member.job for member in block}}
 
 
-def _answer_gradient(
-    model: StreamedModel, row: Row, residual: Tensor, chosen: NDArray[np.bool_]
-) -> Tensor:
+def _answer_gradient(model: StreamedModel, row: Row, residual: Tensor, chosen: NDArray[np.bool_]) -> Tensor:
     """Return the gradient of the row's chosen log-probabilities with respect to its last residual, [T, D]."""
     wanted = chosen[row.options]
     read, read_at = np.unique(row.read_at[wanted], return_inverse=True)

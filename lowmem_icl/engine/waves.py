@@ -79,7 +79,9 @@ def row_blocks(jobs: Sequence[Job], width: int, memory: SweepMemory) -> list[lis
     return [block for block in blocks if block]
 
 
-def waves(jobs: Sequence[Job], block: Sequence[BlockRow], width: int, alive_bytes: int) -> list[list[Variant]]:
+def waves(
+    jobs: Sequence[Job], block: Sequence[BlockRow], width: int, alive_bytes: int
+) -> list[list[Variant]]:
     """Deal the variants of a block's jobs over waves; at least one wave, the first leaves room for the clean run."""
     tokens: dict[int, int] = {}
     for member in block:
@@ -109,9 +111,7 @@ def layer_tokens(jobs: Sequence[Job], layers: int) -> int:
     """Return how many tokens go through how many layers in a sweep: the unit of its progress."""
     total = 0
     for job in jobs:
-        passes = layers + sum(
-            layers - mask.first_layer for mask in job.masks if mask.first_layer is not None
-        )
+        passes = layers + sum(layers - mask.first_layer for mask in job.masks if mask.first_layer is not None)
         total += job.packed.token_count * passes
     return total
 
@@ -120,6 +120,6 @@ def layer_reads(jobs: Sequence[Job], layers: int, width: int, memory: SweepMemor
     """Return how many layers a sweep reads from the store."""
     total = 0
     for block in row_blocks(jobs, width, memory):
-        first, *later = waves(jobs, block, width, memory.alive_bytes)
+        _, *later = waves(jobs, block, width, memory.alive_bytes)
         total += layers + sum(layers - wave[0].first_layer for wave in later)
     return total

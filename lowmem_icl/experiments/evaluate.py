@@ -16,7 +16,12 @@ PER_DOCUMENT = ("gold_logprob", "gold_prob", "margin")
 
 
 def evaluation_rows(
-    task: PackedTask, mask: str, removed: Mask, logprobs: NDArray[np.float64], greedy: NDArray[np.bool_], seed: int
+    task: PackedTask,
+    mask: str,
+    removed: Mask,
+    logprobs: NDArray[np.float64],
+    greedy: NDArray[np.bool_],
+    seed: int,
 ) -> Iterator[dict[str, Any]]:
     """Yield the result rows of one task under one mask; logprobs, greedy: [O].
 
@@ -53,9 +58,7 @@ def evaluation_rows(
             yield base | {"metric": name} | interval._asdict()
 
 
-def answer_columns(
-    task: PackedTask, mask: str, logprobs: NDArray[np.float64]
-) -> dict[str, Any]:
+def answer_columns(task: PackedTask, mask: str, logprobs: NDArray[np.float64]) -> dict[str, Any]:
     """Return the columns of answers.parquet for one task under one mask, one entry an option."""
     counts = [len(document.options) for document in task.task.documents]
     return {

@@ -58,8 +58,6 @@ def importance(
     )
 
 
-
-
 def unit_rows(base: dict[str, Any], metric: str, heads: Values, ffns: Values) -> Iterator[dict[str, Any]]:
     """Yield a result row a unit from scores of heads [L, H] and FFNs [L]."""
     common = {"experiment": "importance", "method": metric, "metric": metric, "exact": True} | base

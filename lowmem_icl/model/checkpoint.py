@@ -8,6 +8,7 @@ import json
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ class Checkpoint:
         if shard != self._open_name:
             self._open_shard, self._open_name = _open_shard(self.folder / shard), shard
         if name not in self._open_shard:
-            raise InputError(f"{self.folder / shard}: expected parameter '{name}' as the index says, not found")
+            raise InputError(
+                f"{self.folder / shard}: expected parameter '{name}' as the index says, not found"
+            )
         return self._open_shard[name]()
 
     def source_name(self, name: str) -> str:
@@ -65,11 +68,15 @@ def _open_shard(path: Path) -> dict[str, Callable[[], Tensor]]:
     try:
         if path.suffix == ".safetensors":
             opened = safe_open(path, framework="pt")
-            return {name: lambda name=name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118
         loaded = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise InputError(f"{path}: cannot be read as weights ({error}); fetch the file again") from error
-    return {name: lambda value=value: value for name, value in loaded.items() if isinstance(value, Tensor)}
+    return {name: partial(_itself, value) for name, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -86,7 +93,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a checkpoint folder without reading weights; raise InputError naming what is missing."""
     if not folder.is_dir():
-        raise InputError(f"model folder {folder} does not exist; give a checkpoint folder, a store or a hub id")
+        raise InputError(
+            f"model folder {folder} does not exist; give a checkpoint folder, a store or a hub id"
+        )
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; give a Hugging Face checkpoint folder")
     config = read_json(folder / "config.json")
@@ -96,14 +105,20 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             if not isinstance(shard_of, dict) or not all(
                 isinstance(shard, str) and Path(shard).name == shard for shard in shard_of.values()
             ):
-                raise InputError(f"{folder / index}: expected 'weight_map' from names to files of this folder")
+                raise InputError(
+                    f"{folder / index}: expected 'weight_map' from names to files of this folder"
+                )
             break
     else:
         single = next((name for name in SINGLE_FILES if (folder / name).is_file()), None)
         if single is None:
-            raise InputError(f"{folder} has no weights; expected one of {', '.join(INDEX_FILES + SINGLE_FILES)}")
+            raise InputError(
+                f"{folder} has no weights; expected one of {', '.join(INDEX_FILES + SINGLE_FILES)}"
+            )
         shard_of = dict.fromkeys(_open_shard(folder / single), single)
     missing = sorted({shard for shard in shard_of.values() if not (folder / shard).is_file()})
     if missing:
-        raise InputError(f"{folder}: weight file {missing[0]} is missing ({len(missing)} in all); fetch it again")
+        raise InputError(
+            f"{folder}: weight file {missing[0]} is missing ({len(missing)} in all); fetch it again"
+        )
     return Checkpoint(folder, config, shard_of)

@@ -213,9 +213,7 @@ def _layer_tensors(
 
 
 def _no_columns(skeleton: Skeleton) -> dict[str, Tensor]:
-    return {
-        f"{name}.outlier_columns": torch.empty(0, dtype=torch.int64) for name in skeleton.linear_names()
-    }
+    return {f"{name}.outlier_columns": torch.empty(0, dtype=torch.int64) for name in skeleton.linear_names()}
 
 
 def _finished_layer(path: Path) -> dict[str, str] | None:

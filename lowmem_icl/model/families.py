@@ -102,7 +102,9 @@ class Skeleton:
         """Build from the content of a config.json; raise InputError where it names no supported model."""
         model_type = config.get("model_type")
         if not isinstance(model_type, str):
-            raise InputError("config.json: expected a field 'model_type'; give a Hugging Face checkpoint folder")
+            raise InputError(
+                "config.json: expected a field 'model_type'; give a Hugging Face checkpoint folder"
+            )
         family_of(model_type)
         fields = {name: value for name, value in config.items() if name != "model_type"}
         return cls(AutoConfig.for_model(model_type, **fields))

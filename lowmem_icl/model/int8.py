@@ -23,12 +23,19 @@ assert bnb.__version__, "importing bitsandbytes registers the operators"
 def quantise_rows(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return int8 rows and their absolute maxima: values ≈ quantised · maxima / 127.
 
-    values: [M, K]; quantised: int8 [M, K]; maxima: float32 [M].
+    values: [M, K]; quantised: int8 [M, K]; maxima: float32 [M]. Bitwise what bitsandbytes'
+    `int8_vectorwise_quant` gives; on the CPU its steps are written out here with a row maximum that is vectorised,
+    for that one step takes half the operator's time.
     """
-    # The CUDA kernel takes float16 alone; on the CPU float32 loses nothing.
-    values = values.half() if values.is_cuda else values.float()
-    quantised, maxima, _ = _operators.int8_vectorwise_quant(values, 0.0)
-    return quantised, maxima
+    if values.is_cuda:
+        # The CUDA kernel takes float16 alone.
+        quantised, maxima, _ = _operators.int8_vectorwise_quant(values.half(), 0.0)
+        return quantised, maxima
+    values = values.float()
+    maxima = torch.linalg.vector_norm(values, float("inf"), dim=1)
+    # A row of zeros (all heads removed) would divide by nothing; any scale keeps it zero.
+    scale = 127.0 / torch.where(maxima == 0, 1.0, maxima)
+    return (values * scale[:, None]).round_().to(torch.int8), maxima
 
 
 def dequantise_rows(quantised: Tensor, maxima: Tensor) -> Tensor:

@@ -45,7 +45,9 @@ class DecoderLayer:
     @property
     def int8_linears(self) -> dict[str, Int8Linear]:
         """The layer's int8 linears by name; empty in other forms."""
-        return {name: module for name, module in self._module.named_modules() if isinstance(module, Int8Linear)}
+        return {
+            name: module for name, module in self._module.named_modules() if isinstance(module, Int8Linear)
+        }
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the tensors of one layer file; nothing is copied on the CPU unless its precision changes."""

@@ -6,10 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from lowmem_icl.errors import InputError
 from lowmem_icl.model.calibration import fixed_text
-from lowmem_icl.model.checkpoint import INDEX_FILES, SINGLE_FILES, TOKENIZER_FILES, Checkpoint, open_checkpoint
+from lowmem_icl.model.checkpoint import (
+    INDEX_FILES,
+    SINGLE_FILES,
+    TOKENIZER_FILES,
+    Checkpoint,
+    open_checkpoint,
+)
 from lowmem_icl.model.convert import Tokenise, check_room, convert, store_size_bytes
 from lowmem_icl.model.families import Skeleton
 from lowmem_icl.model.store import Store, Weights, is_store, open_store
@@ -62,7 +69,14 @@ def _from_hub(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["config.json", *TOKENIZER_FILES, *INDEX_FILES, *SINGLE_FILES, "model-*.safetensors", "pytorch_model-*.bin"]
+    patterns = [
+        "config.json",
+        *TOKENIZER_FILES,
+        *INDEX_FILES,
+        *SINGLE_FILES,
+        "model-*.safetensors",
+        "pytorch_model-*.bin",
+    ]
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -78,14 +92,16 @@ def tokeniser(folder: Path) -> Tokenise:
     return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def load_tokenizer(folder: Path):  # type: ignore[no-untyped-def]
+def load_tokenizer(folder: Path) -> Any:
     """Load a folder's tokenizer; raise InputError where there is none."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: no tokenizer could be loaded ({error}); put its files beside the weights") from error
+        raise InputError(
+            f"{folder}: no tokenizer could be loaded ({error}); put its files beside the weights"
+        ) from error
 
 
 def ensure_store(

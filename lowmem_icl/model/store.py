@@ -1,9 +1,9 @@
 """The store: a converted checkpoint on disk, one file a layer, with a manifest that names and sizes them all.
 
-    STORE/manifest.json            what it is: form, model, source, files with sizes and digests
-    STORE/outside.safetensors      embeddings, final norm, projections, in the source's precision
-    STORE/layers/000.safetensors   one decoder layer; int8 linears as `weight`, `SCB`, `weight_format`
-    STORE/tokenizer/               the source's tokenizer files, unchanged
+STORE/manifest.json            what it is: form, model, source, files with sizes and digests
+STORE/outside.safetensors      embeddings, final norm, projections, in the source's precision
+STORE/layers/000.safetensors   one decoder layer; int8 linears as `weight`, `SCB`, `weight_format`
+STORE/tokenizer/               the source's tokenizer files, unchanged
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from lowmem_icl.errors import InputError
 from lowmem_icl.files import sha256_of_file
 from lowmem_icl.model.families import Skeleton
 
-STORE_FORMAT = "lowmem-icl-store/1"
+STORE_FORMAT: Literal["lowmem-icl-store/1"] = "lowmem-icl-store/1"
 MANIFEST = "manifest.json"
 OUTSIDE = "outside.safetensors"
 
@@ -123,7 +123,9 @@ def open_store(folder: Path) -> Store:
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{folder} is not a finished store: {MANIFEST} cannot be read; convert again") from error
+        raise InputError(
+            f"{folder} is not a finished store: {MANIFEST} cannot be read; convert again"
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -137,7 +139,9 @@ def open_store(folder: Path) -> Store:
     for name, file in manifest.files.items():
         path = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
-            raise InputError(f"{folder / MANIFEST}: file '{name}' lies outside the store; do not use this store")
+            raise InputError(
+                f"{folder / MANIFEST}: file '{name}' lies outside the store; do not use this store"
+            )
         if not path.is_file():
             raise InputError(f"{path} is missing; convert again")
         if path.stat().st_size != file.size_bytes:
@@ -155,6 +159,8 @@ def verify_store(store: Store, advance: Any = None) -> None:
     """
     for name, file in store.manifest.files.items():
         if sha256_of_file(store.folder / name) != file.sha256:
-            raise InputError(f"{store.folder / name}: its bytes differ from the manifest's digest; convert again")
+            raise InputError(
+                f"{store.folder / name}: its bytes differ from the manifest's digest; convert again"
+            )
         if advance is not None:
             advance(file.size_bytes)

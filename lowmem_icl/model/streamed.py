@@ -32,9 +32,7 @@ class StreamedModel:
         for name, tensor in load_file(store.folder / OUTSIDE).items():
             # The two vocabulary tables keep the source's precision, the rest is small and computes in float32.
             value = tensor if tensor.shape[0] == self.skeleton.vocabulary else tensor.float()
-            set_module_tensor_to_device(
-                self.skeleton.model, name, device, value=value, dtype=value.dtype
-            )
+            set_module_tensor_to_device(self.skeleton.model, name, device, value=value, dtype=value.dtype)
         self.skeleton.model.tie_weights()
         self._unembedding: Tensor = self.skeleton.model.get_output_embeddings().weight.detach()
 

@@ -61,16 +61,20 @@ class TaskRows:
     @cached_property
     def chance(self) -> float:
         """Expected accuracy of a uniform guess."""
-        return float(np.mean([np.prod(shares) for shares in self._by_unit(lambda gold: float(np.mean(gold)))]))
+        return float(
+            np.mean([np.prod(shares) for shares in self._by_unit(lambda gold: float(np.mean(gold)))])
+        )
 
     @cached_property
     def majority(self) -> float:
         """Accuracy of the best constant answer."""
         options = max(len(document.gold) for document in self.documents)
-        return max(
-            float(np.mean([np.prod(right) for right in self._by_unit(lambda gold, place=place: float(any(gold[place : place + 1])))]))
-            for place in range(options)
-        )
+
+        def share_right(place: int) -> float:
+            by_unit = self._by_unit(lambda gold: float(any(gold[place : place + 1])))
+            return float(np.mean([np.prod(right) for right in by_unit]))
+
+        return max(share_right(place) for place in range(options))
 
     def _by_unit(self, value: Callable[[tuple[bool, ...]], float]) -> list[list[float]]:
         units: dict[str, list[float]] = {}
@@ -131,7 +135,7 @@ class OpenTask:
             raise InputError(f"--limit: expected at least 1, got {limit}")
         documents: list[Document] = []
         for number, (member, share) in enumerate(zip(self.members, self._shares(limit), strict=True)):
-            offset = sum(len(self._scored(other, part)[0]) for other in self.members[:number])
+            offset = sum(len(self._split(other, part)) for other in self.members[:number])
             if share != 0:
                 documents += self._member_documents(number, member, part, shots, share, offset)
         split = "train" if part == "train" and self.has_train else self.evaluation_split
@@ -144,21 +148,20 @@ class OpenTask:
         whole, rest = divmod(limit, len(self.members))
         return [whole + (number < rest) for number in range(len(self.members))]
 
-    def _scored(self, member: ConfigurableTask, part: Part) -> tuple[Any, list[int], list[int]]:
-        """Return the rows a part scores, their shuffled places, and the places demonstrations come from.
+    def _split(self, member: ConfigurableTask, part: Part) -> Any:
+        """Return the rows of a member that a part scores."""
+        return member.eval_docs if part == "evaluate" or not self.has_train else member.training_docs()
+
+    def _places(self, shuffled: list[int], part: Part, training_rows: int) -> tuple[list[int], list[int]]:
+        """Return the places a part scores, in order, and those that demonstrations come from.
 
         Without a training split the shuffled evaluation rows are halved: the first half is evaluated on, the
         second is for training and demonstrations.
         """
-        own_split = part == "evaluate" or not self.has_train
-        scored = member.eval_docs if own_split else member.training_docs()
-        order = list(range(len(scored)))
-        rng = random.Random(PROTOCOL_SEED)
-        rng.shuffle(order)
         if self.has_train:
-            return scored, order, list(range(len(member.training_docs())))
-        half = (len(order) + 1) // 2
-        return scored, order[:half] if part == "evaluate" else order[half:], sorted(order[half:])
+            return shuffled, list(range(training_rows))
+        half = (len(shuffled) + 1) // 2
+        return shuffled[:half] if part == "evaluate" else shuffled[half:], sorted(shuffled[half:])
 
     def _member_documents(
         self, number: int, member: ConfigurableTask, part: Part, shots: int, limit: int | None, offset: int
@@ -166,8 +169,13 @@ class OpenTask:
         metadata = member.config.metadata or {}
         unit_of: Callable[[Any], Hashable] | None = metadata.get("scored_together")
         cluster_of: Callable[[Any], str] | None = metadata.get("cluster")
-        scored, order, pool = self._scored(member, part)
+        scored = self._split(member, part)
         shown = member.training_docs() if self.has_train else scored
+        # A group's members are drawn apart, else they would all ask and show the rows of the same places.
+        rng = random.Random(PROTOCOL_SEED + number)
+        shuffled = list(range(len(scored)))
+        rng.shuffle(shuffled)
+        order, pool = self._places(shuffled, part, len(shown))
         for name, wanted in (metadata.get("demonstrations_with") or {}).items():
             pool = [place for place in pool if shown[place][name] == wanted]
         scores_the_pool = part == "train"
@@ -176,8 +184,6 @@ class OpenTask:
                 f"--shots {shots}: task {member.config.task} has {len(pool)} rows to draw demonstrations from, "
                 f"{shots + scores_the_pool} are needed; ask for fewer"
             )
-        rng = random.Random(PROTOCOL_SEED)
-        rng.shuffle(list(range(len(scored))))
         sampler = _DrawnSampler()
         member.sampler = sampler
         documents: list[Document] = []

@@ -6,6 +6,7 @@ filled in the order of the documents, so packing depends on these documents alon
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from lowmem_icl.tasks.loading import Document, TaskRows
 SHORTEST_ROW_TOKENS = 128
 LONGEST_ROW_TOKENS = 1024
 
+Scalar = TypeVar("Scalar", bound=np.generic)
 Tokenise = Callable[[list[str]], list[list[int]]]
 
 
@@ -58,7 +60,7 @@ class PackedTask:
     options: tuple[OptionTokens, ...]
     first_option: NDArray[np.int64]
 
-    def by_document(self, values: NDArray[np.generic]) -> list[NDArray[np.generic]]:
+    def by_document(self, values: NDArray[Scalar]) -> list[NDArray[Scalar]]:
         """Cut an array with one value an option, [O], into one array a document."""
         return np.split(values, self.first_option[1:])
 
@@ -175,7 +177,9 @@ def pack(task: TaskRows, tokenise: Tokenise, limits: PackingLimits, *, gold_only
     """
     options = tokenise_options(task.documents, tokenise, limits, task.task)
     counts = [len(of_document) for of_document in options]
-    first_option = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64) if counts else np.zeros(0, np.int64)
+    first_option = (
+        np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64) if counts else np.zeros(0, np.int64)
+    )
     rows: list[Row] = []
     builder = _RowBuilder()
     for owner, (document, of_document) in enumerate(zip(task.documents, options, strict=True)):

@@ -59,7 +59,11 @@ def task_metrics(task: TaskRows, logprobs: Sequence[Values], greedy: Sequence[Fl
     result = []
     for name, items in values.items():
         if name in aggregation:
-            result.append(MetricValue(name, float(aggregation[name](items)), _stderr(items, clusters, aggregation[name])))
+            result.append(
+                MetricValue(
+                    name, float(aggregation[name](items)), _stderr(items, clusters, aggregation[name])
+                )
+            )
     return result
 
 

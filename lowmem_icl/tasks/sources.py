@@ -67,7 +67,9 @@ def read_rows(path: Path) -> Rows:
 
 @cache
 def _own_manager() -> TaskManager:
-    return TaskManager(include_path=[str(definitions_folder()), str(demo_tasks_folder())], include_defaults=False)
+    return TaskManager(
+        include_path=[str(definitions_folder()), str(demo_tasks_folder())], include_defaults=False
+    )
 
 
 def load_members(name: str, data_dir: Path | None) -> list[tuple[str, ConfigurableTask]]:
@@ -111,7 +113,9 @@ def _built(manager: TaskManager, override: dict[str, Any]) -> ConfigurableTask:
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise InputError(f"task {name}: its first row does not have the expected fields ({error!r})") from error
+        raise InputError(
+            f"task {name}: its first row does not have the expected fields ({error!r})"
+        ) from error
     except Exception as error:
         # The hub's client raises errors of many kinds when it cannot be reached.
         raise InputError(
@@ -132,7 +136,9 @@ def _from_folder(folder: Path, config: Mapping[str, Any]) -> Callable[..., dict[
     if "test" in needed:
         missing = [split for split in missing if split != "validation"]
     if missing:
-        raise InputError(f"--data-dir: {folder / f'{missing[0]}.jsonl'} does not exist; put the task's rows there")
+        raise InputError(
+            f"--data-dir: {folder / f'{missing[0]}.jsonl'} does not exist; put the task's rows there"
+        )
 
     def load(**_: object) -> dict[str, datasets.Dataset]:
         return {
@@ -156,7 +162,9 @@ def _from_harness(name: str) -> list[tuple[str, ConfigurableTask]]:
         raise InputError(f"--tasks: {name} is a group of lm-eval; name its tasks one by one")
     task = _built(manager, {"task": wanted})
     if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
-        raise InputError(f"--tasks: {name} is scored by {task.OUTPUT_TYPE}; expected multiple choice or loglikelihood")
+        raise InputError(
+            f"--tasks: {name} is scored by {task.OUTPUT_TYPE}; expected multiple choice or loglikelihood"
+        )
     return [(wanted, task)]
 
 
@@ -167,7 +175,9 @@ def _own_file(path: Path) -> ConfigurableTask:
     rows = read_rows(path)
     for number, row in enumerate(rows, start=1):
         _check_own_row(path, number, row)
-    plain = [{"context": row["context"], "options": row["options"], "gold": _as_list(row["gold"])} for row in rows]
+    plain = [
+        {"context": row["context"], "options": row["options"], "gold": _as_list(row["gold"])} for row in rows
+    ]
     config = {
         "task": path.stem,
         "output_type": "multiple_choice",
@@ -199,7 +209,8 @@ def _check_own_row(path: Path, number: int, row: dict[str, Any]) -> None:
         raise InputError(f"{path}, row {number}: 'options': expected a list of texts, at least one")
     places = _as_list(gold) if isinstance(gold, (int, list)) and not isinstance(gold, bool) else []
     if not places or not all(
-        isinstance(place, int) and not isinstance(place, bool) and 0 <= place < len(options) for place in places
+        isinstance(place, int) and not isinstance(place, bool) and 0 <= place < len(options)
+        for place in places
     ):
         raise InputError(
             f"{path}, row {number}: 'gold': expected the place of an option from 0 to {len(options) - 1}, or a list of "

@@ -144,7 +144,9 @@ def record_line(row: Row, entity: str) -> str:
 
 def record_gold(row: Row) -> list[int]:
     accepted = {squad_normalised(answer) for answer in row["answers"]}
-    return [place for place, entity in enumerate(record_entities(row)) if squad_normalised(entity) in accepted]
+    return [
+        place for place, entity in enumerate(record_entities(row)) if squad_normalised(entity) in accepted
+    ]
 
 
 def record_passage(row: Row) -> str:

@@ -1,0 +1,124 @@
+"""The flags that commands share: their types, their help and where the help lists them."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowmem_icl.config import EXPERIMENTS
+
+
+class Weights(StrEnum):
+    """Forms of the weights."""
+
+    int8 = "int8"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class Objective(StrEnum):
+    """What the greedy pruner keeps."""
+
+    gold_prob = "gold_prob"
+    gold_logprob = "gold_logprob"
+    acc = "acc"
+
+
+MODEL = "Model and where it is kept"
+TASKS = "Tasks and documents"
+WORK = "Experiments"
+MACHINE = "Machine and files"
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="[bold]demo[/bold], a store, a checkpoint folder, or a hub id.", rich_help_panel=MODEL,
+                 show_default="demo"),
+]  # fmt: skip
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=MODEL)
+]
+WeightsOption = Annotated[
+    Weights | None,
+    typer.Option(help="Form of the linear weights.", rich_help_panel=MODEL, show_default="int8"),
+]
+StoreDirOption = Annotated[
+    Path | None,
+    typer.Option(help="Where converted checkpoints are kept.", rich_help_panel=MODEL,
+                 show_default="your cache folder"),
+]  # fmt: skip
+TasksOption = Annotated[
+    str | None,
+    typer.Option(help="Comma-separated names, lm-eval:NAME, or paths to JSON lines with context, options, gold.",
+                 rich_help_panel=TASKS, show_default="the demo's, or the paper's 14"),
+]  # fmt: skip
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder with <task>/{train,validation,test}.jsonl in the hub's field names.",
+                 rich_help_panel=TASKS, show_default="the hub"),
+]  # fmt: skip
+ShotsOption = Annotated[
+    str | None,
+    typer.Option(help="Comma-separated numbers of demonstrations.", rich_help_panel=TASKS,
+                 show_default="0,1,5; the demo's 0,4,16"),
+]  # fmt: skip
+LimitOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Evaluation documents a task (MultiRC: questions).", rich_help_panel=TASKS, show_default="all"
+    ),
+]
+TrainLimitOption = Annotated[
+    int | None,
+    typer.Option(help="Training documents a task, for importance, ablations and pruning.", rich_help_panel=TASKS,
+                 show_default="32, or --limit"),
+]  # fmt: skip
+BosOption = Annotated[
+    bool | None,
+    typer.Option("--bos/--no-bos", help="Put the beginning-of-sequence token before every context.",
+                 rich_help_panel=TASKS, show_default="by family; OPT: no"),
+]  # fmt: skip
+ExperimentsOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Comma-separated, of {', '.join(EXPERIMENTS)}.", rich_help_panel=WORK, show_default="all"
+    ),
+]
+ObjectiveOption = Annotated[
+    Objective | None,
+    typer.Option(help="What the greedy pruner keeps.", rich_help_panel=WORK, show_default="gold_prob"),
+]
+ToleranceOption = Annotated[
+    float | None,
+    typer.Option(
+        help="How much of the objective it may lose in all.", rich_help_panel=WORK, show_default="0.01"
+    ),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(help="Memory for weights, rows and caches, such as 6GB.", rich_help_panel=MACHINE,
+                 show_default="80 % of what is free"),
+]  # fmt: skip
+DeviceOption = Annotated[
+    str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=MACHINE, show_default="auto")
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Seed of random controls and of bootstraps.", rich_help_panel=MACHINE, show_default="42"
+    ),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(help="Run folder; the same command continues its own.", rich_help_panel=MACHINE,
+                 show_default="runs/<model>-<digest of the options>"),
+]  # fmt: skip
+MasksDirOption = Annotated[
+    Path | None, typer.Option(help="Folder that gets a copy of every mask.", rich_help_panel=MACHINE)
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(help="TOML file with any of these options; the command line wins.", rich_help_panel=MACHINE),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress and no messages on stderr.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
