@@ -1,5 +1,7 @@
 """Finished pieces of a run: named arrays in files, written whole, found again when the run is continued."""
 
+import logging
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +12,8 @@ from numpy.typing import NDArray
 
 from lowmem_icl.errors import InputError
 from lowmem_icl.files import atomic_path
+
+logger = logging.getLogger(__name__)
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -36,10 +40,12 @@ class Parts:
                     return {key: stored[key] for key in stored.files}
             except (OSError, ValueError, zipfile.BadZipFile) as error:
                 raise InputError(f"{path} cannot be read ({error}); delete it and run again") from error
+        started = time.monotonic()
         arrays = dict(make())
         with atomic_path(path) as beside, beside.open("wb") as opened:
             np.savez(opened, allow_pickle=False, **arrays)
         self.made += 1
+        logger.info("part %s made in %.1f s", name, time.monotonic() - started)
         return arrays
 
     def _path(self, name: str) -> Path:

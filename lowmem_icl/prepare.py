@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from lowmem_icl.config import DEMO, RunOptions
 from lowmem_icl.errors import InputError
 from lowmem_icl.masks import MaskModel
-from lowmem_icl.model.locate import ensure_store, load_tokenizer, locate
+from lowmem_icl.model.locate import Located, ensure_store, load_tokenizer, locate
 from lowmem_icl.model.store import Store
 from lowmem_icl.tasks.loading import OpenTask, Part, TaskRows, open_task
 from lowmem_icl.tasks.packing import PackedTask, PackingLimits, Tokenise, pack, tokenise_options
@@ -81,13 +81,18 @@ def documents(options: RunOptions, tasks: list[OpenTask], part: Part) -> tuple[T
     )
 
 
+def find_model(options: RunOptions) -> Located:
+    """Find the model, without converting it."""
+    return locate(options.model, options.revision, options.weights, options.chosen_store_dir)
+
+
 def load_store(
     options: RunOptions,
+    located: Located,
     announce: Callable[[str], None] = lambda text: None,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> Store:
-    """Find the model and convert it where needed."""
-    located = locate(options.model, options.revision, options.weights, options.chosen_store_dir)
+    """Open a model's store; convert it first where needed."""
     return ensure_store(located, options.weights, announce=announce, advance=advance)
 
 
@@ -119,9 +124,10 @@ def prepare(
     advance: Callable[[int], None] = lambda layers: None,
 ) -> Prepared:
     """Load and check everything; raises InputError or DoesNotFit before any long work where it can be known."""
+    located = find_model(options)
     tasks = open_tasks(options)
     evaluate, train = documents(options, tasks, "evaluate"), documents(options, tasks, "train")
-    store = load_store(options, announce, advance)
+    store = load_store(options, located, announce, advance)
     limits, tokenise = packing_limits(options, store)
     for task in (*evaluate, *train):
         # An option that does not fit is told now, not in the night.

@@ -6,14 +6,15 @@ from rich.console import Console
 from rich.text import Text
 
 from lowmem_icl.config import RunOptions
-from lowmem_icl.prepare import documents, load_store, open_tasks, packing_limits
+from lowmem_icl.prepare import documents, find_model, load_store, open_tasks, packing_limits
 from lowmem_icl.tasks.packing import tokenise_options
 
 
 def prompt_entries(options: RunOptions) -> list[dict[str, Any]]:
     """Return each document's options: context, continuation, token ids, and whether tokens were lost on the left."""
+    located = find_model(options)
     (task,) = documents(options, open_tasks(options), "evaluate")
-    store = load_store(options)
+    store = load_store(options, located)
     limits, tokenise = packing_limits(options, store)
     entries = []
     tokenised = tokenise_options(task.documents, tokenise, limits, task.task)

@@ -4,6 +4,7 @@ import datetime
 import fcntl
 import hashlib
 import json
+import logging
 import platform
 import shlex
 import sys
@@ -33,6 +34,8 @@ from lowmem_icl.results import columns_frame, rows_frame, write_table
 from lowmem_icl.stages.order import run_evaluate, run_stages
 from lowmem_icl.stages.work import Gathered, MadeMask, Work
 from lowmem_icl.terminal import Terminal
+
+logger = logging.getLogger("lowmem_icl")
 
 RUN_FILE = "run.json"
 PACKAGES = ("torch", "transformers", "bitsandbytes", "optimum", "accelerate", "lm_eval", "polars", "numpy")
@@ -64,7 +67,7 @@ def run(
         gathered.warnings += [warning] if warning else []
     masks = {name: mask_file.mask for name, mask_file in (mask_files or {}).items()}
     identity = _identity(options, prepared, masks)
-    with _locked(folder, identity):
+    with _locked(folder, identity), _logged(folder):
         plan = make_plan(options, prepared)
         terminal.show_plan(plan, folder)
         record = _record(options, prepared, plan, identity)
@@ -87,9 +90,11 @@ def run(
                     "seconds": round(time.monotonic() - started, 2),
                     "read_bytes": model.read_bytes,
                 }
+                logger.info("%s finished in %.1f s", name, record["stages"][name]["seconds"])
                 write_text_atomic(folder / RUN_FILE, json.dumps(record, indent=1) + "\n")
                 started = time.monotonic()
         for warning in gathered.warnings:
+            logger.warning(warning)
             terminal.say(f"warning: {warning}")
         _write(options, prepared, folder, gathered)
         record |= {
@@ -159,6 +164,28 @@ def _locked(folder: Path, identity: dict[str, str]) -> Iterator[None]:
                     f"--out {folder} holds a run with other {', '.join(differing)}; choose another folder"
                 )
         yield
+
+
+@contextmanager
+def _logged(folder: Path) -> Iterator[None]:
+    """Append what happens to run.log, with times in UTC."""
+    handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
+    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.info("started: %s", shlex.join(["lowmem-icl", *sys.argv[1:]]))
+    try:
+        yield
+        logger.info("finished")
+    except BaseException as error:
+        logger.info("ended early: %s %s", type(error).__name__, error)
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def _now() -> str:

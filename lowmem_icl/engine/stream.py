@@ -18,7 +18,7 @@ from lowmem_icl.engine.cache import ResidualCache
 from lowmem_icl.engine.waves import BlockRow, Job, SweepMemory, Variant, row_blocks, waves
 from lowmem_icl.masks import Mask
 from lowmem_icl.model.layer import DecoderLayer, tree_mask
-from lowmem_icl.model.streamed import StreamedModel
+from lowmem_icl.model.streamed import HEAD_ROWS, StreamedModel
 from lowmem_icl.rows import PackedRows, Row
 
 MICRO_BATCH_TOKENS = 1024
@@ -108,8 +108,10 @@ class _Wave:
                 if alive:
                     self._through(layer, place, member.row, alive, *keeps[member.job])
                     advance(alive * len(member.row))
+        reader = _AnswerReader(self.model, results)
         for place, member in enumerate(self.block):
-            self._read_answers(place, member, results)
+            self._read_answers(place, member, reader)
+        reader.flush()
         self.residuals.clear()
 
     def _branch(self, place: int, member: BlockRow, number: int) -> int:
@@ -149,27 +151,53 @@ class _Wave:
                 None if keep_ffn is None else keep_ffn[batch],
             )
 
-    def _read_answers(self, place: int, member: BlockRow, results: list[Scores]) -> None:
-        row, residuals, slots = member.row, self.residuals[place], self.slots[member.job]
+    def _read_answers(self, place: int, member: BlockRow, reader: "_AnswerReader") -> None:
         masks = self.jobs[member.job].masks
-        read, read_at = np.unique(row.read_at, return_inverse=True)
-        together = max(1, MICRO_BATCH_TOKENS // len(row))
-        for start in range(0, len(slots), together):
-            batch = slots[start : start + together]
-            hidden = residuals[start : start + len(batch), torch.from_numpy(read)].flatten(0, 1)
-            places = np.concatenate([read_at + variant * len(read) for variant in range(len(batch))])
-            targets = torch.from_numpy(np.tile(row.targets, len(batch))).to(hidden.device)
-            logprobs, greedy = self.model.log_probabilities(
-                hidden, torch.from_numpy(places).to(hidden.device), targets
-            )
-            of_variant = logprobs.double().cpu().numpy().reshape(len(batch), -1)
-            greedy_of_variant = greedy.cpu().numpy().reshape(len(batch), -1)
-            for variant, (_, mask) in enumerate(batch):
-                targeted = [mask] if mask >= 0 else [n for n, m in enumerate(masks) if m.first_layer is None]
-                for target in targeted:
-                    scores = results[member.job]
-                    np.add.at(scores.logprobs[target], row.options, of_variant[variant])
-                    np.logical_and.at(scores.greedy[target], row.options, greedy_of_variant[variant])
+        read, read_at = np.unique(member.row.read_at, return_inverse=True)
+        hidden = self.residuals[place][:, torch.from_numpy(read)]
+        for slot, (_, mask) in enumerate(self.slots[member.job]):
+            clean = [number for number, asked in enumerate(masks) if asked.first_layer is None]
+            for target in [mask] if mask >= 0 else clean:
+                reader.add(member, target, hidden[slot], read_at)
+
+
+class _AnswerReader:
+    """Collects places where answers are read, of many rows and variants, for few large calls of the unembedding."""
+
+    def __init__(self, model: StreamedModel, results: Sequence[Scores]) -> None:
+        self.model, self.results = model, results
+        self.waiting: list[tuple[BlockRow, int, Tensor, NDArray[np.intp]]] = []
+        self.places = 0
+
+    def add(self, member: BlockRow, mask: int, hidden: Tensor, read_at: NDArray[np.intp]) -> None:
+        """Take the residuals [P, D] of one row under one mask; answer a is read at hidden[read_at[a]]."""
+        self.waiting.append((member, mask, hidden, read_at))
+        self.places += len(hidden)
+        if self.places >= HEAD_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Turn what is waiting into option scores."""
+        if not self.waiting:
+            return
+        starts = np.cumsum([0, *(len(hidden) for _, _, hidden, _ in self.waiting)])
+        places = [read_at + start for (*_, read_at), start in zip(self.waiting, starts, strict=False)]
+        targets = [member.row.targets for member, *_ in self.waiting]
+        hidden = torch.cat([hidden for _, _, hidden, _ in self.waiting])
+        logprobs, greedy = self.model.log_probabilities(
+            hidden,
+            torch.from_numpy(np.concatenate(places)).to(hidden.device),
+            torch.from_numpy(np.concatenate(targets)).to(hidden.device),
+        )
+        ends = np.cumsum([len(of_row) for of_row in targets])[:-1]
+        of_rows = np.split(logprobs.double().cpu().numpy(), ends)
+        greedy_of_rows = np.split(greedy.cpu().numpy(), ends)
+        for (member, mask, _, _), values, flags in zip(self.waiting, of_rows, greedy_of_rows, strict=True):
+            scores, options = self.results[member.job], member.row.options
+            np.add.at(scores.logprobs[mask], options, values)
+            np.logical_and.at(scores.greedy[mask], options, flags)
+        self.waiting.clear()
+        self.places = 0
 
 
 def keep_tensors(

@@ -13,7 +13,7 @@ from lowmem_icl.model.layer import DecoderLayer
 from lowmem_icl.model.reading import LayerReader
 from lowmem_icl.model.store import OUTSIDE, Store
 
-VOCABULARY_BLOCK = 8192
+VOCABULARY_BLOCK = 2048
 HEAD_ROWS = 8 * FIXED_ROWS
 
 
@@ -85,11 +85,11 @@ class StreamedModel:
         chosen = hidden.new_zeros(len(targets))
         for start, block in self._vocabulary_blocks():
             logits = matmul_in_fixed_rows(hidden, block.t())
-            higher = torch.maximum(largest, logits.amax(1))
-            summed = summed * (largest - higher).exp() + (logits - higher[:, None]).exp().sum(1)
-            largest = higher
             inside = (targets >= start) & (targets < start + len(block))
             chosen[inside] = logits[read_at[inside], targets[inside] - start]
+            higher = torch.maximum(largest, logits.amax(1))
+            summed = summed * (largest - higher).exp_() + logits.sub_(higher[:, None]).exp_().sum(1)
+            largest = higher
         return chosen, largest[read_at], (largest + summed.log())[read_at]
 
     def _vocabulary_blocks(self) -> Iterator[tuple[int, Tensor]]:
@@ -140,4 +140,7 @@ def resident_layers(store: Store, resident_bytes: int) -> frozenset[int]:
         no_split_module_classes=list(store.skeleton.model._no_split_modules or ()),
         dtype=element[store.manifest.weights],
     )
+    if "" in places:
+        # One place for all.
+        return frozenset(range(store.skeleton.layers) if places[""] == "cpu" else ())
     return frozenset(int(name) for name, place in places.items() if place == "cpu")

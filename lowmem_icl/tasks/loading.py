@@ -17,7 +17,7 @@ from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import ConfigurableTask
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.tasks.sources import load_members
+from lowmem_icl.tasks.sources import ROW_ERRORS, load_members
 
 PROTOCOL_SEED = 42
 
@@ -200,7 +200,7 @@ class OpenTask:
             sampler.drawn = [shown[demonstration] for demonstration in drawn]
             try:
                 options, gold = _options_and_gold(member, row, shots)
-            except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            except ROW_ERRORS as error:
                 raise InputError(
                     f"task {member.config.task}, row {place + 1} of its {part} rows does not have the expected "
                     f"fields ({error!r})"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from jinja2 import TemplateError
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
@@ -23,6 +24,9 @@ PAPER_TASKS = (
 DEMO_TASKS = ("recall", "category", "knowledge", "repeat")
 HARNESS_PREFIX = "lm-eval:"
 SPLITS = ("train", "validation", "test")
+
+# What templates raise on a row that lacks a field or has it in another form.
+ROW_ERRORS = (KeyError, TypeError, AttributeError, IndexError, ValueError, TemplateError)
 
 Rows = list[dict[str, Any]]
 
@@ -112,7 +116,7 @@ def _built(manager: TaskManager, override: dict[str, Any]) -> ConfigurableTask:
             task = manager.load({"group": "source", "task": [override]})["tasks"][name]
     except InputError:
         raise
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except ROW_ERRORS as error:
         raise InputError(
             f"task {name}: its first row does not have the expected fields ({error!r})"
         ) from error

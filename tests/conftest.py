@@ -1,0 +1,106 @@
+"""Models, checkpoints and rows that several tests share; all small, all made here."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import logging
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+import pytest
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+from lowmem_icl.model.calibration import fixed_text
+from lowmem_icl.model.checkpoint import open_checkpoint
+from lowmem_icl.model.convert import convert
+from lowmem_icl.model.store import Store
+
+SHARED = Path(os.environ.get("LOWMEM_ICL_SHARED", Path(__file__).parents[2] / "shared"))
+VOCABULARY = 300
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real rows of the paper's tasks, beside the project."""
+    folder = SHARED / "data"
+    if not (folder / "piqa").is_dir():
+        pytest.skip(f"real rows of the paper's tasks are not at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def opt_tokenizer() -> Path:
+    """Folder of OPT's real tokenizer, beside the project."""
+    folder = SHARED / "tokenizer" / "opt"
+    if not (folder / "vocab.json").is_file():
+        pytest.skip(f"OPT's tokenizer is not at {folder}")
+    return folder
+
+
+def byte_tokens(text: str) -> list[int]:
+    """Tokenise by bytes: enough for models without a tokenizer."""
+    return [byte % VOCABULARY for byte in text.encode()]
+
+
+def small_config(**changes: object) -> OPTConfig:
+    fields = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "ffn_dim": 64,
+        "max_position_embeddings": 96,
+        "init_std": 0.3,
+    }
+    return OPTConfig(**(fields | changes))
+
+
+def make_checkpoint(
+    folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object
+) -> Path:
+    """Save a random OPT whose biases are not zero, so that a lost bias shows."""
+    torch.manual_seed(seed)
+    model = OPTForCausalLM(small_config(**changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def reference_model(folder: Path) -> OPTForCausalLM:
+    """Hugging Face's own model of a checkpoint, in float32 with sdpa attention."""
+    return OPTForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+
+def make_store(checkpoint_folder: Path, folder: Path, weights: str) -> Store:
+    return convert(
+        open_checkpoint(checkpoint_folder),
+        folder,
+        weights,  # type: ignore[arg-type]
+        source_id=str(checkpoint_folder),
+        revision=None,
+        tokenise=byte_tokens,
+        fixed_text=fixed_text(),
+    )
+
+
+@pytest.fixture(scope="session")
+def float_store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_store(checkpoint, tmp_path_factory.mktemp("stores") / "float32", "float32")
+
+
+@pytest.fixture(scope="session")
+def int8_store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_store(checkpoint, tmp_path_factory.mktemp("stores") / "int8", "int8")

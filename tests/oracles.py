@@ -1,0 +1,108 @@
+"""Slow and obvious: what the fast paths must equal. Nothing here shares code with what it checks."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import OPTForCausalLM
+
+from lowmem_icl.masks import Mask
+
+
+def option_logprob(
+    model: OPTForCausalLM, path: list[int], continuation: list[int], mask: Mask = Mask()
+) -> float:
+    """Log-probability of a continuation after `path` minus it, by one run of the whole model on this option alone."""
+    return _summed_logprob(model, path, continuation, mask).item()
+
+
+def _summed_logprob(model: OPTForCausalLM, path: list[int], continuation: list[int], mask: Mask) -> Tensor:
+    handles = hook_mask(model, mask)
+    try:
+        logits = model(torch.tensor([path])).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    # In float32 as the design has it, summed in float64.
+    logprobs = logits.float().log_softmax(-1).double()
+    first = len(path) - len(continuation)
+    return sum(logprobs[first + place, token] for place, token in enumerate(continuation))  # type: ignore[return-value]
+
+
+def hook_mask(model: OPTForCausalLM, mask: Mask) -> list[torch.utils.hooks.RemovableHandle]:
+    """Zero removed heads' slices before out_proj and removed FFNs' outputs, by plain hooks."""
+    width = model.config.hidden_size // model.config.num_attention_heads
+    handles = []
+    for number, layer in enumerate(model.model.decoder.layers):
+        heads = [head for at, head in mask.heads if at == number]
+
+        def cut(module, arguments, heads=heads):
+            z = arguments[0].clone()
+            for head in heads:
+                z[..., head * width : (head + 1) * width] = 0
+            return (z,)
+
+        handles.append(layer.self_attn.out_proj.register_forward_pre_hook(cut))
+        if number in mask.ffns:
+            handles.append(
+                layer.fc2.register_forward_hook(lambda module, arguments, output: torch.zeros_like(output))
+            )
+    return handles
+
+
+def unit_gradients(
+    model: OPTForCausalLM, path: list[int], continuation: list[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Σ_t |⟨z, g⟩| and Σ_t ⟨z, g⟩ by head [L, H] and FFN [L], from the whole graph of one example at once."""
+    heads = model.config.num_attention_heads
+    kept: dict[tuple[str, int], Tensor] = {}
+    handles = []
+    for number, layer in enumerate(model.model.decoder.layers):
+
+        def keep_z(module, arguments, number=number):
+            arguments[0].retain_grad()
+            kept["z", number] = arguments[0]
+
+        def keep_ffn(module, arguments, output, number=number):
+            output.retain_grad()
+            kept["ffn", number] = output
+
+        handles += [
+            layer.self_attn.out_proj.register_forward_pre_hook(keep_z),
+            layer.fc2.register_forward_hook(keep_ffn),
+        ]
+    _summed_logprob(model, path, continuation, Mask()).backward()
+    for handle in handles:
+        handle.remove()
+    layers = len(model.model.decoder.layers)
+    by_head, by_ffn = [], []
+    for number in range(layers):
+        z, ffn = kept["z", number], kept["ffn", number]
+        by_head.append((z * z.grad)[0].view(len(path), heads, -1).sum(-1).detach().numpy())
+        by_ffn.append((ffn * ffn.grad).view(len(path), -1).sum(-1).detach().numpy())
+    head, ffn_terms = np.stack(by_head), np.stack(by_ffn)
+    return np.abs(head).sum(1), head.sum(1), np.abs(ffn_terms).sum(1), ffn_terms.sum(1)
+
+
+def greedy_layerwise(layers: int, heads: int, tolerance: float, choose, check) -> Mask:
+    """The pruner of the description, one evaluation at a time; choose, check: mask to how much is lost."""
+    mask, visited, units = Mask(), 0, layers * (heads + 1)
+    groups = [[(layer, head) for head in range(heads)] for layer in reversed(range(layers))]
+    groups += [[layer] for layer in reversed(range(layers))]
+    for group in groups:
+        left = list(group)
+        while left:
+            order = sorted(left, key=lambda unit: choose(mask | _mask(unit)))
+            removed = False
+            for unit in order:
+                visited += 1
+                left.remove(unit)
+                if check(mask | _mask(unit)) <= tolerance * visited / units:
+                    mask, removed = mask | _mask(unit), True
+                    break
+            if not removed:
+                break
+    return mask
+
+
+def _mask(unit: int | tuple[int, int]) -> Mask:
+    return Mask(ffns=frozenset([unit])) if isinstance(unit, int) else Mask(heads=frozenset([unit]))

@@ -1,0 +1,407 @@
+"""Whole runs as a user starts them: tables, masks and page; continuing, refusing, real rows of all 14 tasks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import oracles
+import polars as pl
+import pytest
+from conftest import make_checkpoint, reference_model
+from typer.testing import CliRunner
+
+from lowmem_icl.cli import app
+from lowmem_icl.masks import read_mask
+from lowmem_icl.results import read_table
+from lowmem_icl.tasks.sources import PAPER_TASKS
+
+DEMO = Path(__file__).parents[1] / "lowmem_icl" / "demo"
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def run_small(out: Path, stores: Path, *more: object):
+    """The demo, cut to what runs in seconds."""
+    return invoke(
+        "run", "--tasks", "recall,knowledge", "--shots", "0,4", "--limit", 16, "--train-limit", 8, "--store-dir", stores,
+        "--out", out, "--quiet", *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stores")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "demo"
+    result = run_small(out, stores, "--masks-dir", out.parent / "masks")
+    assert result.exit_code == 0, result.output
+    assert "accuracy by demonstrations" in result.stdout
+    return out
+
+
+def test_a_run_leaves_what_the_contract_names(finished: Path) -> None:
+    for name in (
+        "run.json",
+        "results.parquet",
+        "effects.parquet",
+        "answers.parquet",
+        "report.html",
+        "run.log",
+    ):
+        assert (finished / name).is_file(), name
+    record = json.loads((finished / "run.json").read_text())
+    assert record["state"] == "finished"
+    assert set(record["stages"]) == {"evaluate", "importance", "ablate", "prune", "overlap"}
+    assert all(stage["seconds"] >= 0 for stage in record["stages"].values())
+    results = read_table(finished / "results.parquet", "results")
+    assert set(results["experiment"]) == {"evaluate", "importance", "ablate", "prune", "overlap"}
+    assert set(results["model"]) == {"demo"}
+    splits = dict(
+        results.filter(pl.col("task") == "recall")
+        .group_by("experiment")
+        .agg(pl.col("split").unique())
+        .iter_rows()
+    )
+    assert splits["evaluate"] == splits["prune"] == ["validation"]
+    assert splits["importance"] == splits["ablate"] == ["train"]
+    assert list((finished / "figures").glob("*.svg"))
+
+
+def test_every_unit_of_every_task_has_its_drops(finished: Path) -> None:
+    ablate = read_table(finished / "results.parquet", "results").filter(pl.col("experiment") == "ablate")
+    counts = ablate.group_by("task", "shots", "metric", "kind").len()
+    assert set(counts.filter(pl.col("kind") == "head")["len"]) == {32}
+    assert set(counts.filter(pl.col("kind") == "ffn")["len"]) == {4}
+    assert set(ablate["metric"]) == {"gold_logprob_drop", "gold_prob_drop", "margin_drop", "acc_drop"}
+    effects = read_table(finished / "effects.parquet", "effects")
+    means = effects.group_by("task", "shots", "kind", "layer", "head", "metric").agg(pl.col("value").mean())
+    keys = ["task", "shots", "kind", "layer", "head", "metric"]
+    both = ablate.join(means, on=keys, nulls_equal=True, suffix="_effects")
+    assert len(both) == len(ablate)
+    np.testing.assert_allclose(both["value"], both["value_effects"], atol=1e-5)
+
+
+def test_answers_give_the_accuracies(finished: Path) -> None:
+    answers = read_table(finished / "answers.parquet", "answers")
+    best = answers.sort("logprob", descending=True).group_by("task", "shots", "document").first()
+    accuracy = best.group_by("task", "shots").agg(pl.col("gold").mean().alias("value_answers"))
+    results = read_table(finished / "results.parquet", "results").filter(
+        (pl.col("experiment") == "evaluate") & (pl.col("metric") == "acc") & (pl.col("task") != "aggregate")
+    )
+    both = results.join(accuracy, on=["task", "shots"])
+    assert len(both) == 4
+    np.testing.assert_allclose(both["value"], both["value_answers"])
+
+
+def test_masks_are_files_that_evaluate_takes_back(finished: Path, stores: Path, tmp_path: Path) -> None:
+    path = finished / "masks" / "greedy-recall-4shot.json"
+    mask = read_mask(path)
+    assert (finished.parent / "masks" / path.name).read_text() == path.read_text()
+    result = invoke(
+        "evaluate", "--mask", path, "--tasks", "recall,knowledge", "--shots", "0,4", "--limit", 16, "--store-dir", stores,
+        "--out", tmp_path / "again", "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    again = read_table(tmp_path / "again" / "results.parquet", "results").filter(
+        (pl.col("mask") == mask.name)
+        & (pl.col("task") == "recall")
+        & (pl.col("shots") == 4)
+        & (pl.col("metric") == "gold_logprob")
+    )
+    assert again["value"].item() == mask.scores["after"]["gold_logprob"], (
+        "int8: bitwise the same in another run"
+    )
+
+
+def test_int8_answers_are_bitwise_the_same_alone_and_with_others(
+    finished: Path, stores: Path, tmp_path: Path
+) -> None:
+    result = invoke(
+        "run", "--tasks", "knowledge", "--shots", "4", "--limit", 16, "--train-limit", 8, "--experiments", "evaluate",
+        "--memory", "400MB", "--store-dir", stores, "--out", tmp_path / "alone", "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    alone = read_table(tmp_path / "alone" / "answers.parquet", "answers")
+    together = read_table(finished / "answers.parquet", "answers")
+    same = together.filter((pl.col("task") == "knowledge") & (pl.col("shots") == 4))
+    assert alone.equals(same)
+
+
+def test_continuing_changes_nothing_and_makes_nothing_again(
+    finished: Path, stores: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    before = {name: (copy / f"{name}.parquet").read_bytes() for name in ("results", "effects", "answers")}
+    for part in [*(copy / "parts").glob("ablate*"), *(copy / "parts").glob("prune-0000[3-9]*")]:
+        part.unlink()
+    result = run_small(copy, stores, "--masks-dir", finished.parent / "masks")
+    assert result.exit_code == 0, result.output
+    assert {name: (copy / f"{name}.parquet").read_bytes() for name in before} == before
+    parts = json.loads((copy / "run.json").read_text())["parts"]
+    assert parts["reused"] > 0
+    assert parts["made"] >= 2
+    result = run_small(copy, stores, "--masks-dir", finished.parent / "masks")
+    assert json.loads((copy / "run.json").read_text())["parts"]["made"] == 0
+
+
+def test_a_stopped_run_says_so_and_goes_on(finished: Path, stores: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-c", "from lowmem_icl.cli import app; app()", "run", "--tasks", "recall,knowledge", "--shots",
+        "0,4", "--limit", "16", "--train-limit", "8", "--store-dir", str(stores), "--out", str(tmp_path / "stopped"),
+        "--quiet",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "stopped" / "parts").glob("prune-*.npz")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "finished parts are kept" in error
+    assert run_small(tmp_path / "stopped", stores).exit_code == 0
+    ours, whole = (
+        read_table(folder / "results.parquet", "results") for folder in (tmp_path / "stopped", finished)
+    )
+    assert ours.equals(whole)
+
+
+def test_a_folder_in_use_is_left_alone(finished: Path, stores: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    shutil.copytree(finished, tmp_path / "copy")
+    with (tmp_path / "copy" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = run_small(tmp_path / "copy", stores)
+    assert result.exit_code == 75
+    assert "in use by another process" in result.stderr
+
+
+def bad(tmp_path: Path) -> dict[str, tuple[list[object], str]]:
+    return {
+        "unknown task": (["--tasks", "recal"], "unknown task 'recal'; did you mean 'recall'"),
+        "no config": (["--model", tmp_path / "empty"], "has no config.json"),
+        "no folder": (["--model", "./nowhere"], "does not exist"),
+        "tolerance": (["--tolerance", "2"], "--tolerance: input should be less than 1, got 2"),
+        "limit": (["--limit", "0"], "--limit: input should be greater than or equal to 1, got 0"),
+        "shots": (["--shots", "-1"], "--shots: input should be greater than or equal to 0"),
+        "shots twice": (["--shots", "1,1"], "shots: expected a list without repeats"),
+        "memory": (["--memory", "lots"], "--memory: expected a size such as 6GB"),
+        "experiment": (["--experiments", "guess"], "--experiments: input should be 'evaluate'"),
+        "empty data": (["--tasks", "piqa", "--data-dir", tmp_path / "data"], "holds no rows"),
+        "no data": (["--tasks", "piqa", "--data-dir", tmp_path / "none"], "does not exist"),
+        "too many shots": (["--tasks", "recall", "--shots", "100"], "rows to draw demonstrations from"),
+        "long option": (
+            ["--tasks", tmp_path / "long.jsonl", "--shots", "0"],
+            "an option has 600 tokens; expected 1 to 512",
+        ),
+        "foreign folder": (["--out", tmp_path / "foreign"], "not empty and holds no run"),
+        "config": (["--config", tmp_path / "bad.toml"], "--colour: no such option"),
+        "device": (["--device", "tpu"], "--device: "),
+    }
+
+
+@pytest.mark.parametrize("case", bad(Path()))
+def test_bad_input_is_one_line_before_any_work(stores: Path, tmp_path: Path, case: str) -> None:
+    for name in ("empty", "data/piqa", "foreign"):
+        (tmp_path / name).mkdir(parents=True)
+    for split in ("train", "validation"):
+        (tmp_path / "data" / "piqa" / f"{split}.jsonl").write_text("")
+    (tmp_path / "foreign" / "precious.txt").write_text("mine")
+    (tmp_path / "bad.toml").write_text('colour = "red"\n')
+    row = {"context": "a", "options": ["b" * 600, "c"], "gold": 0}
+    (tmp_path / "long.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    arguments, message = bad(tmp_path)[case]
+    out = [] if "--out" in arguments else ["--out", tmp_path / "out"]
+    started = time.monotonic()
+    result = invoke("run", "--store-dir", stores, "--quiet", *arguments, *out)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["precious.txt"]
+    assert time.monotonic() - started < 60
+
+
+def test_the_folder_of_another_run_is_refused_and_kept(finished: Path, stores: Path) -> None:
+    before = (finished / "results.parquet").read_bytes()
+    result = run_small(finished, stores, "--tolerance", "0.2")
+    assert result.exit_code == 2
+    assert "holds a run with other options" in result.stderr
+    assert (finished / "results.parquet").read_bytes() == before
+
+
+def test_too_little_memory_names_what_would_do(stores: Path, tmp_path: Path) -> None:
+    result = run_small(tmp_path / "out", stores, "--memory", "1MB")
+    assert result.exit_code == 3
+    assert "the smallest that does is --memory" in result.stderr
+    smallest = result.stderr.split("--memory ")[-1].strip()
+    again = invoke(
+        "plan",
+        "--tasks",
+        "recall",
+        "--shots",
+        "0",
+        "--limit",
+        16,
+        "--store-dir",
+        stores,
+        "--memory",
+        smallest,
+    )
+    assert again.exit_code == 0, again.output
+
+
+def test_a_toml_file_gives_options_and_the_command_line_wins(stores: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(
+        'tasks = ["recall"]\nshots = [0]\nlimit = 4\nexperiments = "evaluate"\n'
+    )
+    out = tmp_path / "out"
+    result = invoke(
+        "run",
+        "--config",
+        tmp_path / "run.toml",
+        "--limit",
+        8,
+        "--store-dir",
+        stores,
+        "--out",
+        out,
+        "--json",
+        "--quiet",
+    )
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)["accuracy"]
+    assert (row["task"], row["shots"], row["documents"]) == ("recall", 0, 8)
+
+
+def test_status_report_tasks_and_prompts_answer(finished: Path, stores: Path, tmp_path: Path) -> None:
+    state = json.loads(invoke("status", finished, "--json").stdout)
+    assert state["state"] == "finished"
+    assert state["parts"] > 5
+    assert invoke("status", tmp_path).exit_code == 2
+    page = tmp_path / "both.html"
+    assert invoke("report", finished, finished, "--out", page).exit_code == 0
+    assert page.read_text().count("<h1>") == 2
+    listed = {entry["task"]: entry for entry in json.loads(invoke("tasks", "--json").stdout)}
+    assert set(PAPER_TASKS) < set(listed)
+    assert listed["record"]["metric"] == "em"
+    assert listed["recall"]["rows"] == {"train": 320, "validation": 512}
+    (entry, _) = json.loads(invoke("prompts", "recall", "--shots", 1, "--store-dir", stores, "--json").stdout)
+    right = next(option for option in entry["options"] if option["gold"])
+    assert entry["demonstrations"]
+    assert len(right["context_ids"]) == 4
+    assert invoke("prompts", "recall", "--shots", 1, "--store-dir", stores).stdout.count("→") == 2
+
+
+def test_masks_are_listed_compared_combined_and_exported(finished: Path, tmp_path: Path) -> None:
+    folder = finished / "masks"
+    one, other = folder / "greedy-recall-4shot.json", folder / "gradient-recall-4shot.json"
+    listed = json.loads(invoke("masks", "list", folder, "--json").stdout)
+    assert {line["name"] for line in listed} == {path.stem for path in folder.glob("*.json")}
+    assert "L3" in invoke("masks", "show", one).stdout
+    (pair,) = json.loads(invoke("masks", "compare", one, other, "--json").stdout)
+    assert 0 <= pair["jaccard"] <= 1
+    combined = tmp_path / "both.json"
+    assert invoke("masks", "combine", one, other, "--out", combined).exit_code == 0
+    assert read_mask(combined).mask == read_mask(one).mask | read_mask(other).mask
+    assert invoke("masks", "combine", one, other, "--out", combined).exit_code == 2
+    units = invoke("masks", "export", one).stdout.split()
+    assert units == [str(unit) for unit in read_mask(one).mask.units()]
+    assert invoke("masks", "show", finished / "run.json").exit_code == 2
+
+
+def test_the_page_is_whole_and_escapes_what_it_shows(finished: Path, tmp_path: Path) -> None:
+    page = (finished / "report.html").read_text()
+    assert page.count("<svg") == len(list((finished / "figures").glob("*.svg"))) >= 6
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons", ""
+    )
+    assert "<script" not in page
+    shutil.copytree(finished, tmp_path / "copy")
+    record = json.loads((finished / "run.json").read_text())
+    record["warnings"], record["model"]["id"] = ["<script>alert(1)</script>"], "<b>bold</b>"
+    (tmp_path / "copy" / "run.json").write_text(json.dumps(record))
+    assert invoke("report", tmp_path / "copy").exit_code == 0
+    spoiled = (tmp_path / "copy" / "report.html").read_text()
+    assert "<script" not in spoiled
+    assert "<b>bold" not in spoiled
+
+
+@pytest.fixture(scope="module")
+def small_opt(opt_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_checkpoint(
+        tmp_path_factory.mktemp("opt"), vocab_size=50272, hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=2,
+        num_attention_heads=2, ffn_dim=32, max_position_embeddings=2048, init_std=0.1,
+    )  # fmt: skip
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copyfile(opt_tokenizer / name, folder / name)
+    return folder
+
+
+def test_real_rows_of_all_14_tasks_run(
+    small_opt: Path, shared_data: Path, stores: Path, tmp_path: Path
+) -> None:
+    result = invoke(
+        "run", "--model", small_opt, "--data-dir", shared_data, "--shots", "0,1", "--limit", 8, "--train-limit", 2,
+        "--store-dir", stores, "--out", tmp_path / "run", "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    results = read_table(tmp_path / "run" / "results.parquet", "results")
+    evaluated = results.filter((pl.col("experiment") == "evaluate") & pl.col("metric").is_in(["acc", "em"]))
+    assert set(evaluated["task"]) == {*PAPER_TASKS, "aggregate"}
+    assert len(evaluated) == 2 * 15
+    answers = read_table(tmp_path / "run" / "answers.parquet", "answers")
+    assert answers["logprob"].is_finite().all()
+    assert answers.filter(pl.col("task") == "multirc")["document"].n_unique() > 8, (
+        "a question's rows all count"
+    )
+
+
+def test_float32_answers_on_real_rows_equal_hugging_face(
+    small_opt: Path, shared_data: Path, stores: Path, tmp_path: Path
+) -> None:
+    """Left-truncated 1-shot prompts among them; each option run alone through the whole model."""
+    tasks = "winogrande,copa,multirc,record"
+    arguments = ["--model", small_opt, "--data-dir", shared_data, "--shots", "1", "--store-dir", stores]
+    result = invoke(
+        "run", *arguments, "--tasks", tasks, "--limit", 2, "--train-limit", 2, "--weights", "float32", "--experiments",
+        "evaluate", "--out", tmp_path / "run", "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    answers = read_table(tmp_path / "run" / "answers.parquet", "answers")
+    model = reference_model(small_opt)
+    checked = 0
+    for task in tasks.split(","):
+        entries = json.loads(
+            invoke(
+                "prompts", task, "--model", small_opt, "--data-dir", shared_data, "--shots", 1, "--count", 2,
+                "--weights", "float32", "--store-dir", stores, "--json",
+            ).stdout
+        )  # fmt: skip
+        for entry in entries[:4]:
+            for place, option in enumerate(entry["options"]):
+                path = [*option["context_ids"], *option["continuation_ids"]][:-1]
+                expected = oracles.option_logprob(model, path, option["continuation_ids"])
+                got = answers.filter(
+                    (pl.col("task") == task)
+                    & (pl.col("document") == entry["document"])
+                    & (pl.col("option") == place)
+                )["logprob"].item()
+                assert got == pytest.approx(expected, abs=1e-4)
+                checked += 1
+    assert checked > 20

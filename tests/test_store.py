@@ -1,0 +1,261 @@
+"""Conversion and stores: what is written, what is refused, and that a stopped conversion goes on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_tokens, make_checkpoint, make_store, reference_model, small_config
+from safetensors.torch import load_file, save_file
+from transformers import OPTForCausalLM
+
+from lowmem_icl.errors import DoesNotFit, InputError
+from lowmem_icl.model import convert as convert_module
+from lowmem_icl.model.checkpoint import open_checkpoint
+from lowmem_icl.model.convert import check_room
+from lowmem_icl.model.families import Skeleton
+from lowmem_icl.model.locate import ensure_store, locate
+from lowmem_icl.model.reading import LayerReader
+from lowmem_icl.model.store import Store, layer_file, open_store, verify_store
+
+
+def test_int8_layers_have_bitsandbytes_names_and_values(checkpoint: Path, int8_store: Store) -> None:
+    tensors = load_file(int8_store.layer_paths[1])
+    weight = reference_model(checkpoint).model.decoder.layers[1].fc1.weight.detach()
+    expected, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(weight, 0.0)
+    assert torch.equal(tensors["fc1.weight"], expected)
+    assert torch.equal(tensors["fc1.SCB"], scales)
+    assert tensors["fc1.weight_format"].dtype == torch.uint8
+
+
+def test_float_layers_are_the_source_unchanged(checkpoint: Path, float_store: Store) -> None:
+    source = dict(reference_model(checkpoint).model.decoder.layers[2].named_parameters())
+    stored = load_file(float_store.layer_paths[2])
+    assert stored.keys() == source.keys()
+    assert all(torch.equal(stored[name], value) for name, value in source.items())
+
+
+def as_pickle(folder: Path, prefix: str) -> None:
+    """Rewrite a checkpoint as two pickled shards with an index, names as older OPT files have them."""
+    weights = load_file(folder / "model.safetensors")
+    names = sorted(weights)
+    shards = {
+        "pytorch_model-00001.bin": names[: len(names) // 2],
+        "pytorch_model-00002.bin": names[len(names) // 2 :],
+    }
+    weight_map = {}
+    for shard, members in shards.items():
+        renamed = {
+            name.removeprefix("model.") if prefix == "" else name: weights[name].clone() for name in members
+        }
+        torch.save(renamed, folder / shard)
+        weight_map |= dict.fromkeys(renamed, shard)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_pickled_shards_give_the_same_store(tmp_path: Path, prefix: str) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint")
+    plain = make_store(folder, tmp_path / "plain", "int8")
+    as_pickle(folder, prefix)
+    again = make_store(folder, tmp_path / "again", "int8")
+    for name in map(layer_file, range(3)):
+        assert plain.manifest.files[name].sha256 == again.manifest.files[name].sha256
+    assert plain.manifest.source.digest == again.manifest.source.digest
+
+
+def test_the_source_digest_is_the_same_in_every_form(int8_store: Store, float_store: Store) -> None:
+    assert int8_store.manifest.source.digest == float_store.manifest.source.digest
+    assert int8_store.manifest.digest != float_store.manifest.digest
+
+
+def test_a_stopped_conversion_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint")
+    whole = make_store(folder, tmp_path / "whole", "int8")
+    made = convert_module._layer_tensors
+    converted: list[int] = []
+
+    def stops_at_two(checkpoint, skeleton, layer, weights):
+        if layer == 2 and len(converted) < 3:
+            converted.append(layer)
+            raise KeyboardInterrupt
+        converted.append(layer)
+        return made(checkpoint, skeleton, layer, weights)
+
+    monkeypatch.setattr(convert_module, "_layer_tensors", stops_at_two)
+    with pytest.raises(KeyboardInterrupt):
+        make_store(folder, tmp_path / "again", "int8")
+    with pytest.raises(InputError, match="not a finished store"):
+        open_store(tmp_path / "again")
+    again = make_store(folder, tmp_path / "again", "int8")
+    assert converted == [0, 1, 2, 2]
+    assert again.manifest == whole.manifest
+
+
+def test_a_folder_of_another_conversion_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "mine.txt").write_text("keep me")
+    with pytest.raises(InputError, match="not empty and no unfinished conversion"):
+        make_store(checkpoint, tmp_path / "store", "int8")
+    assert (tmp_path / "store" / "mine.txt").read_text() == "keep me"
+
+
+def copied(store: Store, folder: Path) -> Path:
+    for name in [*store.manifest.files, "manifest.json"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((store.folder / name).read_bytes())
+    return folder
+
+
+def test_truncated_altered_and_foreign_files_are_named(tmp_path: Path, int8_store: Store) -> None:
+    folder = copied(int8_store, tmp_path / "store")
+    verify_store(open_store(folder))
+    path = folder / "layers" / "001.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1])
+    with pytest.raises(InputError, match=r"001\.safetensors: expected \d+ bytes"):
+        open_store(folder)
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(InputError, match=r"001\.safetensors: its bytes differ"):
+        verify_store(open_store(folder))
+    path.unlink()
+    with pytest.raises(InputError, match=r"001\.safetensors is missing"):
+        open_store(folder)
+    (folder / "manifest.json").write_text('{"format": "something/2"}')
+    with pytest.raises(InputError, match="field 'format'"):
+        open_store(folder)
+
+
+def test_a_manifest_cannot_point_outside_its_store(tmp_path: Path, int8_store: Store) -> None:
+    folder = copied(int8_store, tmp_path / "store")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["../elsewhere"] = {"size_bytes": 1, "sha256": "0" * 64}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="lies outside the store"):
+        open_store(folder)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint")
+    (folder / "model.safetensors").unlink()
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "was-run"),))
+
+    torch.save({"weight": Evil()}, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="cannot be read as weights"):
+        open_checkpoint(folder)
+    assert not (tmp_path / "was-run").exists()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"\x10" * 40),
+            "cannot be read as weights",
+        ),
+        (lambda folder: (folder / "config.json").write_text("[]"), "expected a JSON object"),
+    ],
+)
+def test_broken_checkpoints_are_named(tmp_path: Path, break_it, message: str) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint")
+    break_it(folder)
+    with pytest.raises(InputError, match=message):
+        open_checkpoint(folder)
+
+
+def test_missing_misshapen_and_infinite_parameters_are_named(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.decoder.layers.1.fc1.weight"
+    for changed, message in (
+        ({key: value for key, value in weights.items() if key != name}, "is missing"),
+        (weights | {name: weights[name][:3].clone()}, "expected floating point of shape"),
+        (weights | {name: torch.full_like(weights[name], float("inf"))}, "infinities or NaN"),
+    ):
+        save_file(changed, folder / "model.safetensors")
+        with pytest.raises(InputError, match=message):
+            make_store(folder, tmp_path / message.replace(" ", ""), "int8")
+
+
+def test_no_room_on_the_disk_is_told_before_the_first_byte(tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFit, match="--store-dir"):
+        check_room(tmp_path / "store", 1 << 60)
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    with pytest.raises(InputError, match="model type 'bert' is not supported"):
+        Skeleton.from_dict({"model_type": "bert"})
+
+
+def test_a_store_of_another_form_is_refused(tmp_path: Path, int8_store: Store) -> None:
+    with pytest.raises(InputError, match="--weights float32: the store .* holds int8"):
+        locate(str(int8_store.folder), None, "float32", tmp_path)
+    assert (
+        ensure_store(locate(str(int8_store.folder), None, "int8", tmp_path), "int8").manifest
+        == int8_store.manifest
+    )
+
+
+def test_the_reader_gives_the_files_in_any_order(float_store: Store) -> None:
+    expected = [load_file(path) for path in float_store.layer_paths]
+    for resident in (frozenset(), frozenset({1}), frozenset({0, 1, 2})):
+        reader = LayerReader(float_store.layer_paths, resident)
+        orders = ([0, 1, 2], [2, 1, 0], [1], [0, 2, 0, 2])
+        for order in orders:
+            for layer, tensors in reader.layers(order):
+                assert tensors.keys() == expected[layer].keys()
+                assert all(torch.equal(tensors[name], value) for name, value in expected[layer].items())
+        streamed = sum(layer not in resident for order in orders for layer in order)
+        assert reader.read_bytes == (streamed + len(resident)) * float_store.layer_bytes
+        reader.close()
+
+
+MEASURE = """
+import json, resource, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import conftest
+from lowmem_icl.model.checkpoint import open_checkpoint
+conftest.make_store(Path({warm!r}), Path({warm!r}) / "store", "int8")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+store = conftest.make_store(Path({source!r}), Path({source!r}) / "store", "int8")
+print(json.dumps([before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+"""
+
+
+def test_converting_holds_a_layer_and_not_the_model(tmp_path: Path) -> None:
+    """Peak memory of a child process that converts a checkpoint ten times larger than what it may add."""
+    wide = {"hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 2048, "num_attention_heads": 8}
+    torch.manual_seed(0)
+    source = tmp_path / "source"
+    model = OPTForCausalLM(small_config(num_hidden_layers=96, **wide)).bfloat16()
+    model.save_pretrained(source, max_shard_size="20MB")
+    source_bytes = open_checkpoint(source).size_bytes
+    del model
+    warm = make_checkpoint(tmp_path / "warm")
+    script = MEASURE.format(tests=str(Path(__file__).parent), warm=str(warm), source=str(source))
+    told = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"MALLOC_ARENA_MAX": "1"},
+    )
+    before, after = json.loads(told.stdout.strip().splitlines()[-1])
+    assert source_bytes > 600e6
+    assert after - before < source_bytes / 10 + 2 * 20e6, "a tenth of the source, and the pages of two shards"
+
+
+def test_the_fixed_text_is_long_enough_to_decide_and_to_measure(int8_store: Store) -> None:
+    assert int8_store.manifest.outliers is not None
+    assert int8_store.manifest.outliers.activations > 100_000
+    assert len(byte_tokens("é")) == 2

@@ -1,0 +1,181 @@
+"""Tables, rankings and statistics against polars, scipy and hand-computed values."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from lowmem_icl.errors import InputError
+from lowmem_icl.experiments.evaluate import mean_over_tasks
+from lowmem_icl.experiments.overlap import RankingKey, overlap_rows
+from lowmem_icl.masks import Mask
+from lowmem_icl.parts import Parts
+from lowmem_icl.rankings import (
+    highest_heads,
+    lowest_ffns,
+    lowest_heads,
+    mean_of_ranks,
+    mean_of_scores,
+    random_mask,
+)
+from lowmem_icl.results import RESULTS, TABLES, columns_frame, read_table, rows_frame, write_table
+from lowmem_icl.statistics import mean_with_interval, spearman, top_overlap
+
+CONTRACT = (
+    "experiment, task, shots, split, protocol, demonstrations, model, weights, method, mask, kind, layer, head, "
+    "heads_removed, ffns_removed, k, other_task, other_shots, other_method, metric, value, stderr, low, high, chance, "
+    "exact, documents, seed"
+)
+
+
+def test_the_columns_are_those_of_the_contract() -> None:
+    assert ", ".join(RESULTS) == CONTRACT
+    assert RESULTS["value"] == pl.Float64()
+    assert TABLES["effects"]["value"] == pl.Float32()
+    assert list(TABLES["answers"]) == [
+        "task", "shots", "split", "mask", "document", "option", "tokens", "logprob", "gold", "context_tokens", "truncated",
+    ]  # fmt: skip
+
+
+def test_a_table_comes_back_with_its_types_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    frame = rows_frame("results", [{"task": "piqa", "value": 0.5, "shots": 1}], {"model": "demo"})
+    write_table(frame, "results", tmp_path / "results.parquet")
+    assert read_table(tmp_path / "results.parquet", "results").equals(frame)
+    assert frame["head"].null_count() == 1
+    with pytest.raises(InputError, match="expected the effects table"):
+        read_table(tmp_path / "results.parquet", "effects")
+    pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "foreign.parquet")
+    with pytest.raises(InputError, match="expected the results table"):
+        read_table(tmp_path / "foreign.parquet", "results")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_table(tmp_path / "broken.parquet", "results")
+
+
+def test_whole_columns_make_the_same_table_as_rows() -> None:
+    block = {
+        "experiment": "ablate",
+        "document": np.array([3, 1]),
+        "layer": [0, None],
+        "value": np.array([0.5, 1.5]),
+    }
+    frame = columns_frame("effects", [block, block])
+    row = {"experiment": "ablate", "document": 1, "layer": None, "value": 1.5}
+    assert frame[1].equals(rows_frame("effects", [row]))
+    assert len(frame) == 4
+    assert columns_frame("effects", []).schema == pl.Schema(TABLES["effects"])
+
+
+def test_parts_are_made_once_and_broken_ones_named(tmp_path: Path) -> None:
+    parts = Parts(tmp_path)
+    made = parts.get_or_make("one", lambda: {"a": np.arange(3)})
+    again = parts.get_or_make("one", lambda: pytest.fail("made twice"))
+    assert np.array_equal(made["a"], again["a"])
+    assert (parts.made, parts.reused) == (1, 1)
+    (tmp_path / "two.npz").write_bytes(b"no")
+    with pytest.raises(InputError, match=r"two\.npz cannot be read"):
+        parts.get_or_make("two", dict)
+    with pytest.raises(ValueError, match="pickle|Object arrays"):
+        parts.get_or_make("three", lambda: {"a": np.array([{}], dtype=object)})
+    assert not (tmp_path / "three.npz").exists()
+
+
+scores = st.integers(0, 2**32 - 1).map(
+    lambda seed: np.random.default_rng(seed).integers(0, 6, (3, 4)).astype(float)
+)
+
+
+@given(scores=scores, count=st.integers(0, 12))
+def test_lowest_and_highest_share_the_heads_between_them(scores: np.ndarray, count: int) -> None:
+    low, high = lowest_heads(scores, count), highest_heads(scores, 12 - count)
+    assert len(low | high) == 12
+    assert low & high == Mask()
+    if low.heads and high.heads:
+        assert max(scores[head] for head in low.heads) <= min(scores[head] for head in high.heads)
+
+
+def test_ties_go_to_the_lower_unit() -> None:
+    assert lowest_heads(np.zeros((2, 2)), 3).heads == {(0, 0), (0, 1), (1, 0)}
+    assert lowest_ffns(np.array([1.0, 0.0, 0.0]), 1).ffns == {1}
+
+
+def test_aggregates_by_hand() -> None:
+    one, other = np.array([[1.0, 2.0, 3.0]]), np.array([[30.0, 10.0, 20.0]])
+    np.testing.assert_allclose(mean_of_ranks([one, other]), [[0.5, 0.25, 0.75]])
+    np.testing.assert_allclose(mean_of_scores([one, other]), [[15.5, 6, 11.5]])
+
+
+def test_random_masks_have_their_size_and_their_seed() -> None:
+    mask = random_mask(4, 8, 10, 2, seed=1)
+    assert (len(mask.heads), len(mask.ffns)) == (10, 2)
+    assert mask == random_mask(4, 8, 10, 2, seed=1) != random_mask(4, 8, 10, 2, seed=2)
+
+
+@given(scores, scores)
+def test_spearman_is_scipys(one: np.ndarray, other: np.ndarray) -> None:
+    if np.ptp(one) and np.ptp(other):
+        assert spearman(one.ravel(), other.ravel()) == pytest.approx(
+            stats.spearmanr(one.ravel(), other.ravel())[0]
+        )
+    assert np.isnan(spearman(np.zeros(5), np.arange(5.0)))
+
+
+def test_top_overlap_by_hand_and_under_chance() -> None:
+    assert top_overlap(np.array([4.0, 3, 2, 1]), np.array([4.0, 1, 3, 2]), 0.5) == (0.5, 0.5)
+    rng = np.random.default_rng(0)
+    drawn = [top_overlap(rng.normal(size=100), rng.normal(size=100), 0.3) for _ in range(300)]
+    assert np.mean([overlap.value for overlap in drawn]) == pytest.approx(drawn[0].chance, abs=0.02)
+
+
+def test_intervals_cover_the_mean() -> None:
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(200):
+        values = rng.normal(1, 2, 60)
+        interval = mean_with_interval(values, [str(n) for n in range(60)], seed=0)
+        inside += interval.low <= 1 <= interval.high
+        assert interval.stderr == pytest.approx(values.std(ddof=1) / np.sqrt(60), rel=0.15)
+    assert 0.88 <= inside / 200 <= 0.99
+
+
+def test_documents_of_a_passage_are_drawn_together() -> None:
+    values = np.repeat(np.random.default_rng(0).normal(size=20), 10)
+    clusters = np.repeat([str(n) for n in range(20)], 10).tolist()
+    alone = mean_with_interval(values, [str(n) for n in range(200)], seed=0)
+    together = mean_with_interval(values, clusters, seed=0)
+    assert together.stderr == pytest.approx(alone.stderr * np.sqrt(10), rel=0.2)
+    assert np.isnan(mean_with_interval(values, ["one"] * 200, seed=0).stderr)
+
+
+def test_the_mean_over_tasks_counts_em_as_accuracy_and_needs_all_tasks() -> None:
+    def row(task: str, metric: str, value: float) -> dict:
+        return {
+            "task": task,
+            "metric": metric,
+            "value": value,
+            "stderr": 0.1,
+            "chance": 0.2,
+            "documents": 5,
+            "shots": 0,
+        }
+
+    rows = [row("a", "acc", 0.4), row("b", "em", 0.8), row("b", "f1", 0.9)]
+    (mean,) = mean_over_tasks(rows, ("shots",))
+    assert (mean["task"], mean["metric"], mean["documents"]) == ("aggregate", "acc", 10)
+    assert mean["value"] == pytest.approx(0.6)
+    assert mean["stderr"] == pytest.approx(np.sqrt(0.02) / 2)
+
+
+@settings(max_examples=20, deadline=None)
+@given(scores, scores, scores)
+def test_overlap_compares_what_differs_in_one_thing(
+    one: np.ndarray, two: np.ndarray, three: np.ndarray
+) -> None:
+    keys = [RankingKey("a", 0, "gradient"), RankingKey("b", 0, "gradient"), RankingKey("b", 1, "gradient")]
+    rows = list(overlap_rows(dict(zip(keys, (one, two, three), strict=True))))
+    compared = {(row["task"], row["shots"], row["other_task"], row["other_shots"]) for row in rows}
+    assert compared == {("a", 0, "b", 0), ("b", 0, "b", 1)}
