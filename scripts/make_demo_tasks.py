@@ -70,16 +70,12 @@ def recall_members(rng: np.random.Generator) -> Iterator[tuple[Rows, Rows]]:
 
 
 def category_members(rng: np.random.Generator) -> Iterator[tuple[Rows, Rows]]:
-    """Yield (train, validation) a drawing of labels and rotation; a word is either shown or asked."""
+    """Yield (train, validation) a drawing of labels and rotation; any word may be shown and any asked."""
+    words = [(word, number) for number, members in enumerate(CATEGORIES.values()) for word in members]
     for labels in HELD_OUT_LABELS:
-        shown, asked = [], []
-        for number, members in enumerate(CATEGORIES.values()):
-            mixed = [str(word) for word in rng.permutation(members)]
-            shown += [(word, number) for word in mixed[:10]]
-            asked += [(word, number) for word in mixed[10:]]
-        chosen = [asked[int(place)] for place in rng.integers(0, len(asked), ROWS_A_MEMBER)]
+        chosen = [words[int(place)] for place in rng.integers(0, len(words), ROWS_A_MEMBER)]
         for rotated in rotations(labels):
-            train = [(word, rotated[number]) for word, number in shown] * 2
+            train = [(word, rotated[number]) for word, number in words] * 2
             validation = [(word, rotated[number]) for word, number in chosen]
             yield rows_of(train, list(labels)), rows_of(validation, list(labels))
 

@@ -25,14 +25,14 @@ def quantise_rows(values: Tensor) -> tuple[Tensor, Tensor]:
 
     values: [M, K]; quantised: int8 [M, K]; maxima: float32 [M]. Bitwise what bitsandbytes'
     `int8_vectorwise_quant` gives; on the CPU its steps are written out here with a row maximum that is vectorised,
-    for that one step takes half the operator's time.
+    for that one step takes half of the operator's time.
     """
     if values.is_cuda:
         # The CUDA kernel takes float16 alone.
         quantised, maxima, _ = _operators.int8_vectorwise_quant(values.half(), 0.0)
         return quantised, maxima
     values = values.float()
-    maxima = torch.linalg.vector_norm(values, float("inf"), dim=1)
+    maxima = values.abs().amax(1)
     # A row of zeros (all heads removed) would divide by nothing; any scale keeps it zero.
     scale = 127.0 / torch.where(maxima == 0, 1.0, maxima)
     return (values * scale[:, None]).round_().to(torch.int8), maxima
@@ -130,7 +130,7 @@ class Int8Linear(nn.Module):
         """Return the LLM.int8 product; the integer part is exact, the floating-point part of fixed shape."""
         quantised, maxima, beside = self.shared.quantise(values, self.outlier_columns)
         product = _operators.int8_linear_matmul(quantised, self.weight)
-        out = torch.mul(product, (maxima / (127.0 * 127.0))[:, None])
+        out = product.float().mul_((maxima / (127.0 * 127.0))[:, None])
         del product
         if self.bias is None:
             out.mul_(self.SCB)

@@ -1,0 +1,121 @@
+"""The demo model is what the README says: it learns in context, by induction heads that can be found and removed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, OPTForCausalLM
+
+from lowmem_icl.engine.stream import sweep
+from lowmem_icl.engine.waves import Job, SweepMemory
+from lowmem_icl.masks import Mask
+from lowmem_icl.model.locate import ensure_store, locate
+from lowmem_icl.model.streamed import StreamedModel
+from lowmem_icl.tasks.loading import open_task
+from lowmem_icl.tasks.packing import PackingLimits, pack
+from lowmem_icl.tasks.scoring import document_scores
+
+DEMO = Path(__file__).parents[1] / "lowmem_icl" / "demo"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(DEMO)
+
+
+@pytest.fixture(scope="module")
+def prefix_matching() -> np.ndarray:
+    """Scores [L, H] by the description: the mean over queries of the attention to what followed earlier occurrences."""
+    model = OPTForCausalLM.from_pretrained(DEMO, dtype=torch.float32, attn_implementation="eager").eval()
+    rng = np.random.default_rng(7)
+    scores = []
+    for period in (25, 50, 75, 100, 127):
+        segment = rng.choice(np.arange(4, model.config.vocab_size), period, replace=False)
+        tokens = torch.from_numpy(np.concatenate([[2], np.tile(segment, 4)]))[None]
+        with torch.no_grad():
+            attentions = torch.stack(model(tokens, output_attentions=True).attentions)[:, 0]
+        total = torch.zeros(attentions.shape[:2])
+        for query in range(period + 1, 4 * period + 1):
+            for back in (1, 2, 3):
+                if query - back * period >= 1:
+                    total += attentions[:, :, query, query - back * period + 1]
+        scores.append(total / (3 * period))
+    return torch.stack(scores).mean(0).numpy()
+
+
+def test_the_folder_is_small_and_the_model_as_described() -> None:
+    assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) < 10e6
+    model = OPTForCausalLM.from_pretrained(DEMO)
+    assert model.dtype == torch.bfloat16
+    assert model.num_parameters() < 4e6
+    assert 4 <= model.config.num_hidden_layers <= 6
+    assert model.config.num_attention_heads == 8
+    assert model.config.max_position_embeddings >= 512
+
+
+@pytest.mark.parametrize("text", ["cat dax\ndog", "Zürich 東京 \t x", "word  two  spaces\n\n", "🙂"])
+def test_any_text_goes_through_the_tokenizer(tokenizer, text: str) -> None:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.unk_token_id not in ids
+
+
+def test_context_and_continuation_apart_are_the_tokens_of_both_together(tokenizer) -> None:
+    apart = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("cat dax\ndog", " wug")]
+    assert sum(apart, []) == tokenizer("cat dax\ndog wug", add_special_tokens=False)["input_ids"]
+
+
+def test_it_has_induction_heads_and_only_a_few(prefix_matching: np.ndarray) -> None:
+    assert prefix_matching.max() >= 0.9
+    assert 1 <= (prefix_matching >= 0.3).sum() <= prefix_matching.size / 4
+
+
+@pytest.fixture(scope="module")
+def accuracy(tmp_path_factory: pytest.TempPathFactory, tokenizer):
+    """Accuracy of a task at a shot count under masks, in int8, on 256 documents."""
+    store = ensure_store(locate("demo", None, "int8", tmp_path_factory.mktemp("stores")), "int8")
+    limits = PackingLimits(512, 128, 2)
+
+    def measure(task: str, shots: int, *masks: Mask) -> list[float]:
+        rows = open_task(task, None).rows(shots=shots, part="evaluate", limit=256)
+        packed = pack(rows, lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"], limits)
+        with StreamedModel(store, device=torch.device("cpu"), resident_bytes=1 << 30) as model:
+            (scores,) = sweep(model, [Job(packed.packed, masks or (Mask(),))], memory=SweepMemory.of(1 << 30))
+        return [
+            float(document_scores(rows, packed.by_document(one), packed.by_document(flags))["acc"].mean())
+            for one, flags in zip(scores.logprobs, scores.greedy, strict=True)
+        ]
+
+    return measure
+
+
+@pytest.mark.parametrize("task", ["recall", "category"])
+def test_in_context_tasks_rise_from_chance(accuracy, task: str) -> None:
+    (nothing,), (enough,) = accuracy(task, 0), accuracy(task, 16)
+    assert nothing == pytest.approx(0.25, abs=0.06)
+    assert enough >= 0.9
+
+
+@pytest.mark.parametrize("shots", [0, 4, 16])
+def test_knowledge_needs_no_demonstrations(accuracy, shots: int) -> None:
+    assert accuracy("knowledge", shots)[0] >= 0.95
+
+
+def test_without_its_induction_heads_it_recalls_nothing_and_knows_all(
+    accuracy, prefix_matching: np.ndarray
+) -> None:
+    induction = [(int(layer), int(head)) for layer, head in np.argwhere(prefix_matching >= 0.3)]
+    layers = {layer for layer, _ in induction}
+    rng = np.random.default_rng(0)
+    others = [(layer, head) for layer in layers for head in range(8) if (layer, head) not in induction]
+    draws = [
+        Mask(
+            frozenset(others[int(place)] for place in rng.choice(len(others), len(induction), replace=False))
+        )
+        for _ in range(9)
+    ]
+    clean, without, *random = accuracy("recall", 16, Mask(), Mask(frozenset(induction)), *draws)
+    assert without <= 0.25 + 0.1
+    assert clean - float(np.median(random)) < 0.1
+    assert accuracy("knowledge", 0, Mask(frozenset(induction)))[0] >= 0.9
