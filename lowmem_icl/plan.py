@@ -13,7 +13,8 @@ from lowmem_icl.engine.waves import CACHE_SHARE, Job, SweepMemory, layer_reads, 
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.experiments.ablate import ablation_masks
 from lowmem_icl.masks import Mask
-from lowmem_icl.model.reading import PAGE_BYTES
+from lowmem_icl.model.layer import DecoderLayer, tree_mask
+from lowmem_icl.model.reading import PAGE_BYTES, LayerReader
 from lowmem_icl.model.store import OUTSIDE, Store
 from lowmem_icl.model.streamed import HEAD_ROWS, VOCABULARY_BLOCK
 from lowmem_icl.prepare import Prepared
@@ -96,7 +97,7 @@ class Plan:
 
 
 def make_plan(options: RunOptions, prepared: Prepared) -> Plan:
-    """Plan all experiments of a run; takes about a second to measure this machine's matrix product."""
+    """Plan all experiments of a run; takes about a second to measure this machine on a layer of the model."""
     store, skeleton = prepared.store, prepared.store.skeleton
     packed_evaluate = [prepared.pack(task) for task in prepared.evaluate]
     packed_train = [prepared.pack(task) for task in prepared.train]
@@ -105,7 +106,8 @@ def make_plan(options: RunOptions, prepared: Prepared) -> Plan:
     whole = store.layer_bytes * skeleton.layers
     streams = memory.resident_bytes < whole
     parameters = sum(torch.Size(shape).numel() for shape in skeleton.layer_parameters().values())
-    rate = _measured_rate(store)
+    typical = int(sum(map(len, rows)) / len(rows))
+    rate = _layer_tokens_a_second(store, typical)
     stages = []
     for experiment in options.experiments:
         jobs = _jobs(experiment, packed_evaluate, packed_train, skeleton.layers, skeleton.heads)
@@ -121,9 +123,7 @@ def make_plan(options: RunOptions, prepared: Prepared) -> Plan:
         streamed = reads * store.layer_bytes if streams else whole
         operations = 2 * parameters * tokens
         stages.append(
-            StagePlan(
-                experiment, tokens, reads, streamed, operations, operations / rate, experiment == "prune"
-            )
+            StagePlan(experiment, tokens, reads, streamed, operations, tokens / rate, experiment == "prune")
         )
     return Plan(memory, store.size_bytes, tuple(stages))
 
@@ -151,19 +151,21 @@ def _jobs(
     return None
 
 
-def _measured_rate(store: Store) -> float:
-    """Return operations a second of this machine on one layer's widest product, in the store's form."""
-    skeleton = store.skeleton
-    shape = max(skeleton.layer_parameters().values(), key=lambda shape: torch.Size(shape).numel())
-    if store.manifest.weights == "int8":
-        left = torch.ones(256, shape[1], dtype=torch.int8)
-        right = torch.ones(shape[1], shape[0], dtype=torch.int8)
-        multiply = torch._int_mm
-    else:
-        left, right, multiply = torch.ones(256, shape[1]), torch.ones(shape[1], shape[0]), torch.mm
-    multiply(left, right)
-    start, done = time.perf_counter(), 0
-    while time.perf_counter() - start < MEASURED_SECONDS:
-        multiply(left, right)
-        done += 1
-    return done * 2 * left.numel() * shape[0] / (time.perf_counter() - start)
+def _layer_tokens_a_second(store: Store, row_tokens: int) -> float:
+    """Return how many tokens a second go through this store's first layer here, in micro-batches as a sweep has them."""
+    rows = max(1, MICRO_BATCH_TOKENS // max(1, row_tokens))
+    residual = torch.randn(rows, row_tokens, store.skeleton.width)
+    mask = tree_mask(torch.full((row_tokens,), row_tokens, dtype=torch.int64))
+    layer = DecoderLayer(store.skeleton, store.manifest.weights, torch.device("cpu"))
+    reader = LayerReader(store.layer_paths[:1])
+    for _, tensors in reader.layers([0]):
+        layer.fill(tensors)
+        with torch.no_grad():
+            layer.run(residual, mask)
+            start, done = time.perf_counter(), 0
+            while time.perf_counter() - start < MEASURED_SECONDS:
+                layer.run(residual, mask)
+                done += 1
+            seconds = time.perf_counter() - start
+    reader.close()
+    return done * rows * row_tokens / seconds

@@ -21,7 +21,8 @@ class Row:
     tokens, positions: [T]; `ends` [T]: token j is an ancestor of i (or i itself) exactly when j <= i < ends[j].
     Answer a is the log-probability of token `targets[a]` read at place `read_at[a]`; it counts to option
     `options[a]` (a number the maker of the rows chose, unique over all rows of a task). `owners` [T]: the
-    document each token belongs to where a row shares none between documents, else the first that used it.
+    document each token belongs to where a row shares none between documents, else the first that used it. Tokens that
+    only fill a row up see themselves alone and are never read.
     """
 
     tokens: Integers

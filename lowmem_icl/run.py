@@ -7,6 +7,7 @@ import json
 import logging
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -78,6 +79,9 @@ def run(
             )
         device = _device(options)
         parts = Parts(folder / "parts")
+        for stale in parts.folder.glob("residuals-*"):
+            # Left by a process that was killed; the lock says that nobody uses them.
+            shutil.rmtree(stale, ignore_errors=True)
         with StreamedModel(prepared.store, device=device, resident_bytes=plan.memory.resident_bytes) as model:
             work = Work(
                 options, prepared, model, plan.memory.sweep, parts, terminal.progress, folder / "parts"

@@ -63,7 +63,7 @@ def test_any_text_goes_through_the_tokenizer(tokenizer, text: str) -> None:
 
 def test_context_and_continuation_apart_are_the_tokens_of_both_together(tokenizer) -> None:
     apart = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("cat dax\ndog", " wug")]
-    assert sum(apart, []) == tokenizer("cat dax\ndog wug", add_special_tokens=False)["input_ids"]
+    assert apart[0] + apart[1] == tokenizer("cat dax\ndog wug", add_special_tokens=False)["input_ids"]
 
 
 def test_it_has_induction_heads_and_only_a_few(prefix_matching: np.ndarray) -> None:
@@ -73,12 +73,12 @@ def test_it_has_induction_heads_and_only_a_few(prefix_matching: np.ndarray) -> N
 
 @pytest.fixture(scope="module")
 def accuracy(tmp_path_factory: pytest.TempPathFactory, tokenizer):
-    """Accuracy of a task at a shot count under masks, in int8, on 256 documents."""
+    """Accuracy of a task at a shot count under masks, in int8, on all its documents."""
     store = ensure_store(locate("demo", None, "int8", tmp_path_factory.mktemp("stores")), "int8")
     limits = PackingLimits(512, 128, 2)
 
     def measure(task: str, shots: int, *masks: Mask) -> list[float]:
-        rows = open_task(task, None).rows(shots=shots, part="evaluate", limit=256)
+        rows = open_task(task, None).rows(shots=shots, part="evaluate", limit=None)
         packed = pack(rows, lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"], limits)
         with StreamedModel(store, device=torch.device("cpu"), resident_bytes=1 << 30) as model:
             (scores,) = sweep(model, [Job(packed.packed, masks or (Mask(),))], memory=SweepMemory.of(1 << 30))
@@ -93,7 +93,7 @@ def accuracy(tmp_path_factory: pytest.TempPathFactory, tokenizer):
 @pytest.mark.parametrize("task", ["recall", "category"])
 def test_in_context_tasks_rise_from_chance(accuracy, task: str) -> None:
     (nothing,), (enough,) = accuracy(task, 0), accuracy(task, 16)
-    assert nothing == pytest.approx(0.25, abs=0.06)
+    assert nothing == 0.25, "exactly chance, by the rotations"
     assert enough >= 0.9
 
 

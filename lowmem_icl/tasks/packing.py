@@ -17,6 +17,9 @@ from lowmem_icl.tasks.loading import Document, TaskRows
 
 SHORTEST_ROW_TOKENS = 128
 LONGEST_ROW_TOKENS = 1024
+# 64 bytes of float32: with rows of such lengths every buffer of the attention starts on a full vector, whichever
+# thread works on it. MKL's products differ in the last bit between aligned and unaligned buffers.
+ROW_MULTIPLE = 16
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 Tokenise = Callable[[list[str]], list[list[int]]]
@@ -158,11 +161,13 @@ class _RowBuilder:
             if parent >= 0:
                 ends[place[parent]] = max(ends[place[parent]], ends[here])
         answers = np.array(self.answers, dtype=np.int64).reshape(-1, 3)
+        fill = (0, -len(order) % ROW_MULTIPLE)
         return Row(
-            tokens=np.array(self.tokens, dtype=np.int64)[order],
-            positions=positions,
-            ends=ends,
-            owners=np.array(self.owners, dtype=np.int64)[order],
+            tokens=np.pad(np.array(self.tokens, dtype=np.int64)[order], fill),
+            positions=np.pad(positions, fill),
+            # A token that fills up sees itself alone, and nothing sees it.
+            ends=np.concatenate([ends, np.arange(len(order), len(order) + fill[1]) + 1]),
+            owners=np.pad(np.array(self.owners, dtype=np.int64)[order], fill),
             read_at=place[answers[:, 0]],
             targets=answers[:, 1],
             options=answers[:, 2],
