@@ -11,8 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from lowmem_icl.errors import InputError
 
-Experiment = Literal["evaluate", "importance", "ablate", "prune", "induction", "overlap"]
-EXPERIMENTS: tuple[str, ...] = ("evaluate", "importance", "ablate", "prune", "overlap")
+Experiment = Literal["evaluate", "importance", "ablate", "prune", "overlap"]
+EXPERIMENTS: tuple[str, ...] = get_args(Experiment)
 DEMO = "demo"
 DEFAULT_TRAIN_LIMIT = 32
 
@@ -160,6 +160,3 @@ def run_options(flags: dict[str, Any], config: Path | None = None) -> RunOptions
         message = first["msg"].removeprefix("Value error, ")
         got = f", got {first['input']!r}" if name else ""
         raise InputError(f"{flag}{message[0].lower() + message[1:]}{got}") from error
-
-
-assert set(EXPERIMENTS) <= set(get_args(Experiment))

@@ -72,7 +72,10 @@ def plan_memory(options: RunOptions, store: Store, longest_row_tokens: int) -> M
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One experiment's cost: tokens that go through a layer, layers and bytes read, operations, expected seconds."""
+    """One experiment's cost: tokens that go through a layer, layers and bytes read, operations, expected seconds.
+
+    `rough`: how much it takes depends on what it finds.
+    """
 
     experiment: str
     layer_tokens: int
@@ -80,7 +83,7 @@ class StagePlan:
     read_bytes: int
     operations: int
     seconds: float
-    upper_bound: bool = False
+    rough: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def make_plan(options: RunOptions, prepared: Prepared) -> Plan:
 def _jobs(
     experiment: str, evaluate: Sequence[PackedTask], train: Sequence[PackedTask], layers: int, heads: int
 ) -> list[list[Job]] | None:
-    """Return the sweeps of an experiment; the pruner's as if no unit could ever be removed early."""
+    """Return the sweeps of an experiment; the pruner's as if it removed every head, one after the other."""
     if experiment == "evaluate":
         return [[Job(task.packed, (Mask(),)) for task in evaluate]]
     if experiment == "importance":
@@ -147,7 +150,9 @@ def _jobs(
                 # Two searches, a task's own and that of all tasks, each on half of the documents.
                 sweeps.append([Job(task.packed, masks) for task in train])
         sweeps += [[Job(task.packed, (Mask(ffns=frozenset([0])),)) for task in train]] * layers
-        return sweeps
+        # Its own and the shared mask of three methods each, then judged.
+        deepest = (Mask(ffns=frozenset([0])),) * 6
+        return [*sweeps, [Job(task.packed, deepest) for task in evaluate]]
     return None
 
 

@@ -38,7 +38,7 @@ def pruned(results: pl.DataFrame) -> pl.DataFrame:
     """Return, for each search, what its masks removed and the accuracy they leave."""
     return (
         results.filter((pl.col("experiment") == "prune") & pl.col("metric").is_in(["acc", "em"]))
-        .filter(pl.col("mask").str.contains(pl.col("task"), literal=True) | (pl.col("task") == "aggregate"))
+        .filter((pl.col("task") == "aggregate") | ~pl.col("mask").str.contains("-aggregate-", literal=True))
         .select("task", "shots", "method", "mask", "heads_removed", "ffns_removed", "value", "low", "high")
         .sort("task", "shots", "method")
     )

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: plan, progress with rate and time left, and tables."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lowmem_icl.plan import Plan
+
+SECONDS_BETWEEN_LINES = 15.0
 
 
 class _Rate(ProgressColumn):
@@ -29,6 +32,7 @@ class Terminal:
     def __init__(self, quiet: bool = False) -> None:
         self.out = Console()
         self.err = Console(stderr=True, quiet=quiet)
+        self._last_line = time.monotonic()
 
     def say(self, text: str) -> None:
         """Print a message for people."""
@@ -36,7 +40,10 @@ class Terminal:
 
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a bar while layer-tokens are worked off."""
+        """Show how far layer-tokens are worked off: a bar, or, where nobody sees one, a line now and then."""
+        if not self.err.is_terminal:
+            yield self._lines(label, total)
+            return
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -44,9 +51,25 @@ class Terminal:
             _Rate(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.err, transient=not self.err.is_terminal) as shown:
+        with Progress(*columns, console=self.err, transient=True) as shown:
             task = shown.add_task(label, total=total)
             yield lambda amount: shown.advance(task, amount)
+
+    def _lines(self, label: str, total: int) -> Callable[[int], None]:
+        started, done = time.monotonic(), 0
+
+        def advance(amount: int) -> None:
+            nonlocal done
+            done += amount
+            now = time.monotonic()
+            if now - self._last_line < SECONDS_BETWEEN_LINES:
+                return
+            self._last_line = now
+            rate = done / max(now - started, 1e-3)
+            left = duration((total - done) / rate)
+            self.say(f"{label}: {done / total:.0%}, {rate / 1000:.1f}k layer-tokens/s, {left} left")
+
+        return advance
 
     @contextmanager
     def converting(self) -> Iterator[Callable[[int], None]]:
@@ -79,14 +102,14 @@ def plan_table(plan: Plan) -> Table:
     for column in ("experiment", "layer-tokens", "layers read", "from disk", "operations", "expected"):
         table.add_column(column, justify="left" if column == "experiment" else "right")
     for stage in plan.stages:
-        most = "≤ " if stage.upper_bound else ""
+        about = "~" if stage.rough else ""
         table.add_row(
             stage.experiment,
-            f"{most}{stage.layer_tokens:,}",
-            f"{most}{stage.layers_read:,}",
+            f"{about}{stage.layer_tokens:,}",
+            f"{about}{stage.layers_read:,}",
             size(stage.read_bytes),
             f"{stage.operations / 1e9:,.0f} G",
-            f"{most}{duration(stage.seconds)}",
+            f"{about}{duration(stage.seconds)}",
         )
     return table
 

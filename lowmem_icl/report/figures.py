@@ -163,7 +163,9 @@ def estimate_against_exact(results: pl.DataFrame) -> Figure | None:
 def pruning_bars(results: pl.DataFrame) -> Figure | None:
     """Draw accuracy left by greedy masks and by gradient and random masks of equal size, clean as a line."""
     of_masks = results.filter((pl.col("experiment") == "prune") & pl.col("metric").is_in(ACCURACY))
-    of_masks = of_masks.filter(~pl.col("mask").str.contains("aggregate") | (pl.col("task") == "aggregate"))
+    of_masks = of_masks.filter(
+        ~pl.col("mask").str.contains("-aggregate-", literal=True) | (pl.col("task") == "aggregate")
+    )
     if of_masks.is_empty():
         return None
     clean = results.filter(
