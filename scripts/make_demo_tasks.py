@@ -142,7 +142,7 @@ def main() -> None:
     write_group(out, "recall", recall_members(rng))
     write_group(out, "category", category_members(rng))
     write_task(out, "knowledge", *knowledge_rows(rng))
-    write_task(out, "repeat", repeat_rows(rng, 128), repeat_rows(rng, 256))
+    write_task(out, "repeat", repeat_rows(rng, 128), repeat_rows(rng, 128))
 
 
 if __name__ == "__main__":

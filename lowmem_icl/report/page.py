@@ -9,7 +9,7 @@ import jinja2
 import polars as pl
 from matplotlib.figure import Figure
 
-from lowmem_icl.files import atomic_path, write_text_atomic
+from lowmem_icl.files import write_text_atomic
 from lowmem_icl.report import figures
 from lowmem_icl.results import read_table
 from lowmem_icl.summary import accuracy, pruned, run_record, top_units, unit_name
@@ -106,8 +106,6 @@ def _sections(results: pl.DataFrame, record: dict[str, Any], folder: Path) -> li
             return []
         text = figures.svg(figure)
         write_text_atomic(folder / "figures" / f"{name}.svg", text)
-        with atomic_path(folder / "figures" / f"{name}.png") as beside:
-            figure.savefig(beside, format="png", dpi=120, bbox_inches="tight")
         return [Drawn(text, caption)]
 
     rows = accuracy(results)

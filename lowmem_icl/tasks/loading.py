@@ -60,10 +60,12 @@ class TaskRows:
 
     @cached_property
     def chance(self) -> float:
-        """Expected accuracy of a uniform guess."""
-        return float(
-            np.mean([np.prod(shares) for shares in self._by_unit(lambda gold: float(np.mean(gold)))])
-        )
+        """Expected accuracy of a uniform guess; 0 for a continuation without alternatives."""
+
+        def share_right(gold: tuple[bool, ...]) -> float:
+            return float(np.mean(gold)) if len(gold) > 1 else 0.0
+
+        return float(np.mean([np.prod(shares) for shares in self._by_unit(share_right)]))
 
     @cached_property
     def majority(self) -> float:
@@ -138,6 +140,10 @@ class OpenTask:
             offset = sum(len(self._split(other, part)) for other in self.members[:number])
             if share != 0:
                 documents += self._member_documents(number, member, part, shots, share, offset)
+        if not documents:
+            raise InputError(
+                f"task {self.name}: no row is left for its {part} part; without a train split it needs at least 2 rows"
+            )
         split = "train" if part == "train" and self.has_train else self.evaluation_split
         return TaskRows(self.name, shots, split, tuple(documents), self.metric, tuple(self.members))
 

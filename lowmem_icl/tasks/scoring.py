@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lowmem_icl.tasks.loading import TaskRows
 
-RESAMPLES = 200
+LARGEST_GROUP_COUNT = 200
 
 Values = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -46,7 +46,7 @@ def document_scores(task: TaskRows, logprobs: Sequence[Values], greedy: Sequence
 def task_metrics(task: TaskRows, logprobs: Sequence[Values], greedy: Sequence[Flags]) -> list[MetricValue]:
     """Return lm-eval's metrics of the task over all documents.
 
-    A mean over documents has the standard error of a mean; other metrics (MultiRC's, F1) a bootstrap over clusters.
+    A mean over documents has the standard error of a mean; other metrics (MultiRC's, F1) a jackknife over clusters.
     """
     values: dict[str, list[Any]] = defaultdict(list)
     for document, of_document, flags in zip(task.documents, logprobs, greedy, strict=True):
@@ -76,12 +76,15 @@ def _stderr(items: list[Any], clusters: Sequence[str], aggregate: Callable[[list
     for item, cluster in zip(items, clusters, strict=True):
         of_cluster[cluster].append(item)
     groups = list(of_cluster.values())
-    rng = np.random.default_rng(0)
-    draws = [
-        aggregate([item for place in rng.integers(0, len(groups), len(groups)) for item in groups[place]])
-        for _ in range(RESAMPLES)
+    if len(groups) < 2:
+        return float("nan")
+    # Leave one group out, rather than draw groups again: a MultiRC question drawn twice would count once.
+    count = min(len(groups), LARGEST_GROUP_COUNT)
+    without = [
+        aggregate([item for place, group in enumerate(groups) if place % count != left_out for item in group])
+        for left_out in range(count)
     ]
-    return float(np.std(draws, ddof=1))
+    return float(np.sqrt((count - 1) * np.var(without)))
 
 
 def unit_accuracy(task: TaskRows, accuracy: Values) -> tuple[Values, list[str]]:

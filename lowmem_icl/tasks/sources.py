@@ -47,7 +47,8 @@ def read_rows(path: Path) -> Rows:
     Every row must have the fields of the first.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON may hold a bare U+2028 or U+0085 inside a text, and that ends no row.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     rows: Rows = []
@@ -189,7 +190,10 @@ def _own_file(path: Path) -> ConfigurableTask:
         "custom_dataset": lambda **_: {"validation": datasets.Dataset.from_list(plain)},
         "doc_to_text": lambda row: row["context"],
         "doc_to_choice": lambda row: row["options"],
-        "doc_to_target": lambda row: row["gold"] if len(row["gold"]) > 1 else row["gold"][0],
+        # lm-eval learns from the first row whether labels are lists, so all rows have one; a demonstration shows
+        # the first right option.
+        "doc_to_target": lambda row: row["gold"],
+        "fewshot_config": {"doc_to_target": lambda row: row["options"][row["gold"][0]]},
         "target_delimiter": "",
         "fewshot_delimiter": "\n\n",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
