@@ -277,9 +277,9 @@ def test_text_of_strangers_is_never_a_template(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ({"context": 1, "options": ["a"], "gold": 0}, "'context': expected a text"),
-        ({"context": "", "options": [], "gold": 0}, "'options': expected a list"),
+        ({"context": "", "options": ["a"], "gold": 0}, "'options': expected a list"),
         ({"context": "", "options": ["a", ""], "gold": 0}, "'options': expected a list"),
-        ({"context": "", "options": ["a"], "gold": 1}, "'gold': expected the place"),
+        ({"context": "", "options": ["a", "b"], "gold": 2}, "'gold': expected the place"),
         ({"context": "", "options": ["a", "b"], "gold": True}, "'gold': expected the place"),
         ({"context": "", "options": ["a", "b"], "gold": []}, "'gold': expected the place"),
         ([1], "expected a JSON object, got list"),

@@ -211,10 +211,10 @@ def _check_own_row(path: Path, number: int, row: dict[str, Any]) -> None:
         raise InputError(f"{path}, row {number}: 'context': expected a text")
     if (
         not isinstance(options, list)
-        or not options
+        or len(options) < 2
         or not all(isinstance(option, str) and option for option in options)
     ):
-        raise InputError(f"{path}, row {number}: 'options': expected a list of texts, at least one")
+        raise InputError(f"{path}, row {number}: 'options': expected a list of texts, at least two")
     places = _as_list(gold) if isinstance(gold, (int, list)) and not isinstance(gold, bool) else []
     if not places or not all(
         isinstance(place, int) and not isinstance(place, bool) and 0 <= place < len(options)
