@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.tasks.loading import TaskRows, open_task
+from lowmem_icl.tasks.loading import Document, TaskRows, open_task
 from lowmem_icl.tasks.scoring import document_scores, task_metrics, unit_accuracy
 
 
