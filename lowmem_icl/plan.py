@@ -8,12 +8,12 @@ import psutil
 import torch
 
 from lowmem_icl.config import RunOptions
-from lowmem_icl.engine.stream import MICRO_BATCH_TOKENS
+from lowmem_icl.engine.batches import MICRO_BATCH_TOKENS
 from lowmem_icl.engine.waves import CACHE_SHARE, Job, SweepMemory, layer_reads, layer_tokens
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.experiments.ablate import ablation_masks
 from lowmem_icl.masks import Mask
-from lowmem_icl.model.layer import DecoderLayer, tree_mask
+from lowmem_icl.model.layer import DecoderLayer, Segment, whole_row
 from lowmem_icl.model.reading import PAGE_BYTES, LayerReader
 from lowmem_icl.model.store import OUTSIDE, Store
 from lowmem_icl.model.streamed import HEAD_ROWS, VOCABULARY_BLOCK
@@ -159,8 +159,8 @@ def _jobs(
 def _layer_tokens_a_second(store: Store, row_tokens: int) -> float:
     """Return how many tokens a second go through this store's first layer here, in micro-batches as a sweep has them."""
     rows = max(1, MICRO_BATCH_TOKENS // max(1, row_tokens))
-    residual = torch.randn(rows, row_tokens, store.skeleton.width)
-    mask = tree_mask(torch.full((row_tokens,), row_tokens, dtype=torch.int64))
+    residual = torch.randn(rows * row_tokens, store.skeleton.width)
+    mask = [Segment(rows, whole_row(row_tokens).attention_mask)]
     layer = DecoderLayer(store.skeleton, store.manifest.weights, torch.device("cpu"))
     reader = LayerReader(store.layer_paths[:1])
     for _, tensors in reader.layers([0]):

@@ -5,7 +5,7 @@ for all that is alive at it. Axis letters: V variants, T tokens, D width, H head
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lowmem_icl.engine.batches import Piece, gather, join, micro_batches, scatter, segments
 from lowmem_icl.engine.cache import ResidualCache
 from lowmem_icl.engine.waves import BlockRow, Job, SweepMemory, Variant, row_blocks, waves
 from lowmem_icl.masks import Mask
-from lowmem_icl.model.layer import DecoderLayer, tree_mask
+from lowmem_icl.model.layer import DecoderLayer, Segment
 from lowmem_icl.model.streamed import HEAD_ROWS, StreamedModel
 from lowmem_icl.rows import PackedRows, Row
-
-MICRO_BATCH_TOKENS = 1024
 
 Advance = Callable[[int], None]
 
@@ -101,13 +100,22 @@ class _Wave:
                     torch.from_numpy(member.row.positions),
                 )
                 self.residuals[-1][0] = self.model.embed(tokens, positions)
+        rows = [member.row for member in self.block]
+        lengths = [len(row) for row in rows]
         for number, layer in self.model.layers(range(self.first_layer, skeleton.layers)):
             keeps = {job: self._keeps(job, number) for job in self.slots}
-            for place, member in enumerate(self.block):
-                alive = self._branch(place, member, number)
-                if alive:
-                    self._through(layer, place, member.row, alive, *keeps[member.job])
-                    advance(alive * len(member.row))
+            alive = [self._branch(place, member, number) for place, member in enumerate(self.block)]
+            for pieces in micro_batches(lengths, alive):
+                kept = [keeps[self.block[piece.place].job] for piece in pieces]
+                batch = gather(self.residuals, pieces)
+                after = layer.run(
+                    batch,
+                    segments(pieces, rows, device),
+                    join([heads for heads, _ in kept], pieces),
+                    join([ffn for _, ffn in kept], pieces),
+                )
+                scatter(after, self.residuals, pieces)
+                advance(len(batch))
         reader = _AnswerReader(self.model, results)
         for place, member in enumerate(self.block):
             self._read_answers(place, member, reader)
@@ -129,27 +137,6 @@ class _Wave:
     def _keeps(self, job: int, number: int) -> tuple[Tensor | None, Tensor | None]:
         masks = [self.jobs[job].masks[mask] if mask >= 0 else Mask() for _, mask in self.slots[job]]
         return keep_tensors(masks, number, self.model.skeleton.heads, self.model.device)
-
-    def _through(
-        self,
-        layer: DecoderLayer,
-        place: int,
-        row: Row,
-        alive: int,
-        keep_heads: Tensor | None,
-        keep_ffn: Tensor | None,
-    ) -> None:
-        residuals = self.residuals[place]
-        mask = tree_mask(torch.from_numpy(row.ends).to(self.model.device))
-        together = max(1, MICRO_BATCH_TOKENS // len(row))
-        for start in range(0, alive, together):
-            batch = slice(start, min(start + together, alive))
-            residuals[batch] = layer.run(
-                residuals[batch],
-                mask,
-                None if keep_heads is None else keep_heads[batch],
-                None if keep_ffn is None else keep_ffn[batch],
-            )
 
     def _read_answers(self, place: int, member: BlockRow, reader: "_AnswerReader") -> None:
         masks = self.jobs[member.job].masks
@@ -263,22 +250,29 @@ def unit_gradients(
                 residuals = _forward_with_cache(model, block, cache, advance)
                 chosen = _score_and_choose(model, block, residuals, results, choose)
             gradients = [
-                _answer_gradient(model, member.row, residual, chosen[member.job])
+                _answer_gradient(model, member.row, residual[0], chosen[member.job])[None]
                 for member, residual in zip(block, residuals, strict=True)
             ]
             del residuals
             for number, layer in model.layers(range(skeleton.layers - 1, -1, -1)):
-                for place, member in enumerate(block):
-                    gradients[place] = _one_layer_back(
+                for pieces in _one_variant(block):
+                    members_here = [block[piece.place] for piece in pieces]
+                    entering = [cache.get(piece.place, number, model.device) for piece in pieces]
+                    before, *of_units = _one_layer_back(
                         layer,
-                        number,
-                        member.row,
-                        cache.get(place, number, model.device),
-                        gradients[place],
-                        results[member.job],
+                        torch.cat(entering),
+                        segments(pieces, [member.row for member in block], model.device),
+                        gather(gradients, pieces),
+                        skeleton.heads,
                     )
-                    advance(len(member.row))
+                    scatter(before, gradients, pieces)
+                    _add_by_owner(results, members_here, number, *of_units)
+                    advance(len(before))
     return results
+
+
+def _one_variant(block: Sequence[BlockRow]) -> Iterator[list[Piece]]:
+    return micro_batches([len(member.row) for member in block], [1] * len(block))
 
 
 def _blocks_of(members: Sequence[BlockRow], width: int, memory: SweepMemory) -> list[list[BlockRow]]:
@@ -291,16 +285,18 @@ def _blocks_of(members: Sequence[BlockRow], width: int, memory: SweepMemory) -> 
 def _forward_with_cache(
     model: StreamedModel, block: Sequence[BlockRow], cache: ResidualCache, advance: Advance
 ) -> list[Tensor]:
+    """Return the rows' residuals after the last layer, [1, T, D] each, all layer inputs being kept on the way."""
+    rows = [member.row for member in block]
     residuals = [
-        model.embed(torch.from_numpy(member.row.tokens), torch.from_numpy(member.row.positions))
-        for member in block
+        model.embed(torch.from_numpy(row.tokens), torch.from_numpy(row.positions))[None] for row in rows
     ]
     for number, layer in model.layers(range(model.skeleton.layers)):
-        for place, member in enumerate(block):
-            cache.keep(place, number, residuals[place])
-            mask = tree_mask(torch.from_numpy(member.row.ends).to(model.device))
-            residuals[place] = layer.run(residuals[place][None], mask)[0]
-            advance(len(member.row))
+        for place, residual in enumerate(residuals):
+            cache.keep(place, number, residual[0])
+        for pieces in _one_variant(block):
+            batch = gather(residuals, pieces)
+            scatter(layer.run(batch, segments(pieces, rows, model.device)), residuals, pieces)
+            advance(len(batch))
     return residuals
 
 
@@ -314,7 +310,7 @@ def _score_and_choose(
     for member, residual in zip(block, residuals, strict=True):
         row = member.row
         logprobs, _ = model.log_probabilities(
-            residual,
+            residual[0],
             torch.from_numpy(row.read_at).to(model.device),
             torch.from_numpy(row.targets).to(model.device),
         )
@@ -338,22 +334,35 @@ def _answer_gradient(model: StreamedModel, row: Row, residual: Tensor, chosen: N
 
 
 def _one_layer_back(
-    layer: DecoderLayer, number: int, row: Row, residual: Tensor, gradient: Tensor, result: UnitGradients
-) -> Tensor:
-    """Add one layer's unit gradients to `result`; return the gradient at the layer's input, [T, D]."""
-    heads = result.head_signed.shape[2]
-    mask = tree_mask(torch.from_numpy(row.ends).to(residual.device))
+    layer: DecoderLayer, residual: Tensor, of_rows: Sequence[Segment], gradient: Tensor, heads: int
+) -> tuple[Tensor, NDArray[np.float64], NDArray[np.float64]]:
+    """Run a layer again with its graph; return the gradient at its input [N, D], and of each token ⟨z, g⟩ by head
+    [N, H] and ⟨FFN's output, g⟩ [N].
+    """
     with torch.enable_grad():
-        entering = residual[None].requires_grad_()
-        leaving, captured = layer.run_captured(entering, mask)
-        before, of_z, of_ffn = torch.autograd.grad(
-            leaving, (entering, captured.z, captured.ffn), gradient[None]
-        )
+        entering = residual.requires_grad_()
+        leaving, captured = layer.run_captured(entering, of_rows)
+        before, of_z, of_ffn = torch.autograd.grad(leaving, (entering, captured.z, captured.ffn), gradient)
     with torch.no_grad():
-        by_head = (captured.z * of_z)[0].view(len(row), heads, -1).sum(-1).double().cpu().numpy()
-        by_ffn = (captured.ffn * of_ffn)[0].sum(-1).double().cpu().numpy()
-    np.add.at(result.head_signed[:, number], row.owners, by_head)
-    np.add.at(result.head_absolute[:, number], row.owners, np.abs(by_head))
-    np.add.at(result.ffn_signed[:, number], row.owners, by_ffn)
-    np.add.at(result.ffn_absolute[:, number], row.owners, np.abs(by_ffn))
-    return before[0]
+        by_head = (captured.z * of_z).unflatten(-1, (heads, -1)).sum(-1).double().cpu().numpy()
+        by_ffn = (captured.ffn * of_ffn).sum(-1).double().cpu().numpy()
+    return before, by_head, by_ffn
+
+
+def _add_by_owner(
+    results: Sequence[UnitGradients],
+    members: Sequence[BlockRow],
+    number: int,
+    by_head: NDArray[np.float64],
+    by_ffn: NDArray[np.float64],
+) -> None:
+    """Sum one layer's terms over the tokens of every owner."""
+    start = 0
+    for member in members:
+        result, owners = results[member.job], member.row.owners
+        places = slice(start, start + len(owners))
+        np.add.at(result.head_signed[:, number], owners, by_head[places])
+        np.add.at(result.head_absolute[:, number], owners, np.abs(by_head[places]))
+        np.add.at(result.ffn_signed[:, number], owners, by_ffn[places])
+        np.add.at(result.ffn_absolute[:, number], owners, np.abs(by_ffn[places]))
+        start += len(owners)

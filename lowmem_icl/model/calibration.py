@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lowmem_icl.model.families import Skeleton
 from lowmem_icl.model.int8 import OUTLIER_THRESHOLD, Int8Linear
-from lowmem_icl.model.layer import DecoderLayer, tree_mask
+from lowmem_icl.model.layer import DecoderLayer, whole_row
 
 ROW_TOKENS = 512
 FIXED_TEXT = "calibration.txt"
@@ -88,5 +88,4 @@ class CalibrationPass:
 
 
 def _run(layer: DecoderLayer, residual: Tensor) -> Tensor:
-    mask = tree_mask(torch.full((len(residual),), len(residual), dtype=torch.int64))
-    return layer.run(residual[None], mask)[0]
+    return layer.run(residual, [whole_row(len(residual))])

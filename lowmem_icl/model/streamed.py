@@ -8,6 +8,7 @@ from accelerate.utils import set_module_tensor_to_device
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lowmem_icl.model.allocator import keep_freed_memory
 from lowmem_icl.model.int8 import FIXED_ROWS, matmul_in_fixed_rows
 from lowmem_icl.model.layer import DecoderLayer
 from lowmem_icl.model.reading import LayerReader
@@ -24,6 +25,7 @@ class StreamedModel:
     """
 
     def __init__(self, store: Store, *, device: torch.device, resident_bytes: int) -> None:
+        keep_freed_memory()
         self.store = store
         self.skeleton = store.skeleton
         self.device = device

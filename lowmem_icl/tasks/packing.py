@@ -16,7 +16,7 @@ from lowmem_icl.rows import PackedRows, Row
 from lowmem_icl.tasks.loading import Document, TaskRows
 
 SHORTEST_ROW_TOKENS = 128
-LONGEST_ROW_TOKENS = 1024
+LONGEST_ROW_TOKENS = 256
 # 64 bytes of float32: with rows of such lengths every buffer of the attention starts on a full vector, whichever
 # thread works on it. MKL's products differ in the last bit between aligned and unaligned buffers.
 ROW_MULTIPLE = 16
@@ -41,7 +41,7 @@ class PackingLimits:
     @staticmethod
     def row_tokens_for(width: int) -> int:
         """Return the length of rows for a model of this width."""
-        return min(max(width // 2, SHORTEST_ROW_TOKENS), LONGEST_ROW_TOKENS)
+        return min(max(width // 32, SHORTEST_ROW_TOKENS), LONGEST_ROW_TOKENS)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,23 @@
+"""Makes the C library keep freed memory for the next tensor instead of giving it back at once.
+
+A layer's intermediate tensors are tens to hundreds of megabytes, which glibc maps anew from the kernel for every
+allocation: the page faults cost more than the arithmetic on them (a ReLU on [1024, 36864] took 147 ms, with kept
+memory 9 ms). Other C libraries are left alone.
+"""
+
+import ctypes
+import functools
+import platform
+
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+_KEPT_BYTES = 1 << 30
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let this process reuse up to a gigabyte of freed memory without asking the kernel."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
