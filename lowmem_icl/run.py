@@ -24,6 +24,7 @@ from lowmem_icl import __version__
 from lowmem_icl.config import RunOptions
 from lowmem_icl.errors import InputError, InUse
 from lowmem_icl.files import write_text_atomic
+from lowmem_icl.machine import peak_resident_bytes
 from lowmem_icl.masks import Mask, MaskFile, check_fits, write_mask
 from lowmem_icl.model.int8 import has_fast_integer_product
 from lowmem_icl.model.streamed import StreamedModel
@@ -105,7 +106,7 @@ def run(
             "state": "finished",
             "finished": _now(),
             "warnings": gathered.warnings,
-            "peak_resident_bytes": _peak_resident_bytes(),
+            "peak_resident_bytes": peak_resident_bytes(),
             "parts": {"reused": parts.reused, "made": parts.made},
         }
         write_text_atomic(folder / RUN_FILE, json.dumps(record, indent=1) + "\n")
@@ -277,10 +278,3 @@ def _mask_file(options: RunOptions, prepared: Prepared, made: MadeMask) -> MaskF
         },
         scores=made.scores,
     )
-
-
-def _peak_resident_bytes() -> int:
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -12,7 +12,7 @@ from torch import Tensor
 from lowmem_icl.model.layer import Segment, tree_mask
 from lowmem_icl.rows import Row
 
-MICRO_BATCH_TOKENS = 1024
+MICRO_BATCH_TOKENS = 1280
 
 
 @dataclass(frozen=True)

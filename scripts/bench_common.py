@@ -1,0 +1,166 @@
+"""What the benchmarks share: models of OPT's exact shapes with random weights, real rows, and honest measuring.
+
+Weights are random because no benchmark here depends on what they say; sizes, file forms and outlier columns are those of
+the real checkpoints.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import OPTConfig
+
+from lowmem_icl.files import sha256_of_file, write_text_atomic
+from lowmem_icl.model.families import Skeleton
+from lowmem_icl.model.locate import load_tokenizer
+from lowmem_icl.model.store import (
+    MANIFEST,
+    OUTSIDE,
+    STORE_FORMAT,
+    Manifest,
+    Source,
+    Store,
+    StoredFile,
+    is_store,
+    layer_file,
+    open_store,
+)
+from lowmem_icl.rows import Row
+from lowmem_icl.tasks.loading import open_task
+from lowmem_icl.tasks.packing import PackingLimits, pack
+
+SHARED = Path(os.environ.get("LOWMEM_ICL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+OUTLIER_SHARE = 0.001
+# Uniform int8 values times this scale have the spread of OPT's initial weights, 0.02.
+WEIGHT_SCALE = 0.035
+
+
+def opt_config(layers: int, heads: int, width: int) -> OPTConfig:
+    """Return the config of an OPT of this shape, with OPT's own vocabulary and context."""
+    return OPTConfig(
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        hidden_size=width,
+        word_embed_proj_dim=width,
+        ffn_dim=4 * width,
+        vocab_size=50272,
+        max_position_embeddings=2048,
+    )
+
+
+OPT_125M = opt_config(12, 12, 768)
+OPT_1_3B = opt_config(24, 32, 2048)
+OPT_66B = opt_config(64, 72, 9216)
+
+
+def random_store(
+    folder: Path, config: OPTConfig, tokenizer: Path, distinct_layers: int, say: Callable[[str], None]
+) -> Store:
+    """Return an int8 store of a shape with random weights; made once, used again where it is there already.
+
+    With fewer distinct layers than the model has, the others are hard links to them.
+    """
+    if is_store(folder):
+        return open_store(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "layers").mkdir(parents=True)
+    shutil.copytree(tokenizer, folder / "tokenizer")
+    write_text_atomic(folder / "tokenizer" / "config.json", json.dumps(config.to_dict()))
+    skeleton = Skeleton(config)
+    generator = torch.Generator().manual_seed(0)
+    outside = {
+        name: torch.empty(shape, dtype=torch.float16).normal_(0, 0.02, generator=generator)
+        for name, shape in skeleton.outside_parameters().items()
+    }
+    save_file(outside, folder / OUTSIDE)
+    files = {OUTSIDE: _stored(folder / OUTSIDE)}
+    for layer in range(skeleton.layers):
+        path = folder / layer_file(layer)
+        if layer < distinct_layers:
+            save_file(_random_layer(skeleton, generator), path)
+            files[layer_file(layer)] = _stored(path)
+            say(f"layer {layer + 1} of {distinct_layers} written")
+        else:
+            os.link(folder / layer_file(layer % distinct_layers), path)
+            files[layer_file(layer)] = files[layer_file(layer % distinct_layers)]
+    for path in sorted((folder / "tokenizer").iterdir()):
+        files[f"tokenizer/{path.name}"] = _stored(path)
+    manifest = Manifest(
+        format=STORE_FORMAT,
+        weights="int8",
+        config=config.to_dict() | {"model_type": config.model_type},
+        source=Source(id="random", revision=None, digest=hashlib.sha256(b"random").hexdigest()),
+        files=files,
+        outliers=None,
+    )
+    write_text_atomic(folder / MANIFEST, json.dumps(manifest.model_dump(), indent=1))
+    return open_store(folder)
+
+
+def _stored(path: Path) -> StoredFile:
+    return StoredFile(size_bytes=path.stat().st_size, sha256=sha256_of_file(path))
+
+
+def _random_layer(skeleton: Skeleton, generator: torch.Generator) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    linears = set(skeleton.linear_names())
+    for name, shape in skeleton.layer_parameters().items():
+        owner, _, leaf = name.rpartition(".")
+        if owner not in linears or leaf == "bias":
+            value = 1.0 if leaf == "weight" else 0.0
+            tensors[name] = torch.full(shape, value)
+            continue
+        outputs, inputs = shape
+        tensors[name] = torch.empty(shape, dtype=torch.int8).random_(-127, 128, generator=generator)
+        tensors[f"{owner}.SCB"] = torch.full((outputs,), WEIGHT_SCALE)
+        tensors[f"{owner}.weight_format"] = torch.tensor(0, dtype=torch.uint8)
+        chosen = torch.randperm(inputs, generator=generator)[: max(1, round(OUTLIER_SHARE * inputs))]
+        tensors[f"{owner}.outlier_columns"] = chosen.sort().values
+    return tensors
+
+
+def real_rows(
+    task: str, data_dir: Path, tokenizer: Path, width: int, *, documents: int, shots: int = 0
+) -> list[Row]:
+    """Return packed rows of a task's first documents, as `lowmem-icl run` lays them out for a model of this width."""
+    loaded = load_tokenizer(tokenizer)
+    limits = PackingLimits(2048, PackingLimits.row_tokens_for(width), loaded.eos_token_id)
+    rows = open_task(task, data_dir).rows(shots=shots, part="evaluate", limit=documents)
+    packed = pack(rows, lambda texts: loaded(texts, add_special_tokens=False)["input_ids"], limits)
+    return list(packed.packed.rows)
+
+
+def filled_tokens(row: Row) -> int:
+    """Return how many tokens of a row are of its documents; the rest fill it up."""
+    return int((row.tokens != 0).nonzero()[0].max()) + 1
+
+
+def drop_from_cache(folder: Path) -> None:
+    """Make the kernel forget the pages of all files below a folder."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def bytes_from_disk() -> int:
+    """Return how many bytes this process has had read from storage, as the kernel counts them."""
+    counted = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counted["read_bytes"])
+
+
+def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function gives in a fresh process, whose memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
