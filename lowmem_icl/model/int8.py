@@ -61,6 +61,8 @@ def matmul_in_fixed_rows(left: Tensor, right: Tensor, fixed_rows: int = FIXED_RO
     depend on how many rows come with it.
     """
     rows = left.shape[0]
+    if rows == fixed_rows:
+        return left @ right
     out = left.new_empty(rows, right.shape[1])
     for start in range(0, rows, fixed_rows):
         block = left[start : start + fixed_rows]
