@@ -200,7 +200,7 @@ def plan(
 ) -> None:
     """What the same options would read, hold, compute and take, before anything starts.
 
-    A checkpoint that has no store yet is converted first.
+    Nothing is converted and no weights are fetched; two seconds go into measuring this machine.
     """
     from lowmem_icl.plan import make_plan
     from lowmem_icl.prepare import prepare
@@ -208,9 +208,7 @@ def plan(
 
     terminal = Terminal()
     options = _options(locals())
-    with terminal.converting() as advance:
-        prepared = prepare(options, terminal.say, advance)
-    planned = make_plan(options, prepared)
+    planned = make_plan(options, prepare(options, only_plan=True))
     if as_json:
         typer.echo(json.dumps(planned.as_json(), indent=1))
     else:
@@ -230,9 +228,20 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify", help="SOURCE is a store: compare all its bytes.")
     ] = False,
+    delete_shards: Annotated[
+        bool,
+        typer.Option(
+            "--delete-shards",
+            help="Fetch a hub id's weight files one by one, deleting each when it is converted.",
+        ),
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Convert a checkpoint to a store of one file a layer; stopped, it resumes at the layer where it was."""
+    """Convert a checkpoint to a store of one file a layer; stopped, it resumes at the layer where it was.
+
+    OPT-66B on a disk that holds the store (66 GB) and one shard (10 GB):
+    [dim]lowmem-icl convert facebook/opt-66b --delete-shards[/dim]
+    """
     from dataclasses import replace
 
     from lowmem_icl.model.locate import ensure_store, locate
@@ -242,7 +251,8 @@ def convert(
     terminal = Terminal(quiet)
     if verify:
         opened = open_store(Path(source))
-        verify_store(opened)
+        with terminal.progress("verifying", opened.size_bytes, "bytes") as advance:
+            verify_store(opened, advance)
         typer.echo(f"{source}: {len(opened.manifest.files)} files, {size(opened.size_bytes)}, all as written")
         return
     options = run_options(
@@ -256,8 +266,13 @@ def convert(
     located = locate(source, revision, options.weights, options.chosen_store_dir)
     if store is not None:
         located = replace(located, store_folder=store)
-    with terminal.converting() as advance:
-        made = ensure_store(located, options.weights, announce=terminal.say, advance=advance)
+    made = ensure_store(
+        located,
+        options.weights,
+        delete_shards=delete_shards,
+        announce=terminal.say,
+        progress=terminal.progress,
+    )
     outliers = made.manifest.outliers
     if outliers is not None:
         share = outliers.beyond_outside / max(1, outliers.activations)

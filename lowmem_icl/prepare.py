@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from lowmem_icl.config import DEMO, RunOptions
 from lowmem_icl.errors import InputError
 from lowmem_icl.masks import MaskModel
-from lowmem_icl.model.locate import Located, ensure_store, load_tokenizer, locate
+from lowmem_icl.model.locate import Located, ensure_store, load_tokenizer, locate, plan_store
 from lowmem_icl.model.store import Store
+from lowmem_icl.progress import Progress, unseen
 from lowmem_icl.tasks.loading import OpenTask, Part, TaskRows, open_task
 from lowmem_icl.tasks.packing import PackedTask, PackingLimits, Tokenise, pack, tokenise_options
 from lowmem_icl.tasks.sources import DEMO_TASKS, PAPER_TASKS
@@ -86,16 +87,6 @@ def find_model(options: RunOptions) -> Located:
     return locate(options.model, options.revision, options.weights, options.chosen_store_dir)
 
 
-def load_store(
-    options: RunOptions,
-    located: Located,
-    announce: Callable[[str], None] = lambda text: None,
-    advance: Callable[[int], None] = lambda layers: None,
-) -> Store:
-    """Open a model's store; convert it first where needed."""
-    return ensure_store(located, options.weights, announce=announce, advance=advance)
-
-
 def packing_limits(options: RunOptions, store: Store) -> tuple[PackingLimits, Tokenise]:
     """Return what the model sets for packing, and its tokenizer as a function of texts."""
     tokenizer = load_tokenizer(store.tokenizer_folder)
@@ -120,16 +111,24 @@ def packing_limits(options: RunOptions, store: Store) -> tuple[PackingLimits, To
 
 def prepare(
     options: RunOptions,
+    *,
+    only_plan: bool = False,
     announce: Callable[[str], None] = lambda text: None,
-    advance: Callable[[int], None] = lambda layers: None,
+    progress: Progress = unseen,
 ) -> Prepared:
-    """Load and check everything; raises InputError or DoesNotFit before any long work where it can be known."""
+    """Load and check everything; raises InputError or DoesNotFit before any long work where it can be known.
+
+    A checkpoint without a store is converted first; with `only_plan` its store is only worked out.
+    """
     located = find_model(options)
     tasks = open_tasks(options)
     evaluate, train = documents(options, tasks, "evaluate"), documents(options, tasks, "train")
-    store = load_store(options, located, announce, advance)
-    limits, tokenise = packing_limits(options, store)
+    limits, tokenise = packing_limits(options, plan_store(located, options.weights))
     for task in (*evaluate, *train):
         # An option that does not fit is told now, not in the night.
         tokenise_options(task.documents, tokenise, limits, task.task)
+    if only_plan:
+        store = plan_store(located, options.weights)
+    else:
+        store = ensure_store(located, options.weights, announce=announce, progress=progress)
     return Prepared(store, tokenise, limits, evaluate, train)

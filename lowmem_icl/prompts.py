@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.text import Text
 
 from lowmem_icl.config import RunOptions
-from lowmem_icl.prepare import documents, find_model, load_store, open_tasks, packing_limits
+from lowmem_icl.model.locate import plan_store
+from lowmem_icl.prepare import documents, find_model, open_tasks, packing_limits
 from lowmem_icl.tasks.packing import tokenise_options
 
 
@@ -14,8 +15,7 @@ def prompt_entries(options: RunOptions) -> list[dict[str, Any]]:
     """Return each document's options: context, continuation, token ids, and whether tokens were lost on the left."""
     located = find_model(options)
     (task,) = documents(options, open_tasks(options), "evaluate")
-    store = load_store(options, located)
-    limits, tokenise = packing_limits(options, store)
+    limits, tokenise = packing_limits(options, plan_store(located, options.weights))
     entries = []
     tokenised = tokenise_options(task.documents, tokenise, limits, task.task)
     for document, options_tokens in zip(task.documents, tokenised, strict=True):

@@ -62,7 +62,7 @@ def run(
     """
     folder = options.run_folder
     _refuse_foreign(folder)
-    prepared = _prepare(options, terminal)
+    prepared = prepare(options, announce=terminal.say, progress=terminal.progress)
     gathered = Gathered()
     for mask_file in (mask_files or {}).values():
         warning = check_fits(mask_file, prepared.mask_model)
@@ -117,11 +117,6 @@ def run(
 def _only_evaluate(work: Work, gathered: Gathered, masks: Mapping[str, Mask]) -> Iterator[str]:
     run_evaluate(work, gathered, masks)
     yield "evaluate"
-
-
-def _prepare(options: RunOptions, terminal: Terminal) -> Prepared:
-    with terminal.converting() as advance:
-        return prepare(options, terminal.say, advance)
 
 
 def _device(options: RunOptions) -> torch.device:

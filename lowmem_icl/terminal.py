@@ -16,14 +16,16 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class _Rate(ProgressColumn):
-    """Thousands of tokens through a layer a second."""
+    """What is done a second, in its own unit."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
 
     def render(self, task: Task) -> Text:
         """Return the rate, or a dash before there is one."""
         speed = task.finished_speed or task.speed
-        return Text(
-            "-" if speed is None else f"{speed / 1000:.1f}k layer-tokens/s", style="progress.data.speed"
-        )
+        return Text("-" if speed is None else rate_text(speed, self._unit), style="progress.data.speed")
 
 
 class Terminal:
@@ -39,23 +41,23 @@ class Terminal:
         self.err.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show how far layer-tokens are worked off: a bar, or, where nobody sees one, a line now and then."""
+    def progress(self, label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """Show how far work is done: a bar, or, where nobody sees one, a line now and then."""
         if not self.err.is_terminal:
-            yield self._lines(label, total)
+            yield self._lines(label, total, unit)
             return
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
             TextColumn("{task.percentage:>3.0f} %"),
-            _Rate(),
+            _Rate(unit),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.err, transient=True) as shown:
             task = shown.add_task(label, total=total)
             yield lambda amount: shown.advance(task, amount)
 
-    def _lines(self, label: str, total: int) -> Callable[[int], None]:
+    def _lines(self, label: str, total: int, unit: str) -> Callable[[int], None]:
         started, done = time.monotonic(), 0
 
         def advance(amount: int) -> None:
@@ -67,24 +69,9 @@ class Terminal:
             self._last_line = now
             rate = done / max(now - started, 1e-3)
             left = duration((total - done) / rate)
-            self.say(f"{label}: {done / total:.0%}, {rate / 1000:.1f}k layer-tokens/s, {left} left")
+            self.say(f"{label}: {done / total:.0%}, {rate_text(rate, unit)}, {left} left")
 
         return advance
-
-    @contextmanager
-    def converting(self) -> Iterator[Callable[[int], None]]:
-        """Count converted layers."""
-        done = 0
-
-        def advance(layers: int) -> None:
-            nonlocal done
-            done += layers
-            if self.err.is_terminal or done % 8 == 0:
-                self.err.print(f"converted {done} layers", end="\r" if self.err.is_terminal else "\n")
-
-        yield advance
-        if done:
-            self.say(f"converted {done} layers")
 
     def show_plan(self, plan: Plan, folder: Path) -> None:
         """Say what the run will hold, read and compute."""
@@ -112,6 +99,13 @@ def plan_table(plan: Plan) -> Table:
             f"{about}{duration(stage.seconds)}",
         )
     return table
+
+
+def rate_text(rate: float, unit: str) -> str:
+    """Return a rate as a short text."""
+    if unit == "bytes":
+        return f"{size(rate)}/s"
+    return f"{rate / 1000:.1f}k {unit}/s" if rate >= 1000 else f"{rate:.3g} {unit}/s"
 
 
 def size(amount: float) -> str:

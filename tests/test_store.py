@@ -1,5 +1,6 @@
 """Conversion and stores: what is written, what is refused, and that a stopped conversion goes on."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from transformers import OPTForCausalLM
 from lowmem_icl.errors import DoesNotFit, InputError
 from lowmem_icl.model import convert as convert_module
 from lowmem_icl.model.checkpoint import open_checkpoint
-from lowmem_icl.model.convert import check_room
+from lowmem_icl.model.convert import check_room, planned_store
 from lowmem_icl.model.families import Skeleton
 from lowmem_icl.model.locate import ensure_store, locate
 from lowmem_icl.model.reading import LayerReader
@@ -76,24 +77,52 @@ def test_the_source_digest_is_the_same_in_every_form(int8_store: Store, float_st
 def test_a_stopped_conversion_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_checkpoint(tmp_path / "checkpoint")
     whole = make_store(folder, tmp_path / "whole", "int8")
-    made = convert_module._layer_tensors
-    converted: list[int] = []
+    made = convert_module._Steps.tensors
+    converted: list[int | None] = []
 
-    def stops_at_two(checkpoint, skeleton, layer, weights):
-        if layer == 2 and len(converted) < 3:
-            converted.append(layer)
-            raise KeyboardInterrupt
+    def stops_at_two(steps, layer):
         converted.append(layer)
-        return made(checkpoint, skeleton, layer, weights)
+        if converted == [None, 0, 1, 2]:
+            raise KeyboardInterrupt
+        return made(steps, layer)
 
-    monkeypatch.setattr(convert_module, "_layer_tensors", stops_at_two)
+    monkeypatch.setattr(convert_module._Steps, "tensors", stops_at_two)
     with pytest.raises(KeyboardInterrupt):
         make_store(folder, tmp_path / "again", "int8")
     with pytest.raises(InputError, match="not a finished store"):
         open_store(tmp_path / "again")
     again = make_store(folder, tmp_path / "again", "int8")
-    assert converted == [0, 1, 2, 2]
+    assert converted == [None, 0, 1, 2, 2]
     assert again.manifest == whole.manifest
+
+
+def test_what_the_disk_spoils_is_named_and_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint")
+    whole = make_store(folder, tmp_path / "whole", "int8")
+    written = convert_module.save_tensors
+
+    def spoils_the_second(path, tensors, digests):
+        written(path, tensors, digests)
+        if path.name == "001.safetensors":
+            content = path.read_bytes()
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    monkeypatch.setattr(convert_module, "save_tensors", spoils_the_second)
+    with pytest.raises(InputError, match=r"001\.safetensors does not hold what was written"):
+        make_store(folder, tmp_path / "again", "int8")
+    monkeypatch.undo()
+    assert make_store(folder, tmp_path / "again", "int8").manifest == whole.manifest
+
+
+def test_a_planned_store_has_the_sizes_of_the_store(tmp_path: Path) -> None:
+    for dtype, weights in itertools.product((torch.float32, torch.float16), ("int8", "bfloat16", "float32")):
+        wide = {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 1024, "vocab_size": 2000}
+        folder = make_checkpoint(tmp_path / f"{dtype}-{weights}", dtype=dtype, **wide)
+        planned = planned_store(open_checkpoint(folder), tmp_path / "nowhere", weights)
+        made = make_store(folder, folder / "store", weights)
+        assert not planned.is_written
+        assert planned.layer_bytes == pytest.approx(made.layer_bytes, rel=0.03)
+        assert planned.size_bytes == pytest.approx(made.size_bytes, rel=0.03)
 
 
 def test_a_folder_of_another_conversion_is_refused(tmp_path: Path, checkpoint: Path) -> None:

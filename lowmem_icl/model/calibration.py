@@ -5,7 +5,7 @@ activations lie outside them. The text goes through the layers as they are conve
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -40,6 +40,7 @@ class CalibrationPass:
     residuals: per row of the text [T, D]; the first half decides, the second half measures.
     """
 
+    layer: DecoderLayer
     residuals: list[Tensor]
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -47,7 +48,20 @@ class CalibrationPass:
     def start(cls, skeleton: Skeleton, rows: Sequence[Tensor]) -> "CalibrationPass":
         """Embed the rows; the skeleton's outside must be filled."""
         with torch.no_grad():
-            return cls([skeleton.family.embed(skeleton.model, row, torch.arange(len(row))) for row in rows])
+            residuals = [skeleton.family.embed(skeleton.model, row, torch.arange(len(row))) for row in rows]
+        return cls(DecoderLayer(skeleton, "int8", torch.device("cpu")), residuals)
+
+    def columns_of(self, tensors: Mapping[str, Tensor], *, decide: bool) -> dict[str, Tensor]:
+        """Run the text through the next layer; return the outlier columns of its linears under their names in a store.
+
+        With `decide` they are found from the text; else those among the layer's tensors stay.
+        """
+        none = {
+            f"{name}.outlier_columns": torch.empty(0, dtype=torch.int64) for name in self.layer.int8_linears
+        }
+        self.layer.fill(none | dict(tensors))
+        found = self.through(self.layer, decide=decide)
+        return {f"{name}.outlier_columns": columns for name, columns in found.items()}
 
     def through(self, layer: DecoderLayer, *, decide: bool) -> dict[str, Tensor]:
         """Run the text through a filled layer; return the outlier columns of its linears, ascending.

@@ -6,11 +6,11 @@ into memory, so nothing in them is run and a tensor's pages are read when it is 
 
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,28 +30,91 @@ TOKENIZER_FILES = (
 )
 
 
+class ShardSource(Protocol):
+    """Where weight files come from: a folder, or the hub, which fetches a file when it is asked for."""
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of every weight file by name."""
+
+    def path(self, name: str) -> Path:
+        """Return a weight file on this disk."""
+
+    def release(self, name: str) -> bool:
+        """Take notice that a file is not needed any more; return whether it was deleted."""
+
+    def clean(self) -> None:
+        """Remove what was made for fetching."""
+
+    @property
+    def deletes(self) -> bool:
+        """Whether released files are deleted."""
+
+
+@dataclass(frozen=True)
+class FolderShards:
+    """Weight files of a folder; none is ever deleted."""
+
+    folder: Path
+    sizes: Mapping[str, int]
+    deletes: bool = False
+
+    def path(self, name: str) -> Path:
+        """Return the file."""
+        return self.folder / name
+
+    def release(self, name: str) -> bool:
+        """Leave the file where it is."""
+        return False
+
+    def clean(self) -> None:
+        """Nothing was made."""
+
+
 @dataclass
 class Checkpoint:
-    """An opened checkpoint folder; `shard_of` maps every parameter to the file that holds it."""
+    """An opened checkpoint: its folder holds config and tokenizer, `shards` the weight files.
+
+    `index` maps every parameter to its weight file; None where there is one file that holds all.
+    """
 
     folder: Path
     config: dict[str, Any]
-    shard_of: dict[str, str]
+    shards: ShardSource
+    index: dict[str, str] | None
     _open_name: str = ""
     _open_shard: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def shard_of(self) -> dict[str, str]:
+        """The weight file of every parameter; the only file of a checkpoint without index is opened for it."""
+        if self.index is not None:
+            return self.index
+        (single,) = self.shards.sizes
+        return dict.fromkeys(self._shard(single), single)
 
     def tensor(self, name: str) -> Tensor:
         """Return one parameter in its source precision; only one shard is open at a time."""
         if name not in self.shard_of:
             raise InputError(f"{self.folder}: parameter '{name}' is missing; the checkpoint is not complete")
         shard = self.shard_of[name]
-        if shard != self._open_name:
-            self._open_shard, self._open_name = _open_shard(self.folder / shard), shard
-        if name not in self._open_shard:
-            raise InputError(
-                f"{self.folder / shard}: expected parameter '{name}' as the index says, not found"
-            )
-        return self._open_shard[name]()
+        opened = self._shard(shard)
+        if name not in opened:
+            raise InputError(f"{shard}: expected parameter '{name}' as the index says, not found")
+        return opened[name]()
+
+    def _shard(self, name: str) -> dict[str, Callable[[], Tensor]]:
+        if name != self._open_name:
+            # The old one is closed first: its pages go before the new one's come.
+            self._open_shard = {}
+            self._open_shard, self._open_name = _open_shard(self.shards.path(name)), name
+        return self._open_shard
+
+    def release(self, shard: str) -> bool:
+        """Say that a shard is not needed any more; return whether it was deleted."""
+        if shard == self._open_name:
+            self._open_shard, self._open_name = {}, ""
+        return self.shards.release(shard)
 
     def source_name(self, name: str) -> str:
         """Return the checkpoint's own name of a model parameter: older OPT files lack the leading `model.`."""
@@ -60,8 +123,8 @@ class Checkpoint:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all weight files on disk."""
-        return sum((self.folder / shard).stat().st_size for shard in sorted(set(self.shard_of.values())))
+        """Bytes of all weight files."""
+        return sum(self.shards.sizes.values())
 
 
 def _open_shard(path: Path) -> dict[str, Callable[[], Tensor]]:
@@ -98,27 +161,35 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; give a Hugging Face checkpoint folder")
-    config = read_json(folder / "config.json")
-    for index in INDEX_FILES:
-        if (folder / index).is_file():
-            shard_of = read_json(folder / index).get("weight_map")
-            if not isinstance(shard_of, dict) or not all(
-                isinstance(shard, str) and Path(shard).name == shard for shard in shard_of.values()
-            ):
-                raise InputError(
-                    f"{folder / index}: expected 'weight_map' from names to files of this folder"
-                )
-            break
-    else:
-        single = next((name for name in SINGLE_FILES if (folder / name).is_file()), None)
-        if single is None:
-            raise InputError(
-                f"{folder} has no weights; expected one of {', '.join(INDEX_FILES + SINGLE_FILES)}"
-            )
-        shard_of = dict.fromkeys(_open_shard(folder / single), single)
-    missing = sorted({shard for shard in shard_of.values() if not (folder / shard).is_file()})
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    index, names = weight_files(folder, present)
+    missing = sorted(name for name in names if name not in present)
     if missing:
         raise InputError(
             f"{folder}: weight file {missing[0]} is missing ({len(missing)} in all); fetch it again"
         )
-    return Checkpoint(folder, config, shard_of)
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    opened = Checkpoint(folder, read_json(folder / "config.json"), FolderShards(folder, sizes), index)
+    if index is None:
+        # Told now rather than in the middle of a run.
+        _ = opened.shard_of
+    return opened
+
+
+def weight_files(folder: Path, present: Collection[str]) -> tuple[dict[str, str] | None, list[str]]:
+    """Return a checkpoint's index, None where it has one weight file, and its weight files' names in order.
+
+    `present`: the names that the checkpoint has; an index among them lies in `folder`. Raises InputError.
+    """
+    for name in INDEX_FILES:
+        if name in present:
+            shard_of = read_json(folder / name).get("weight_map")
+            if not isinstance(shard_of, dict) or not all(
+                isinstance(shard, str) and Path(shard).name == shard for shard in shard_of.values()
+            ):
+                raise InputError(f"{folder / name}: expected 'weight_map' from names to files of this folder")
+            return shard_of, sorted(set(shard_of.values()))
+    single = next((name for name in SINGLE_FILES if name in present), None)
+    if single is None:
+        raise InputError(f"{folder} has no weights; expected one of {', '.join(INDEX_FILES + SINGLE_FILES)}")
+    return None, [single]

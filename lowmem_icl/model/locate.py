@@ -11,15 +11,12 @@ from typing import Any
 from lowmem_icl.errors import InputError
 from lowmem_icl.model.calibration import fixed_text
 from lowmem_icl.model.checkpoint import (
-    INDEX_FILES,
-    SINGLE_FILES,
-    TOKENIZER_FILES,
     Checkpoint,
     open_checkpoint,
 )
-from lowmem_icl.model.convert import Tokenise, check_room, convert, store_size_bytes
-from lowmem_icl.model.families import Skeleton
+from lowmem_icl.model.convert import Tokenise, check_room, convert, finished_bytes, planned_store
 from lowmem_icl.model.store import Store, Weights, is_store, open_store
+from lowmem_icl.progress import Progress, unseen
 
 DEMO = "demo"
 
@@ -35,7 +32,7 @@ class Located:
 
 
 def locate(model: str, revision: str | None, weights: Weights, store_dir: Path) -> Located:
-    """Find a model; a hub id is fetched. Raises InputError saying what was looked for and where."""
+    """Find a model; of a hub id the small files are fetched. Raises InputError saying what was looked for and where."""
     folder = Path(model).expanduser()
     if model == DEMO:
         folder = Path(str(files("lowmem_icl"))) / "demo"
@@ -50,40 +47,34 @@ def locate(model: str, revision: str | None, weights: Weights, store_dir: Path) 
     elif not folder.exists():
         if model.startswith((".", "/", "~")) or model.count("/") > 1:
             raise InputError(f"--model: folder {model} does not exist")
-        folder = _from_hub(model, revision)
+        return _locate_on_hub(model, revision, weights, store_dir)
     checkpoint = open_checkpoint(folder)
-    name = model.replace("/", "--") if not Path(model).exists() else folder.name
-    fingerprint = _fingerprint(checkpoint)
-    return Located(model, revision, checkpoint, store_dir / f"{name}-{fingerprint}-{weights}")
+    stats = [(name, (folder / name).stat()) for name in sorted(checkpoint.shards.sizes)]
+    told = [checkpoint.config, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]
+    return Located(model, revision, checkpoint, store_dir / f"{folder.name}-{_eight_digits(told)}-{weights}")
 
 
-def _fingerprint(checkpoint: Checkpoint) -> str:
-    """Return eight digits that change with a checkpoint's config and with its weight files' names, sizes and times."""
-    shards = sorted(set(checkpoint.shard_of.values()))
-    stats = [(shard, (checkpoint.folder / shard).stat()) for shard in shards]
-    told = [checkpoint.config, [(shard, stat.st_size, stat.st_mtime_ns) for shard, stat in stats]]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+def _locate_on_hub(model: str, revision: str | None, weights: Weights, store_dir: Path) -> Located:
+    from lowmem_icl.model.hub import HubShards, open_hub_checkpoint
 
-
-def _from_hub(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = [
-        "config.json",
-        *TOKENIZER_FILES,
-        *INDEX_FILES,
-        *SINGLE_FILES,
-        "model-*.safetensors",
-        "pytorch_model-*.bin",
-    ]
+    name = model.replace("/", "--")
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"--model: '{model}' is no folder here and could not be fetched from the hub "
-            f"({type(error).__name__}); give a checkpoint folder or check the name and the network"
-        ) from error
+        checkpoint = open_hub_checkpoint(model, revision)
+    except InputError:
+        # Neither the hub nor its cache: a store made earlier will do, if there is no doubt which.
+        made = [folder for folder in store_dir.glob(f"{name}-*-{weights}") if is_store(folder)]
+        if len(made) != 1 or revision is not None:
+            raise
+        return Located(model, open_store(made[0]).manifest.source.revision, None, made[0])
+    assert isinstance(checkpoint.shards, HubShards)
+    commit = checkpoint.shards.commit
+    folder = store_dir / f"{name}-{_eight_digits([model, commit])}-{weights}"
+    return Located(model, commit, checkpoint, folder)
+
+
+def _eight_digits(told: Any) -> str:
+    """Return eight hexadecimal digits that change with what is told."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def tokeniser(folder: Path) -> Tokenise:
@@ -104,27 +95,36 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
+def plan_store(located: Located, weights: Weights) -> Store:
+    """Return a located model's store if it is there, else what it would be."""
+    if located.checkpoint is None or is_store(located.store_folder):
+        return open_store(located.store_folder)
+    return planned_store(located.checkpoint, located.store_folder, weights)
+
+
 def ensure_store(
     located: Located,
     weights: Weights,
     *,
+    delete_shards: bool = False,
     announce: Callable[[str], None] = lambda text: None,
-    advance: Callable[[int], None] = lambda layers: None,
+    progress: Progress = unseen,
 ) -> Store:
-    """Return the store of a located model, converting it first where that has not been done.
+    """Return the store of a located model, converting and verifying it first where that has not been done.
 
-    Says what will be read and written before the first byte; raises DoesNotFit where the disk has no room.
+    Says what will be fetched, read and written before the first byte; raises DoesNotFit where the disk has no room.
+    `delete_shards`: weight files fetched from the hub are deleted as soon as they are converted.
     """
     if located.checkpoint is None or is_store(located.store_folder):
         return open_store(located.store_folder)
     checkpoint = located.checkpoint
-    skeleton = Skeleton.from_dict(checkpoint.config)
-    source_bytes = checkpoint.size_bytes
-    size = store_size_bytes(skeleton, weights, 2)
-    free = check_room(located.store_folder, size)
+    planned = planned_store(checkpoint, located.store_folder, weights)
+    fetched = _prepare_fetching(checkpoint, located, delete_shards, announce)
+    left = max(0, planned.size_bytes - finished_bytes(located.store_folder))
+    free = check_room(located.store_folder, left + fetched)
     announce(
-        f"converting {located.source_id} to {weights}: reads {source_bytes / 1e9:.3g} GB, writes about "
-        f"{size / 1e9:.3g} GB to {located.store_folder} ({free / 1e9:.3g} GB free)"
+        f"converting {located.source_id} to {weights}: reads {checkpoint.size_bytes / 1e9:.3g} GB, writes about "
+        f"{left / 1e9:.3g} GB to {located.store_folder} ({free / 1e9:.3g} GB free)"
     )
     return convert(
         checkpoint,
@@ -134,5 +134,39 @@ def ensure_store(
         revision=located.revision,
         tokenise=tokeniser(checkpoint.folder),
         fixed_text=fixed_text(),
-        advance=advance,
+        progress=progress,
     )
+
+
+def _prepare_fetching(
+    checkpoint: Checkpoint, located: Located, delete_shards: bool, announce: Callable[[str], None]
+) -> int:
+    """Set where shards go; return how many bytes of them the store's disk must take at once."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from lowmem_icl.model.hub import HubShards
+
+    shards = checkpoint.shards
+    if not isinstance(shards, HubShards):
+        if delete_shards:
+            raise InputError(
+                f"--delete-shards: {located.source_id} is a folder, and only what was fetched from the hub is "
+                "ever deleted; leave the option out"
+            )
+        return 0
+    shards.announce = announce
+    if delete_shards:
+        shards.delete_into = located.store_folder / "fetched"
+        return max(shards.sizes.values())
+    announce(
+        f"fetching {shards.fetch_bytes / 1e9:.3g} GB into the hub's cache; --delete-shards keeps one file at a time"
+    )
+    cache = Path(HF_HUB_CACHE)
+    check_room(cache, shards.fetch_bytes)
+    return shards.fetch_bytes if cache.exists() and _same_disk(cache, located.store_folder) else 0
+
+
+def _same_disk(one: Path, other: Path) -> bool:
+    while not other.exists():
+        other = other.parent
+    return one.stat().st_dev == other.stat().st_dev

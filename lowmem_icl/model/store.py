@@ -8,16 +8,22 @@ STORE/tokenizer/               the source's tokenizer files, unchanged
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.files import sha256_of_file
+from lowmem_icl.files import atomic_path, forget_pages, sha256_of_file
 from lowmem_icl.model.families import Skeleton
+from lowmem_icl.model.reading import read_header
+from lowmem_icl.progress import Advance
 
 STORE_FORMAT: Literal["lowmem-icl-store/1"] = "lowmem-icl-store/1"
 MANIFEST = "manifest.json"
@@ -81,6 +87,8 @@ class Store:
 
     folder: Path
     manifest: Manifest
+    tokenizer_folder: Path
+    """Folder that AutoTokenizer reads."""
 
     @cached_property
     def skeleton(self) -> Skeleton:
@@ -103,9 +111,9 @@ class Store:
         return sum(file.size_bytes for file in self.manifest.files.values())
 
     @property
-    def tokenizer_folder(self) -> Path:
-        """Folder that AutoTokenizer reads."""
-        return self.folder / "tokenizer"
+    def is_written(self) -> bool:
+        """Whether the store is there, or only planned."""
+        return is_store(self.folder)
 
 
 def layer_file(layer: int) -> str:
@@ -132,7 +140,7 @@ def open_store(folder: Path) -> Store:
         raise InputError(
             f"{folder / MANIFEST}: field '{place}': {first['msg']}; expected a store of format {STORE_FORMAT}"
         ) from error
-    store = Store(folder, manifest)
+    store = Store(folder, manifest, folder / "tokenizer")
     expected = {layer_file(layer) for layer in range(store.skeleton.layers)} | {OUTSIDE}
     for name in sorted(expected - manifest.files.keys()):
         raise InputError(f"{folder / MANIFEST}: file '{name}' is not listed; convert again")
@@ -152,15 +160,46 @@ def open_store(folder: Path) -> Store:
     return store
 
 
-def verify_store(store: Store, advance: Any = None) -> None:
+def verify_store(store: Store, advance: Advance = lambda checked: None) -> None:
     """Compare every file's bytes with its digest; raise InputError naming the first that differs.
 
-    `advance(bytes)` is called after each file.
+    `advance` is told the bytes of each file.
     """
-    for name, file in store.manifest.files.items():
-        if sha256_of_file(store.folder / name) != file.sha256:
-            raise InputError(
-                f"{store.folder / name}: its bytes differ from the manifest's digest; convert again"
-            )
-        if advance is not None:
-            advance(file.size_bytes)
+    for name in altered_files(store.folder, store.manifest, advance):
+        raise InputError(f"{store.folder / name}: its bytes differ from the manifest's digest; convert again")
+
+
+def altered_files(folder: Path, manifest: Manifest, advance: Advance) -> Iterator[str]:
+    """Yield the names of files whose bytes, as the disk has them, differ from their digests."""
+    for name, file in manifest.files.items():
+        forget_pages(folder / name)
+        if sha256_of_file(folder / name) != file.sha256:
+            yield name
+        advance(file.size_bytes)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], digests: dict[str, str]) -> None:
+    """Write tensors as safetensors, whole or not at all, with the digests of the source's tensors they are made from."""
+    with atomic_path(path) as beside:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            beside,
+            metadata={"source_digests": json.dumps(digests, sort_keys=True)},
+        )
+
+
+def source_digests(path: Path) -> dict[str, str]:
+    """Return the digests that `save_tensors` wrote into a file."""
+    digests: dict[str, str] = json.loads(read_header(path)[1]["source_digests"])
+    return digests
+
+
+def sha256_of_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Return what a safetensors file's SHA-256 must be, from its header and the tensors in memory."""
+    places = read_header(path)[0]
+    with path.open("rb") as opened:
+        length = opened.read(8)
+        summed = hashlib.sha256(length + opened.read(int.from_bytes(length, "little")))
+    for name in sorted(tensors, key=lambda name: places[name].offset):
+        summed.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return summed.hexdigest()

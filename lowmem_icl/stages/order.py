@@ -32,7 +32,7 @@ def run_importance(work: Work, gathered: Gathered) -> None:
 
     def make() -> dict[str, NDArray[Any]]:
         total = 2 * work.model.skeleton.layers * sum(task.packed.token_count for task in packed)
-        with work.progress("importance", total) as advance:
+        with work.progress("importance", total, "layer-tokens") as advance:
             gradients = unit_gradients(
                 work.model,
                 [task.packed.rows for task in packed],

@@ -1,7 +1,6 @@
 """What the stages of a run share: the model and its documents, finished parts, and what is gathered."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ from lowmem_icl.masks import Mask
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.parts import Parts
 from lowmem_icl.prepare import Prepared
+from lowmem_icl.progress import Progress
 from lowmem_icl.tasks.loading import TaskRows
 
 EVALUATE_CHUNK = 128
 AGGREGATE = "aggregate"
 
 Row = dict[str, Any]
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Work:
         def make() -> dict[str, NDArray[Any]]:
             wanted = jobs()
             total = layer_tokens(wanted, self.model.skeleton.layers)
-            with self.progress(label, total) as advance:
+            with self.progress(label, total, "layer-tokens") as advance:
                 scores = sweep(
                     self.model, wanted, memory=self.memory, spill_folder=self.spill_folder, advance=advance
                 )

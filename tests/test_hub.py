@@ -1,0 +1,177 @@
+"""Hub ids, against a local stand-in of the hub: the same addresses and headers, served from a folder."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import make_checkpoint, make_store
+from safetensors.torch import load_file
+from test_store import as_pickle
+
+from lowmem_icl.model.store import layer_file, open_store
+
+REPOSITORY = "someone/opt-tiny"
+COMMIT = "c" * 40
+
+
+class Hub:
+    """Serves one repository; counts what is asked for, and can refuse a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.refused: set[str] = set()
+        self.fetched: list[str] = []
+        self.watched: Path | None = None
+        self.seen_together: list[set[str]] = []
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def __init__(self, hub: Hub, *arguments: object) -> None:
+        self.hub = hub
+        super().__init__(*arguments)  # type: ignore[arg-type]
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        path = self.path.split("?")[0]
+        if path.startswith(f"/api/models/{REPOSITORY}"):
+            files = [
+                {"rfilename": f.name, "size": f.stat().st_size} for f in sorted(self.hub.folder.iterdir())
+            ]
+            self.reply(json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": files}).encode(), {}, body)
+            return
+        file = self.hub.folder / path.rsplit("/", 1)[-1]
+        if not path.startswith(f"/{REPOSITORY}/resolve/") or not file.is_file():
+            self.send_error(404)
+        elif file.name in self.hub.refused:
+            self.send_error(403)
+        else:
+            if body:
+                self.hub.fetched.append(file.name)
+                if self.hub.watched is not None:
+                    here = {found.name for found in self.hub.watched.glob("fetched/pytorch_model*")}
+                    self.hub.seen_together.append(here)
+            content = file.read_bytes()
+            etag = hashlib.sha256(content).hexdigest()
+            self.reply(content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, body)
+
+    def reply(self, content: bytes, headers: dict[str, str], body: bool) -> None:
+        self.send_response(200)
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    folder = make_checkpoint(tmp_path / "repository", vocab_size=528)
+    as_pickle(folder, "model.")
+    demo = Path(__file__).parents[1] / "lowmem_icl" / "demo"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((demo / name).read_bytes())
+    serving = Hub(folder)
+    yield serving
+    serving.server.shutdown()
+    serving.server.server_close()
+
+
+def command(hub: Hub, home: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run lowmem-icl with the stand-in as its hub."""
+    return subprocess.run(
+        [sys.executable, "-c", "from lowmem_icl.cli import app; app()", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ
+        | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
+        | environment,
+    )
+
+
+SHARDS = ["pytorch_model-00001.bin", "pytorch_model-00002.bin"]
+
+
+def test_shards_are_fetched_converted_and_deleted_one_by_one(hub: Hub, tmp_path: Path) -> None:
+    store = hub.watched = tmp_path / "store"
+    done = command(hub, tmp_path / "home", "convert", REPOSITORY, store, "--delete-shards")
+    assert done.returncode == 0, done.stderr
+    assert [name for name in hub.fetched if name in SHARDS] == SHARDS
+    assert all(len(together) == 0 for together in hub.seen_together), "a shard goes before the next one comes"
+    assert not (store / "fetched").exists()
+    assert not list(store.rglob("*.piece"))
+    assert "fetching pytorch_model-00001.bin (1 of 2" in done.stderr
+    expected = make_store(hub.folder, tmp_path / "expected", "float32")
+    made = open_store(store)
+    assert made.manifest.source.revision == COMMIT
+    assert made.manifest.source.digest == expected.manifest.source.digest
+
+
+def test_a_fetch_that_fails_is_told_and_the_next_run_goes_on(hub: Hub, tmp_path: Path) -> None:
+    store, home = tmp_path / "store", tmp_path / "home"
+    arguments = ("convert", REPOSITORY, store, "--weights", "float32", "--delete-shards")
+    hub.refused = {SHARDS[1]}
+    failed = command(hub, home, *arguments)
+    assert failed.returncode == 2
+    assert "run the same command again" in failed.stderr
+    assert not (store / "fetched" / SHARDS[0]).exists()
+    assert list(store.rglob("*.piece")), "the layer that lies in two shards is kept as far as it was read"
+    hub.refused, hub.fetched = set(), []
+    assert command(hub, home, *arguments).returncode == 0
+    assert SHARDS[0] not in hub.fetched
+    expected = make_store(hub.folder, tmp_path / "expected", "float32")
+    for number in range(3):
+        ours, theirs = load_file(store / layer_file(number)), load_file(expected.folder / layer_file(number))
+        assert ours.keys() == theirs.keys()
+        assert all(bool((ours[name] == value).all()) for name, value in theirs.items())
+
+
+def test_without_deletion_shards_stay_in_the_hubs_cache_and_the_network_is_needed_once(
+    hub: Hub, tmp_path: Path
+) -> None:
+    home, stores = tmp_path / "home", tmp_path / "stores"
+    arguments = ("convert", REPOSITORY, "--store-dir", stores, "--weights", "float32")
+    first = command(hub, home, *arguments)
+    assert first.returncode == 0, first.stderr
+    assert len(list(home.rglob("snapshots/*/pytorch_model*"))) == 3
+    again = command(hub, home, *arguments, HF_HUB_OFFLINE="1")
+    assert again.stdout == first.stdout
+    without_cache = command(hub, tmp_path / "other", *arguments, HF_HUB_OFFLINE="1")
+    assert without_cache.stdout == first.stdout, without_cache.stderr
+
+
+def test_planning_a_hub_id_fetches_no_weights(hub: Hub, tmp_path: Path) -> None:
+    tasks = ("--tasks", Path(__file__).parents[1] / "README.md")
+    missing = command(hub, tmp_path / "home", "plan", "--model", "someone/else", *tasks)
+    assert missing.returncode == 2
+    assert "someone/else" in missing.stderr
+    assert not set(SHARDS) & set(hub.fetched)
+
+
+def test_deleting_shards_of_a_folder_is_refused(hub: Hub, tmp_path: Path) -> None:
+    refused = command(hub, tmp_path / "home", "convert", hub.folder, tmp_path / "store", "--delete-shards")
+    assert refused.returncode == 2
+    assert "only what was fetched from the hub" in refused.stderr.replace("\n", " ")
+    assert all((hub.folder / name).is_file() for name in SHARDS)
