@@ -4,20 +4,14 @@ torch and transformers are imported by the commands that need them, so that `--h
 """
 
 import json
-import logging
-import os
-import signal
-import sys
-import warnings
-from collections.abc import Callable
 from enum import StrEnum
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from lowmem_icl import __version__
+from lowmem_icl.cli_errors import reports_errors
 from lowmem_icl.cli_options import (
     BosOption,
     ConfigOption,
@@ -42,7 +36,7 @@ from lowmem_icl.cli_options import (
     WeightsOption,
 )
 from lowmem_icl.config import RunOptions, run_options
-from lowmem_icl.errors import InputError, LowmemIclError
+from lowmem_icl.errors import InputError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,62 +47,6 @@ app = typer.Typer(
     "minutes. With --model it does the same for any OPT checkpoint.",
     rich_markup_mode="rich",
 )
-
-STOPPED_BY = {signal.SIGINT: 130, signal.SIGTERM: 143}
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-class _Stopped(BaseException):
-    """SIGTERM, turned into an exception so that what is being written is cleaned up."""
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"lowmem-icl: {message}", file=sys.stderr)
-    raise typer.Exit(code)
-
-
-def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn errors into one line and their exit code, and a stop into a word on how to go on."""
-
-    @wraps(command)
-    def wrapped(*arguments: P.args, **named: P.kwargs) -> R:
-        def stop(*_: object) -> NoReturn:
-            raise _Stopped
-
-        signal.signal(signal.SIGTERM, stop)
-        _quiet_libraries()
-        try:
-            return command(*arguments, **named)
-        except LowmemIclError as error:
-            _fail(str(error), error.exit_code)
-        except KeyboardInterrupt:
-            _fail(
-                "stopped; finished parts are kept, the same command goes on from there",
-                STOPPED_BY[signal.SIGINT],
-            )
-        except _Stopped:
-            _fail(
-                "stopped; finished parts are kept, the same command goes on from there",
-                STOPPED_BY[signal.SIGTERM],
-            )
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(1) from None
-
-    return wrapped
-
-
-def _quiet_libraries() -> None:
-    """Keep other libraries' notes off the terminal; what concerns the user we say ourselves."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def _show_version(asked: bool) -> None:
@@ -204,15 +142,15 @@ def plan(
     """
     from lowmem_icl.plan import make_plan
     from lowmem_icl.prepare import prepare
-    from lowmem_icl.terminal import Terminal, plan_table
+    from lowmem_icl.terminal import Terminal, show_plan
 
     terminal = Terminal()
     options = _options(locals())
-    planned = make_plan(options, prepare(options, only_plan=True))
+    planned = make_plan(options, prepare(options))
     if as_json:
         typer.echo(json.dumps(planned.as_json(), indent=1))
     else:
-        terminal.out.print(plan_table(planned))
+        show_plan(planned, terminal.out)
 
 
 @app.command()

@@ -1,34 +1,42 @@
 """What a run will hold, read and compute, worked out before it starts."""
 
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 
 import psutil
 import torch
 
 from lowmem_icl.config import RunOptions
 from lowmem_icl.engine.batches import MICRO_BATCH_TOKENS
-from lowmem_icl.engine.waves import CACHE_SHARE, Job, SweepMemory, layer_reads, layer_tokens
+from lowmem_icl.engine.waves import (
+    CACHE_SHARE,
+    FLOAT_BYTES,
+    Job,
+    SweepMemory,
+    answers_read,
+    layer_tokens,
+    layers_read,
+)
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.experiments.ablate import ablation_masks
 from lowmem_icl.masks import Mask
-from lowmem_icl.model.layer import DecoderLayer, Segment, whole_row
-from lowmem_icl.model.reading import PAGE_BYTES, LayerReader
+from lowmem_icl.measure import Rates, measure
+from lowmem_icl.model.convert import free_bytes
+from lowmem_icl.model.reading import PAGE_BYTES
 from lowmem_icl.model.store import OUTSIDE, Store
-from lowmem_icl.model.streamed import HEAD_ROWS, VOCABULARY_BLOCK
+from lowmem_icl.model.streamed import HEAD_ROWS, VOCABULARY_BLOCK, resident_layers
 from lowmem_icl.prepare import Prepared
-from lowmem_icl.rows import longest
-from lowmem_icl.tasks.packing import PackedTask
+from lowmem_icl.rows import Row, longest
+from lowmem_icl.stages.work import ABLATE_CHUNK, EVALUATE_CHUNK, chunk_jobs, chunk_starts
 
 FREE_SHARE = 0.8
 RESIDENT_SHARE = 0.4
-MEASURED_SECONDS = 0.5
+SPILL_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a memory allowance is dealt out, in bytes."""
+    """How a memory allowance is dealt out, in bytes; `spill_bytes` of disk take what the clean cache cannot hold."""
 
     allowance_bytes: int
     outside_bytes: int
@@ -36,11 +44,15 @@ class MemoryPlan:
     working_bytes: int
     resident_bytes: int
     sweep_bytes: int
+    spill_bytes: int
+    layers: int
 
     @property
     def sweep(self) -> SweepMemory:
-        """The part for residuals."""
-        return SweepMemory.of(self.sweep_bytes)
+        """The part for residuals; rows that go together are so few that their clean cache fits memory and disk."""
+        split = SweepMemory.of(self.sweep_bytes)
+        cached = split.cache_bytes + self.spill_bytes
+        return replace(split, block_bytes=cached // self.layers)
 
 
 def plan_memory(options: RunOptions, store: Store, longest_row_tokens: int) -> MemoryPlan:
@@ -64,10 +76,20 @@ def plan_memory(options: RunOptions, store: Store, longest_row_tokens: int) -> M
             f"working space {working / 1e9:.3g} and one row {least_sweep / 1e9:.3g} GB do not fit; "
             f"the smallest that does is --memory {-(-(fixed + least_sweep) // 10**6)}MB"
         )
+    spill = int(free_bytes(options.run_folder) * SPILL_SHARE)
+    row_cache = longest_row_tokens * skeleton.width * FLOAT_BYTES * skeleton.layers
+    if row_cache > spill:
+        raise DoesNotFit(
+            f"--out {options.run_folder}: {spill / 1e9:.3g} GB of its disk may be used, and the activations of the "
+            f"longest row alone take {row_cache / 1e9:.3g} GB; free {(row_cache - spill) / SPILL_SHARE / 1e9:.3g} GB "
+            "there or choose another disk"
+        )
     rest = allowance - fixed
     whole = store.layer_bytes * skeleton.layers
     resident = min(whole, int(rest * RESIDENT_SHARE), rest - least_sweep)
-    return MemoryPlan(allowance, outside, streaming, working, resident, rest - resident)
+    return MemoryPlan(
+        allowance, outside, streaming, working, resident, rest - resident, spill, skeleton.layers
+    )
 
 
 @dataclass(frozen=True)
@@ -88,10 +110,15 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole run: memory and the cost of its experiments."""
+    """The whole run: what is on disk and in memory, this machine's rates, and the cost of every experiment.
+
+    `convert_bytes`: what is still to be read to make the store, 0 where it is there.
+    """
 
     memory: MemoryPlan
     store_bytes: int
+    convert_bytes: int
+    rates: Rates
     stages: tuple[StagePlan, ...]
 
     def as_json(self) -> dict[str, object]:
@@ -99,78 +126,106 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(options: RunOptions, prepared: Prepared) -> Plan:
-    """Plan all experiments of a run; takes about a second to measure this machine on a layer of the model."""
+def check_room(options: RunOptions, prepared: Prepared) -> None:
+    """Raise DoesNotFit, with what would fit, where a run cannot be held in the memory and on the disk it has."""
+    plan_memory(options, prepared.store, longest(_rows(prepared)))
+
+
+def _rows(prepared: Prepared) -> list[Row]:
+    tasks = (*prepared.evaluate, *prepared.train)
+    return [row for task in tasks for row in prepared.pack(task).packed.rows]
+
+
+@dataclass
+class _Cost:
+    """What sweeps add up to."""
+
+    layer_tokens: int = 0
+    layers_read: int = 0
+    answers: int = 0
+
+    def add(
+        self, jobs: list[Job], layers: int, width: int, memory: SweepMemory, resident: frozenset[int]
+    ) -> None:
+        self.layer_tokens += layer_tokens(jobs, layers)
+        self.layers_read += layers_read(jobs, layers, width, memory, resident)
+        self.answers += answers_read(jobs)
+
+
+def make_plan(options: RunOptions, prepared: Prepared, *, only_evaluate_under: int = 0) -> Plan:
+    """Plan all experiments of a run; takes two seconds to measure this machine.
+
+    `only_evaluate_under`: the number of masks given to `evaluate`, each counted as if it touched the first layer.
+    """
     store, skeleton = prepared.store, prepared.store.skeleton
-    packed_evaluate = [prepared.pack(task) for task in prepared.evaluate]
-    packed_train = [prepared.pack(task) for task in prepared.train]
-    rows = [row for task in (*packed_evaluate, *packed_train) for row in task.packed.rows]
+    rows = _rows(prepared)
     memory = plan_memory(options, store, longest(rows))
-    whole = store.layer_bytes * skeleton.layers
-    streams = memory.resident_bytes < whole
+    resident = resident_layers(store, memory.resident_bytes)
+    rates = measure(store, max(16, int(sum(map(len, rows)) / len(rows)) // 16 * 16))
     parameters = sum(torch.Size(shape).numel() for shape in skeleton.layer_parameters().values())
-    typical = int(sum(map(len, rows)) / len(rows))
-    rate = _layer_tokens_a_second(store, typical)
-    stages = []
+    stages: list[StagePlan] = []
     for experiment in options.experiments:
-        jobs = _jobs(experiment, packed_evaluate, packed_train, skeleton.layers, skeleton.heads)
-        if jobs is None:
+        masks = (Mask(ffns=frozenset([0])),) * only_evaluate_under
+        cost = _Cost()
+        for jobs in _sweeps(experiment, prepared, masks):
+            cost.add(jobs, skeleton.layers, skeleton.width, memory.sweep, resident)
+        if not cost.layer_tokens:
             continue
-        tokens, reads = 0, 0
-        for batch in jobs:
-            tokens += layer_tokens(batch, skeleton.layers)
-            reads += layer_reads(batch, skeleton.layers, skeleton.width, memory.sweep)
+        forward = _seconds(cost, rates)
+        operations = 2 * parameters * cost.layer_tokens
         if experiment == "importance":
-            # Forward, forward again and back: the backward pass costs as much as the forward one.
-            tokens, reads = 3 * tokens, 2 * reads
-        streamed = reads * store.layer_bytes if streams else whole
-        operations = 2 * parameters * tokens
+            # Forward, then back: every layer forward again and its products transposed, in floating point.
+            forward += _seconds(cost, rates) + operations / rates.float_operations_per_second
+            operations *= 3
+            cost.layer_tokens, cost.layers_read = 2 * cost.layer_tokens, 2 * cost.layers_read
+        # Resident layers are read once, by whichever experiment comes first.
+        read = (cost.layers_read + (0 if stages else len(resident))) * store.layer_bytes
+        seconds = max(forward, read / rates.disk_bytes_per_second)
         stages.append(
-            StagePlan(experiment, tokens, reads, streamed, operations, tokens / rate, experiment == "prune")
+            StagePlan(
+                experiment,
+                cost.layer_tokens,
+                read // store.layer_bytes,
+                read,
+                operations,
+                seconds,
+                experiment == "prune",
+            )
         )
-    return Plan(memory, store.size_bytes, tuple(stages))
+    checkpoint = prepared.located.checkpoint
+    to_convert = 0 if store.is_written or checkpoint is None else checkpoint.size_bytes
+    return Plan(memory, store.size_bytes, to_convert, rates, tuple(stages))
 
 
-def _jobs(
-    experiment: str, evaluate: Sequence[PackedTask], train: Sequence[PackedTask], layers: int, heads: int
-) -> list[list[Job]] | None:
-    """Return the sweeps of an experiment; the pruner's as if it removed every head, one after the other."""
+def _seconds(cost: _Cost, rates: Rates) -> float:
+    calls = cost.layer_tokens / MICRO_BATCH_TOKENS + cost.layers_read
+    layers = calls * rates.call_seconds + cost.layer_tokens * rates.token_seconds
+    return layers + cost.answers * rates.answer_seconds
+
+
+def _sweeps(experiment: str, prepared: Prepared, masks: tuple[Mask, ...]) -> Iterator[list[Job]]:
+    """Yield the sweeps of an experiment; the pruner's as if it removed every head, one after the other."""
+    skeleton = prepared.store.skeleton
+    layers, heads = skeleton.layers, skeleton.heads
     if experiment == "evaluate":
-        return [[Job(task.packed, (Mask(),)) for task in evaluate]]
-    if experiment == "importance":
-        return [[Job(task.packed, ()) for task in train]]
-    if experiment == "ablate":
-        masks = ablation_masks(layers, heads)
-        return [[Job(task.packed, masks) for task in train]]
-    if experiment == "prune":
-        sweeps = []
+        for start in chunk_starts(prepared.evaluate, EVALUATE_CHUNK):
+            under = [(Mask(), *masks)] * len(prepared.evaluate)
+            yield chunk_jobs(prepared, prepared.evaluate, under, start, EVALUATE_CHUNK)
+    elif experiment == "importance":
+        yield [Job(prepared.pack(task, gold_only=True).packed, ()) for task in prepared.train]
+    elif experiment == "ablate":
+        under = [ablation_masks(layers, heads)] * len(prepared.train)
+        for start in chunk_starts(prepared.train, ABLATE_CHUNK):
+            yield chunk_jobs(prepared, prepared.train, under, start, ABLATE_CHUNK)
+    elif experiment == "prune":
+        packed = [prepared.pack(task).packed for task in prepared.train]
         for layer in range(layers):
             for left in range(heads, 0, -1):
-                masks = tuple(Mask(heads=frozenset([(layer, head)])) for head in range(left))
                 # Two searches, a task's own and that of all tasks, each on half of the documents.
-                sweeps.append([Job(task.packed, masks) for task in train])
-        sweeps += [[Job(task.packed, (Mask(ffns=frozenset([0])),)) for task in train]] * layers
+                tried = tuple(Mask(heads=frozenset([(layer, head)])) for head in range(left))
+                yield [Job(rows, tried) for rows in packed]
+        first_ffn = (Mask(ffns=frozenset([0])),)
+        for _ in range(layers):
+            yield [Job(rows, first_ffn) for rows in packed]
         # Its own and the shared mask of three methods each, then judged.
-        deepest = (Mask(ffns=frozenset([0])),) * 6
-        return [*sweeps, [Job(task.packed, deepest) for task in evaluate]]
-    return None
-
-
-def _layer_tokens_a_second(store: Store, row_tokens: int) -> float:
-    """Return how many tokens a second go through this store's first layer here, in micro-batches as a sweep has them."""
-    rows = max(1, MICRO_BATCH_TOKENS // max(1, row_tokens))
-    residual = torch.randn(rows * row_tokens, store.skeleton.width)
-    mask = [Segment(rows, whole_row(row_tokens).attention_mask)]
-    layer = DecoderLayer(store.skeleton, store.manifest.weights, torch.device("cpu"))
-    reader = LayerReader(store.layer_paths[:1])
-    for _, tensors in reader.layers([0]):
-        layer.fill(tensors)
-        with torch.no_grad():
-            layer.run(residual, mask)
-            start, done = time.perf_counter(), 0
-            while time.perf_counter() - start < MEASURED_SECONDS:
-                layer.run(residual, mask)
-                done += 1
-            seconds = time.perf_counter() - start
-    reader.close()
-    return done * rows * row_tokens / seconds
+        yield [Job(prepared.pack(task).packed, first_ffn * 6) for task in prepared.evaluate]

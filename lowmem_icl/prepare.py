@@ -19,7 +19,8 @@ from lowmem_icl.tasks.sources import DEMO_TASKS, PAPER_TASKS
 class Prepared:
     """A run's model and documents, checked and tokenisable.
 
-    `evaluate`, `train`: the documents of every task and shot count, in the same order.
+    `evaluate`, `train`: the documents of every task and shot count, in the same order. The store may be
+    only planned, with sizes and no files: `with_store` makes it.
     """
 
     store: Store
@@ -27,6 +28,7 @@ class Prepared:
     limits: PackingLimits
     evaluate: tuple[TaskRows, ...]
     train: tuple[TaskRows, ...]
+    located: Located
 
     @property
     def mask_model(self) -> MaskModel:
@@ -109,26 +111,27 @@ def packing_limits(options: RunOptions, store: Store) -> tuple[PackingLimits, To
     return limits, lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
-def prepare(
-    options: RunOptions,
-    *,
-    only_plan: bool = False,
-    announce: Callable[[str], None] = lambda text: None,
-    progress: Progress = unseen,
-) -> Prepared:
-    """Load and check everything; raises InputError or DoesNotFit before any long work where it can be known.
-
-    A checkpoint without a store is converted first; with `only_plan` its store is only worked out.
-    """
+def prepare(options: RunOptions) -> Prepared:
+    """Load and check everything but the weights; raises InputError before any long work."""
     located = find_model(options)
     tasks = open_tasks(options)
     evaluate, train = documents(options, tasks, "evaluate"), documents(options, tasks, "train")
-    limits, tokenise = packing_limits(options, plan_store(located, options.weights))
+    store = plan_store(located, options.weights)
+    limits, tokenise = packing_limits(options, store)
     for task in (*evaluate, *train):
         # An option that does not fit is told now, not in the night.
         tokenise_options(task.documents, tokenise, limits, task.task)
-    if only_plan:
-        store = plan_store(located, options.weights)
-    else:
-        store = ensure_store(located, options.weights, announce=announce, progress=progress)
-    return Prepared(store, tokenise, limits, evaluate, train)
+    return Prepared(store, tokenise, limits, evaluate, train, located)
+
+
+def with_store(
+    prepared: Prepared,
+    *,
+    announce: Callable[[str], None] = lambda text: None,
+    progress: Progress = unseen,
+) -> Prepared:
+    """Return the same with its store on disk, converted now where it was only planned."""
+    weights = prepared.store.manifest.weights
+    return replace(
+        prepared, store=ensure_store(prepared.located, weights, announce=announce, progress=progress)
+    )

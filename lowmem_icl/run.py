@@ -29,13 +29,13 @@ from lowmem_icl.masks import Mask, MaskFile, check_fits, write_mask
 from lowmem_icl.model.int8 import has_fast_integer_product
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.parts import Parts
-from lowmem_icl.plan import Plan, make_plan
-from lowmem_icl.prepare import Prepared, prepare
+from lowmem_icl.plan import Plan, check_room, make_plan
+from lowmem_icl.prepare import Prepared, prepare, with_store
 from lowmem_icl.report.page import write_report
 from lowmem_icl.results import columns_frame, rows_frame, write_table
 from lowmem_icl.stages.order import run_evaluate, run_stages
 from lowmem_icl.stages.work import Gathered, MadeMask, Work
-from lowmem_icl.terminal import Terminal
+from lowmem_icl.terminal import Terminal, show_plan
 
 logger = logging.getLogger("lowmem_icl")
 
@@ -62,7 +62,9 @@ def run(
     """
     folder = options.run_folder
     _refuse_foreign(folder)
-    prepared = prepare(options, announce=terminal.say, progress=terminal.progress)
+    prepared = prepare(options)
+    check_room(options, prepared)
+    prepared = with_store(prepared, announce=terminal.say, progress=terminal.progress)
     gathered = Gathered()
     for mask_file in (mask_files or {}).values():
         warning = check_fits(mask_file, prepared.mask_model)
@@ -70,8 +72,9 @@ def run(
     masks = {name: mask_file.mask for name, mask_file in (mask_files or {}).items()}
     identity = _identity(options, prepared, masks)
     with _locked(folder, identity), _logged(folder):
-        plan = make_plan(options, prepared)
-        terminal.show_plan(plan, folder)
+        plan = make_plan(options, prepared, only_evaluate_under=len(masks))
+        terminal.say(f"run folder {folder}")
+        show_plan(plan, terminal.err)
         record = _record(options, prepared, plan, identity)
         write_text_atomic(folder / RUN_FILE, json.dumps(record, indent=1) + "\n")
         if options.weights == "int8" and not has_fast_integer_product():
@@ -88,16 +91,19 @@ def run(
                 options, prepared, model, plan.memory.sweep, parts, terminal.progress, folder / "parts"
             )
             record["stages"] = {}
-            started = time.monotonic()
+            started, read = time.monotonic(), 0
+            planned = {stage.experiment: stage for stage in plan.stages}
             stages = run_stages(work, gathered) if not masks else _only_evaluate(work, gathered, masks)
             for name in stages:
                 record["stages"][name] = {
                     "seconds": round(time.monotonic() - started, 2),
-                    "read_bytes": model.read_bytes,
+                    "planned_seconds": round(planned[name].seconds, 2) if name in planned else 0.0,
+                    "read_bytes": model.read_bytes - read,
+                    "planned_read_bytes": planned[name].read_bytes if name in planned else 0,
                 }
                 logger.info("%s finished in %.1f s", name, record["stages"][name]["seconds"])
                 write_text_atomic(folder / RUN_FILE, json.dumps(record, indent=1) + "\n")
-                started = time.monotonic()
+                started, read = time.monotonic(), model.read_bytes
         for warning in gathered.warnings:
             logger.warning(warning)
             terminal.say(f"warning: {warning}")

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -73,14 +72,22 @@ class Terminal:
 
         return advance
 
-    def show_plan(self, plan: Plan, folder: Path) -> None:
-        """Say what the run will hold, read and compute."""
-        memory = plan.memory
-        self.say(
-            f"run folder {folder}; memory {size(memory.allowance_bytes)}: embeddings {size(memory.outside_bytes)}, "
-            f"layers kept {size(memory.resident_bytes)}, residuals {size(memory.sweep_bytes)}"
-        )
-        self.err.print(plan_table(plan))
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Print what a run will hold, read and compute, and what this machine does."""
+    memory, rates = plan.memory, plan.rates
+    lines = [
+        f"on disk: store {size(plan.store_bytes)}"
+        + (f", made first from {size(plan.convert_bytes)}" if plan.convert_bytes else "")
+        + f"; activations that memory cannot hold, at most {size(memory.spill_bytes)}",
+        f"memory {size(memory.allowance_bytes)}: embeddings {size(memory.outside_bytes)}, "
+        f"layers in use {size(memory.streaming_bytes)}, working space {size(memory.working_bytes)}, "
+        f"layers kept {size(memory.resident_bytes)}, residuals {size(memory.sweep_bytes)}",
+        f"measured here: {size(rates.disk_bytes_per_second)}/s from disk, "
+        f"{1 / rates.token_seconds:,.0f} tokens/s through a layer",
+    ]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    console.print(plan_table(plan))
 
 
 def plan_table(plan: Plan) -> Table:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lowmem_icl.engine.cache import ResidualCache
 from lowmem_icl.engine.stream import sweep, unit_gradients
-from lowmem_icl.engine.waves import Job, SweepMemory, layer_reads, row_blocks, waves
+from lowmem_icl.engine.waves import Job, SweepMemory, layers_read, row_blocks, waves
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.experiments.ablate import ablation_masks
 from lowmem_icl.masks import Mask
@@ -202,8 +202,8 @@ def test_reads_of_the_weights_are_as_planned(float_store: Store) -> None:
     memory = SweepMemory.of(120_000)
     with StreamedModel(float_store, device=CPU, resident_bytes=0) as model:
         sweep(model, jobs, memory=memory)
-        assert model.read_bytes == layer_reads(jobs, 3, 32, memory) * float_store.layer_bytes
-    assert layer_reads(jobs, 3, 32, memory) > layer_reads(jobs, 3, 32, PLENTY) == 3
+        assert model.read_bytes == layers_read(jobs, 3, 32, memory) * float_store.layer_bytes
+    assert layers_read(jobs, 3, 32, memory) > layers_read(jobs, 3, 32, PLENTY) == 3
 
 
 def test_waves_start_as_late_as_they_can() -> None:

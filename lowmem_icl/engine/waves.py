@@ -4,8 +4,10 @@ A variant is a job's rows under one mask; it starts at the first layer its mask 
 that layer, so every wave after the first starts as late as it can. The clean run goes with the first wave.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.masks import Mask
@@ -17,10 +19,14 @@ CACHE_SHARE = 0.25
 
 @dataclass(frozen=True)
 class SweepMemory:
-    """Bytes a sweep may use for residuals: those of variants alive together, and those of the clean cache."""
+    """Bytes a sweep may use for residuals: those of variants alive together, and those of the clean cache.
+
+    `block_bytes`: how much one layer's clean residuals of a block of rows may take, None for as much as fits.
+    """
 
     alive_bytes: int
     cache_bytes: int
+    block_bytes: int | None = None
 
     @classmethod
     def of(cls, total_bytes: int) -> "SweepMemory":
@@ -62,6 +68,10 @@ def row_blocks(jobs: Sequence[Job], width: int, memory: SweepMemory) -> list[lis
     """
     blocks: list[list[BlockRow]] = [[]]
     held = 0
+    most = memory.alive_bytes
+    if memory.block_bytes is not None:
+        # The clean run and one variant: twice what is cached.
+        most = min(most, 2 * memory.block_bytes)
     for number, job in enumerate(jobs):
         for row in job.packed.rows:
             size = 2 * len(row) * width * FLOAT_BYTES
@@ -71,7 +81,7 @@ def row_blocks(jobs: Sequence[Job], width: int, memory: SweepMemory) -> list[lis
                     f"a row of {len(row)} tokens needs {needed} bytes for residuals, {memory.alive_bytes} are left; "
                     "give more --memory"
                 )
-            if held + size > memory.alive_bytes:
+            if held and held + size > most:
                 blocks.append([])
                 held = 0
             blocks[-1].append(BlockRow(number, row))
@@ -116,10 +126,20 @@ def layer_tokens(jobs: Sequence[Job], layers: int) -> int:
     return total
 
 
-def layer_reads(jobs: Sequence[Job], layers: int, width: int, memory: SweepMemory) -> int:
-    """Return how many layers a sweep reads from the store."""
+def layers_read(
+    jobs: Sequence[Job], layers: int, width: int, memory: SweepMemory, resident: Collection[int] = ()
+) -> int:
+    """Return how many layers a sweep reads from the store; `resident` ones are in memory already."""
+    streamed = [layer not in resident for layer in range(layers)]
     total = 0
     for block in row_blocks(jobs, width, memory):
         _, *later = waves(jobs, block, width, memory.alive_bytes)
-        total += layers + sum(layers - wave[0].first_layer for wave in later)
+        total += sum(streamed) + sum(sum(streamed[wave[0].first_layer :]) for wave in later)
     return total
+
+
+def answers_read(jobs: Sequence[Job]) -> int:
+    """Return at how many places of rows, under all masks, a sweep asks for log-probabilities."""
+    return sum(
+        max(1, len(job.masks)) * len(np.unique(row.read_at)) for job in jobs for row in job.packed.rows
+    )

@@ -12,9 +12,7 @@ from lowmem_icl.masks import Mask
 from lowmem_icl.rankings import mean_of_ranks, mean_of_scores
 from lowmem_icl.stages.evaluating import evaluation_rows
 from lowmem_icl.stages.pruning import run_prune
-from lowmem_icl.stages.work import AGGREGATE, Gathered, Work
-
-ABLATE_CHUNK = 16
+from lowmem_icl.stages.work import ABLATE_CHUNK, AGGREGATE, Gathered, Work
 
 
 def run_evaluate(work: Work, gathered: Gathered, masks: Mapping[str, Mask]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lowmem_icl.progress import Progress
 from lowmem_icl.tasks.loading import TaskRows
 
 EVALUATE_CHUNK = 128
+ABLATE_CHUNK = 16
 AGGREGATE = "aggregate"
 
 Row = dict[str, Any]
@@ -50,6 +52,22 @@ class Gathered:
     warnings: list[str] = field(default_factory=list)
     rankings: dict[RankingKey, NDArray[np.float64]] = field(default_factory=dict)
     ffn_rankings: dict[RankingKey, NDArray[np.float64]] = field(default_factory=dict)
+
+
+def chunk_starts(tasks: Sequence[TaskRows], chunk: int) -> range:
+    """Return the first document of every chunk."""
+    return range(0, max(len(task.documents) for task in tasks), chunk)
+
+
+def chunk_jobs(
+    prepared: Prepared, tasks: Sequence[TaskRows], masks: Sequence[tuple[Mask, ...]], start: int, chunk: int
+) -> list[Job]:
+    """Return one chunk of documents of all tasks that have any there, packed, under each task's masks."""
+    return [
+        Job(prepared.pack(task, slice(start, start + chunk)).packed, of_task)
+        for task, of_task in zip(tasks, masks, strict=True)
+        if start < len(task.documents)
+    ]
 
 
 @dataclass(frozen=True)
@@ -97,18 +115,11 @@ class Work:
 
         Packing goes by chunk, whatever the memory, so that a chunk's result is always the same.
         """
-        longest = max(len(task.documents) for task in tasks)
         per_task: list[list[Scores]] = [[] for _ in tasks]
-        starts = range(0, longest, chunk)
+        starts = chunk_starts(tasks, chunk)
         for number, start in enumerate(starts):
             here = [place for place, task in enumerate(tasks) if start < len(task.documents)]
-
-            def jobs(here: list[int] = here, start: int = start) -> list[Job]:
-                packed = [
-                    self.prepared.pack(tasks[place], slice(start, start + chunk)).packed for place in here
-                ]
-                return [Job(rows, masks[place]) for rows, place in zip(packed, here, strict=True)]
-
+            jobs = partial(chunk_jobs, self.prepared, tasks, masks, start, chunk)
             shown = label if len(starts) == 1 else f"{label} {number + 1}/{len(starts)}"
             scores = self.sweep(f"{name}-{start:06d}", shown, jobs)
             for place, score in zip(here, scores, strict=True):

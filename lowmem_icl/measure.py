@@ -1,0 +1,157 @@
+"""Two seconds of measuring this machine: its disk, and a layer of the model as a sweep runs it."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowmem_icl.engine.batches import MICRO_BATCH_TOKENS, Piece, gather, scatter, segments
+from lowmem_icl.model.allocator import keep_freed_memory
+from lowmem_icl.model.int8 import FIXED_ROWS, matmul_in_fixed_rows
+from lowmem_icl.model.layer import DecoderLayer
+from lowmem_icl.model.reading import LayerReader
+from lowmem_icl.model.store import Store
+from lowmem_icl.model.streamed import VOCABULARY_BLOCK
+from lowmem_icl.rows import Row
+
+LAYER_SECONDS = 0.8
+OTHER_SECONDS = 0.3
+SAMPLE_BYTES = 256 << 20
+RANDOM_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does with this model.
+
+    `call_seconds` for every micro-batch through a layer and `token_seconds` for every token of it;
+    `float_operations_per_second` of the backward products; `answer_seconds` for one place through the unembedding;
+    `disk_bytes_per_second`.
+    """
+
+    call_seconds: float
+    token_seconds: float
+    float_operations_per_second: float
+    answer_seconds: float
+    disk_bytes_per_second: float
+
+
+def measure(store: Store, row_tokens: int) -> Rates:
+    """Measure with rows of this length; a store that is only planned is stood in for by random weights of its shape."""
+    keep_freed_memory()
+    skeleton = store.skeleton
+    call, token = _layer_seconds(store, row_tokens)
+    left, right = (
+        torch.randn(FIXED_ROWS, skeleton.width),
+        torch.randn(skeleton.width, min(4096, 4 * skeleton.width)),
+    )
+    product = _seconds_of(lambda: left @ right, OTHER_SECONDS)
+    hidden = torch.randn(FIXED_ROWS, skeleton.width)
+    vocabulary = torch.randn(min(VOCABULARY_BLOCK, skeleton.vocabulary), skeleton.width)
+    block = _seconds_of(lambda: matmul_in_fixed_rows(hidden, vocabulary.t()).exp_().sum(1), OTHER_SECONDS)
+    return Rates(
+        call_seconds=call,
+        token_seconds=token,
+        float_operations_per_second=2 * left.numel() * right.shape[1] / product,
+        answer_seconds=block / FIXED_ROWS * skeleton.vocabulary / len(vocabulary),
+        disk_bytes_per_second=_disk_bytes_per_second(store),
+    )
+
+
+def _seconds_of(work: Callable[[], object], budget: float) -> float:
+    """Return the mean time of repeating some work for about so long, once at least, after a first time."""
+    work()
+    start, done = time.perf_counter(), 0
+    while done == 0 or time.perf_counter() - start < budget:
+        work()
+        done += 1
+    return (time.perf_counter() - start) / done
+
+
+def _layer_seconds(store: Store, row_tokens: int) -> tuple[float, float]:
+    """Return what a micro-batch through a layer costs at all, and for each of its tokens."""
+    layer = DecoderLayer(store.skeleton, store.manifest.weights, torch.device("cpu"))
+    layer.fill(_random_layer(store))
+    full = max(2, MICRO_BATCH_TOKENS // row_tokens)
+    ends = np.full(row_tokens, row_tokens)
+    nothing = np.zeros(0, dtype=np.int64)
+    row = Row(ends, ends, ends, ends, nothing, nothing, nothing)
+
+    def once(rows: int) -> Callable[[], object]:
+        residuals = list(torch.randn(rows, 1, row_tokens, store.skeleton.width))
+        pieces = [Piece(place, 0, 1) for place in range(rows)]
+        keep_heads = torch.ones(rows, store.skeleton.heads)
+
+        def work() -> None:
+            batch = gather(residuals, pieces)
+            of_rows = segments(pieces, [row] * rows, batch.device)
+            scatter(layer.run(batch, of_rows, keep_heads), residuals, pieces)
+
+        return work
+
+    with torch.no_grad():
+        one = _seconds_of(once(1), LAYER_SECONDS / 4)
+        # A layer of a very large model is measured on fewer tokens, so that this stays short.
+        rows = int(min(full, max(2, LAYER_SECONDS / one)))
+        many = _seconds_of(once(rows), LAYER_SECONDS)
+    # Where one row costs next to nothing more, all is for the tokens.
+    token = max(many - one, many / 2 * (1 - 1 / rows)) / ((rows - 1) * row_tokens)
+    return max(0.0, many - token * rows * row_tokens), token
+
+
+def _random_layer(store: Store) -> dict[str, Tensor]:
+    """Return a layer's tensors, as a store has them, from a little randomness repeated."""
+    weights = store.manifest.weights
+    linears = set(store.skeleton.linear_names())
+    tensors: dict[str, Tensor] = {}
+    for name, shape in store.skeleton.layer_parameters().items():
+        owner, _, leaf = name.rpartition(".")
+        elements = torch.Size(shape).numel()
+        few = torch.randint(-127, 128, (min(elements, RANDOM_ELEMENTS),), dtype=torch.int8)
+        values = few.repeat(-(-elements // len(few)))[:elements].view(shape)
+        if owner not in linears or leaf == "bias" or weights != "int8":
+            tensors[name] = values.float().mul_(1e-3)
+            continue
+        tensors[name], tensors[f"{owner}.SCB"] = values, torch.full((shape[0],), 0.1)
+    return tensors
+
+
+def _disk_bytes_per_second(store: Store) -> float:
+    """Read layers of the store past the page cache; of a store that is not there yet, a file of their size."""
+    if store.is_written:
+        return _read_rate(store.layer_paths)
+    place = store.folder
+    while not place.exists():
+        place = place.parent
+    with tempfile.TemporaryDirectory(dir=place if os.access(place, os.W_OK) else None) as folder:
+        sample = Path(folder) / "sample"
+        header = b'{"sample":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (
+            SAMPLE_BYTES,
+            SAMPLE_BYTES,
+        )
+        with sample.open("wb") as opened:
+            opened.write(
+                len(header).to_bytes(8, "little") + header + os.urandom(1 << 20) * (SAMPLE_BYTES >> 20)
+            )
+            opened.flush()
+            os.fsync(opened.fileno())
+        return _read_rate([sample])
+
+
+def _read_rate(paths: list[Path]) -> float:
+    reader = LayerReader(paths)
+    start = time.perf_counter()
+    # What is asked for next is read meanwhile, so the reader is stopped by its order, not in the middle.
+    layers = 0
+    while layers == 0 or (time.perf_counter() - start < OTHER_SECONDS and layers < len(paths)):
+        for _ in reader.layers([layers]):
+            layers += 1
+    seconds = time.perf_counter() - start
+    reader.close()
+    return reader.read_bytes / seconds
