@@ -140,13 +140,14 @@ def plan(
 
     Nothing is converted and no weights are fetched; two seconds go into measuring this machine.
     """
-    from lowmem_icl.plan import make_plan
+    from lowmem_icl.plan import lay_out, make_plan
     from lowmem_icl.prepare import prepare
     from lowmem_icl.terminal import Terminal, show_plan
 
     terminal = Terminal()
     options = _options(locals())
-    planned = make_plan(options, prepare(options))
+    prepared = prepare(options)
+    planned = make_plan(options, prepared, lay_out(prepared))
     if as_json:
         typer.echo(json.dumps(planned.as_json(), indent=1))
     else:

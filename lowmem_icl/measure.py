@@ -22,6 +22,7 @@ from lowmem_icl.rows import Row
 
 LAYER_SECONDS = 0.8
 OTHER_SECONDS = 0.3
+SHORT_SECONDS = 0.1
 SAMPLE_BYTES = 256 << 20
 RANDOM_ELEMENTS = 1 << 24
 
@@ -31,13 +32,13 @@ class Rates:
     """What this machine does with this model.
 
     `call_seconds` for every micro-batch through a layer and `token_seconds` for every token of it;
-    `float_operations_per_second` of the backward products; `answer_seconds` for one place through the unembedding;
+    `backward_token_seconds` for a token on the way back; `answer_seconds` for one place through the unembedding;
     `disk_bytes_per_second`.
     """
 
     call_seconds: float
     token_seconds: float
-    float_operations_per_second: float
+    backward_token_seconds: float
     answer_seconds: float
     disk_bytes_per_second: float
 
@@ -46,19 +47,14 @@ def measure(store: Store, row_tokens: int) -> Rates:
     """Measure with rows of this length; a store that is only planned is stood in for by random weights of its shape."""
     keep_freed_memory()
     skeleton = store.skeleton
-    call, token = _layer_seconds(store, row_tokens)
-    left, right = (
-        torch.randn(FIXED_ROWS, skeleton.width),
-        torch.randn(skeleton.width, min(4096, 4 * skeleton.width)),
-    )
-    product = _seconds_of(lambda: left @ right, OTHER_SECONDS)
+    call, token, backward = _layer_seconds(store, row_tokens)
     hidden = torch.randn(FIXED_ROWS, skeleton.width)
     vocabulary = torch.randn(min(VOCABULARY_BLOCK, skeleton.vocabulary), skeleton.width)
     block = _seconds_of(lambda: matmul_in_fixed_rows(hidden, vocabulary.t()).exp_().sum(1), OTHER_SECONDS)
     return Rates(
         call_seconds=call,
         token_seconds=token,
-        float_operations_per_second=2 * left.numel() * right.shape[1] / product,
+        backward_token_seconds=backward,
         answer_seconds=block / FIXED_ROWS * skeleton.vocabulary / len(vocabulary),
         disk_bytes_per_second=_disk_bytes_per_second(store),
     )
@@ -74,8 +70,8 @@ def _seconds_of(work: Callable[[], object], budget: float) -> float:
     return (time.perf_counter() - start) / done
 
 
-def _layer_seconds(store: Store, row_tokens: int) -> tuple[float, float]:
-    """Return what a micro-batch through a layer costs at all, and for each of its tokens."""
+def _layer_seconds(store: Store, row_tokens: int) -> tuple[float, float, float]:
+    """Return what a micro-batch through a layer costs at all, for each of its tokens, and for a token on the way back."""
     layer = DecoderLayer(store.skeleton, store.manifest.weights, torch.device("cpu"))
     layer.fill(_random_layer(store))
     full = max(2, MICRO_BATCH_TOKENS // row_tokens)
@@ -102,7 +98,23 @@ def _layer_seconds(store: Store, row_tokens: int) -> tuple[float, float]:
         many = _seconds_of(once(rows), LAYER_SECONDS)
     # Where one row costs next to nothing more, all is for the tokens.
     token = max(many - one, many / 2 * (1 - 1 / rows)) / ((rows - 1) * row_tokens)
-    return max(0.0, many - token * rows * row_tokens), token
+    there = max(0.0, many - token * rows * row_tokens)
+    if many > SHORT_SECONDS:
+        # Too long to be tried: forward again, and the products in floating point at this machine's rate.
+        operations = 2 * sum(
+            torch.Size(shape).numel() for shape in store.skeleton.layer_parameters().values()
+        )
+        left, right = torch.randn(FIXED_ROWS, store.skeleton.width), torch.randn(store.skeleton.width, 4096)
+        product = _seconds_of(lambda: left @ right, OTHER_SECONDS)
+        return there, token, token + operations * product / (2 * left.numel() * 4096)
+    entering = torch.randn(rows * row_tokens, store.skeleton.width, requires_grad=True)
+    of_rows = segments([Piece(0, 0, 1)] * rows, [row], entering.device)
+
+    def back() -> None:
+        leaving, captured = layer.run_captured(entering, of_rows)
+        torch.autograd.grad(leaving, (entering, captured.z, captured.ffn), torch.ones_like(leaving))
+
+    return there, token, _seconds_of(back, OTHER_SECONDS) / (rows * row_tokens)
 
 
 def _random_layer(store: Store) -> dict[str, Tensor]:

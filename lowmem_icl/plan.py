@@ -1,5 +1,6 @@
 """What a run will hold, read and compute, worked out before it starts."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
@@ -26,8 +27,8 @@ from lowmem_icl.model.reading import PAGE_BYTES
 from lowmem_icl.model.store import OUTSIDE, Store
 from lowmem_icl.model.streamed import HEAD_ROWS, VOCABULARY_BLOCK, resident_layers
 from lowmem_icl.prepare import Prepared
-from lowmem_icl.rows import Row, longest
 from lowmem_icl.stages.work import ABLATE_CHUNK, EVALUATE_CHUNK, chunk_jobs, chunk_starts
+from lowmem_icl.tasks.packing import ROW_MULTIPLE
 
 FREE_SHARE = 0.8
 RESIDENT_SHARE = 0.4
@@ -126,14 +127,25 @@ class Plan:
         return asdict(self)
 
 
-def check_room(options: RunOptions, prepared: Prepared) -> None:
-    """Raise DoesNotFit, with what would fit, where a run cannot be held in the memory and on the disk it has."""
-    plan_memory(options, prepared.store, longest(_rows(prepared)))
+@dataclass(frozen=True)
+class Laid:
+    """All documents as rows: lengths of the longest and the mean row in tokens, and seconds that laying them out took."""
+
+    longest_tokens: int
+    mean_tokens: int
+    evaluate_seconds: float
+    train_seconds: float
 
 
-def _rows(prepared: Prepared) -> list[Row]:
-    tasks = (*prepared.evaluate, *prepared.train)
-    return [row for task in tasks for row in prepared.pack(task).packed.rows]
+def lay_out(prepared: Prepared) -> Laid:
+    """Pack all documents once, to know their rows before anything is decided."""
+    lengths: list[int] = []
+    seconds = []
+    for tasks in (prepared.evaluate, prepared.train):
+        start = time.perf_counter()
+        lengths += [len(row) for task in tasks for row in prepared.pack(task).packed.rows]
+        seconds.append(time.perf_counter() - start)
+    return Laid(max(lengths), sum(lengths) // len(lengths), *seconds)
 
 
 @dataclass
@@ -152,16 +164,15 @@ class _Cost:
         self.answers += answers_read(jobs)
 
 
-def make_plan(options: RunOptions, prepared: Prepared, *, only_evaluate_under: int = 0) -> Plan:
+def make_plan(options: RunOptions, prepared: Prepared, laid: Laid, *, only_evaluate_under: int = 0) -> Plan:
     """Plan all experiments of a run; takes two seconds to measure this machine.
 
     `only_evaluate_under`: the number of masks given to `evaluate`, each counted as if it touched the first layer.
     """
     store, skeleton = prepared.store, prepared.store.skeleton
-    rows = _rows(prepared)
-    memory = plan_memory(options, store, longest(rows))
+    memory = plan_memory(options, store, laid.longest_tokens)
     resident = resident_layers(store, memory.resident_bytes)
-    rates = measure(store, max(16, int(sum(map(len, rows)) / len(rows)) // 16 * 16))
+    rates = measure(store, max(ROW_MULTIPLE, laid.mean_tokens // ROW_MULTIPLE * ROW_MULTIPLE))
     parameters = sum(torch.Size(shape).numel() for shape in skeleton.layer_parameters().values())
     stages: list[StagePlan] = []
     for experiment in options.experiments:
@@ -171,16 +182,18 @@ def make_plan(options: RunOptions, prepared: Prepared, *, only_evaluate_under: i
             cost.add(jobs, skeleton.layers, skeleton.width, memory.sweep, resident)
         if not cost.layer_tokens:
             continue
-        forward = _seconds(cost, rates)
+        work = _seconds(cost, rates)
         operations = 2 * parameters * cost.layer_tokens
         if experiment == "importance":
-            # Forward, then back: every layer forward again and its products transposed, in floating point.
-            forward += _seconds(cost, rates) + operations / rates.float_operations_per_second
+            # Forward, and back: every layer forward again, then its products transposed.
+            work += cost.layer_tokens * rates.backward_token_seconds
             operations *= 3
             cost.layer_tokens, cost.layers_read = 2 * cost.layer_tokens, 2 * cost.layers_read
+        # Documents are laid out for the sweeps and once more for the tables.
+        work += 2 * (laid.evaluate_seconds if experiment in ("evaluate", "prune") else laid.train_seconds)
         # Resident layers are read once, by whichever experiment comes first.
         read = (cost.layers_read + (0 if stages else len(resident))) * store.layer_bytes
-        seconds = max(forward, read / rates.disk_bytes_per_second)
+        seconds = max(work, read / rates.disk_bytes_per_second)
         stages.append(
             StagePlan(
                 experiment,

@@ -29,7 +29,7 @@ from lowmem_icl.masks import Mask, MaskFile, check_fits, write_mask
 from lowmem_icl.model.int8 import has_fast_integer_product
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.parts import Parts
-from lowmem_icl.plan import Plan, check_room, make_plan
+from lowmem_icl.plan import Plan, lay_out, make_plan, plan_memory
 from lowmem_icl.prepare import Prepared, prepare, with_store
 from lowmem_icl.report.page import write_report
 from lowmem_icl.results import columns_frame, rows_frame, write_table
@@ -63,7 +63,9 @@ def run(
     folder = options.run_folder
     _refuse_foreign(folder)
     prepared = prepare(options)
-    check_room(options, prepared)
+    laid = lay_out(prepared)
+    # Told before a conversion of hours.
+    plan_memory(options, prepared.store, laid.longest_tokens)
     prepared = with_store(prepared, announce=terminal.say, progress=terminal.progress)
     gathered = Gathered()
     for mask_file in (mask_files or {}).values():
@@ -72,7 +74,7 @@ def run(
     masks = {name: mask_file.mask for name, mask_file in (mask_files or {}).items()}
     identity = _identity(options, prepared, masks)
     with _locked(folder, identity), _logged(folder):
-        plan = make_plan(options, prepared, only_evaluate_under=len(masks))
+        plan = make_plan(options, prepared, laid, only_evaluate_under=len(masks))
         terminal.say(f"run folder {folder}")
         show_plan(plan, terminal.err)
         record = _record(options, prepared, plan, identity)
