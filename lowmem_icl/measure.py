@@ -1,5 +1,6 @@
 """Two seconds of measuring this machine: its disk, and a layer of the model as a sweep runs it."""
 
+import itertools
 import os
 import tempfile
 import time
@@ -24,6 +25,7 @@ LAYER_SECONDS = 0.8
 OTHER_SECONDS = 0.3
 SHORT_SECONDS = 0.1
 SAMPLE_BYTES = 256 << 20
+UNCACHED_BYTES = 64 << 20
 RANDOM_ELEMENTS = 1 << 24
 
 
@@ -80,13 +82,18 @@ def _layer_seconds(store: Store, row_tokens: int) -> tuple[float, float, float]:
     row = Row(ends, ends, ends, ends, nothing, nothing, nothing)
 
     def once(rows: int) -> Callable[[], object]:
-        residuals = list(torch.randn(rows, 1, row_tokens, store.skeleton.width))
-        pieces = [Piece(place, 0, 1) for place in range(rows)]
+        # More than the processor's cache holds, as in a sweep: a batch comes from memory.
+        width = store.skeleton.width
+        batches = max(1, UNCACHED_BYTES // (4 * rows * row_tokens * width))
+        residuals = list(torch.randn(batches * rows, 1, row_tokens, width))
+        turns = itertools.cycle(range(batches))
         keep_heads = torch.ones(rows, store.skeleton.heads)
 
         def work() -> None:
+            turn = next(turns)
+            pieces = [Piece(turn * rows + place, 0, 1) for place in range(rows)]
             batch = gather(residuals, pieces)
-            of_rows = segments(pieces, [row] * rows, batch.device)
+            of_rows = segments(pieces, [row] * len(residuals), batch.device)
             scatter(layer.run(batch, of_rows, keep_heads), residuals, pieces)
 
         return work
