@@ -1,5 +1,6 @@
 """The demo model is what the README says: it learns in context, by induction heads that can be found and removed."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,33 @@ def accuracy(tmp_path_factory: pytest.TempPathFactory, tokenizer):
         ]
 
     return measure
+
+
+def test_int8_says_what_float32_says(tmp_path: Path, tokenizer) -> None:
+    stores = {
+        weights: ensure_store(locate("demo", None, weights, tmp_path), weights)
+        for weights in ("int8", "float32")
+    }
+    gold: dict[str, list[np.ndarray]] = {"int8": [], "float32": []}
+    for task, shots in itertools.product(("recall", "category", "knowledge", "repeat"), (0, 4, 16)):
+        rows = open_task(task, None).rows(shots=shots, part="evaluate", limit=None)
+        packed = pack(
+            rows,
+            lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"],
+            PackingLimits(512, 128, 2),
+        )
+        accuracies = []
+        for weights, store in stores.items():
+            with StreamedModel(store, device=torch.device("cpu"), resident_bytes=1 << 30) as model:
+                (scores,) = sweep(model, [Job(packed.packed, (Mask(),))], memory=SweepMemory.of(1 << 30))
+            by_document = packed.by_document(scores.logprobs[0])
+            measured = document_scores(rows, by_document, packed.by_document(scores.greedy[0]))
+            accuracies.append(measured["acc"].mean())
+            gold[weights].append(measured["gold_logprob"])
+        assert abs(accuracies[0] - accuracies[1]) <= 0.01, (task, shots, accuracies)
+    ours, exact = np.concatenate(gold["int8"]), np.concatenate(gold["float32"])
+    assert len(ours) > 4000
+    assert np.corrcoef(ours, exact)[0, 1] >= 0.999
 
 
 @pytest.mark.parametrize("task", ["recall", "category"])

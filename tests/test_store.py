@@ -3,15 +3,12 @@
 import itertools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokens, make_checkpoint, make_store, reference_model, small_config
+from conftest import byte_tokens, make_checkpoint, make_store, reference_model
 from safetensors.torch import load_file, save_file
-from transformers import OPTForCausalLM
 
 from lowmem_icl.errors import DoesNotFit, InputError
 from lowmem_icl.model import convert as convert_module
@@ -246,42 +243,6 @@ def test_the_reader_gives_the_files_in_any_order(float_store: Store) -> None:
         streamed = sum(layer not in resident for order in orders for layer in order)
         assert reader.read_bytes == (streamed + len(resident)) * float_store.layer_bytes
         reader.close()
-
-
-MEASURE = """
-import json, resource, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-import conftest
-from lowmem_icl.model.checkpoint import open_checkpoint
-conftest.make_store(Path({warm!r}), Path({warm!r}) / "store", "int8")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-store = conftest.make_store(Path({source!r}), Path({source!r}) / "store", "int8")
-print(json.dumps([before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
-"""
-
-
-def test_converting_holds_a_layer_and_not_the_model(tmp_path: Path) -> None:
-    """Peak memory of a child process that converts a checkpoint ten times larger than what it may add."""
-    wide = {"hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 2048, "num_attention_heads": 8}
-    torch.manual_seed(0)
-    source = tmp_path / "source"
-    model = OPTForCausalLM(small_config(num_hidden_layers=96, **wide)).bfloat16()
-    model.save_pretrained(source, max_shard_size="20MB")
-    source_bytes = open_checkpoint(source).size_bytes
-    del model
-    warm = make_checkpoint(tmp_path / "warm")
-    script = MEASURE.format(tests=str(Path(__file__).parent), warm=str(warm), source=str(source))
-    told = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"MALLOC_ARENA_MAX": "1"},
-    )
-    before, after = json.loads(told.stdout.strip().splitlines()[-1])
-    assert source_bytes > 600e6
-    assert after - before < source_bytes / 10 + 2 * 20e6, "a tenth of the source, and the pages of two shards"
 
 
 def test_the_fixed_text_is_long_enough_to_decide_and_to_measure(int8_store: Store) -> None:
