@@ -34,7 +34,7 @@ class Rates:
     """What this machine does with this model.
 
     `call_seconds` for every micro-batch through a layer and `token_seconds` for every token of it;
-    `backward_token_seconds` for a token on the way back; `answer_seconds` for one place through the unembedding;
+    `backward_token_seconds` for a token on the way back, 0 where that was not asked for; `answer_seconds` for one place through the unembedding;
     `disk_bytes_per_second`.
     """
 
@@ -45,18 +45,20 @@ class Rates:
     disk_bytes_per_second: float
 
 
-def measure(store: Store, row_tokens: int) -> Rates:
-    """Measure with rows of this length; a store that is only planned is stood in for by random weights of its shape."""
+def measure(store: Store, row_tokens: int, residual_bytes: int, *, backward: bool) -> Rates:
+    """Measure with rows of this length, holding so many bytes of them; a store that is only planned is stood in for by random weights of its shape."""
     keep_freed_memory()
     skeleton = store.skeleton
-    call, token, backward = _layer_seconds(store, row_tokens)
+    call, token, back = _layer_seconds(
+        store, row_tokens, min(UNCACHED_BYTES, residual_bytes), backward=backward
+    )
     hidden = torch.randn(FIXED_ROWS, skeleton.width)
     vocabulary = torch.randn(min(VOCABULARY_BLOCK, skeleton.vocabulary), skeleton.width)
     block = _seconds_of(lambda: matmul_in_fixed_rows(hidden, vocabulary.t()).exp_().sum(1), OTHER_SECONDS)
     return Rates(
         call_seconds=call,
         token_seconds=token,
-        backward_token_seconds=backward,
+        backward_token_seconds=back,
         answer_seconds=block / FIXED_ROWS * skeleton.vocabulary / len(vocabulary),
         disk_bytes_per_second=_disk_bytes_per_second(store),
     )
@@ -72,7 +74,9 @@ def _seconds_of(work: Callable[[], object], budget: float) -> float:
     return (time.perf_counter() - start) / done
 
 
-def _layer_seconds(store: Store, row_tokens: int) -> tuple[float, float, float]:
+def _layer_seconds(
+    store: Store, row_tokens: int, residual_bytes: int, *, backward: bool
+) -> tuple[float, float, float]:
     """Return what a micro-batch through a layer costs at all, for each of its tokens, and for a token on the way back."""
     layer = DecoderLayer(store.skeleton, store.manifest.weights, torch.device("cpu"))
     layer.fill(_random_layer(store))
@@ -84,7 +88,7 @@ def _layer_seconds(store: Store, row_tokens: int) -> tuple[float, float, float]:
     def once(rows: int) -> Callable[[], object]:
         # More than the processor's cache holds, as in a sweep: a batch comes from memory.
         width = store.skeleton.width
-        batches = max(1, UNCACHED_BYTES // (4 * rows * row_tokens * width))
+        batches = max(1, residual_bytes // (4 * rows * row_tokens * width))
         residuals = list(torch.randn(batches * rows, 1, row_tokens, width))
         turns = itertools.cycle(range(batches))
         keep_heads = torch.ones(rows, store.skeleton.heads)
@@ -106,6 +110,8 @@ def _layer_seconds(store: Store, row_tokens: int) -> tuple[float, float, float]:
     # Where one row costs next to nothing more, all is for the tokens.
     token = max(many - one, many / 2 * (1 - 1 / rows)) / ((rows - 1) * row_tokens)
     there = max(0.0, many - token * rows * row_tokens)
+    if not backward:
+        return there, token, 0.0
     if many > SHORT_SECONDS:
         # Too long to be tried: forward again, and the products in floating point at this machine's rate.
         operations = 2 * sum(

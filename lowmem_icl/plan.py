@@ -68,7 +68,12 @@ def plan_memory(options: RunOptions, store: Store, longest_row_tokens: int) -> M
     ffn_width = max(shape[0] for shape in skeleton.layer_parameters().values())
     tokens = max(MICRO_BATCH_TOKENS, longest_row_tokens)
     working = tokens * (9 * ffn_width + 24 * skeleton.width) + 2 * tokens * longest_row_tokens * 4
-    working += 2 * HEAD_ROWS * VOCABULARY_BLOCK * 4 + VOCABULARY_BLOCK * skeleton.width * 4
+    if "importance" in options.experiments:
+        # The graph of a layer and the gradients at everything in it.
+        working += tokens * (16 * ffn_width + 64 * skeleton.width)
+    # The unembedding comes after the layers, in the same space.
+    unembedding = 2 * HEAD_ROWS * VOCABULARY_BLOCK * 4 + VOCABULARY_BLOCK * skeleton.width * 4
+    working = max(working, unembedding)
     fixed = outside + streaming + working
     least_sweep = int(2 * longest_row_tokens * skeleton.width * 4 / (1 - CACHE_SHARE)) + PAGE_BYTES
     if fixed + least_sweep > allowance:
@@ -172,7 +177,12 @@ def make_plan(options: RunOptions, prepared: Prepared, laid: Laid, *, only_evalu
     store, skeleton = prepared.store, prepared.store.skeleton
     memory = plan_memory(options, store, laid.longest_tokens)
     resident = resident_layers(store, memory.resident_bytes)
-    rates = measure(store, max(ROW_MULTIPLE, laid.mean_tokens // ROW_MULTIPLE * ROW_MULTIPLE))
+    rates = measure(
+        store,
+        max(ROW_MULTIPLE, laid.mean_tokens // ROW_MULTIPLE * ROW_MULTIPLE),
+        memory.sweep_bytes,
+        backward="importance" in options.experiments,
+    )
     parameters = sum(torch.Size(shape).numel() for shape in skeleton.layer_parameters().values())
     stages: list[StagePlan] = []
     for experiment in options.experiments:

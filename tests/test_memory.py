@@ -97,7 +97,7 @@ def test_a_run_keeps_to_its_memory(large: Large, converted: tuple[Path, list[int
         for number in range(48)
     ]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    same = ["--tasks", str(tmp_path / "own.jsonl"), "--shots", "0", "--experiments", "evaluate,importance"]
+    same = ["--tasks", str(tmp_path / "own.jsonl"), "--shots", "0", "--experiments", "evaluate"]
     tiny = ["run", "--model", str(large.tiny.parent / "tiny-store"), "--out", str(tmp_path / "tiny"), *same]
     run = ["run", "--model", str(store), "--memory", str(ALLOWANCE), "--out", str(tmp_path / "run"), *same]
     before, after = peaks_of(tiny, run)

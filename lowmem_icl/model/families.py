@@ -90,6 +90,7 @@ class Skeleton:
         self.family = family_of(config.model_type)
         sizes = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
         self.layers: int = sizes.num_layers
+        self._layers_field: str = sizes.NUM_LAYERS
         self.heads: int = sizes.num_attention_heads
         self.width: int = sizes.hidden_size
         self.vocabulary: int = sizes.vocab_size
@@ -116,11 +117,11 @@ class Skeleton:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The whole model on the meta device, in evaluation mode, with sdpa attention."""
+        """The model on the meta device, in evaluation mode, with one decoder layer: all others are like it."""
+        config = copy.deepcopy(self.config)
+        setattr(config, self._layers_field, 1)
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(
-                self.config, attn_implementation="sdpa", dtype=torch.float32
-            )
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
         model.tie_weights()
         return model.eval()
 
@@ -131,17 +132,19 @@ class Skeleton:
 
     def empty_layer(self) -> nn.Module:
         """Return a new decoder layer on the meta device, in evaluation mode."""
-        blocks = cast(nn.ModuleList, self.model.get_submodule(self.blocks_name))
-        return copy.deepcopy(blocks[0]).eval()
+        return copy.deepcopy(self._plain_layer).eval()
+
+    @cached_property
+    def _plain_layer(self) -> nn.Module:
+        return cast(nn.ModuleList, self.model.get_submodule(self.blocks_name))[0]
 
     def layer_parameters(self) -> dict[str, tuple[int, ...]]:
         """Return names and shapes of a layer's parameters, relative to the layer."""
-        return {name: tuple(value.shape) for name, value in self.empty_layer().named_parameters()}
+        return {name: tuple(value.shape) for name, value in self._plain_layer.named_parameters()}
 
     def linear_names(self) -> list[str]:
         """Return the names of a layer's linear modules, relative to the layer."""
-        layer = self.empty_layer()
-        return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+        return [name for name, module in self._plain_layer.named_modules() if isinstance(module, nn.Linear)]
 
     def outside_parameters(self) -> dict[str, tuple[int, ...]]:
         """Return names and shapes of all parameters outside the layers; a tied unembedding is not named again."""

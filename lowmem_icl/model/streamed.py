@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from accelerate import infer_auto_device_map
 from accelerate.utils import set_module_tensor_to_device
 from safetensors.torch import load_file
 from torch import Tensor
@@ -131,18 +130,5 @@ class StreamedModel:
 
 
 def resident_layers(store: Store, resident_bytes: int) -> frozenset[int]:
-    """Return the layers that accelerate's device map keeps in memory under this allowance; the rest stream."""
-    if store.layer_bytes * store.skeleton.layers <= resident_bytes:
-        return frozenset(range(store.skeleton.layers))
-    element = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float32": torch.float32}
-    blocks = store.skeleton.blocks_name
-    places = infer_auto_device_map(
-        store.skeleton.model.get_submodule(blocks),
-        max_memory={"cpu": resident_bytes, "disk": 1 << 62},
-        no_split_module_classes=list(store.skeleton.model._no_split_modules or ()),
-        dtype=element[store.manifest.weights],
-    )
-    if "" in places:
-        # One place for all.
-        return frozenset(range(store.skeleton.layers) if places[""] == "cpu" else ())
-    return frozenset(int(name) for name, place in places.items() if place == "cpu")
+    """Return the layers that are kept in memory under this allowance, the first ones; the rest stream."""
+    return frozenset(range(min(store.skeleton.layers, resident_bytes // store.layer_bytes)))
