@@ -66,6 +66,17 @@ def test_pickled_shards_give_the_same_store(tmp_path: Path, prefix: str) -> None
     assert plain.manifest.source.digest == again.manifest.source.digest
 
 
+def test_checkpoints_without_final_norm_and_in_half_precision_are_read(tmp_path: Path) -> None:
+    """As OPT-IML and early fine-tunes may come."""
+    folder = make_checkpoint(tmp_path / "checkpoint", dtype=torch.float16, _remove_final_layer_norm=True)
+    store = make_store(folder, tmp_path / "store", "float32")
+    outside = load_file(store.folder / "outside.safetensors")
+    assert not any("final_layer_norm" in name for name in outside)
+    assert all(value.dtype == torch.float16 for value in outside.values())
+    expected = reference_model(folder).model.decoder.layers[0].fc2.weight
+    assert torch.equal(load_file(store.layer_paths[0])["fc2.weight"], expected)
+
+
 def test_the_source_digest_is_the_same_in_every_form(int8_store: Store, float_store: Store) -> None:
     assert int8_store.manifest.source.digest == float_store.manifest.source.digest
     assert int8_store.manifest.digest != float_store.manifest.digest
