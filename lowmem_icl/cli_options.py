@@ -99,6 +99,11 @@ MemoryOption = Annotated[
     typer.Option(help="Memory for weights, rows and caches, such as 6GB.", rich_help_panel=MACHINE,
                  show_default="80 % of what is free"),
 ]  # fmt: skip
+DeviceMemoryOption = Annotated[
+    str | None,
+    typer.Option(help="CUDA memory for layers and rows, such as 20GB.", rich_help_panel=MACHINE,
+                 show_default="80 % of what is free"),
+]  # fmt: skip
 DeviceOption = Annotated[
     str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=MACHINE, show_default="auto")
 ]

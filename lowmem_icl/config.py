@@ -78,6 +78,8 @@ class RunOptions(BaseModel):
     """How much of the objective the greedy pruner may lose in all."""
     memory: Size | None = None
     """Memory for weights, rows and caches; 80 % of what is free if not given."""
+    device_memory: Size | None = None
+    """CUDA memory for layers and rows; 80 % of what is free if not given."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
@@ -130,7 +132,7 @@ class RunOptions(BaseModel):
         return Path(cache) / "lowmem-icl" / "stores"
 
 
-WITHOUT_INFLUENCE = ("memory", "out", "masks_dir", "store_dir")
+WITHOUT_INFLUENCE = ("memory", "device_memory", "out", "masks_dir", "store_dir")
 
 
 def read_config(path: Path) -> dict[str, Any]:

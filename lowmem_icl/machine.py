@@ -1,10 +1,34 @@
-"""What this process takes of the machine."""
+"""Which device of the machine is used, how much of it is free, and what this process takes."""
 
 import resource
 import sys
 from pathlib import Path
 
+import torch
+
+from lowmem_icl.errors import InputError
+
 _STATUS = Path("/proc/self/status")
+
+
+def chosen_device(name: str) -> torch.device:
+    """Return the device of that name, `auto` being CUDA where there is one; raise InputError where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: torch sees no CUDA device here; give --device cpu")
+    return torch.device(name)
+
+
+def device_allowance(device: torch.device, asked: int | None, free_share: float) -> int | None:
+    """Return how many bytes of a CUDA device may be used, None for the CPU; raise InputError where that is asked for."""
+    if device.type == "cpu":
+        if asked is not None:
+            raise InputError(
+                "--device-memory: the run is on the CPU; leave the option out or give --device cuda"
+            )
+        return None
+    return asked or int(torch.cuda.mem_get_info(device)[0] * free_share)
 
 
 def peak_resident_bytes() -> int:

@@ -45,15 +45,17 @@ class Rates:
     disk_bytes_per_second: float
 
 
-def measure(store: Store, row_tokens: int, residual_bytes: int, *, backward: bool) -> Rates:
+def measure(
+    store: Store, row_tokens: int, residual_bytes: int, device: torch.device, *, backward: bool
+) -> Rates:
     """Measure with rows of this length, holding so many bytes of them; a store that is only planned is stood in for by random weights of its shape."""
     keep_freed_memory()
     skeleton = store.skeleton
     call, token, back = _layer_seconds(
-        store, row_tokens, min(UNCACHED_BYTES, residual_bytes), backward=backward
+        store, row_tokens, min(UNCACHED_BYTES, residual_bytes), device, backward=backward
     )
-    hidden = torch.randn(FIXED_ROWS, skeleton.width)
-    vocabulary = torch.randn(min(VOCABULARY_BLOCK, skeleton.vocabulary), skeleton.width)
+    hidden = torch.randn(FIXED_ROWS, skeleton.width, device=device)
+    vocabulary = torch.randn(min(VOCABULARY_BLOCK, skeleton.vocabulary), skeleton.width, device=device)
     block = _seconds_of(lambda: matmul_in_fixed_rows(hidden, vocabulary.t()).exp_().sum(1), OTHER_SECONDS)
     return Rates(
         call_seconds=call,
@@ -67,18 +69,25 @@ def measure(store: Store, row_tokens: int, residual_bytes: int, *, backward: boo
 def _seconds_of(work: Callable[[], object], budget: float) -> float:
     """Return the mean time of repeating some work for about so long, once at least, after a first time."""
     work()
+    _wait_for_device()
     start, done = time.perf_counter(), 0
     while done == 0 or time.perf_counter() - start < budget:
         work()
+        _wait_for_device()
         done += 1
     return (time.perf_counter() - start) / done
 
 
+def _wait_for_device() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def _layer_seconds(
-    store: Store, row_tokens: int, residual_bytes: int, *, backward: bool
+    store: Store, row_tokens: int, residual_bytes: int, device: torch.device, *, backward: bool
 ) -> tuple[float, float, float]:
     """Return what a micro-batch through a layer costs at all, for each of its tokens, and for a token on the way back."""
-    layer = DecoderLayer(store.skeleton, store.manifest.weights, torch.device("cpu"))
+    layer = DecoderLayer(store.skeleton, store.manifest.weights, device)
     layer.fill(_random_layer(store))
     full = max(2, MICRO_BATCH_TOKENS // row_tokens)
     ends = np.full(row_tokens, row_tokens)
@@ -89,9 +98,9 @@ def _layer_seconds(
         # More than the processor's cache holds, as in a sweep: a batch comes from memory.
         width = store.skeleton.width
         batches = max(1, residual_bytes // (4 * rows * row_tokens * width))
-        residuals = list(torch.randn(batches * rows, 1, row_tokens, width))
+        residuals = list(torch.randn(batches * rows, 1, row_tokens, width, device=device))
         turns = itertools.cycle(range(batches))
-        keep_heads = torch.ones(rows, store.skeleton.heads)
+        keep_heads = torch.ones(rows, store.skeleton.heads, device=device)
 
         def work() -> None:
             turn = next(turns)
@@ -117,10 +126,11 @@ def _layer_seconds(
         operations = 2 * sum(
             torch.Size(shape).numel() for shape in store.skeleton.layer_parameters().values()
         )
-        left, right = torch.randn(FIXED_ROWS, store.skeleton.width), torch.randn(store.skeleton.width, 4096)
+        left = torch.randn(FIXED_ROWS, store.skeleton.width, device=device)
+        right = torch.randn(store.skeleton.width, 4096, device=device)
         product = _seconds_of(lambda: left @ right, OTHER_SECONDS)
         return there, token, token + operations * product / (2 * left.numel() * 4096)
-    entering = torch.randn(rows * row_tokens, store.skeleton.width, requires_grad=True)
+    entering = torch.randn(rows * row_tokens, store.skeleton.width, device=device, requires_grad=True)
     of_rows = segments([Piece(0, 0, 1)] * rows, [row], entering.device)
 
     def back() -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import psutil
 import torch
@@ -20,6 +20,7 @@ from lowmem_icl.engine.waves import (
 )
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.experiments.ablate import ablation_masks
+from lowmem_icl.machine import chosen_device, device_allowance
 from lowmem_icl.masks import Mask
 from lowmem_icl.measure import Rates, measure
 from lowmem_icl.model.convert import free_bytes
@@ -37,65 +38,106 @@ SPILL_SHARE = 0.5
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a memory allowance is dealt out, in bytes; `spill_bytes` of disk take what the clean cache cannot hold."""
+    """How memory is dealt out, in bytes.
+
+    `device_bytes` is None where all lies in the machine's memory. Else `allowance_bytes` of that hold the layers being
+    read and the clean cache, and all the rest is on the device. `spill_bytes` of disk take what the cache cannot hold.
+    """
 
     allowance_bytes: int
+    device_bytes: int | None
     outside_bytes: int
     streaming_bytes: int
     working_bytes: int
     resident_bytes: int
-    sweep_bytes: int
+    alive_bytes: int
+    cache_bytes: int
     spill_bytes: int
     layers: int
 
     @property
     def sweep(self) -> SweepMemory:
         """The part for residuals; rows that go together are so few that their clean cache fits memory and disk."""
-        split = SweepMemory.of(self.sweep_bytes)
-        cached = split.cache_bytes + self.spill_bytes
-        return replace(split, block_bytes=cached // self.layers)
+        cached = self.cache_bytes + self.spill_bytes
+        return SweepMemory(self.alive_bytes, self.cache_bytes, cached // self.layers)
 
 
-def plan_memory(options: RunOptions, store: Store, longest_row_tokens: int) -> MemoryPlan:
-    """Deal out --memory; raise DoesNotFit with the smallest allowance that would do."""
+def plan_memory(
+    options: RunOptions, store: Store, longest_row_tokens: int, device_bytes: int | None = None
+) -> MemoryPlan:
+    """Deal out --memory and, where `device_bytes` are given, those; raise DoesNotFit with the smallest that would do."""
     skeleton = store.skeleton
     allowance = options.memory or int(psutil.virtual_memory().available * FREE_SHARE)
     outside = store.manifest.files[OUTSIDE].size_bytes
-    # A layer in use and the next; forms that compute in float32 hold the one in use once more, converted.
+    working = _working_bytes(options, store, longest_row_tokens)
+    row_bytes = longest_row_tokens * skeleton.width * FLOAT_BYTES
+    # Forms that compute in float32 hold the layer in use once more, converted.
     converted = {"int8": 0, "bfloat16": 2, "float32": 1}[store.manifest.weights]
-    streaming = store.layer_bytes * (2 + converted) + 2 * PAGE_BYTES
-    # The widest moment of a layer: int32 products, their float32 form and the int8 input of the FFN.
+    read_ahead = 2 * (store.layer_bytes + PAGE_BYTES)
+    in_use = store.layer_bytes * (converted if device_bytes is None else 1 + converted)
+    spill = int(free_bytes(options.run_folder) * SPILL_SHARE)
+    if row_bytes * skeleton.layers > spill:
+        needed = (row_bytes * skeleton.layers - spill) / SPILL_SHARE
+        raise DoesNotFit(
+            f"--out {options.run_folder}: {spill / 1e9:.3g} GB of its disk may be used, and the activations of the "
+            f"longest row alone take {row_bytes * skeleton.layers / 1e9:.3g} GB; free {needed / 1e9:.3g} GB there or "
+            "choose another disk"
+        )
+    whole = store.layer_bytes * skeleton.layers
+    if device_bytes is not None:
+        cache = _rest("--memory", allowance, {"two layers being read": read_ahead}, PAGE_BYTES)
+        fixed = {"embeddings": outside, "a layer": in_use, "working space": working}
+        rest = _rest("--device-memory", device_bytes, fixed, 2 * row_bytes)
+        resident = min(whole, int(rest * RESIDENT_SHARE), rest - 2 * row_bytes)
+        if whole <= rest // 2:
+            resident = whole
+        alive = rest - resident
+    else:
+        fixed = {"embeddings": outside, "two layers": read_ahead + in_use, "working space": working}
+        least = int(2 * row_bytes / (1 - CACHE_SHARE)) + PAGE_BYTES
+        rest = _rest("--memory", allowance, fixed, least)
+        resident = min(whole, int(rest * RESIDENT_SHARE), rest - least)
+        split = SweepMemory.of(rest - resident)
+        alive, cache = split.alive_bytes, split.cache_bytes
+    return MemoryPlan(
+        allowance,
+        device_bytes,
+        outside,
+        read_ahead + in_use,
+        working,
+        resident,
+        alive,
+        cache,
+        spill,
+        skeleton.layers,
+    )
+
+
+def _rest(flag: str, allowance: int, fixed: dict[str, int], least: int) -> int:
+    """Return what an allowance leaves for rows; raise DoesNotFit where that is less than one row needs."""
+    needed = sum(fixed.values()) + least
+    if needed > allowance:
+        parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in fixed.items())
+        raise DoesNotFit(
+            f"{flag} {allowance / 1e9:.3g}GB: {parts} and one row {least / 1e9:.3g} GB do not fit; "
+            f"the smallest that does is {flag} {-(-needed // 10**6)}MB"
+        )
+    return allowance - sum(fixed.values())
+
+
+def _working_bytes(options: RunOptions, store: Store, longest_row_tokens: int) -> int:
+    """Return what intermediate tensors take at the widest moment."""
+    skeleton = store.skeleton
+    # In a layer: int32 products, their float32 form and the int8 input of the FFN.
     ffn_width = max(shape[0] for shape in skeleton.layer_parameters().values())
     tokens = max(MICRO_BATCH_TOKENS, longest_row_tokens)
-    working = tokens * (9 * ffn_width + 24 * skeleton.width) + 2 * tokens * longest_row_tokens * 4
+    working = tokens * (9 * ffn_width + 24 * skeleton.width) + 2 * tokens * longest_row_tokens * FLOAT_BYTES
     if "importance" in options.experiments:
         # The graph of a layer and the gradients at everything in it.
         working += tokens * (16 * ffn_width + 64 * skeleton.width)
     # The unembedding comes after the layers, in the same space.
-    unembedding = 2 * HEAD_ROWS * VOCABULARY_BLOCK * 4 + VOCABULARY_BLOCK * skeleton.width * 4
-    working = max(working, unembedding)
-    fixed = outside + streaming + working
-    least_sweep = int(2 * longest_row_tokens * skeleton.width * 4 / (1 - CACHE_SHARE)) + PAGE_BYTES
-    if fixed + least_sweep > allowance:
-        raise DoesNotFit(
-            f"--memory {allowance / 1e9:.3g}GB: embeddings {outside / 1e9:.3g}, two layers {streaming / 1e9:.3g}, "
-            f"working space {working / 1e9:.3g} and one row {least_sweep / 1e9:.3g} GB do not fit; "
-            f"the smallest that does is --memory {-(-(fixed + least_sweep) // 10**6)}MB"
-        )
-    spill = int(free_bytes(options.run_folder) * SPILL_SHARE)
-    row_cache = longest_row_tokens * skeleton.width * FLOAT_BYTES * skeleton.layers
-    if row_cache > spill:
-        raise DoesNotFit(
-            f"--out {options.run_folder}: {spill / 1e9:.3g} GB of its disk may be used, and the activations of the "
-            f"longest row alone take {row_cache / 1e9:.3g} GB; free {(row_cache - spill) / SPILL_SHARE / 1e9:.3g} GB "
-            "there or choose another disk"
-        )
-    rest = allowance - fixed
-    whole = store.layer_bytes * skeleton.layers
-    resident = min(whole, int(rest * RESIDENT_SHARE), rest - least_sweep)
-    return MemoryPlan(
-        allowance, outside, streaming, working, resident, rest - resident, spill, skeleton.layers
-    )
+    unembedding = (2 * HEAD_ROWS + skeleton.width) * VOCABULARY_BLOCK * FLOAT_BYTES
+    return max(working, unembedding)
 
 
 @dataclass(frozen=True)
@@ -153,6 +195,13 @@ def lay_out(prepared: Prepared) -> Laid:
     return Laid(max(lengths), sum(lengths) // len(lengths), *seconds)
 
 
+def check_memory(options: RunOptions, prepared: Prepared, laid: Laid) -> MemoryPlan:
+    """Return how memory is dealt out; raise InputError or DoesNotFit where a run cannot be held."""
+    device = chosen_device(options.device)
+    allowed = device_allowance(device, options.device_memory, FREE_SHARE)
+    return plan_memory(options, prepared.store, laid.longest_tokens, allowed)
+
+
 @dataclass
 class _Cost:
     """What sweeps add up to."""
@@ -175,12 +224,13 @@ def make_plan(options: RunOptions, prepared: Prepared, laid: Laid, *, only_evalu
     `only_evaluate_under`: the number of masks given to `evaluate`, each counted as if it touched the first layer.
     """
     store, skeleton = prepared.store, prepared.store.skeleton
-    memory = plan_memory(options, store, laid.longest_tokens)
+    memory = check_memory(options, prepared, laid)
     resident = resident_layers(store, memory.resident_bytes)
     rates = measure(
         store,
         max(ROW_MULTIPLE, laid.mean_tokens // ROW_MULTIPLE * ROW_MULTIPLE),
-        memory.sweep_bytes,
+        memory.alive_bytes,
+        chosen_device(options.device),
         backward="importance" in options.experiments,
     )
     parameters = sum(torch.Size(shape).numel() for shape in skeleton.layer_parameters().values())

@@ -24,12 +24,12 @@ from lowmem_icl import __version__
 from lowmem_icl.config import RunOptions
 from lowmem_icl.errors import InputError, InUse
 from lowmem_icl.files import write_text_atomic
-from lowmem_icl.machine import peak_resident_bytes
+from lowmem_icl.machine import chosen_device, peak_resident_bytes
 from lowmem_icl.masks import Mask, MaskFile, check_fits, write_mask
 from lowmem_icl.model.int8 import has_fast_integer_product
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.parts import Parts
-from lowmem_icl.plan import Plan, lay_out, make_plan, plan_memory
+from lowmem_icl.plan import Plan, check_memory, lay_out, make_plan
 from lowmem_icl.prepare import Prepared, prepare, with_store
 from lowmem_icl.report.page import write_report
 from lowmem_icl.results import columns_frame, rows_frame, write_table
@@ -65,7 +65,7 @@ def run(
     prepared = prepare(options)
     laid = lay_out(prepared)
     # Told before a conversion of hours.
-    plan_memory(options, prepared.store, laid.longest_tokens)
+    check_memory(options, prepared, laid)
     prepared = with_store(prepared, announce=terminal.say, progress=terminal.progress)
     gathered = Gathered()
     for mask_file in (mask_files or {}).values():
@@ -83,7 +83,7 @@ def run(
             gathered.warnings.append(
                 "this CPU has no AVX512: bitsandbytes multiplies int8 in float32, which is slower"
             )
-        device = _device(options)
+        device = chosen_device(options.device)
         parts = Parts(folder / "parts")
         for stale in parts.folder.glob("residuals-*"):
             # Left by a process that was killed; the lock says that nobody uses them.
@@ -125,14 +125,6 @@ def run(
 def _only_evaluate(work: Work, gathered: Gathered, masks: Mapping[str, Mask]) -> Iterator[str]:
     run_evaluate(work, gathered, masks)
     yield "evaluate"
-
-
-def _device(options: RunOptions) -> torch.device:
-    if options.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {options.device}: torch sees no CUDA device here; give --device cpu")
-    return torch.device(options.device)
 
 
 def _identity(options: RunOptions, prepared: Prepared, masks: Mapping[str, Mask]) -> dict[str, str]:

@@ -80,9 +80,11 @@ def show_plan(plan: Plan, console: Console) -> None:
         f"on disk: store {size(plan.store_bytes)}"
         + (f", made first from {size(plan.convert_bytes)}" if plan.convert_bytes else "")
         + f"; activations that memory cannot hold, at most {size(memory.spill_bytes)}",
-        f"memory {size(memory.allowance_bytes)}: embeddings {size(memory.outside_bytes)}, "
+        f"memory {size(memory.allowance_bytes)}"
+        + (f", on the device {size(memory.device_bytes)}" if memory.device_bytes else "")
+        + f": embeddings {size(memory.outside_bytes)}, "
         f"layers in use {size(memory.streaming_bytes)}, working space {size(memory.working_bytes)}, "
-        f"layers kept {size(memory.resident_bytes)}, residuals {size(memory.sweep_bytes)}",
+        f"layers kept {size(memory.resident_bytes)}, residuals {size(memory.alive_bytes)}, their cache {size(memory.cache_bytes)}",
         f"measured here: {size(rates.disk_bytes_per_second)}/s from disk, "
         f"{1 / rates.token_seconds:,.0f} tokens/s through a layer",
     ]

@@ -35,7 +35,8 @@ class ResidualCache:
         size = residual.numel() * residual.element_size()
         self._shapes[row, layer] = residual.shape
         if self._held_bytes + size <= self._memory_bytes:
-            self._held[row, layer] = residual.clone()
+            # Kept in the machine's memory, wherever the sweep computes.
+            self._held[row, layer] = residual.to("cpu", copy=True)
             self._held_bytes += size
         else:
             residual.cpu().numpy().tofile(self._path(row, layer))

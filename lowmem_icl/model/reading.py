@@ -21,6 +21,7 @@ from lowmem_icl.errors import InputError
 PAGE_BYTES = 4096
 BLOCK_BYTES = 32 << 20
 READERS = 2
+CPU = torch.device("cpu")
 
 TORCH_TYPES = {
     "I8": torch.int8,
@@ -68,13 +69,19 @@ def read_header(path: Path) -> tuple[dict[str, TensorPlace], dict[str, str]]:
 
 
 class LayerReader:
-    """Reads the layers of a store in any order; keeps the first `resident_layers` it may in memory.
+    """Reads the layers of a store in any order; keeps those in `resident_layers` in memory, on `device`.
 
     The tensors of a streamed layer are views of a buffer that the next but one layer overwrites: they are valid
     until the iterator is advanced.
     """
 
-    def __init__(self, paths: Sequence[Path], resident_layers: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        resident_layers: frozenset[int] = frozenset(),
+        device: torch.device = CPU,
+    ) -> None:
+        self._device = device
         self._paths = list(paths)
         self._places = [read_header(path)[0] for path in self._paths]
         self._sizes = [path.stat().st_size for path in self._paths]
@@ -105,6 +112,8 @@ class LayerReader:
                     continue
                 tensors = self._view(layer, buffer)
                 if layer in self._resident_layers:
+                    # On another device they are copies there, and the buffer goes.
+                    tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
                     self._resident[layer] = tensors
                 yield layer, tensors
         finally:

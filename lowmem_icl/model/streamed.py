@@ -20,7 +20,7 @@ HEAD_ROWS = 8 * FIXED_ROWS
 class StreamedModel:
     """Embedding, decoder layers by stream, and unembedding of a store.
 
-    `resident_bytes`: how much of the layers may stay in memory between passes. Use as a context manager.
+    `resident_bytes`: how much of the layers may stay between passes, in the device's memory. Use as a context manager.
     """
 
     def __init__(self, store: Store, *, device: torch.device, resident_bytes: int) -> None:
@@ -29,7 +29,7 @@ class StreamedModel:
         self.skeleton = store.skeleton
         self.device = device
         self._layer = DecoderLayer(self.skeleton, store.manifest.weights, device)
-        self._reader = LayerReader(store.layer_paths, resident_layers(store, resident_bytes))
+        self._reader = LayerReader(store.layer_paths, resident_layers(store, resident_bytes), device)
         for name, tensor in load_file(store.folder / OUTSIDE).items():
             # The two vocabulary tables keep the source's precision, the rest is small and computes in float32.
             value = tensor if tensor.shape[0] == self.skeleton.vocabulary else tensor.float()

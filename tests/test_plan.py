@@ -1,0 +1,101 @@
+"""The plan: memory dealt out and kept, refusals that name what would do, and nothing made before its time."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_checkpoint
+from test_engine import PLENTY, packed_task, swept
+from typer.testing import CliRunner
+
+from lowmem_icl.cli import app
+from lowmem_icl.config import RunOptions
+from lowmem_icl.engine.waves import Job, SweepMemory, row_blocks
+from lowmem_icl.errors import DoesNotFit, InputError
+from lowmem_icl.machine import device_allowance
+from lowmem_icl.masks import Mask
+from lowmem_icl.model.reading import LayerReader
+from lowmem_icl.model.store import Store
+from lowmem_icl.plan import plan_memory
+
+DEMO = Path(__file__).parents[1] / "lowmem_icl" / "demo"
+ROW = 128
+
+
+def test_all_parts_together_are_the_allowance(int8_store: Store) -> None:
+    options = RunOptions(memory=200_000_000)
+    plan = plan_memory(options, int8_store, ROW)
+    parts = (
+        plan.outside_bytes,
+        plan.streaming_bytes,
+        plan.working_bytes,
+        plan.resident_bytes,
+        plan.alive_bytes,
+        plan.cache_bytes,
+    )
+    assert sum(parts) == pytest.approx(options.memory, rel=1e-6)
+    assert plan.resident_bytes == int8_store.layer_bytes * 3, "a small model stays whole"
+
+
+def test_the_memory_it_names_is_the_smallest_that_does(int8_store: Store) -> None:
+    with pytest.raises(DoesNotFit, match="--memory") as refused:
+        plan_memory(RunOptions(memory=1_000_000), int8_store, ROW)
+    smallest = int(str(refused.value).rsplit(" ", 1)[1].removesuffix("MB")) * 10**6
+    plan_memory(RunOptions(memory=smallest), int8_store, ROW)
+    with pytest.raises(DoesNotFit):
+        plan_memory(RunOptions(memory=smallest - 10**6), int8_store, ROW)
+
+
+def test_a_device_holds_all_but_the_cache_and_what_is_read(int8_store: Store) -> None:
+    plan = plan_memory(RunOptions(memory=50_000_000), int8_store, ROW, device_bytes=200_000_000)
+    on_device = plan.outside_bytes + plan.working_bytes + plan.resident_bytes + plan.alive_bytes
+    assert on_device < 200_000_000
+    assert plan.cache_bytes < 50_000_000
+    with pytest.raises(DoesNotFit, match="--device-memory"):
+        plan_memory(RunOptions(memory=50_000_000), int8_store, ROW, device_bytes=1_000_000)
+
+
+def test_device_memory_without_a_device_is_refused() -> None:
+    with pytest.raises(InputError, match="--device-memory"):
+        device_allowance(torch.device("cpu"), 10**9, 0.8)
+
+
+def test_resident_layers_lie_on_the_device(int8_store: Store) -> None:
+    """The meta device stands in for one that is not the CPU."""
+    reader = LayerReader(int8_store.layer_paths, frozenset({0, 2}), torch.device("meta"))
+    for _ in range(2):
+        places = {
+            layer: {tensor.device.type for tensor in tensors.values()}
+            for layer, tensors in reader.layers([0, 1, 2])
+        }
+        assert places == {0: {"meta"}, 1: {"cpu"}, 2: {"meta"}}
+    assert reader.read_bytes == sum(path.stat().st_size for path in int8_store.layer_paths) + (
+        int8_store.layer_paths[1].stat().st_size
+    )
+    reader.close()
+
+
+def test_little_disk_makes_smaller_blocks_and_the_same_results(int8_store: Store) -> None:
+    jobs = [Job(packed_task(5).packed, (Mask(), Mask(ffns=frozenset([2]))))]
+    little = SweepMemory(PLENTY.alive_bytes, 0, block_bytes=1)
+    assert len(row_blocks(jobs, 32, little)) == len(jobs[0].packed.rows) > 1
+    (ours,), (expected,) = swept(int8_store, jobs, little), swept(int8_store, jobs)
+    assert (ours.logprobs == expected.logprobs).all()
+
+
+def test_planning_converts_nothing(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint", vocab_size=528)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((DEMO / name).read_bytes())
+    (tmp_path / "own.jsonl").write_text('{"context": "cat", "options": [" dog", " wug"], "gold": 1}\n' * 4)
+    stores = tmp_path / "stores"
+    arguments = ["--model", str(folder), "--store-dir", str(stores), "--tasks", str(tmp_path / "own.jsonl")]
+    told = CliRunner().invoke(app, ["plan", "--shots", "0", "--json", *arguments])
+    assert told.exit_code == 0, told.output
+    plan = json.loads(told.stdout)
+    assert not stores.exists()
+    assert plan["convert_bytes"] == (folder / "model.safetensors").stat().st_size
+    assert {stage["experiment"] for stage in plan["stages"]} == {"evaluate", "importance", "ablate", "prune"}
+    assert all(stage["seconds"] > 0 for stage in plan["stages"])
+    assert plan["rates"]["disk_bytes_per_second"] > 0
