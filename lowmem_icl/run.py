@@ -26,7 +26,7 @@ from lowmem_icl.errors import InputError, InUse
 from lowmem_icl.files import write_text_atomic
 from lowmem_icl.machine import chosen_device, peak_resident_bytes
 from lowmem_icl.masks import Mask, MaskFile, check_fits, write_mask
-from lowmem_icl.model.int8 import has_fast_integer_product
+from lowmem_icl.model.int8 import slow_product_note
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.parts import Parts
 from lowmem_icl.plan import Plan, check_memory, lay_out, make_plan
@@ -79,10 +79,8 @@ def run(
         show_plan(plan, terminal.err)
         record = _record(options, prepared, plan, identity)
         write_text_atomic(folder / RUN_FILE, json.dumps(record, indent=1) + "\n")
-        if options.weights == "int8" and not has_fast_integer_product():
-            gathered.warnings.append(
-                "this CPU has no AVX512: bitsandbytes multiplies int8 in float32, which is slower"
-            )
+        note = slow_product_note() if options.weights == "int8" else None
+        gathered.warnings += [note] if note else []
         device = chosen_device(options.device)
         parts = Parts(folder / "parts")
         for stale in parts.folder.glob("residuals-*"):

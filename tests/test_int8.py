@@ -6,7 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem_icl.model.int8 import Int8Linear, SharedInput, matmul_in_fixed_rows, quantise_rows
+from lowmem_icl.model.int8 import (
+    Int8Linear,
+    SharedInput,
+    matmul_in_fixed_rows,
+    quantise_rows,
+    slow_product_note,
+)
 
 operators = torch.ops.bitsandbytes
 
@@ -105,3 +111,13 @@ def test_a_shared_input_is_quantised_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(calls) == 1
     shared.forget()
     assert torch.equal(layers[2](values.clone()), together[2])
+
+
+def test_a_cpu_without_the_instructions_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    assert slow_product_note() is None
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert "AVX512-VNNI" in (slow_product_note() or "")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert "float32" in (slow_product_note() or "")

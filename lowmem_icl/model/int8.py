@@ -208,6 +208,10 @@ def replace_linears(layer: nn.Module, shared_inputs: tuple[str, ...]) -> None:
         setattr(layer.get_submodule(parent), leaf, replacement)
 
 
-def has_fast_integer_product() -> bool:
-    """Tell whether bitsandbytes multiplies int8 as integers on this CPU, rather than casting to float32."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+def slow_product_note() -> str | None:
+    """Return why int8 products are slow on this CPU, None where they are not."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return "this CPU has no AVX512: bitsandbytes multiplies int8 in float32, which is slower"
+    # torch keeps this question to itself; a version that does not answer it is taken to have the instructions.
+    has_vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    return None if has_vnni() else "this CPU has no AVX512-VNNI: int8 products are slower"
