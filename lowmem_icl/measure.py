@@ -16,7 +16,7 @@ from lowmem_icl.engine.batches import MICRO_BATCH_TOKENS, Piece, gather, scatter
 from lowmem_icl.model.allocator import keep_freed_memory
 from lowmem_icl.model.int8 import FIXED_ROWS, matmul_in_fixed_rows
 from lowmem_icl.model.layer import DecoderLayer
-from lowmem_icl.model.reading import LayerReader
+from lowmem_icl.model.reading import read_rate
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import VOCABULARY_BLOCK
 from lowmem_icl.rows import Row
@@ -160,33 +160,14 @@ def _random_layer(store: Store) -> dict[str, Tensor]:
 def _disk_bytes_per_second(store: Store) -> float:
     """Read layers of the store past the page cache; of a store that is not there yet, a file of their size."""
     if store.is_written:
-        return _read_rate(store.layer_paths)
+        return read_rate(store.layer_paths, SAMPLE_BYTES)
     place = store.folder
     while not place.exists():
         place = place.parent
     with tempfile.TemporaryDirectory(dir=place if os.access(place, os.W_OK) else None) as folder:
         sample = Path(folder) / "sample"
-        header = b'{"sample":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (
-            SAMPLE_BYTES,
-            SAMPLE_BYTES,
-        )
         with sample.open("wb") as opened:
-            opened.write(
-                len(header).to_bytes(8, "little") + header + os.urandom(1 << 20) * (SAMPLE_BYTES >> 20)
-            )
+            opened.write(os.urandom(1 << 20) * (SAMPLE_BYTES >> 20))
             opened.flush()
             os.fsync(opened.fileno())
-        return _read_rate([sample])
-
-
-def _read_rate(paths: list[Path]) -> float:
-    reader = LayerReader(paths)
-    start = time.perf_counter()
-    # What is asked for next is read meanwhile, so the reader is stopped by its order, not in the middle.
-    layers = 0
-    while layers == 0 or (time.perf_counter() - start < OTHER_SECONDS and layers < len(paths)):
-        for _ in reader.layers([layers]):
-            layers += 1
-    seconds = time.perf_counter() - start
-    reader.close()
-    return reader.read_bytes / seconds
+        return read_rate([sample], SAMPLE_BYTES)

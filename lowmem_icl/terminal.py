@@ -101,10 +101,10 @@ def plan_table(plan: Plan) -> Table:
         about = "~" if stage.rough else ""
         table.add_row(
             stage.experiment,
-            f"{about}{stage.layer_tokens:,}",
-            f"{about}{stage.layers_read:,}",
+            f"{about}{count(stage.layer_tokens)}",
+            f"{about}{count(stage.layers_read)}",
             size(stage.read_bytes),
-            f"{stage.operations / 1e9:,.0f} G",
+            f"{about}{count(stage.operations)}",
             f"{about}{duration(stage.seconds)}",
         )
     return table
@@ -119,11 +119,20 @@ def rate_text(rate: float, unit: str) -> str:
 
 def size(amount: float) -> str:
     """Return bytes as a short text in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 1000:
+    return _short(amount, ("B", "kB", "MB", "GB", "TB", "PB"))
+
+
+def count(amount: float) -> str:
+    """Return a number as a short text: 950, 38.9 k, 1.24 T."""
+    return _short(amount, ("", "k", "M", "G", "T", "P", "E")).rstrip()
+
+
+def _short(amount: float, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if amount < 999.5:
             return f"{amount:.3g} {unit}"
         amount /= 1000
-    return f"{amount:.3g} TB"
+    return f"{amount:.3g} {units[-1]}"
 
 
 def duration(seconds: float) -> str:
@@ -132,4 +141,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    if seconds < 72 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.0f} days"
