@@ -1,7 +1,8 @@
-"""Files that are whole or absent: everything is written beside its place and renamed."""
+"""Files that are whole or absent (everything is written beside its place and renamed), and the disks they are on."""
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,3 +42,15 @@ def forget_pages(path: Path) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
+
+
+def existing_folder(folder: Path) -> Path:
+    """Return the folder, or the nearest above it that is there: it lies on the disk where the folder will be."""
+    while not folder.exists():
+        folder = folder.absolute().parent
+    return folder
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of the disk that a folder is on or will be on."""
+    return shutil.disk_usage(existing_folder(folder)).free

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowmem_icl.engine.batches import MICRO_BATCH_TOKENS, Piece, gather, scatter, segments
+from lowmem_icl.files import existing_folder
 from lowmem_icl.model.allocator import keep_freed_memory
 from lowmem_icl.model.int8 import FIXED_ROWS, matmul_in_fixed_rows
 from lowmem_icl.model.layer import DecoderLayer
@@ -34,8 +35,8 @@ class Rates:
     """What this machine does with this model.
 
     `call_seconds` for every micro-batch through a layer and `token_seconds` for every token of it;
-    `backward_token_seconds` for a token on the way back, 0 where that was not asked for; `answer_seconds` for one place through the unembedding;
-    `disk_bytes_per_second`.
+    `backward_token_seconds` for a token on the way back, 0 where that was not asked for; `answer_seconds` for one place
+    through the unembedding; `disk_bytes_per_second`.
     """
 
     call_seconds: float
@@ -48,7 +49,10 @@ class Rates:
 def measure(
     store: Store, row_tokens: int, residual_bytes: int, device: torch.device, *, backward: bool
 ) -> Rates:
-    """Measure with rows of this length, holding so many bytes of them; a store that is only planned is stood in for by random weights of its shape."""
+    """Measure a layer of random weights of the store's shape with rows of this length, and the store's disk.
+
+    residual_bytes: how much of the memory the rows may take; more than the processor's cache is not needed.
+    """
     keep_freed_memory()
     skeleton = store.skeleton
     call, token, back = _layer_seconds(
@@ -161,9 +165,7 @@ def _disk_bytes_per_second(store: Store) -> float:
     """Read layers of the store past the page cache; of a store that is not there yet, a file of their size."""
     if store.is_written:
         return read_rate(store.layer_paths, SAMPLE_BYTES)
-    place = store.folder
-    while not place.exists():
-        place = place.parent
+    place = existing_folder(store.folder)
     with tempfile.TemporaryDirectory(dir=place if os.access(place, os.W_OK) else None) as folder:
         sample = Path(folder) / "sample"
         with sample.open("wb") as opened:

@@ -20,10 +20,10 @@ from lowmem_icl.engine.waves import (
 )
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.experiments.ablate import ablation_masks
+from lowmem_icl.files import free_bytes
 from lowmem_icl.machine import chosen_device, device_allowance
 from lowmem_icl.masks import Mask
 from lowmem_icl.measure import Rates, measure
-from lowmem_icl.model.convert import free_bytes
 from lowmem_icl.model.reading import PAGE_BYTES
 from lowmem_icl.model.store import OUTSIDE, Store
 from lowmem_icl.model.streamed import HEAD_ROWS, VOCABULARY_BLOCK, resident_layers
@@ -206,16 +206,17 @@ def check_memory(options: RunOptions, prepared: Prepared, laid: Laid) -> MemoryP
 class _Cost:
     """What sweeps add up to."""
 
-    layer_tokens: int = 0
-    layers_read: int = 0
-    answers: int = 0
+    layer_tokens: float = 0
+    layers_read: float = 0
+    answers: float = 0
 
     def add(
-        self, jobs: list[Job], layers: int, width: int, memory: SweepMemory, resident: frozenset[int]
+        self, times: float, jobs: list[Job], store: Store, memory: SweepMemory, resident: frozenset[int]
     ) -> None:
-        self.layer_tokens += layer_tokens(jobs, layers)
-        self.layers_read += layers_read(jobs, layers, width, memory, resident)
-        self.answers += answers_read(jobs)
+        layers, width = store.skeleton.layers, store.skeleton.width
+        self.layer_tokens += times * layer_tokens(jobs, layers)
+        self.layers_read += times * layers_read(jobs, layers, width, memory, resident)
+        self.answers += times * answers_read(jobs)
 
 
 def make_plan(options: RunOptions, prepared: Prepared, laid: Laid, *, only_evaluate_under: int = 0) -> Plan:
@@ -238,8 +239,8 @@ def make_plan(options: RunOptions, prepared: Prepared, laid: Laid, *, only_evalu
     for experiment in options.experiments:
         masks = (Mask(ffns=frozenset([0])),) * only_evaluate_under
         cost = _Cost()
-        for jobs in _sweeps(experiment, prepared, masks):
-            cost.add(jobs, skeleton.layers, skeleton.width, memory.sweep, resident)
+        for times, jobs in _sweeps(experiment, prepared, masks):
+            cost.add(times, jobs, store, memory.sweep, resident)
         if not cost.layer_tokens:
             continue
         work = _seconds(cost, rates)
@@ -252,17 +253,16 @@ def make_plan(options: RunOptions, prepared: Prepared, laid: Laid, *, only_evalu
         # Documents are laid out for the sweeps and once more for the tables.
         work += 2 * (laid.evaluate_seconds if experiment in ("evaluate", "prune") else laid.train_seconds)
         # Resident layers are read once, by whichever experiment comes first.
-        read = (cost.layers_read + (0 if stages else len(resident))) * store.layer_bytes
-        seconds = max(work, read / rates.disk_bytes_per_second)
+        reads = round(cost.layers_read) + (0 if stages else len(resident))
         stages.append(
             StagePlan(
                 experiment,
-                cost.layer_tokens,
-                read // store.layer_bytes,
-                read,
-                operations,
-                seconds,
-                experiment == "prune",
+                layer_tokens=round(cost.layer_tokens),
+                layers_read=reads,
+                read_bytes=reads * store.layer_bytes,
+                operations=round(operations),
+                seconds=max(work, reads * store.layer_bytes / rates.disk_bytes_per_second),
+                rough=experiment == "prune",
             )
         )
     checkpoint = prepared.located.checkpoint
@@ -276,29 +276,34 @@ def _seconds(cost: _Cost, rates: Rates) -> float:
     return layers + cost.answers * rates.answer_seconds
 
 
-def _sweeps(experiment: str, prepared: Prepared, masks: tuple[Mask, ...]) -> Iterator[list[Job]]:
-    """Yield the sweeps of an experiment; the pruner's as if it removed every head, one after the other."""
+def _sweeps(
+    experiment: str, prepared: Prepared, masks: tuple[Mask, ...]
+) -> Iterator[tuple[float, list[Job]]]:
+    """Yield the sweeps of an experiment and how often each is done.
+
+    The pruner's are those of removing every head, one after the other, so that a layer's sweeps try all its heads, one
+    less, …, one: that many times the mean of the first and the last.
+    """
     skeleton = prepared.store.skeleton
     layers, heads = skeleton.layers, skeleton.heads
     if experiment == "evaluate":
         for start in chunk_starts(prepared.evaluate, EVALUATE_CHUNK):
             under = [(Mask(), *masks)] * len(prepared.evaluate)
-            yield chunk_jobs(prepared, prepared.evaluate, under, start, EVALUATE_CHUNK)
+            yield 1, chunk_jobs(prepared, prepared.evaluate, under, start, EVALUATE_CHUNK)
     elif experiment == "importance":
-        yield [Job(prepared.pack(task, gold_only=True).packed, ()) for task in prepared.train]
+        yield 1, [Job(prepared.pack(task, gold_only=True).packed, ()) for task in prepared.train]
     elif experiment == "ablate":
         under = [ablation_masks(layers, heads)] * len(prepared.train)
         for start in chunk_starts(prepared.train, ABLATE_CHUNK):
-            yield chunk_jobs(prepared, prepared.train, under, start, ABLATE_CHUNK)
+            yield 1, chunk_jobs(prepared, prepared.train, under, start, ABLATE_CHUNK)
     elif experiment == "prune":
         packed = [prepared.pack(task).packed for task in prepared.train]
         for layer in range(layers):
-            for left in range(heads, 0, -1):
+            for tried in (heads, 1):
                 # Two searches, a task's own and that of all tasks, each on half of the documents.
-                tried = tuple(Mask(heads=frozenset([(layer, head)])) for head in range(left))
-                yield [Job(rows, tried) for rows in packed]
+                of_layer = tuple(Mask(heads=frozenset([(layer, head)])) for head in range(tried))
+                yield heads / 2, [Job(rows, of_layer) for rows in packed]
         first_ffn = (Mask(ffns=frozenset([0])),)
-        for _ in range(layers):
-            yield [Job(rows, first_ffn) for rows in packed]
+        yield layers, [Job(rows, first_ffn) for rows in packed]
         # Its own and the shared mask of three methods each, then judged.
-        yield [Job(prepared.pack(task).packed, first_ffn * 6) for task in prepared.evaluate]
+        yield 1, [Job(prepared.pack(task).packed, first_ffn * 6) for task in prepared.evaluate]

@@ -163,11 +163,19 @@ def test_without_deletion_shards_stay_in_the_hubs_cache_and_the_network_is_neede
 
 
 def test_planning_a_hub_id_fetches_no_weights(hub: Hub, tmp_path: Path) -> None:
-    tasks = ("--tasks", Path(__file__).parents[1] / "README.md")
-    missing = command(hub, tmp_path / "home", "plan", "--model", "someone/else", *tasks)
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"context": "cat", "options": [" dog", " wug"], "gold": 1}\n' * 4)
+    arguments = ("--tasks", own, "--shots", "0", "--store-dir", tmp_path / "stores", "--json")
+    planned = command(hub, tmp_path / "home", "plan", "--model", REPOSITORY, *arguments)
+    assert planned.returncode == 0, planned.stderr
+    shard_bytes = sum((hub.folder / name).stat().st_size for name in SHARDS)
+    assert json.loads(planned.stdout)["convert_bytes"] == shard_bytes
+    assert "config.json" in hub.fetched
+    assert not set(SHARDS) & set(hub.fetched)
+    assert not (tmp_path / "stores").exists()
+    missing = command(hub, tmp_path / "home", "plan", "--model", "someone/else", *arguments)
     assert missing.returncode == 2
     assert "someone/else" in missing.stderr
-    assert not set(SHARDS) & set(hub.fetched)
 
 
 def test_deleting_shards_of_a_folder_is_refused(hub: Hub, tmp_path: Path) -> None:

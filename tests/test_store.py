@@ -1,5 +1,6 @@
 """Conversion and stores: what is written, what is refused, and that a stopped conversion goes on."""
 
+import errno
 import itertools
 import json
 import os
@@ -254,6 +255,26 @@ def test_the_reader_gives_the_files_in_any_order(float_store: Store) -> None:
         streamed = sum(layer not in resident for order in orders for layer in order)
         assert reader.read_bytes == (streamed + len(resident)) * float_store.layer_bytes
         reader.close()
+
+
+def test_a_file_system_without_direct_reads_gives_the_same(
+    float_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, refused = os.open, []
+
+    def refuses_direct(path, flags, *more):
+        if flags & os.O_DIRECT:
+            refused.append(path)
+            raise OSError(errno.EINVAL, "no direct reads here")
+        return opened(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", refuses_direct)
+    reader = LayerReader(float_store.layer_paths)
+    for layer, tensors in reader.layers([0, 1, 2]):
+        expected = load_file(float_store.layer_paths[layer])
+        assert all(torch.equal(tensors[name], value) for name, value in expected.items())
+    reader.close()
+    assert len(refused) == 3
 
 
 def test_the_fixed_text_is_long_enough_to_decide_and_to_measure(int8_store: Store) -> None:

@@ -54,42 +54,34 @@ class CalibrationPass:
     def columns_of(self, tensors: Mapping[str, Tensor], *, decide: bool) -> dict[str, Tensor]:
         """Run the text through the next layer; return the outlier columns of its linears under their names in a store.
 
-        With `decide` they are found from the text; else those among the layer's tensors stay.
+        With `decide` they are found from the text's first half; else those among the layer's tensors stay. The second
+        half counts what lies outside them.
         """
-        none = {
-            f"{name}.outlier_columns": torch.empty(0, dtype=torch.int64) for name in self.layer.int8_linears
-        }
+        linears = self.layer.int8_linears
+        none = {f"{name}.outlier_columns": torch.empty(0, dtype=torch.int64) for name in linears}
         self.layer.fill(none | dict(tensors))
-        found = self.through(self.layer, decide=decide)
-        return {f"{name}.outlier_columns": columns for name, columns in found.items()}
-
-    def through(self, layer: DecoderLayer, *, decide: bool) -> dict[str, Tensor]:
-        """Run the text through a filled layer; return the outlier columns of its linears, ascending.
-
-        With `decide` the columns are found from the first half; else those filled into the layer stay.
-        """
         deciding = len(self.residuals) // 2
         with torch.no_grad():
             if decide:
-                self._find_columns(layer, self.residuals[:deciding])
-            handles = [
-                linear.register_forward_pre_hook(self._count) for linear in layer.int8_linears.values()
-            ]
-            measured = [_run(layer, row) for row in self.residuals[deciding:]]
+                self._find_columns(self.residuals[:deciding])
+            handles = [linear.register_forward_pre_hook(self._count) for linear in linears.values()]
+            measured = [_run(self.layer, row) for row in self.residuals[deciding:]]
             for handle in handles:
                 handle.remove()
             # Run again with all columns found: the rows that decided must not depend on their order.
-            self.residuals = [_run(layer, row) for row in self.residuals[:deciding]] + measured
-        columns = {name: linear.outlier_columns.clone() for name, linear in layer.int8_linears.items()}
+            self.residuals = [_run(self.layer, row) for row in self.residuals[:deciding]] + measured
+        columns = {
+            f"{name}.outlier_columns": linear.outlier_columns.clone() for name, linear in linears.items()
+        }
         self.counts["columns"] += sum(len(found) for found in columns.values())
         return columns
 
-    def _find_columns(self, layer: DecoderLayer, rows: Sequence[Tensor]) -> None:
-        linears = layer.int8_linears.values()
+    def _find_columns(self, rows: Sequence[Tensor]) -> None:
+        linears = self.layer.int8_linears.values()
         for linear in linears:
             linear.calibrating = True
         for row in rows:
-            _run(layer, row)
+            _run(self.layer, row)
         for linear in linears:
             linear.calibrating = False
 

@@ -40,8 +40,8 @@ class ShardSource(Protocol):
     def path(self, name: str) -> Path:
         """Return a weight file on this disk."""
 
-    def release(self, name: str) -> bool:
-        """Take notice that a file is not needed any more; return whether it was deleted."""
+    def release(self, name: str) -> None:
+        """Take notice that a file is not needed any more."""
 
     def clean(self) -> None:
         """Remove what was made for fetching."""
@@ -57,15 +57,18 @@ class FolderShards:
 
     folder: Path
     sizes: Mapping[str, int]
-    deletes: bool = False
+
+    @property
+    def deletes(self) -> bool:
+        """Whether released files are deleted: never."""
+        return False
 
     def path(self, name: str) -> Path:
         """Return the file."""
         return self.folder / name
 
-    def release(self, name: str) -> bool:
+    def release(self, name: str) -> None:
         """Leave the file where it is."""
-        return False
 
     def clean(self) -> None:
         """Nothing was made."""
@@ -110,11 +113,11 @@ class Checkpoint:
             self._open_shard, self._open_name = _open_shard(self.shards.path(name)), name
         return self._open_shard
 
-    def release(self, shard: str) -> bool:
-        """Say that a shard is not needed any more; return whether it was deleted."""
+    def release(self, shard: str) -> None:
+        """Say that a shard is not needed any more."""
         if shard == self._open_name:
             self._open_shard, self._open_name = {}, ""
-        return self.shards.release(shard)
+        self.shards.release(shard)
 
     def source_name(self, name: str) -> str:
         """Return the checkpoint's own name of a model parameter: older OPT files lack the leading `model.`."""

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lowmem_icl.errors import DoesNotFit, InputError
-from lowmem_icl.files import atomic_path, sha256_of_file, write_text_atomic
+from lowmem_icl.files import atomic_path, free_bytes, sha256_of_file, write_text_atomic
 from lowmem_icl.model.calibration import CalibrationPass, text_rows
 from lowmem_icl.model.checkpoint import TOKENIZER_FILES, Checkpoint, read_json
 from lowmem_icl.model.families import Skeleton
@@ -56,16 +56,16 @@ def planned_store(checkpoint: Checkpoint, folder: Path, weights: Weights) -> Sto
     """
     skeleton = Skeleton.from_dict(checkpoint.config)
     linears = {f"{name}.weight" for name in skeleton.linear_names()}
-    layer = 0
+    inside, layer = 0, 0
     for name, shape in skeleton.layer_parameters().items():
         elements = torch.Size(shape).numel()
+        inside += elements
         if name not in linears:
             layer += FLOAT_BYTES * elements
         else:
             layer += BYTES_PER_ELEMENT[weights] * elements
             layer += FLOAT_BYTES * shape[0] if weights == "int8" else 0
     outside = sum(torch.Size(shape).numel() for shape in skeleton.outside_parameters().values())
-    inside = sum(torch.Size(shape).numel() for shape in skeleton.layer_parameters().values())
     parameters = outside + skeleton.layers * inside
     # A checkpoint may hold a tied unembedding twice, so its bytes tell the precision only about.
     element = FLOAT_BYTES if checkpoint.size_bytes > 3 * parameters else FLOAT_BYTES // 2
@@ -79,14 +79,6 @@ def planned_store(checkpoint: Checkpoint, folder: Path, weights: Weights) -> Sto
         outliers=None,
     )
     return Store(folder, manifest, checkpoint.folder)
-
-
-def free_bytes(folder: Path) -> int:
-    """Return the free bytes of the disk that a folder is on or will be on."""
-    place = folder
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
 
 
 def check_room(folder: Path, size_bytes: int) -> int:
@@ -236,7 +228,7 @@ def finished_bytes(folder: Path) -> int:
 class _Steps:
     """Takes parameters out of the shards in the order of the layers, what lies outside them first.
 
-    A layer that lies in two shards is kept as a piece while the first of them is deleted.
+    Before a fetched shard is deleted, what it held of an unfinished layer is kept as a piece.
     """
 
     def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, folder: Path, weights: Weights) -> None:
@@ -281,7 +273,7 @@ class _Steps:
         wanted = self._parameters(layer)
         left = [name for name in wanted if name not in digests]
         shards = sorted({self._shard(name) for name in left}, key=lambda shard: self._last_use[shard])
-        for number, shard in enumerate(shards):
+        for shard in shards:
             for name in left:
                 if self._shard(name) == shard:
                     short, shape = wanted[name]
@@ -289,7 +281,8 @@ class _Steps:
                     tensors |= {short: tensor.clone()} if layer is None else self._stored_form(short, tensor)
             if self._last_use[shard] > (-1 if layer is None else layer):
                 continue
-            if self._checkpoint.shards.deletes and layer is not None and number + 1 < len(shards):
+            if self._checkpoint.shards.deletes and layer is not None:
+                # A stop before the layer's own file is written must not cost a second fetch.
                 save_tensors(self._piece(layer), tensors, digests)
             self._checkpoint.release(shard)
         return tensors, digests

@@ -3,7 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
@@ -30,32 +30,31 @@ class HubShards:
     sizes: dict[str, int]
     announce: Callable[[str], None] = lambda text: None
     delete_into: Path | None = None
-    _told: set[str] = field(default_factory=set)
 
     @property
     def deletes(self) -> bool:
         """Whether released files are deleted."""
         return self.delete_into is not None
 
-    def cached(self, name: str) -> Path | None:
-        """Return a file that the hub's cache holds already."""
+    def here(self, name: str) -> Path | None:
+        """Return a file that the hub's cache holds already, or that was fetched to be deleted."""
+        if self.delete_into is not None and (self.delete_into / name).is_file():
+            return self.delete_into / name
         found = try_to_load_from_cache(self.repository, name, revision=self.commit)
         return Path(found) if isinstance(found, str) else None
 
     @property
     def fetch_bytes(self) -> int:
-        """Bytes of all files that the cache does not hold."""
-        return sum(size for name, size in self.sizes.items() if self.cached(name) is None)
+        """Bytes of all files that are still to be fetched."""
+        return sum(size for name, size in self.sizes.items() if self.here(name) is None)
 
     def path(self, name: str) -> Path:
         """Fetch a file where it is not here yet; raise InputError where that fails."""
-        cached = self.cached(name)
-        if cached is not None:
-            return cached
-        if name not in self._told:
-            number = sorted(self.sizes).index(name) + 1
-            self.announce(f"fetching {name} ({number} of {len(self.sizes)}, {self.sizes[name] / 1e9:.3g} GB)")
-            self._told.add(name)
+        here = self.here(name)
+        if here is not None:
+            return here
+        number = sorted(self.sizes).index(name) + 1
+        self.announce(f"fetching {name} ({number} of {len(self.sizes)}, {self.sizes[name] / 1e9:.3g} GB)")
         try:
             return Path(
                 hf_hub_download(self.repository, name, revision=self.commit, local_dir=self.delete_into)
@@ -66,12 +65,10 @@ class HubShards:
                 "check the network and run the same command again: it goes on where it was"
             ) from error
 
-    def release(self, name: str) -> bool:
+    def release(self, name: str) -> None:
         """Delete a file that was fetched into `delete_into`."""
-        if self.delete_into is None or not (self.delete_into / name).is_file():
-            return False
-        (self.delete_into / name).unlink()
-        return True
+        if self.delete_into is not None:
+            (self.delete_into / name).unlink(missing_ok=True)
 
     def clean(self) -> None:
         """Remove the folder of fetched files."""

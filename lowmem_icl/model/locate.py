@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_icl.errors import InputError
+from lowmem_icl.files import existing_folder
 from lowmem_icl.model.calibration import fixed_text
-from lowmem_icl.model.checkpoint import (
-    Checkpoint,
-    open_checkpoint,
-)
+from lowmem_icl.model.checkpoint import Checkpoint, open_checkpoint
 from lowmem_icl.model.convert import Tokenise, check_room, convert, finished_bytes, planned_store
 from lowmem_icl.model.store import Store, Weights, is_store, open_store
 from lowmem_icl.progress import Progress, unseen
@@ -163,10 +161,5 @@ def _prepare_fetching(
     )
     cache = Path(HF_HUB_CACHE)
     check_room(cache, shards.fetch_bytes)
-    return shards.fetch_bytes if cache.exists() and _same_disk(cache, located.store_folder) else 0
-
-
-def _same_disk(one: Path, other: Path) -> bool:
-    while not other.exists():
-        other = other.parent
-    return one.stat().st_dev == other.stat().st_dev
+    disks = {existing_folder(folder).stat().st_dev for folder in (cache, located.store_folder)}
+    return shards.fetch_bytes if len(disks) == 1 else 0
