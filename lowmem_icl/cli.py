@@ -16,9 +16,13 @@ from lowmem_icl.cli_options import (
     BosOption,
     ConfigOption,
     DataDirOption,
+    DemonstrationSetsOption,
+    DemonstrationsOption,
     DeviceMemoryOption,
     DeviceOption,
+    ExactOption,
     ExperimentsOption,
+    HoursOption,
     JsonOption,
     LimitOption,
     MasksDirOption,
@@ -28,6 +32,7 @@ from lowmem_icl.cli_options import (
     OutOption,
     QuietOption,
     RevisionOption,
+    ScreenOption,
     SeedOption,
     ShotsOption,
     StoreDirOption,
@@ -88,8 +93,13 @@ def run(
     shots: ShotsOption = None,
     limit: LimitOption = None,
     train_limit: TrainLimitOption = None,
+    demonstrations: DemonstrationsOption = None,
+    demonstration_sets: DemonstrationSetsOption = None,
     bos: BosOption = None,
     experiments: ExperimentsOption = None,
+    screen: ScreenOption = None,
+    exact: ExactOption = None,
+    hours: HoursOption = None,
     objective: ObjectiveOption = None,
     tolerance: ToleranceOption = None,
     memory: MemoryOption = None,
@@ -131,8 +141,13 @@ def plan(
     shots: ShotsOption = None,
     limit: LimitOption = None,
     train_limit: TrainLimitOption = None,
+    demonstrations: DemonstrationsOption = None,
+    demonstration_sets: DemonstrationSetsOption = None,
     bos: BosOption = None,
     experiments: ExperimentsOption = None,
+    screen: ScreenOption = None,
+    exact: ExactOption = None,
+    hours: HoursOption = None,
     memory: MemoryOption = None,
     device_memory: DeviceMemoryOption = None,
     device: DeviceOption = None,
@@ -143,14 +158,15 @@ def plan(
 
     Nothing is converted and no weights are fetched; two seconds go into measuring this machine.
     """
-    from lowmem_icl.plan import lay_out, make_plan
+    from lowmem_icl.planning.costs import lay_out
+    from lowmem_icl.planning.plan import make_plan
     from lowmem_icl.prepare import prepare
     from lowmem_icl.terminal import Terminal, show_plan
 
     terminal = Terminal()
     options = _options(locals())
     prepared = prepare(options)
-    planned = make_plan(options, prepared, lay_out(prepared))
+    planned = make_plan(options, prepared, lay_out(options, prepared), hours=options.hours)
     if as_json:
         typer.echo(json.dumps(planned.as_json(), indent=1))
     else:
@@ -236,6 +252,8 @@ def evaluate(
     data_dir: DataDirOption = None,
     shots: ShotsOption = None,
     limit: LimitOption = None,
+    demonstrations: DemonstrationsOption = None,
+    demonstration_sets: DemonstrationSetsOption = None,
     bos: BosOption = None,
     memory: MemoryOption = None,
     device_memory: DeviceMemoryOption = None,
@@ -296,6 +314,8 @@ def prompts(
     data_dir: DataDirOption = None,
     shots: Annotated[int, typer.Option(help="Number of demonstrations.", min=0)] = 0,
     count: Annotated[int, typer.Option(help="How many documents.", min=1)] = 2,
+    demonstrations: DemonstrationsOption = None,
+    demonstration_sets: DemonstrationSetsOption = None,
     bos: BosOption = None,
     store_dir: StoreDirOption = None,
     weights: WeightsOption = None,
@@ -304,8 +324,8 @@ def prompts(
     """The exact texts and tokens of a task's first documents, as the model gets them."""
     from lowmem_icl.prompts import prompt_entries, show_prompts
 
-    given = {"model": model, "data_dir": data_dir, "bos": bos, "store_dir": store_dir, "weights": weights}
-    entries = prompt_entries(_options(given | {"tasks": task, "shots": str(shots), "limit": count}))
+    given = locals() | {"tasks": task, "shots": str(shots), "limit": count}
+    entries = prompt_entries(_options(given))
     if as_json:
         typer.echo(json.dumps(entries, indent=1, ensure_ascii=False))
     else:

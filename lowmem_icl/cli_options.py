@@ -17,6 +17,19 @@ class Weights(StrEnum):
     float32 = "float32"
 
 
+class Mode(StrEnum):
+    """How documents come by their demonstrations."""
+
+    per_document = "per-document"
+    shared = "shared"
+
+
+class Screen(StrEnum):
+    """What ablations are screened by."""
+
+    attribution = "attribution"
+
+
 class Objective(StrEnum):
     """What the greedy pruner keeps."""
 
@@ -62,6 +75,15 @@ ShotsOption = Annotated[
     typer.Option(help="Comma-separated numbers of demonstrations.", rich_help_panel=TASKS,
                  show_default="0,1,5; the demo's 0,4,16"),
 ]  # fmt: skip
+DemonstrationsOption = Annotated[
+    Mode | None,
+    typer.Option(help="Every document draws its own (the paper's), or all share a few sets, which costs far less.",
+                 rich_help_panel=TASKS, show_default="per-document"),
+]  # fmt: skip
+DemonstrationSetsOption = Annotated[
+    int | None,
+    typer.Option(help="How many sets are shared; intervals cluster by set.", rich_help_panel=TASKS, show_default="8"),
+]  # fmt: skip
 LimitOption = Annotated[
     int | None,
     typer.Option(
@@ -84,6 +106,21 @@ ExperimentsOption = Annotated[
         help=f"Comma-separated, of {', '.join(EXPERIMENTS)}.", rich_help_panel=WORK, show_default="all"
     ),
 ]
+ScreenOption = Annotated[
+    Screen | None,
+    typer.Option(help="Ablate exactly only the units whose estimate is largest or least certain.",
+                 rich_help_panel=WORK, show_default="all are exact"),
+]  # fmt: skip
+ExactOption = Annotated[
+    int | None,
+    typer.Option(help="How many units of each task and shot count a screen leaves.", rich_help_panel=WORK,
+                 show_default="500"),
+]  # fmt: skip
+HoursOption = Annotated[
+    float | None,
+    typer.Option(help="Stop after so many hours; ablations go on until then, and again with the same command.",
+                 rich_help_panel=WORK, show_default="until the work is done"),
+]  # fmt: skip
 ObjectiveOption = Annotated[
     Objective | None,
     typer.Option(help="What the greedy pruner keeps.", rich_help_panel=WORK, show_default="gold_prob"),

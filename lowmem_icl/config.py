@@ -15,6 +15,7 @@ Experiment = Literal["evaluate", "importance", "ablate", "prune", "overlap"]
 EXPERIMENTS: tuple[str, ...] = get_args(Experiment)
 DEMO = "demo"
 DEFAULT_TRAIN_LIMIT = 32
+DEFAULT_EXACT = 500
 
 SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
               "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -66,8 +67,10 @@ class RunOptions(BaseModel):
     """Training documents of a task; 32, or `limit` where that is given."""
     experiments: Annotated[tuple[Experiment, ...], CommaList, Field(min_length=1)] = EXPERIMENTS  # type: ignore[assignment]
     """Which experiments to run."""
-    demonstrations: Literal["per-document"] = "per-document"
-    """Whether every document draws its own demonstrations."""
+    demonstrations: Literal["per-document", "shared"] = "per-document"
+    """Whether every document draws its own demonstrations, or many share a few sets."""
+    demonstration_sets: Annotated[int, Field(ge=1, le=1000)] = 8
+    """How many sets of shared demonstrations."""
     protocol: Literal["corrected"] = "corrected"
     """Named set of choices where the paper's code and its text differ."""
     bos: bool | None = None
@@ -76,6 +79,12 @@ class RunOptions(BaseModel):
     """What the greedy pruner keeps."""
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """How much of the objective the greedy pruner may lose in all."""
+    screen: Literal["attribution"] | None = None
+    """Ablate exactly only the units whose estimated effect is largest or least certain; all if not given."""
+    exact: Annotated[int, Field(ge=1)] | None = None
+    """How many units of each task and shot count are ablated exactly; 500 with --screen, else all."""
+    hours: Annotated[float, Field(gt=0, le=10_000)] | None = None
+    """How long the run may take; ablations go on until then. No bound if not given."""
     memory: Size | None = None
     """Memory for weights, rows and caches; 80 % of what is free if not given."""
     device_memory: Size | None = None
@@ -96,6 +105,19 @@ class RunOptions(BaseModel):
             if values is not None and (not values or len(set(values)) < len(values)):
                 raise ValueError(f"{name}: expected a list without repeats, at least one long")
         return self
+
+    @model_validator(mode="after")
+    def _screening_is_whole(self) -> "RunOptions":
+        if self.exact is not None and self.screen is None:
+            raise ValueError("exact: expected with --screen attribution, which says what is left out; add it")
+        if self.screen is not None and "ablate" in self.experiments and "importance" not in self.experiments:
+            raise ValueError("screen: its estimates come from importance; add that to --experiments")
+        return self
+
+    @property
+    def chosen_exact(self) -> int:
+        """Units ablated exactly where ablations are screened."""
+        return self.exact or DEFAULT_EXACT
 
     @property
     def chosen_shots(self) -> tuple[int, ...]:
@@ -132,7 +154,7 @@ class RunOptions(BaseModel):
         return Path(cache) / "lowmem-icl" / "stores"
 
 
-WITHOUT_INFLUENCE = ("memory", "device_memory", "out", "masks_dir", "store_dir")
+WITHOUT_INFLUENCE = ("memory", "device_memory", "hours", "out", "masks_dir", "store_dir")
 
 
 def read_config(path: Path) -> dict[str, Any]:

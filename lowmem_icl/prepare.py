@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lowmem_icl.config import DEMO, RunOptions
 from lowmem_icl.errors import InputError
@@ -10,8 +11,16 @@ from lowmem_icl.masks import MaskModel
 from lowmem_icl.model.locate import Located, ensure_store, load_tokenizer, locate, plan_store
 from lowmem_icl.model.store import Store
 from lowmem_icl.progress import Progress, unseen
-from lowmem_icl.tasks.loading import OpenTask, Part, TaskRows, open_task
-from lowmem_icl.tasks.packing import PackedTask, PackingLimits, Tokenise, pack, tokenise_options
+from lowmem_icl.tasks.demonstrations import Demonstrations
+from lowmem_icl.tasks.loading import Fits, OpenTask, Part, TaskRows, open_task
+from lowmem_icl.tasks.packing import (
+    PackedTask,
+    PackingLimits,
+    Tokenise,
+    fit_context,
+    pack,
+    tokenise_options,
+)
 from lowmem_icl.tasks.sources import DEMO_TASKS, PAPER_TASKS
 
 
@@ -76,11 +85,14 @@ def open_tasks(options: RunOptions) -> list[OpenTask]:
     return [open_task(name, options.data_dir) for name in task_names(options)]
 
 
-def documents(options: RunOptions, tasks: list[OpenTask], part: Part) -> tuple[TaskRows, ...]:
-    """Return the documents of all tasks and shot counts of a part."""
+def documents(options: RunOptions, tasks: list[OpenTask], part: Part, fits: Fits) -> tuple[TaskRows, ...]:
+    """Return the documents of all tasks and shot counts of a part; `fits` tells whether options fit the model."""
     limit = options.limit if part == "evaluate" else options.chosen_train_limit
+    how = Demonstrations(options.demonstrations, options.demonstration_sets)
     return tuple(
-        task.rows(shots=shots, part=part, limit=limit) for task in tasks for shots in options.chosen_shots
+        task.rows(shots=shots, part=part, limit=limit, demonstrations=how, fits=fits)
+        for task in tasks
+        for shots in options.chosen_shots
     )
 
 
@@ -114,10 +126,11 @@ def packing_limits(options: RunOptions, store: Store) -> tuple[PackingLimits, To
 def prepare(options: RunOptions) -> Prepared:
     """Load and check everything but the weights; raises InputError before any long work."""
     located = find_model(options)
-    tasks = open_tasks(options)
-    evaluate, train = documents(options, tasks, "evaluate"), documents(options, tasks, "train")
     store = plan_store(located, options.weights)
     limits, tokenise = packing_limits(options, store)
+    tasks = open_tasks(options)
+    fits = partial(fit_context, tokenise=tokenise, limits=limits)
+    evaluate, train = (documents(options, tasks, part, fits) for part in ("evaluate", "train"))
     for task in (*evaluate, *train):
         # An option that does not fit is told now, not in the night.
         tokenise_options(task.documents, tokenise, limits, task.task)

@@ -1,5 +1,6 @@
 """`lowmem-icl prompts`: the exact texts and tokens of a task's documents."""
 
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -8,14 +9,15 @@ from rich.text import Text
 from lowmem_icl.config import RunOptions
 from lowmem_icl.model.locate import plan_store
 from lowmem_icl.prepare import documents, find_model, open_tasks, packing_limits
-from lowmem_icl.tasks.packing import tokenise_options
+from lowmem_icl.tasks.packing import fit_context, tokenise_options
 
 
 def prompt_entries(options: RunOptions) -> list[dict[str, Any]]:
     """Return each document's options: context, continuation, token ids, and whether tokens were lost on the left."""
     located = find_model(options)
-    (task,) = documents(options, open_tasks(options), "evaluate")
     limits, tokenise = packing_limits(options, plan_store(located, options.weights))
+    fits = partial(fit_context, tokenise=tokenise, limits=limits)
+    (task,) = documents(options, open_tasks(options), "evaluate", fits)
     entries = []
     tokenised = tokenise_options(task.documents, tokenise, limits, task.task)
     for document, options_tokens in zip(task.documents, tokenised, strict=True):

@@ -97,18 +97,23 @@ def rows_frame(
 def columns_frame(
     table: str, blocks: Sequence[Mapping[str, Any]], constants: Mapping[str, Any] = {}
 ) -> pl.DataFrame:
-    """Return a table from blocks of whole columns; columns that a block leaves out are null or constant."""
+    """Return a table from blocks of whole columns; one value stands for a column of it.
+
+    Columns that a block leaves out are null or constant.
+    """
     schema = TABLES[table]
     frames = []
     for block in blocks:
-        size = len(block["document"])
-        filled = [
-            pl.Series(name, block[name], strict=False).cast(dtype)
-            if name in block and not isinstance(block[name], str)
-            else pl.Series(name, [block.get(name, constants.get(name))] * size, dtype=dtype)
-            for name, dtype in schema.items()
-        ]
-        frames.append(pl.DataFrame(filled))
+        whole = {
+            name: pl.Series(name, values, strict=False)
+            for name, values in block.items()
+            if not isinstance(values, (str, int, float, type(None)))
+        }
+        single = {name: block.get(name, constants.get(name)) for name in schema if name not in whole}
+        frame = pl.DataFrame(list(whole.values())).with_columns(
+            pl.lit(value, dtype=schema[name]).alias(name) for name, value in single.items()
+        )
+        frames.append(frame.select(pl.col(name).cast(dtype) for name, dtype in schema.items()))
     return pl.concat(frames) if frames else pl.DataFrame(schema=schema)
 
 

@@ -3,6 +3,7 @@
 import datetime
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import platform
@@ -22,6 +23,7 @@ import torch
 
 from lowmem_icl import __version__
 from lowmem_icl.config import RunOptions
+from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.errors import InputError, InUse
 from lowmem_icl.files import write_text_atomic
 from lowmem_icl.machine import chosen_device, peak_resident_bytes
@@ -29,17 +31,19 @@ from lowmem_icl.masks import Mask, MaskFile, check_fits, write_mask
 from lowmem_icl.model.int8 import slow_product_note
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.parts import Parts
-from lowmem_icl.plan import Plan, check_memory, lay_out, make_plan
+from lowmem_icl.planning.costs import lay_out
+from lowmem_icl.planning.plan import Plan, check_memory, make_plan
 from lowmem_icl.prepare import Prepared, prepare, with_store
 from lowmem_icl.report.page import write_report
 from lowmem_icl.results import columns_frame, rows_frame, write_table
-from lowmem_icl.stages.order import run_evaluate, run_stages
+from lowmem_icl.stages.order import run_stages
 from lowmem_icl.stages.work import Gathered, MadeMask, Work
 from lowmem_icl.terminal import Terminal, show_plan
 
 logger = logging.getLogger("lowmem_icl")
 
 RUN_FILE = "run.json"
+SECONDS_BETWEEN_PAGES = 120.0
 PACKAGES = ("torch", "transformers", "bitsandbytes", "optimum", "accelerate", "lm_eval", "polars", "numpy")
 
 
@@ -57,13 +61,15 @@ def run(
 ) -> Finished:
     """Do everything that the options ask for; parts finished by an earlier run of the same options are reused.
 
-    With `mask_files` only `evaluate` runs, clean and under each of them. Raises InputError, DoesNotFit or InUse before
-    any long work; on Ctrl-C finished parts stay.
+    With `mask_files` only `evaluate` runs, clean and under each of them. Tables and page are written whenever an
+    experiment is over, and now and then while ablations go on. Raises InputError, DoesNotFit or InUse before any long
+    work; on Ctrl-C, and when --hours are over, what is finished stays.
     """
+    began = time.monotonic()
     folder = options.run_folder
     _refuse_foreign(folder)
     prepared = prepare(options)
-    laid = lay_out(prepared)
+    laid = lay_out(options, prepared)
     # Told before a conversion of hours.
     check_memory(options, prepared, laid)
     prepared = with_store(prepared, announce=terminal.say, progress=terminal.progress)
@@ -74,27 +80,50 @@ def run(
     masks = {name: mask_file.mask for name, mask_file in (mask_files or {}).items()}
     identity = _identity(options, prepared, masks)
     with _locked(folder, identity), _logged(folder):
-        plan = make_plan(options, prepared, laid, only_evaluate_under=len(masks))
+        parts = Parts(folder / "parts")
+        plan = make_plan(
+            options,
+            prepared,
+            laid,
+            masks=tuple(masks.values()),
+            hours=None if options.hours is None else options.hours - (time.monotonic() - began) / 3600,
+            finished=parts.has,
+        )
         terminal.say(f"run folder {folder}")
         show_plan(plan, terminal.err)
-        record = _record(options, prepared, plan, identity)
-        write_text_atomic(folder / RUN_FILE, json.dumps(record, indent=1) + "\n")
         note = slow_product_note() if options.weights == "int8" else None
         gathered.warnings += [note] if note else []
-        device = chosen_device(options.device)
-        parts = Parts(folder / "parts")
         for stale in parts.folder.glob("residuals-*"):
             # Left by a process that was killed; the lock says that nobody uses them.
             shutil.rmtree(stale, ignore_errors=True)
-        with StreamedModel(prepared.store, device=device, resident_bytes=plan.memory.resident_bytes) as model:
+        record = _record(options, prepared, plan, identity)
+        page = _Page(options, prepared, folder, record, gathered)
+        page.write_record()
+        memory = plan.memory
+        with (
+            StreamedModel(
+                prepared.store, device=chosen_device(options.device), resident_bytes=memory.resident_bytes
+            ) as model,
+            CleanCache(memory.cache_bytes, memory.spill_bytes, parts.folder) as cache,
+        ):
+            now = time.monotonic()
             work = Work(
-                options, prepared, model, plan.memory.sweep, parts, terminal.progress, folder / "parts"
+                options,
+                prepared,
+                model,
+                plan.limits,
+                cache,
+                parts,
+                terminal.progress,
+                stop_at={name: now + seconds for name, seconds in plan.stop_after.items()},
+                skipped=plan.skipped,
             )
-            record["stages"] = {}
-            started, read = time.monotonic(), 0
             planned = {stage.experiment: stage for stage in plan.stages}
-            stages = run_stages(work, gathered) if not masks else _only_evaluate(work, gathered, masks)
-            for name in stages:
+            started, read = time.monotonic(), 0
+            for name in run_stages(work, gathered, masks):
+                if name is None:
+                    page.publish_now_and_then()
+                    continue
                 record["stages"][name] = {
                     "seconds": round(time.monotonic() - started, 2),
                     "planned_seconds": round(planned[name].seconds, 2) if name in planned else 0.0,
@@ -102,27 +131,53 @@ def run(
                     "planned_read_bytes": planned[name].read_bytes if name in planned else 0,
                 }
                 logger.info("%s finished in %.1f s", name, record["stages"][name]["seconds"])
-                write_text_atomic(folder / RUN_FILE, json.dumps(record, indent=1) + "\n")
+                page.publish_now_and_then()
+                page.write_record()
                 started, read = time.monotonic(), model.read_bytes
-        for warning in gathered.warnings:
+        for warning in gathered.warnings + gathered.left:
             logger.warning(warning)
             terminal.say(f"warning: {warning}")
-        _write(options, prepared, folder, gathered)
         record |= {
-            "state": "finished",
+            "state": "out of time" if gathered.left else "finished",
             "finished": _now(),
-            "warnings": gathered.warnings,
             "peak_resident_bytes": peak_resident_bytes(),
             "parts": {"reused": parts.reused, "made": parts.made},
         }
-        write_text_atomic(folder / RUN_FILE, json.dumps(record, indent=1) + "\n")
-        write_report([folder], folder / "report.html")
+        page.publish()
     return Finished(folder, gathered, record)
 
 
-def _only_evaluate(work: Work, gathered: Gathered, masks: Mapping[str, Mask]) -> Iterator[str]:
-    run_evaluate(work, gathered, masks)
-    yield "evaluate"
+class _Page:
+    """Writes what a run has so far: record, tables, masks and page."""
+
+    def __init__(
+        self,
+        options: RunOptions,
+        prepared: Prepared,
+        folder: Path,
+        record: dict[str, Any],
+        gathered: Gathered,
+    ) -> None:
+        self._options, self._prepared, self._folder = options, prepared, folder
+        self._record, self._gathered = record, gathered
+        self._published = time.monotonic()
+
+    def write_record(self) -> None:
+        """Write run.json."""
+        self._record["warnings"] = self._gathered.warnings + self._gathered.left
+        write_text_atomic(self._folder / RUN_FILE, json.dumps(self._record, indent=1) + "\n")
+
+    def publish(self) -> None:
+        """Write everything."""
+        _write_tables(self._options, self._prepared, self._folder, self._gathered)
+        self.write_record()
+        write_report([self._folder], self._folder / "report.html")
+        self._published = time.monotonic()
+
+    def publish_now_and_then(self) -> None:
+        """Write everything, unless that was done a moment ago."""
+        if time.monotonic() - self._published >= SECONDS_BETWEEN_PAGES:
+            self.publish()
 
 
 def _identity(options: RunOptions, prepared: Prepared, masks: Mapping[str, Mask]) -> dict[str, str]:
@@ -231,11 +286,12 @@ def _record(options: RunOptions, prepared: Prepared, plan: Plan, identity: dict[
             "memory_bytes": psutil.virtual_memory().total,
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
+        "stages": {},
         "warnings": [],
     }
 
 
-def _write(options: RunOptions, prepared: Prepared, folder: Path, gathered: Gathered) -> None:
+def _write_tables(options: RunOptions, prepared: Prepared, folder: Path, gathered: Gathered) -> None:
     """Write tables and masks into the run folder, and the masks into --masks-dir."""
     constants = {
         "protocol": options.protocol,
@@ -244,8 +300,10 @@ def _write(options: RunOptions, prepared: Prepared, folder: Path, gathered: Gath
         "weights": prepared.store.manifest.weights,
         "seed": options.seed,
     }
-    write_table(rows_frame("results", gathered.results, constants), "results", folder / "results.parquet")
-    write_table(columns_frame("effects", gathered.effects), "effects", folder / "effects.parquet")
+    rows = itertools.chain.from_iterable(gathered.results.values())
+    write_table(rows_frame("results", rows, constants), "results", folder / "results.parquet")
+    effects = list(itertools.chain.from_iterable(gathered.effects.values()))
+    write_table(columns_frame("effects", effects), "effects", folder / "effects.parquet")
     write_table(columns_frame("answers", gathered.answers), "answers", folder / "answers.parquet")
     for made in gathered.masks:
         mask_file = _mask_file(options, prepared, made)

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from lowmem_icl.plan import Plan
+from lowmem_icl.planning.plan import Plan, StagePlan
 
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -86,7 +86,8 @@ def show_plan(plan: Plan, console: Console) -> None:
         f"layers in use {size(memory.streaming_bytes)}, working space {size(memory.working_bytes)}, "
         f"layers kept {size(memory.resident_bytes)}, residuals {size(memory.alive_bytes)}, their cache {size(memory.cache_bytes)}",
         f"measured here: {size(rates.disk_bytes_per_second)}/s from disk, "
-        f"{1 / rates.token_seconds:,.0f} tokens/s through a layer",
+        f"{1 / (rates.attended_seconds + rates.projected_seconds + rates.fed_seconds):,.0f} tokens/s through a layer, "
+        f"{1 / rates.answer_seconds:,.0f}/s through the vocabulary",
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
     console.print(plan_table(plan))
@@ -94,27 +95,33 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 def plan_table(plan: Plan) -> Table:
     """Return the plan's experiments as a table."""
-    table = Table(title="plan", title_justify="left")
-    for column in ("experiment", "layer-tokens", "layers read", "from disk", "operations", "expected"):
+    hours = "" if plan.hours is None else f" for {plan.hours:.3g} hours"
+    table = Table(title=f"plan{hours}", title_justify="left")
+    for column in ("experiment", "operations", "layers read", "from disk", "expected"):
         table.add_column(column, justify="left" if column == "experiment" else "right")
     for stage in plan.stages:
         about = "~" if stage.rough else ""
         table.add_row(
             stage.experiment,
-            f"{about}{count(stage.layer_tokens)}",
+            f"{about}{count(stage.operations)}",
             f"{about}{count(stage.layers_read)}",
             size(stage.read_bytes),
-            f"{about}{count(stage.operations)}",
-            f"{about}{duration(stage.seconds)}",
+            f"{about}{_expected(stage)}",
         )
     return table
 
 
+def _expected(stage: StagePlan) -> str:
+    if stage.skipped:
+        return f"{duration(stage.seconds)}: waits for another run"
+    if stage.documents is not None:
+        return f"{duration(stage.seconds)}: {stage.documents} documents a task"
+    return duration(stage.seconds)
+
+
 def rate_text(rate: float, unit: str) -> str:
     """Return a rate as a short text."""
-    if unit == "bytes":
-        return f"{size(rate)}/s"
-    return f"{rate / 1000:.1f}k {unit}/s" if rate >= 1000 else f"{rate:.3g} {unit}/s"
+    return f"{size(rate)}/s" if unit == "bytes" else f"{count(rate)} {unit}/s"
 
 
 def size(amount: float) -> str:

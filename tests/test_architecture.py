@@ -31,7 +31,8 @@ FORBIDDEN = {
     "results": {"engine", "model", "experiments", "stages", "torch"},
     "masks": {"engine", "model", "experiments", "stages", "torch"},
     "report": {"engine", "model", "experiments", "stages", "torch"},
-    "stages": {"cli", "run", "report", "transformers", "bitsandbytes"},
+    "stages": {"cli", "run", "report", "planning", "transformers", "bitsandbytes"},
+    "planning": {"cli", "run", "report", "transformers", "bitsandbytes"},
 }
 
 

@@ -1,40 +1,50 @@
-"""Micro-batches: every variant once, none split, nothing lost on the way."""
+"""Micro-batches and groups: every variant and row once, none split, bounded."""
 
 import numpy as np
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_engine import random_rows
 
-from lowmem_icl.engine.batches import MICRO_BATCH_TOKENS, Piece, gather, join, micro_batches, scatter
+from lowmem_icl.engine.batches import MICRO_BATCH_TOKENS, Piece, micro_batches, row_groups
+from lowmem_icl.rows import with_stems
 
-blocks = st.lists(st.tuples(st.integers(1, 90).map(lambda n: 16 * n), st.integers(0, 20)), max_size=12)
+blocks = st.lists(
+    st.tuples(st.integers(1, 1400), st.sets(st.integers(0, 30)).map(lambda slots: np.array(sorted(slots), int))),
+    max_size=12,
+)  # fmt: skip
 
 
 @given(block=blocks)
-def test_every_variant_goes_once_in_order_and_batches_are_bounded(block: list[tuple[int, int]]) -> None:
-    lengths, alive = [length for length, _ in block], [variants for _, variants in block]
-    batches = list(micro_batches(lengths, alive))
-    seen = [(p.place, v) for batch in batches for p in batch for v in range(p.first, p.stop)]
-    assert seen == [(place, v) for place, variants in enumerate(alive) for v in range(variants)]
+def test_every_variant_goes_once_in_order_and_batches_are_bounded(
+    block: list[tuple[int, np.ndarray]],
+) -> None:
+    lengths = [length for length, _ in block]
+    work = [(place, slots) for place, (_, slots) in enumerate(block)]
+    batches = list(micro_batches(work, lengths, MICRO_BATCH_TOKENS))
+    seen = [(piece.place, slot) for batch in batches for piece in batch for slot in piece.slots]
+    assert seen == [(place, slot) for place, slots in work for slot in slots]
     for batch in batches:
-        tokens = sum(lengths[p.place] * (p.stop - p.first) for p in batch)
-        assert tokens <= MICRO_BATCH_TOKENS or (len(batch) == 1 and batch[0].stop == batch[0].first + 1)
+        tokens = sum(lengths[piece.place] * len(piece.slots) for piece in batch)
+        assert tokens <= MICRO_BATCH_TOKENS or (len(batch) == 1 and len(batch[0].slots) == 1)
 
 
-@given(block=blocks.filter(bool), seed=st.integers(0, 9))
-def test_scatter_undoes_gather(block: list[tuple[int, int]], seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    residuals = [torch.from_numpy(rng.normal(size=(variants, length // 16, 3))) for length, variants in block]
-    doubled = [2 * residual for residual in residuals]
-    for batch in micro_batches([length // 16 for length, _ in block], [variants for _, variants in block]):
-        scatter(2 * gather(residuals, batch), residuals, batch)
-    assert all(torch.equal(ours, expected) for ours, expected in zip(residuals, doubled, strict=True))
+def test_slots_side_by_side_are_taken_as_a_slice_and_others_as_they_are() -> None:
+    values = np.arange(10)
+    for slots, kind in (([3, 4, 5], slice), ([3, 5], np.ndarray), ([7], slice)):
+        index = Piece(0, np.array(slots)).index
+        assert isinstance(index, kind)
+        assert values[index].tolist() == slots
 
 
-def test_what_is_kept_whole_counts_as_ones() -> None:
-    pieces = [Piece(0, 0, 2), Piece(3, 1, 3)]
-    cut = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
-    joined = join([None, cut], pieces)
-    assert joined is not None
-    assert joined.tolist() == [[1, 1], [1, 1], [1, 0], [0, 0]]
-    assert join([None, None], pieces) is None
+@given(seed=st.integers(0, 20), shared=st.sampled_from([0, 40]), most=st.integers(1, 400))
+def test_groups_hold_every_row_once_and_stems_with_theirs(seed: int, shared: int, most: int) -> None:
+    rows = with_stems([*random_rows(seed, shared), *random_rows(seed + 1, 0)])
+    groups = row_groups(rows, most)
+    seen = [place for group in groups for place in group.places]
+    stems = [group.stem for group in groups if group.stem is not None]
+    assert sorted(seen + stems) == list(range(len(rows)))
+    for group in groups:
+        stem = None if group.stem is None else rows[group.stem]
+        assert all(rows[place].stem is stem for place in group.places)
+        if stem is None:
+            assert len(group.places) == 1 or sum(len(rows[place]) for place in group.places) <= most

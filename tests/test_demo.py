@@ -8,14 +8,17 @@ import pytest
 import torch
 from transformers import AutoTokenizer, OPTForCausalLM
 
+from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.engine.stream import sweep
-from lowmem_icl.engine.waves import Job, SweepMemory
+from lowmem_icl.engine.waves import Job, SweepLimits
 from lowmem_icl.masks import Mask
 from lowmem_icl.model.locate import ensure_store, locate
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.tasks.loading import open_task
 from lowmem_icl.tasks.packing import PackingLimits, pack
 from lowmem_icl.tasks.scoring import document_scores
+
+PLENTY = SweepLimits.of(1 << 30)
 
 DEMO = Path(__file__).parents[1] / "lowmem_icl" / "demo"
 
@@ -82,7 +85,9 @@ def accuracy(tmp_path_factory: pytest.TempPathFactory, tokenizer):
         rows = open_task(task, None).rows(shots=shots, part="evaluate", limit=None)
         packed = pack(rows, lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"], limits)
         with StreamedModel(store, device=torch.device("cpu"), resident_bytes=1 << 30) as model:
-            (scores,) = sweep(model, [Job(packed.packed, masks or (Mask(),))], memory=SweepMemory.of(1 << 30))
+            (scores,) = sweep(
+                model, [Job(packed.packed, masks or (Mask(),))], limits=PLENTY, cache=CleanCache(1 << 28)
+            )
         return [
             float(document_scores(rows, packed.by_document(one), packed.by_document(flags))["acc"].mean())
             for one, flags in zip(scores.logprobs, scores.greedy, strict=True)
@@ -107,7 +112,9 @@ def test_int8_says_what_float32_says(tmp_path: Path, tokenizer) -> None:
         accuracies = []
         for weights, store in stores.items():
             with StreamedModel(store, device=torch.device("cpu"), resident_bytes=1 << 30) as model:
-                (scores,) = sweep(model, [Job(packed.packed, (Mask(),))], memory=SweepMemory.of(1 << 30))
+                (scores,) = sweep(
+                    model, [Job(packed.packed, (Mask(),))], limits=PLENTY, cache=CleanCache(1 << 28)
+                )
             by_document = packed.by_document(scores.logprobs[0])
             measured = document_scores(rows, by_document, packed.by_document(scores.greedy[0]))
             accuracies.append(measured["acc"].mean())

@@ -1,5 +1,7 @@
 """Packed rows: every path is found again, nothing sees what it must not, and packing is exact about truncation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,10 +19,17 @@ def characters(texts: list[str]) -> list[list[int]]:
     return [[ord(character) for character in text] for text in texts]
 
 
-def task_of(documents: list[list[tuple[str, str]]]) -> TaskRows:
+def task_of(documents: list[list[tuple[str, str]]], *, one_set: bool = False) -> TaskRows:
     made = [
         Document(
-            index, tuple(options), (True,) + (False,) * (len(options) - 1), str(index), (), str(index), 0, {}
+            index,
+            tuple(options),
+            (True,) + (False,) * (len(options) - 1),
+            str(index),
+            (1, 2) if one_set else (),
+            str(index),
+            0,
+            {},
         )
         for index, options in enumerate(documents)
     ]
@@ -30,10 +39,12 @@ def task_of(documents: list[list[tuple[str, str]]]) -> TaskRows:
 def paths_read(row: Row) -> dict[int, list[list[int]]]:
     """For every answer of every option: the tokens seen at the place it is read, in order."""
     seen: dict[int, list[list[int]]] = {}
+    before = [] if row.stem is None else row.stem.tokens.tolist()
     for place, option in zip(row.read_at, row.options, strict=True):
         ancestors = [j for j in range(len(row)) if j <= place < row.ends[j]]
-        assert [row.positions[j] for j in ancestors] == list(range(len(ancestors))), "positions are depths"
-        seen.setdefault(int(option), []).append([int(row.tokens[j]) for j in ancestors])
+        depths = [len(before) + depth for depth in range(len(ancestors))]
+        assert [row.positions[j] for j in ancestors] == depths, "positions are depths"
+        seen.setdefault(int(option), []).append(before + [int(row.tokens[j]) for j in ancestors])
     return seen
 
 
@@ -42,11 +53,18 @@ options = st.lists(st.tuples(texts, st.text("xyz", min_size=1, max_size=4)), min
 
 
 @settings(deadline=None)
-@given(documents=st.lists(options, min_size=1, max_size=6), gold_only=st.booleans())
+@given(
+    documents=st.lists(options, min_size=1, max_size=6),
+    gold_only=st.booleans(),
+    shared=st.sampled_from(["", "s" * 8, "s" * 30]),
+    row_tokens=st.sampled_from([16, 40]),
+)
 def test_every_answer_sees_its_own_path_and_nothing_else(
-    documents: list[list[tuple[str, str]]], gold_only: bool
+    documents: list[list[tuple[str, str]]], gold_only: bool, shared: str, row_tokens: int
 ) -> None:
-    packed = pack(task_of(documents), characters, LIMITS, gold_only=gold_only)
+    documents = [[(shared + context, target) for context, target in listed] for listed in documents]
+    limits = PackingLimits(context_tokens=40 if shared else 12, row_tokens=row_tokens, empty_context=2)
+    packed = pack(task_of(documents, one_set=bool(shared)), characters, limits, gold_only=gold_only)
     seen: dict[int, list[list[int]]] = {}
     for row in packed.packed.rows:
         for option, paths in paths_read(row).items():
@@ -58,8 +76,8 @@ def test_every_answer_sees_its_own_path_and_nothing_else(
             if gold_only and place:
                 assert number not in seen
                 continue
-            whole = [ord(c) for c in context] or [LIMITS.empty_context]
-            whole = (whole + [ord(c) for c in continuation])[-LIMITS.context_tokens - 1 :][:-1]
+            whole = [ord(c) for c in context] or [limits.empty_context]
+            whole = (whole + [ord(c) for c in continuation])[-limits.context_tokens - 1 :][:-1]
             first = len(whole) - len(continuation)
             assert seen[number] == [whole[: first + 1 + step] for step in range(len(continuation))]
 
@@ -77,9 +95,45 @@ def test_options_share_their_context() -> None:
     packed = pack(task_of([[("abcdef", "xy"), ("abcdef", "xz"), ("abcdef", "zz")]]), characters, LIMITS)
     (row,) = packed.packed.rows
     # Six of the context, one x that two options share, one z of the third; last tokens are never read in.
-    used = {j for place in row.read_at for j in range(place + 1) if place < row.ends[j]}
-    assert len(used) == 8
-    assert len(row) == 16, "filled up to a multiple of 16"
+    assert len(row) == 8
+
+
+def test_documents_with_one_set_of_demonstrations_grow_from_a_stem() -> None:
+    limits = PackingLimits(context_tokens=60, row_tokens=12, empty_context=2)
+    shared = "demonstrations, shared"
+    documents = [
+        [(f"{shared} {word}", "x"), (f"{shared} {word}", "yz")] for word in ("dax", "wug", "blicket")
+    ]
+    packed = pack(task_of(documents, one_set=True), characters, limits).packed
+    stems = {row.stem for row in packed.rows}
+    assert len(stems) == 1
+    assert "".join(map(chr, stems.pop().tokens)) == f"{shared} "
+    assert len(packed.rows) == 2, "two short documents share a row"
+    assert packed.token_count == len(shared) + 1 + len("daxy") + len("wugy") + len("blickety")
+    alone = pack(task_of(documents), characters, limits).packed
+    assert all(row.stem is None for row in alone.rows)
+
+
+def test_no_answer_is_read_in_a_stem() -> None:
+    """Documents that are one and the same text share all of it but the place where the answer is read."""
+    limits = PackingLimits(context_tokens=60, row_tokens=8, empty_context=2)
+    text = "a passage and its question"
+    packed = pack(task_of([[(text, "x")], [(text, "y")], [(text, "z")]], one_set=True), characters, limits)
+    rows = packed.packed.rows
+    assert all(len(row.stem or ()) == len(text) - 1 for row in rows)
+    assert sum(len(row.read_at) for row in rows) == 3
+
+
+def test_documents_on_one_passage_grow_from_a_stem_without_demonstrations() -> None:
+    limits = PackingLimits(context_tokens=60, row_tokens=20, empty_context=2)
+    task = task_of(
+        [[("a long passage of text. one?", "x")], [("short", "y")], [("a long passage of text. two?", "z")]]
+    )
+    on_passages = replace(
+        task, documents=tuple(replace(d, cluster=c) for d, c in zip(task.documents, "PQP", strict=True))
+    )
+    rows = pack(on_passages, characters, limits).packed.rows
+    assert [len(row.stem) if row.stem else 0 for row in rows] == [len("a long passage of text. "), 0]
 
 
 def test_too_long_a_context_loses_tokens_on_the_left() -> None:

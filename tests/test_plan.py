@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 from lowmem_icl.cli import app
 from lowmem_icl.config import RunOptions
-from lowmem_icl.engine.waves import Job, SweepMemory, row_blocks
+from lowmem_icl.engine.waves import BlockRow, Job, SweepLimits, row_blocks
 from lowmem_icl.errors import DoesNotFit, InputError
 from lowmem_icl.machine import device_allowance
 from lowmem_icl.masks import Mask
 from lowmem_icl.model.reading import LayerReader
 from lowmem_icl.model.store import Store
-from lowmem_icl.plan import plan_memory
+from lowmem_icl.planning.memory import plan_memory
 
 DEMO = Path(__file__).parents[1] / "lowmem_icl" / "demo"
 ROW = 128
@@ -78,8 +78,9 @@ def test_resident_layers_lie_on_the_device(int8_store: Store) -> None:
 
 def test_little_disk_makes_smaller_blocks_and_the_same_results(int8_store: Store) -> None:
     jobs = [Job(packed_task(5).packed, (Mask(), Mask(ffns=frozenset([2]))))]
-    little = SweepMemory(PLENTY.alive_bytes, 0, block_bytes=1)
-    assert len(row_blocks(jobs, 32, little)) == len(jobs[0].packed.rows) > 1
+    little = SweepLimits(PLENTY.alive_bytes, disk_bytes=30_000)
+    members = [BlockRow(0, row) for row in jobs[0].packed.rows]
+    assert len(row_blocks(members, 32, 3, little, keeps_clean=True)) == len(members) > 1
     (ours,), (expected,) = swept(int8_store, jobs, little), swept(int8_store, jobs)
     assert (ours.logprobs == expected.logprobs).all()
 

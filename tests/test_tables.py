@@ -13,7 +13,7 @@ from lowmem_icl.errors import InputError
 from lowmem_icl.experiments.evaluate import mean_over_tasks
 from lowmem_icl.experiments.overlap import RankingKey, overlap_rows
 from lowmem_icl.masks import Mask
-from lowmem_icl.parts import Parts
+from lowmem_icl.parts import Draft, Parts
 from lowmem_icl.rankings import (
     highest_heads,
     lowest_ffns,
@@ -72,16 +72,49 @@ def test_whole_columns_make_the_same_table_as_rows() -> None:
 
 def test_parts_are_made_once_and_broken_ones_named(tmp_path: Path) -> None:
     parts = Parts(tmp_path)
-    made = parts.get_or_make("one", lambda: {"a": np.arange(3)})
-    again = parts.get_or_make("one", lambda: pytest.fail("made twice"))
+    made = parts.get_or_make("one", lambda draft: {"a": np.arange(3)})
+    again = parts.get_or_make("one", lambda draft: pytest.fail("made twice"))
     assert np.array_equal(made["a"], again["a"])
     assert (parts.made, parts.reused) == (1, 1)
     (tmp_path / "two.npz").write_bytes(b"no")
     with pytest.raises(InputError, match=r"two\.npz cannot be read"):
-        parts.get_or_make("two", dict)
+        parts.get_or_make("two", lambda draft: {})
     with pytest.raises(ValueError, match="pickle|Object arrays"):
-        parts.get_or_make("three", lambda: {"a": np.array([{}], dtype=object)})
+        parts.get_or_make("three", lambda draft: {"a": np.array([{}], dtype=object)})
     assert not (tmp_path / "three.npz").exists()
+
+
+def test_a_part_that_is_stopped_leaves_what_it_had_and_goes_on_from_there(tmp_path: Path) -> None:
+    parts, seen = Parts(tmp_path), []
+
+    def make(draft: Draft) -> dict[str, np.ndarray]:
+        values = np.full(4, np.nan)
+        draft.begin(lambda: {"a": values})
+        for place in np.flatnonzero(np.isnan(values)):
+            seen.append(int(place))
+            values[place] = place
+            if len(seen) in (2, 3):
+                raise KeyboardInterrupt
+        return {"a": values}
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            parts.get_or_make("one", make)
+        assert not parts.has("one")
+    assert parts.get_or_make("one", make)["a"].tolist() == [0, 1, 2, 3]
+    assert seen == [0, 1, 2, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["one.npz"], "the draft goes when the part is whole"
+
+
+def test_a_draft_of_other_shapes_is_not_used(tmp_path: Path) -> None:
+    np.savez(tmp_path / "one.begun.npz", a=np.ones(3))
+    values = np.zeros(2)
+
+    def make(draft: Draft) -> dict[str, np.ndarray]:
+        draft.begin(lambda: {"a": values})
+        return {"a": values}
+
+    assert Parts(tmp_path).get_or_make("one", make)["a"].tolist() == [0, 0]
 
 
 scores = st.integers(0, 2**32 - 1).map(

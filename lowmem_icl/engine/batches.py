@@ -1,85 +1,89 @@
 """Micro-batches: rows and their variants together through a layer, as many tokens as are worth multiplying at once.
 
-Axis letters: V variants, T tokens of a row, N tokens of a micro-batch, D width, H heads.
+Axis letters: V variants, T tokens of a row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from lowmem_icl.model.layer import Segment, tree_mask
 from lowmem_icl.rows import Row
 
 MICRO_BATCH_TOKENS = 1280
 
+Slots = NDArray[np.int64]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Piece:
-    """The variants from `first` to before `stop` of the row at `place` of a block."""
+    """Some variants of the row at `place` of a block; `slots` [V]: which of the row's residuals they are."""
 
     place: int
-    first: int
-    stop: int
+    slots: Slots
+
+    @property
+    def index(self) -> slice | Slots:
+        """The slots as an index: a slice, which copies nothing, where they stand side by side."""
+        first, count = int(self.slots[0]), len(self.slots)
+        return slice(first, first + count) if int(self.slots[-1]) - first == count - 1 else self.slots
 
 
-def micro_batches(tokens: Sequence[int], alive: Sequence[int]) -> Iterator[list[Piece]]:
-    """Deal the alive variants of rows of so many tokens over micro-batches, in order.
+def micro_batches(
+    work: Iterable[tuple[int, Slots]], lengths: Sequence[int], most_tokens: int
+) -> Iterator[list[Piece]]:
+    """Deal variants of rows over micro-batches, in order; `lengths` are the tokens of the rows by place.
 
-    A micro-batch has at most MICRO_BATCH_TOKENS, or a single variant that is longer.
+    A micro-batch has at most `most_tokens`, or a single variant that is longer. Slots of a row must ascend.
     """
     batch: list[Piece] = []
-    room = MICRO_BATCH_TOKENS
-    for place, (length, variants) in enumerate(zip(tokens, alive, strict=True)):
-        first = 0
-        while first < variants:
+    room = most_tokens
+    for place, slots in work:
+        length, first = max(1, lengths[place]), 0
+        while first < len(slots):
             if batch and room < length:
                 yield batch
-                batch, room = [], MICRO_BATCH_TOKENS
-            taken = min(variants - first, max(1, room // length))
-            batch.append(Piece(place, first, first + taken))
+                batch, room = [], most_tokens
+            taken = min(len(slots) - first, max(1, room // length))
+            batch.append(Piece(place, slots[first : first + taken]))
             room -= taken * length
             first += taken
     if batch:
         yield batch
 
 
-def segments(pieces: Sequence[Piece], rows: Sequence[Row], device: torch.device) -> list[Segment]:
-    """Return the pieces as a layer takes them; `rows` are those of the block."""
-    return [
-        Segment(piece.stop - piece.first, tree_mask(torch.from_numpy(rows[piece.place].ends).to(device)))
-        for piece in pieces
-    ]
+@dataclass(frozen=True)
+class RowGroup:
+    """Places of a block whose rows go through a layer one after the other: those of one stem, or a few plain ones."""
+
+    stem: int | None
+    places: tuple[int, ...]
 
 
-def gather(residuals: Sequence[Tensor], pieces: Sequence[Piece]) -> Tensor:
-    """Return the pieces' residuals one after the other, [N, D]; `residuals` are a block's, [V, T, D] each."""
-    parts = [residuals[piece.place][piece.first : piece.stop].flatten(0, 1) for piece in pieces]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def row_groups(rows: Sequence[Row], most_tokens: int) -> list[RowGroup]:
+    """Deal a block's rows, every stem before those that grow from it, over groups.
 
-
-def scatter(flat: Tensor, residuals: Sequence[Tensor], pieces: Sequence[Piece]) -> None:
-    """Write [N, D] back to where `gather` took it from."""
-    start = 0
-    for piece in pieces:
-        target = residuals[piece.place][piece.first : piece.stop].flatten(0, 1)
-        target.copy_(flat[start : start + len(target)])
-        start += len(target)
-
-
-def join(kept: Sequence[Tensor | None], pieces: Sequence[Piece]) -> Tensor | None:
-    """Return what the pieces' variants keep, [V, ...], one after the other; None where they keep everything.
-
-    kept: for every piece its row's tensor of 0 and 1 over all variants of the row, or None for only 1.
+    Plain rows go together up to about `most_tokens`, so that the clean z of a group stays small; rows of one stem
+    all go together, since they need its keys and values.
     """
-    some = next((tensor for tensor in kept if tensor is not None), None)
-    if some is None:
-        return None
-    parts = [
-        some.new_ones(piece.stop - piece.first, *some.shape[1:])
-        if tensor is None
-        else tensor[piece.first : piece.stop]
-        for tensor, piece in zip(kept, pieces, strict=True)
-    ]
-    return torch.cat(parts)
+    groups: list[RowGroup] = []
+    plain: list[int] = []
+    stems = {row.stem for row in rows} - {None}
+    place_of = {row: place for place, row in enumerate(rows) if row in stems}
+    grown: dict[int, list[int]] = {place: [] for place in place_of.values()}
+    room = most_tokens
+    for place, row in enumerate(rows):
+        if row in place_of:
+            continue
+        if row.stem is not None:
+            grown[place_of[row.stem]].append(place)
+            continue
+        if plain and room < len(row):
+            groups.append(RowGroup(None, tuple(plain)))
+            plain, room = [], most_tokens
+        plain.append(place)
+        room -= len(row)
+    if plain:
+        groups.append(RowGroup(None, tuple(plain)))
+    return groups + [RowGroup(stem, tuple(places)) for stem, places in grown.items()]

@@ -1,16 +1,20 @@
-"""Which variants are alive together: waves that fit the memory, and what they read.
+"""Which variants are alive together: blocks of rows, waves that fit the memory, and what all that costs.
 
 A variant is a job's rows under one mask; it starts at the first layer its mask touches. Variants are sorted by
-that layer, so every wave after the first starts as late as it can. The clean run goes with the first wave.
+that layer and each wave takes as many as fit, so every wave starts as late as it can: no other choice of boundaries
+reads less. The clean run goes with the first wave that needs it.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from lowmem_icl.engine.batches import MICRO_BATCH_TOKENS
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.masks import Mask
+from lowmem_icl.model.families import Skeleton
 from lowmem_icl.rows import PackedRows, Row
 
 FLOAT_BYTES = 4
@@ -18,21 +22,25 @@ CACHE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
-class SweepMemory:
-    """Bytes a sweep may use for residuals: those of variants alive together, and those of the clean cache.
+class SweepLimits:
+    """What a sweep may use; its results depend on none of it.
 
-    `block_bytes`: how much one layer's clean residuals of a block of rows may take, None for as much as fits.
+    `alive_bytes`: residuals of variants alive together. `cache_bytes`, `disk_bytes`: clean residuals kept in memory
+    and on disk. `micro_batch_tokens`: how many tokens go through a layer together. `wave_tokens`: how many
+    layer-tokens a wave should take at most, since a stop loses the wave in work; None for no bound.
     """
 
     alive_bytes: int
-    cache_bytes: int
-    block_bytes: int | None = None
+    cache_bytes: int = 0
+    disk_bytes: int = 0
+    micro_batch_tokens: int = MICRO_BATCH_TOKENS
+    wave_tokens: int | None = None
 
     @classmethod
-    def of(cls, total_bytes: int) -> "SweepMemory":
+    def of(cls, total_bytes: int, disk_bytes: int = 0) -> "SweepLimits":
         """Split an allowance between living variants and the cache, which can spill to disk."""
         cache = int(total_bytes * CACHE_SHARE)
-        return cls(total_bytes - cache, cache)
+        return cls(total_bytes - cache, cache, disk_bytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,94 +60,247 @@ class Variant:
     first_layer: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockRow:
-    """A row of a block: the job it belongs to and the row itself."""
+    """A row of a block, or a stem that rows of it grow from, and the job it belongs to."""
 
     job: int
     row: Row
 
 
-def row_blocks(jobs: Sequence[Job], width: int, memory: SweepMemory) -> list[list[BlockRow]]:
-    """Cut all rows into blocks so that the clean run and one variant of a block fit in memory.
+Block = list[BlockRow]
 
-    Blocks are as large as that allows: total reads grow with their number. Raises DoesNotFit naming the smallest
-    allowance where a single row does not fit.
+
+def row_blocks(
+    members: Sequence[BlockRow], width: int, layers: int, limits: SweepLimits, *, keeps_clean: bool
+) -> list[Block]:
+    """Cut rows into blocks so that the clean run and one variant of a block fit in memory.
+
+    Blocks are as large as that and `wave_tokens` allow: total reads grow with their number. Where the clean run is kept
+    (`keeps_clean`), all layers of a block must also fit the cache. A stem goes into every block that has rows of it.
+    Raises DoesNotFit naming the smallest allowance where a single row does not fit.
     """
-    blocks: list[list[BlockRow]] = [[]]
+    most = limits.alive_bytes // (2 * width * FLOAT_BYTES)
+    if limits.wave_tokens is not None:
+        most = min(most, limits.wave_tokens // layers)
+    if keeps_clean and members:
+        # Between memory and disk as much as a row may stay unused.
+        unused = max(len(member.row) for member in members) if limits.disk_bytes else 0
+        kept = (limits.cache_bytes + limits.disk_bytes) // (width * FLOAT_BYTES) - unused
+        most = min(most, kept // layers)
+    blocks: list[Block] = [[]]
+    stems: set[Row] = set()
     held = 0
-    most = memory.alive_bytes
-    if memory.block_bytes is not None:
-        # The clean run and one variant: twice what is cached.
-        most = min(most, 2 * memory.block_bytes)
-    for number, job in enumerate(jobs):
-        for row in job.packed.rows:
-            size = 2 * len(row) * width * FLOAT_BYTES
-            if size > memory.alive_bytes:
-                needed = int(size / (1 - CACHE_SHARE)) + 1
-                raise DoesNotFit(
-                    f"a row of {len(row)} tokens needs {needed} bytes for residuals, {memory.alive_bytes} are left; "
-                    "give more --memory"
-                )
-            if held and held + size > most:
-                blocks.append([])
-                held = 0
-            blocks[-1].append(BlockRow(number, row))
-            held += size
+    for member in members:
+        stem = member.row.stem
+        alone = len(member.row) + (len(stem) if stem is not None else 0)
+        needed_bytes = 2 * alone * width * FLOAT_BYTES
+        if needed_bytes > limits.alive_bytes:
+            raise DoesNotFit(
+                f"a row of {alone} tokens needs {int(needed_bytes / (1 - CACHE_SHARE)) + 1} bytes for residuals, "
+                f"{limits.alive_bytes} are left; give more --memory"
+            )
+        grows = len(member.row) if stem in stems else alone
+        if held and held + grows > most:
+            blocks.append([])
+            stems, held, grows = set(), 0, alone
+        if stem is not None and stem not in stems:
+            stems.add(stem)
+            blocks[-1].append(BlockRow(member.job, stem))
+        blocks[-1].append(member)
+        held += grows
     return [block for block in blocks if block]
 
 
-def waves(
-    jobs: Sequence[Job], block: Sequence[BlockRow], width: int, alive_bytes: int
-) -> list[list[Variant]]:
-    """Deal the variants of a block's jobs over waves; at least one wave, the first leaves room for the clean run."""
-    tokens: dict[int, int] = {}
-    for member in block:
-        tokens[member.job] = tokens.get(member.job, 0) + len(member.row)
-    variants = sorted(
+def has_variants(jobs: Sequence[Job]) -> bool:
+    """Tell whether any mask removes anything."""
+    return any(mask.first_layer is not None for job in jobs for mask in job.masks)
+
+
+def asks_clean(job: Job) -> bool:
+    """Tell whether a job wants the clean run's scores."""
+    return any(mask.first_layer is None for mask in job.masks)
+
+
+def variants_of(jobs: Sequence[Job], wanted: dict[int, NDArray[np.bool_]]) -> list[Variant]:
+    """Return the variants that are wanted, by first layer; `wanted`: by job, which of its masks."""
+    return sorted(
         (
-            Variant(number, place, mask.first_layer)
-            for number in tokens
-            for place, mask in enumerate(jobs[number].masks)
-            if mask.first_layer is not None
+            Variant(number, int(place), layer)
+            for number, flags in wanted.items()
+            for place in np.flatnonzero(flags)
+            if (layer := jobs[number].masks[place].first_layer) is not None
         ),
         key=lambda variant: (variant.first_layer, variant.job, variant.mask),
     )
-    result: list[list[Variant]] = [[]]
-    held = sum(tokens.values()) * width * FLOAT_BYTES
-    for variant in variants:
-        size = tokens[variant.job] * width * FLOAT_BYTES
-        if held + size > alive_bytes and (result[-1] or len(result) == 1):
-            result.append([])
-            held = 0
-        result[-1].append(variant)
-        held += size
-    return result
 
 
-def layer_tokens(jobs: Sequence[Job], layers: int) -> int:
-    """Return how many tokens go through how many layers in a sweep: the unit of its progress."""
-    total = 0
-    for job in jobs:
-        passes = layers + sum(layers - mask.first_layer for mask in job.masks if mask.first_layer is not None)
-        total += job.packed.token_count * passes
-    return total
+def block_tokens(block: Sequence[BlockRow]) -> dict[int, int]:
+    """Return the tokens of a block's rows by job."""
+    tokens: dict[int, int] = {}
+    for member in block:
+        tokens[member.job] = tokens.get(member.job, 0) + len(member.row)
+    return tokens
 
 
-def layers_read(
-    jobs: Sequence[Job], layers: int, width: int, memory: SweepMemory, resident: Collection[int] = ()
+def next_wave(
+    variants: Sequence[Variant],
+    tokens: dict[int, int],
+    width: int,
+    layers: int,
+    limits: SweepLimits,
+    *,
+    clean: bool,
 ) -> int:
-    """Return how many layers a sweep reads from the store; `resident` ones are in memory already."""
-    streamed = [layer not in resident for layer in range(layers)]
-    total = 0
-    for block in row_blocks(jobs, width, memory):
-        _, *later = waves(jobs, block, width, memory.alive_bytes)
-        total += sum(streamed) + sum(sum(streamed[wave[0].first_layer :]) for wave in later)
+    """Return how many of the variants, in their order, fit in the next wave: at least one."""
+    bytes_of = {job: count * width * FLOAT_BYTES for job, count in tokens.items()}
+    held = sum(bytes_of.values()) if clean else 0
+    steps = sum(tokens.values()) * layers if clean else 0
+    taken = 0
+    for variant in variants:
+        held += bytes_of[variant.job]
+        steps += tokens[variant.job] * (layers - variant.first_layer)
+        too_long = limits.wave_tokens is not None and steps > limits.wave_tokens
+        if (held > limits.alive_bytes and (taken or clean)) or (too_long and taken):
+            break
+        taken += 1
+    return taken
+
+
+@dataclass(frozen=True)
+class SweepCost:
+    """What sweeps take: tokens times layers through each part of a layer, places read, layers read from the store.
+
+    `attended`: through the inputs of the attention; `projected`: through its output projection; `fed`: through the FFN;
+    `backward`: through a layer with its graph and back; `answers`: places at which the vocabulary is read, under all masks.
+    """
+
+    attended: float = 0
+    projected: float = 0
+    fed: float = 0
+    backward: float = 0
+    answers: float = 0
+    layers_read: float = 0
+
+    def __add__(self, other: "SweepCost") -> "SweepCost":
+        return SweepCost(*(one + another for one, another in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, times: float) -> "SweepCost":
+        return SweepCost(*(one * times for one in astuple(self)))
+
+
+def operations(cost: SweepCost, skeleton: Skeleton) -> int:
+    """Return the multiplications and additions of a cost's products."""
+    attention, projection, ffn = skeleton.weights_by_part
+    forward = cost.attended * attention + cost.projected * projection + cost.fed * ffn
+    # On the way back a layer is run again, and its products are done once more, transposed.
+    backward = 2 * cost.backward * (attention + projection + ffn)
+    return round(2 * (forward + backward + cost.answers * skeleton.vocabulary * skeleton.embedding_width))
+
+
+@dataclass(frozen=True)
+class PlannedWave:
+    """A wave of a block before it runs: whether the clean run is in it, its variants, and where it starts."""
+
+    block: int
+    clean: bool
+    variants: tuple[Variant, ...]
+
+    @property
+    def first_layer(self) -> int:
+        """The first layer it reads."""
+        return 0 if self.clean else self.variants[0].first_layer
+
+
+def planned_waves(
+    jobs: Sequence[Job], width: int, layers: int, limits: SweepLimits, *, cached: bool = False
+) -> tuple[list[Block], list[PlannedWave]]:
+    """Return the blocks and waves of a sweep of everything its jobs ask for.
+
+    `cached`: whether the clean residuals it starts from are there already, from an earlier sweep.
+    """
+    members = [BlockRow(number, row) for number, job in enumerate(jobs) for row in job.packed.rows]
+    blocks = row_blocks(members, width, layers, limits, keeps_clean=has_variants(jobs))
+    planned: list[PlannedWave] = []
+    for place, block in enumerate(blocks):
+        tokens = block_tokens(block)
+        left = variants_of(jobs, {job: np.ones(len(jobs[job].masks), dtype=np.bool_) for job in tokens})
+        clean = not cached or any(asks_clean(jobs[job]) for job in tokens)
+        while left or clean:
+            count = next_wave(left, tokens, width, layers, limits, clean=clean)
+            planned.append(PlannedWave(place, clean, tuple(left[:count])))
+            left, clean = left[count:], False
+    return blocks, planned
+
+
+def sweep_cost(
+    jobs: Sequence[Job],
+    width: int,
+    layers: int,
+    limits: SweepLimits,
+    resident: Collection[int] = (),
+    *,
+    cached: bool = False,
+) -> SweepCost:
+    """Return what a sweep takes; layers that are `resident` are in memory already and not read.
+
+    `cached` as for `planned_waves`.
+    """
+    streamed = np.array([layer not in resident for layer in range(layers)])
+    blocks, planned = planned_waves(jobs, width, layers, limits, cached=cached)
+    total = SweepCost(layers_read=sum(int(streamed[wave.first_layer :].sum()) for wave in planned))
+    sizes = [_tokens_and_reads(block) for block in blocks]
+    needed = [
+        [v.first_layer for w in planned if w.block == place for v in w.variants]
+        for place in range(len(blocks))
+    ]
+    for wave in planned:
+        of_job = sizes[wave.block]
+        asked = any(asks_clean(jobs[job]) for job in of_job)
+        for job, (tokens, reads) in of_job.items():
+            if wave.clean and asked:
+                finished = (layers - 1) * tokens + reads
+                clean = sum(mask.first_layer is None for mask in jobs[job].masks)
+                total += SweepCost(layers * tokens, finished, finished, answers=clean * reads)
+            elif wave.clean:
+                last = max(needed[wave.block], default=0)
+                total += SweepCost((last + 1) * tokens, last * tokens, last * tokens)
+            else:
+                joining = {variant.first_layer for variant in wave.variants if variant.job == job}
+                total += SweepCost(attended=len(joining) * tokens)
+        total += _variants_cost(jobs, wave.variants, of_job, layers)
     return total
 
 
-def answers_read(jobs: Sequence[Job]) -> int:
-    """Return at how many places of rows, under all masks, a sweep asks for log-probabilities."""
-    return sum(
-        max(1, len(job.masks)) * len(np.unique(row.read_at)) for job in jobs for row in job.packed.rows
+def _tokens_and_reads(block: Sequence[BlockRow]) -> dict[int, tuple[int, int]]:
+    sizes: dict[int, tuple[int, int]] = {}
+    for member in block:
+        tokens, reads = sizes.get(member.job, (0, 0))
+        sizes[member.job] = tokens + len(member.row), reads + len(member.row.reads)
+    return sizes
+
+
+def _variants_cost(
+    jobs: Sequence[Job], variants: Sequence[Variant], sizes: dict[int, tuple[int, int]], layers: int
+) -> SweepCost:
+    """Return what variants take from the layer where they branch; in it, attention is the clean run's."""
+    attended = projected = fed = answers = 0
+    for variant in variants:
+        (tokens, reads), first = sizes[variant.job], variant.first_layer
+        after = layers - 1 - first
+        ffns = jobs[variant.job].masks[variant.mask].ffns
+        cut_last = layers - 1 in ffns
+        attended += after * tokens
+        projected += after * tokens + reads
+        fed += (after - (len(ffns) - cut_last)) * tokens + (0 if cut_last else reads)
+        answers += reads
+    return SweepCost(attended, projected, fed, answers=answers)
+
+
+def gradients_cost(packed: Sequence[PackedRows], layers: int, blocks: int = 1) -> SweepCost:
+    """Return what the gradients of rows take: forward through all layers and back, in so many blocks."""
+    tokens = layers * sum(rows.token_count for rows in packed)
+    answers = sum(len(row.reads) for rows in packed for row in rows.rows)
+    return SweepCost(
+        tokens, tokens, tokens, backward=tokens, answers=answers, layers_read=2 * layers * blocks
     )

@@ -50,7 +50,7 @@ def evaluation_rows(
             "chance": task.task.chance if of_choice else None,
         }
     scores = document_scores(task.task, by_document, greedy_by_document)
-    clusters = [document.cluster for document in task.task.documents]
+    clusters = task.task.clusters
     for name in PER_DOCUMENT:
         values = scores[name]
         if not np.isnan(values).any():

@@ -5,6 +5,7 @@ empty by accelerate. No other module names a field of one architecture.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -145,6 +146,20 @@ class Skeleton:
     def linear_names(self) -> list[str]:
         """Return the names of a layer's linear modules, relative to the layer."""
         return [name for name, module in self._plain_layer.named_modules() if isinstance(module, nn.Linear)]
+
+    @cached_property
+    def weights_by_part(self) -> tuple[int, int, int]:
+        """How many weights of a layer's linears each token meets: in the attention's inputs, its output, the FFN."""
+        shapes = self.layer_parameters()
+        sizes = {name: math.prod(shapes[f"{name}.weight"]) for name in self.linear_names()}
+        attention = sum(sizes[name] for name in self.family.shared_inputs)
+        projection = sizes[self.family.attention_output]
+        return attention, projection, sum(sizes.values()) - attention - projection
+
+    @cached_property
+    def embedding_width(self) -> int:
+        """Width of a row of the unembedding."""
+        return int(cast(Any, self.model).get_output_embeddings().weight.shape[1])
 
     def outside_parameters(self) -> dict[str, tuple[int, ...]]:
         """Return names and shapes of all parameters outside the layers; a tied unembedding is not named again."""

@@ -1,20 +1,23 @@
-"""One of Hugging Face's decoder layers, filled from a store, with heads and FFNs cut and captured by hooks.
+"""One of Hugging Face's decoder layers, filled from a store, run in two halves: what heads see, and all that follows.
+
+Between the halves lies z, the heads' outputs side by side before the output projection. Heads are cut there; a variant
+that differs from the clean run in this layer only takes the clean run's z and needs the second half alone.
 
 What goes through a layer is a micro-batch: the tokens of several rows, each under one or several masks, one after the
 other. Linears and norms see them all at once; attention sees each row by itself.
 
-Axis letters: N tokens of a micro-batch, V variants (a row under one mask each), T tokens of a row, D width, H heads.
+Axis letters: N tokens of a micro-batch, V variants (a row under one mask each), T tokens of a row, P tokens of its
+stem, D width, H heads, d head width.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
 
 from lowmem_icl.model.families import Skeleton
@@ -22,22 +25,24 @@ from lowmem_icl.model.int8 import Int8Linear, replace_linears
 from lowmem_icl.model.store import Weights
 
 ATTENTION = "lowmem_icl_by_row"
+# 64 bytes of float32: with so many queries and keys every buffer of the attention starts on a full vector, whichever
+# thread works on it. MKL's products differ in the last bit between aligned and unaligned buffers.
+ROW_MULTIPLE = 16
 
 
 @dataclass(frozen=True, eq=False)
 class Segment:
     """One row's part of a micro-batch: `variants` times its tokens, all seen through one mask.
 
-    attention_mask: additive, 0 and -inf, [T, T] (see `tree_mask`).
+    mask: additive, 0 and -inf, [Q, K]: T and P + T, filled up to multiples of ROW_MULTIPLE (see `attention_mask`).
+    stem_keys, stem_values: [V, H, P, d], what the row's stem put there under the same masks; None without a stem.
     """
 
     variants: int
-    attention_mask: Tensor
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the row."""
-        return len(self.attention_mask)
+    tokens: int
+    mask: Tensor
+    stem_keys: Tensor | None = None
+    stem_values: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -45,35 +50,90 @@ class Segment:
         return self.variants * self.tokens
 
 
-@dataclass
-class Captured:
-    """What a layer computed inside: z [N, D], the heads' outputs side by side; ffn [N, D], the FFN's output."""
+@dataclass(frozen=True, eq=False)
+class Attended:
+    """The first half's outcome: z [N, D], the heads' outputs side by side; keys, values [H, N, d]."""
 
     z: Tensor
-    ffn: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class _StopAtZ(Exception):
+    """Carries z out of a layer's forward; no error, but the end of the first half."""
+
+    def __init__(self, z: Tensor) -> None:
+        super().__init__()
+        self.z = z
+
+
+class _OutputEnd(nn.Module):
+    """Stands for the output projection in the first half, and ends it."""
+
+    def forward(self, z: Tensor) -> NoReturn:
+        raise _StopAtZ(z)
+
+
+class _KnownAttention(nn.Module):
+    """Stands for the attention in the second half: z comes where the layer passes its attention mask."""
+
+    def __init__(self, output: nn.Module) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> tuple[Tensor, None]:
+        return self.output(attention_mask), None
+
+
+class _Nothing(nn.Module):
+    """Stands for the linears of a removed FFN: adds zero."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values.new_zeros(*values.shape[:-1], 1)
+
+
+class _RowAttention:
+    """What the attention function is given in the mask's place, and where it leaves keys and values."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self.segments = segments
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
 
 
 class DecoderLayer:
     """A decoder layer whose weights are replaced layer by layer.
 
-    `run` maps the residual at the layer's input, [N, D], to that at its output. The layer is one module,
-    filled anew for every layer of the model.
+    `attend` maps the residual at the layer's input, [N, D], to z; `finish` maps both to the residual at its output.
+    The layer is one set of modules, filled anew for every layer of the model.
     """
 
     def __init__(self, skeleton: Skeleton, weights: Weights, device: torch.device) -> None:
-        self._heads = skeleton.heads
-        self._device = device
+        family = skeleton.family
+        self.device = device
         self._module: Any = skeleton.empty_layer()
         if weights == "int8":
-            replace_linears(self._module, skeleton.family.shared_inputs)
+            replace_linears(self._module, family.shared_inputs)
         for module in self._module.modules():
             if isinstance(config := getattr(module, "config", None), PretrainedConfig):
                 config._attn_implementation = ATTENTION
             if isinstance(module, nn.ReLU):
                 # The widest tensor of a layer is not made a second time.
                 module.inplace = True
-        self._attention_output = self._module.get_submodule(skeleton.family.attention_output)
-        self._ffn_output = self._module.get_submodule(skeleton.family.ffn_output)
+        output = self._module.get_submodule(family.attention_output)
+        attention, _, _ = family.attention_output.rpartition(".")
+        of_ffn = [
+            name
+            for name in skeleton.linear_names()
+            if name not in family.shared_inputs and name != family.attention_output
+        ]
+        known = {attention: _KnownAttention(output)}
+        self._attending = _with_stand_ins(self._module, {family.attention_output: _OutputEnd()})
+        self._finishing = _with_stand_ins(self._module, known)
+        self._without_ffn = _with_stand_ins(self._module, known | {name: _Nothing() for name in of_ffn})
+        self._ffn_output = self._module.get_submodule(family.ffn_output)
         self._linears = [module for module in self._module.modules() if isinstance(module, Int8Linear)]
 
     @property
@@ -91,85 +151,86 @@ class DecoderLayer:
                 continue
             if leaf == "outlier_columns":
                 # Its length differs from layer to layer.
-                self._module.get_submodule(owner).outlier_columns = tensor.to(self._device)
+                self._module.get_submodule(owner).outlier_columns = tensor.to(self.device)
                 continue
             value = tensor if tensor.dtype == torch.int8 else tensor.float()
-            set_module_tensor_to_device(self._module, name, self._device, value=value)
+            set_module_tensor_to_device(self._module, name, self.device, value=value)
         self._module.requires_grad_(False)
         for linear in self._linears:
             linear.refresh()
 
-    def run(
-        self,
-        residual: Tensor,
-        segments: Sequence[Segment],
-        keep_heads: Tensor | None = None,
-        keep_ffn: Tensor | None = None,
-    ) -> Tensor:
-        """Return the residual at the layer's output, [N, D]; the segments tell whose tokens the N are, in order.
+    def attend(self, residual: Tensor, segments: Sequence[Segment]) -> Attended:
+        """Return z and what the attention saw, for the residual at the layer's input [N, D].
 
-        keep_heads: [V, H] of 0 and 1 for the V variants of all segments; heads with 0 have their slice of the output
-        projection's input zeroed, whose bias stays. keep_ffn: [V] of 0 and 1, an FFN with 0 adds nothing to the
-        residual.
+        The segments tell whose tokens the N are, in order.
         """
-        with self._cut(segments, keep_heads, keep_ffn):
-            return self._module(residual[None], attention_mask=segments)[0]
+        seen = _RowAttention(segments)
+        try:
+            self._attending(residual[None], attention_mask=seen)
+        except _StopAtZ as stopped:
+            assert seen.keys is not None
+            assert seen.values is not None
+            return Attended(stopped.z[0], seen.keys, seen.values)
+        raise AssertionError("the layer never reached its output projection")
 
-    def run_captured(self, residual: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Captured]:
-        """Return the clean output and what was captured on the way, as parts of one autograd graph."""
-        seen: dict[str, Tensor] = {}
+    def finish(self, residual: Tensor, z: Tensor, *, without_ffn: bool = False) -> Tensor:
+        """Return the residual at the layer's output, [N, D], from that at its input and z, [N, D] each.
 
-        def keep_z(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor]:
-            seen["z"] = arguments[0].view(residual.shape)
-            return (seen["z"].view(arguments[0].shape),)
+        Tokens do not meet in this half, so any of them can be asked for. `without_ffn`: the FFN is removed.
+        """
+        module = self._without_ffn if without_ffn else self._finishing
+        return module(residual[None], attention_mask=z[None])[0]
+
+    def run(self, residual: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """Return the clean output of the whole layer, [N, D]."""
+        return self.finish(residual, self.attend(residual, segments).z)
+
+    def run_captured(self, residual: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the clean output, z and the FFN's output, [N, D] each, as parts of one autograd graph."""
+        seen: list[Tensor] = []
 
         def keep_ffn(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
             # The reshaped tensor goes on into the graph, so that gradients reach what was captured.
-            seen["ffn"] = output.view(residual.shape)
-            return seen["ffn"].view(output.shape)
+            seen.append(output.view(residual.shape))
+            return seen[-1].view(output.shape)
 
-        handles = [
-            self._attention_output.register_forward_pre_hook(keep_z),
-            self._ffn_output.register_forward_hook(keep_ffn),
-        ]
+        handle = self._ffn_output.register_forward_hook(keep_ffn)
         try:
-            output = self._module(residual[None], attention_mask=segments)[0]
+            z = self.attend(residual, segments).z
+            output = self.finish(residual, z)
         finally:
-            for handle in handles:
-                handle.remove()
-        return output, Captured(seen["z"], seen["ffn"])
-
-    @contextmanager
-    def _cut(
-        self, segments: Sequence[Segment], keep_heads: Tensor | None, keep_ffn: Tensor | None
-    ) -> Iterator[None]:
-        handles = []
-
-        def cut_heads(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor]:
-            assert keep_heads is not None
-            z = arguments[0].unflatten(-1, (self._heads, -1)).flatten(0, -3)
-            return ((z * _by_token(keep_heads, segments)[:, :, None]).view(arguments[0].shape),)
-
-        def cut_ffn(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-            assert keep_ffn is not None
-            ffn = output.flatten(0, -2)
-            return (ffn * _by_token(keep_ffn, segments)[:, None]).view(output.shape)
-
-        if keep_heads is not None:
-            handles.append(self._attention_output.register_forward_pre_hook(cut_heads))
-        if keep_ffn is not None:
-            handles.append(self._ffn_output.register_forward_hook(cut_ffn))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
+        return output, z, seen[0]
 
 
-def _by_token(values: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """Repeat what is given by variant, [V, ...], for every token of the variant, [N, ...]."""
-    tokens = [segment.tokens for segment in segments for _ in range(segment.variants)]
-    return values.repeat_interleave(torch.tensor(tokens, device=values.device), dim=0)
+def _with_stand_ins(layer: nn.Module, stand_ins: Mapping[str, nn.Module]) -> nn.Module:
+    """Return a layer of the same modules, but for those named; nothing is copied, so filling one fills both."""
+    copied = _shallow(layer)
+    for name, stand_in in stand_ins.items():
+        owner, _, leaf = name.rpartition(".")
+        place = copied
+        for part in owner.split(".") if owner else []:
+            child = _shallow(getattr(place, part))
+            setattr(place, part, child)
+            place = child
+        setattr(place, leaf, stand_in)
+    return copied
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """Return a module of the same class, settings and children, whose children can be replaced on their own."""
+    copied = module.__new__(type(module))
+    copied.__dict__ = module.__dict__ | {"_modules": dict(module._modules)}
+    return copied
+
+
+def cut_heads(z: Tensor, keep_heads: Tensor) -> Tensor:
+    """Return z under each mask, [V, T, D]: z [V, T, D], or [T, D] for all, times keep_heads [V, H] of 0 and 1.
+
+    A removed head's slice of the output projection's input becomes zero; the projection's bias stays.
+    """
+    by_head = z.unflatten(-1, (keep_heads.shape[1], -1))
+    return (by_head * keep_heads[:, None, :, None]).flatten(-2)
 
 
 def _attention_by_row(
@@ -177,7 +238,7 @@ def _attention_by_row(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Sequence[Segment],
+    attention_mask: _RowAttention,
     *,
     scaling: float,
     dropout: float = 0.0,
@@ -187,16 +248,26 @@ def _attention_by_row(
 
     What a row gets does not depend on the other segments: it is one call of torch's attention on its own tokens.
     """
+    attention_mask.keys, attention_mask.values = key[0], value[0]
     outputs = []
     start = 0
-    for segment in attention_mask:
+    for segment in attention_mask.segments:
         places = slice(start, start + segment.size)
         q, k, v = (
             states[0, :, places].unflatten(1, (segment.variants, segment.tokens)).transpose(0, 1)
             for states in (query, key, value)
         )
-        attended = scaled_dot_product_attention(q, k, v, attn_mask=segment.attention_mask, scale=scaling)
-        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+        if segment.stem_keys is not None and segment.stem_values is not None:
+            k, v = torch.cat([segment.stem_keys, k], 2), torch.cat([segment.stem_values, v], 2)
+        queries, keys = segment.mask.shape
+        attended = scaled_dot_product_attention(
+            _filled_up(q, queries),
+            _filled_up(k, keys),
+            _filled_up(v, keys),
+            attn_mask=segment.mask,
+            scale=scaling,
+        )
+        outputs.append(attended[:, :, : segment.tokens].transpose(1, 2).flatten(0, 1))
         start += segment.size
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
 
@@ -204,13 +275,31 @@ def _attention_by_row(
 AttentionInterface.register(ATTENTION, _attention_by_row)
 
 
-def tree_mask(ends: Tensor) -> Tensor:
-    """Return the additive attention mask [T, T] of a row from its subtree ends [T] (see rows.Row)."""
-    places = torch.arange(len(ends), device=ends.device)
+def _filled_up(states: Tensor, length: int) -> Tensor:
+    missing = length - states.shape[2]
+    return pad(states, (0, 0, 0, missing)) if missing else states
+
+
+def attention_mask(ends: Tensor, stem_tokens: int = 0) -> Tensor:
+    """Return the additive attention mask of a row from its subtree ends [T] (see rows.Row), filled up to [Q, K].
+
+    A token sees its stem's P tokens, its ancestors and itself; nothing sees the filling.
+    """
+    tokens, device = len(ends), ends.device
+    places = torch.arange(tokens, device=device)
     seen = (places[None, :] <= places[:, None]) & (places[:, None] < ends[None, :])
-    return torch.zeros(seen.shape, device=ends.device).masked_fill_(~seen, float("-inf"))
+    mask = torch.full((_round_up(tokens), _round_up(stem_tokens + tokens)), float("-inf"), device=device)
+    # The queries that fill up are read by nobody; they see something, so that their softmax is a number.
+    mask[tokens:] = 0
+    mask[:tokens, :stem_tokens] = 0
+    mask[:tokens, stem_tokens : stem_tokens + tokens].masked_fill_(seen, 0)
+    return mask
+
+
+def _round_up(tokens: int) -> int:
+    return -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def whole_row(tokens: int) -> Segment:
     """Return the segment of one plain row, in which every token sees all before it."""
-    return Segment(1, tree_mask(torch.full((tokens,), tokens, dtype=torch.int64)))
+    return Segment(1, tokens, attention_mask(torch.full((tokens,), tokens, dtype=torch.int64)))

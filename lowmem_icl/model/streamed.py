@@ -6,6 +6,7 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lowmem_icl.model.allocator import keep_freed_memory
 from lowmem_icl.model.int8 import FIXED_ROWS, matmul_in_fixed_rows
@@ -14,7 +15,9 @@ from lowmem_icl.model.reading import LayerReader
 from lowmem_icl.model.store import OUTSIDE, Store
 
 VOCABULARY_BLOCK = 2048
-HEAD_ROWS = 8 * FIXED_ROWS
+READ_ROWS = 1024
+NARROW_WIDTH = 1024
+LOWEST_EXPONENT = -80.0
 
 
 class StreamedModel:
@@ -61,6 +64,11 @@ class StreamedModel:
             self._layer.fill(tensors)
             yield number, self._layer
 
+    @property
+    def read_rows(self) -> int:
+        """How many places are worth collecting for one call of `log_probabilities`."""
+        return READ_ROWS
+
     def log_probabilities(self, residual: Tensor, read_at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log-probability (nats, float32) of each target and whether it is the most likely token, [A].
 
@@ -70,10 +78,9 @@ class StreamedModel:
             hidden = self.skeleton.family.unembed_input(self.skeleton.model, residual)
             logprobs = residual.new_empty(len(targets))
             greedy = torch.empty(len(targets), dtype=torch.bool, device=residual.device)
-            for start in range(0, len(hidden), HEAD_ROWS):
-                here = ((read_at >= start) & (read_at < start + HEAD_ROWS)).nonzero()[:, 0]
+            for places, here in _parts(len(hidden), read_at):
                 logits, largest, total = self._normaliser(
-                    hidden[start : start + HEAD_ROWS], read_at[here] - start, targets[here]
+                    hidden[places], read_at[here] - places.start, targets[here]
                 )
                 logprobs[here] = logits - total
                 greedy[here] = logits >= largest
@@ -81,16 +88,24 @@ class StreamedModel:
 
     def _normaliser(self, hidden: Tensor, read_at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return each answer's logit, the largest logit and the logarithm of the summed exponentials beside it."""
-        largest = hidden.new_full((len(hidden),), float("-inf"))
-        summed = hidden.new_zeros(len(hidden))
+        rows = head_rows(self.skeleton.width)
+        filled = pad(hidden, (0, 0, 0, -len(hidden) % rows))
+        largest = hidden.new_full((len(filled),), float("-inf"))
+        summed = hidden.new_zeros(len(filled))
         chosen = hidden.new_zeros(len(targets))
         for start, block in self._vocabulary_blocks():
-            logits = matmul_in_fixed_rows(hidden, block.t())
-            inside = (targets >= start) & (targets < start + len(block))
-            chosen[inside] = logits[read_at[inside], targets[inside] - start]
-            higher = torch.maximum(largest, logits.amax(1))
-            summed = summed * (largest - higher).exp_() + logits.sub_(higher[:, None]).exp_().sum(1)
-            largest = higher
+            inside = ((targets >= start) & (targets < start + len(block))).nonzero()[:, 0]
+            for first in range(0, len(filled), rows):
+                part = slice(first, first + rows)
+                # All of one shape, so that a row's result does not depend on how many come with it.
+                logits = filled[part] @ block.t()
+                here = inside[(read_at[inside] >= first) & (read_at[inside] < first + rows)]
+                chosen[here] = logits[read_at[here] - first, targets[here] - start]
+                higher = torch.maximum(largest[part], logits.amax(1))
+                # Exponentials that are too small for a normal number take many times as long, and add nothing.
+                exponentials = logits.sub_(higher[:, None]).clamp_(min=LOWEST_EXPONENT).exp_()
+                summed[part] = summed[part] * (largest[part] - higher).exp_() + exponentials.sum(1)
+                largest[part] = higher
         return chosen, largest[read_at], (largest + summed.log())[read_at]
 
     def _vocabulary_blocks(self) -> Iterator[tuple[int, Tensor]]:
@@ -107,11 +122,9 @@ class StreamedModel:
         with torch.no_grad():
             fixed = hidden.detach()
             gradient = torch.zeros_like(fixed)
-            for start in range(0, len(fixed), HEAD_ROWS):
-                part = fixed[start : start + HEAD_ROWS]
-                here = (read_at >= start) & (read_at < start + HEAD_ROWS)
-                gradient[start : start + HEAD_ROWS] = self._head_gradient(
-                    part, read_at[here] - start, targets[here]
+            for places, here in _parts(len(fixed), read_at):
+                gradient[places] = self._head_gradient(
+                    fixed[places], read_at[here] - places.start, targets[here]
                 )
         (back,) = torch.autograd.grad(hidden, residual, gradient)
         return back
@@ -123,10 +136,24 @@ class StreamedModel:
             0, read_at, torch.ones(len(read_at), device=hidden.device)
         )
         gradient = torch.zeros_like(hidden)
+        rows = head_rows(self.skeleton.width)
         for _, block in self._vocabulary_blocks():
-            likely = (matmul_in_fixed_rows(hidden, block.t()) - total[:, None]).exp() * answers[:, None]
-            gradient -= matmul_in_fixed_rows(likely, block)
+            logits = matmul_in_fixed_rows(hidden, block.t(), rows)
+            likely = logits.sub_(total[:, None]).clamp_(min=LOWEST_EXPONENT).exp_() * answers[:, None]
+            gradient -= matmul_in_fixed_rows(likely, block, rows)
         return gradient.index_add_(0, read_at, self._unembedding[targets].float())
+
+
+def head_rows(width: int) -> int:
+    """Return how many places go through the unembedding in one product: more where that is cheap to fill up."""
+    return READ_ROWS if width <= NARROW_WIDTH else 2 * FIXED_ROWS
+
+
+def _parts(places: int, read_at: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield runs of at most READ_ROWS places, and which answers are read there."""
+    for start in range(0, places, READ_ROWS):
+        here = ((read_at >= start) & (read_at < start + READ_ROWS)).nonzero()[:, 0]
+        yield slice(start, start + READ_ROWS), here
 
 
 def resident_layers(store: Store, resident_bytes: int) -> frozenset[int]:

@@ -8,12 +8,17 @@ from lowmem_icl.masks import Mask
 from lowmem_icl.stages.work import EVALUATE_CHUNK, Row, Work
 
 
-def evaluation_rows(work: Work, answers: list[dict[str, Any]] | None, masks: Mapping[str, Mask]) -> list[Row]:
-    """Return the result rows of all tasks clean and under masks; option scores are added to `answers`, if given."""
+def evaluation_rows(
+    work: Work, experiment: str, answers: list[dict[str, Any]] | None, masks: Mapping[str, Mask]
+) -> list[Row]:
+    """Return the result rows of all tasks clean and under masks, in an experiment's time.
+
+    Option scores are added to `answers`, if given.
+    """
     tasks = work.prepared.evaluate
     named = {evaluate.CLEAN: Mask()} | dict(masks)
     wanted = [tuple(named.values())] * len(tasks)
-    scores = work.sweep_in_chunks("evaluate", "evaluate", tasks, wanted, EVALUATE_CHUNK)
+    scores = work.sweep_in_chunks(experiment, "evaluate", "evaluate", tasks, wanted, EVALUATE_CHUNK)
     rows: list[Row] = []
     for task, score in zip(tasks, scores, strict=True):
         packed = work.prepared.pack(task)

@@ -28,8 +28,9 @@ def run_prune(work: Work, gathered: Gathered) -> None:
         for task in tasks
     ]
     # The clean run's part is the evaluate experiment's own, whichever of the two makes it first.
-    clean = evaluation_rows(work, None, {})
+    clean = evaluation_rows(work, "prune", None, {})
     scores = work.sweep_in_chunks(
+        "prune",
         "prune-evaluate",
         "evaluate masks",
         tasks,
@@ -50,7 +51,7 @@ def run_prune(work: Work, gathered: Gathered) -> None:
     fields = ("shots", "mask", "heads_removed", "ffns_removed", "method", "seed")
     rows += list(evaluate.mean_over_tasks([row for row in rows if row["mask"] in shared], fields))
     clean += list(evaluate.mean_over_tasks(clean, ("shots", "mask")))
-    gathered.results += [{"experiment": "prune"} | row for row in rows]
+    gathered.results["prune"] = [{"experiment": "prune"} | row for row in rows]
     gathered.masks += [_with_scores(made, rows, clean) for made in masks]
 
 
@@ -152,7 +153,9 @@ def _score_step(
             for mask in request.masks:
                 masks.setdefault(mask, len(masks))
     jobs = [Job(halves[place][half].packed, tuple(masks)) for (place, half), masks in wanted.items()]
-    scores = work.sweep(f"prune-{step:05d}", f"prune, step {step + 1}", lambda: jobs)
+    scores = work.sweep(
+        "prune", f"prune-{step:05d}", f"prune, step {step + 1}", lambda: jobs, keep_clean=True
+    )
     objective: dict[tuple[int, str], NDArray[np.float64]] = {}
     for (place, half), score in zip(wanted, scores, strict=True):
         packed = halves[place][half]

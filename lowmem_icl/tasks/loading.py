@@ -6,7 +6,7 @@ under every limit at least N and at every shot count.
 """
 
 import random
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,13 @@ from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import ConfigurableTask
 
 from lowmem_icl.errors import InputError
+from lowmem_icl.tasks.demonstrations import PER_DOCUMENT, Dealer, Demonstrations, Shown
 from lowmem_icl.tasks.sources import ROW_ERRORS, load_members
 
 PROTOCOL_SEED = 42
 
 Part = Literal["evaluate", "train"]
+Fits = Callable[[Sequence[tuple[str, str]]], bool]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Document:
     `index`: 0-based place in the split's file; in a group the places run on through its members. `gold`: a flag an
     option. `cluster`: the passage that intervals cluster by, or the document itself. `demonstrations`: places of
     the rows shown before it, in prompt order. `unit`: documents of one unit are right only together (MultiRC).
+    `set_number`: which of the shared sets of demonstrations it was dealt to, None where they are its own;
+    `dropped`: how many of that set were left out so that all its documents fit the model's context.
     """
 
     index: int
@@ -41,6 +45,8 @@ class Document:
     unit: str
     member: int
     row: dict[str, Any] = field(repr=False, hash=False, compare=False)
+    set_number: int | None = None
+    dropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,17 @@ class TaskRows:
             return float(np.mean([np.prod(right) for right in by_unit]))
 
         return max(share_right(place) for place in range(options))
+
+    @cached_property
+    def clusters(self) -> list[str]:
+        """What intervals cluster by, a name a document: its passage, or where several sets are shared, its set.
+
+        With one set, what is said holds for that set.
+        """
+        sets = {document.set_number for document in self.documents}
+        if None in sets or len(sets) < 2:
+            return [document.cluster for document in self.documents]
+        return [f"set {document.member}:{document.set_number}" for document in self.documents]
 
     def _by_unit(self, value: Callable[[tuple[bool, ...]], float]) -> list[list[float]]:
         units: dict[str, list[float]] = {}
@@ -127,11 +144,20 @@ class OpenTask:
             sizes = {"train": sum(len(member.training_docs()) for member in self.members)} | sizes
         return sizes
 
-    def rows(self, *, shots: int, part: Part, limit: int | None) -> TaskRows:
+    def rows(
+        self,
+        *,
+        shots: int,
+        part: Part,
+        limit: int | None,
+        demonstrations: Demonstrations = PER_DOCUMENT,
+        fits: Fits = lambda options: True,
+    ) -> TaskRows:
         """Return the documents of a part; `limit` counts documents (MultiRC: questions), None takes all.
 
-        Raises InputError for a limit below 1, for more demonstrations than there are rows to draw from, and for
-        a row that lacks a field.
+        Documents that share a set of demonstrations stand together. `fits` tells whether options fit the model's
+        context; where those of a set do not, its first demonstrations are left out. Raises InputError for a limit below 1,
+        for more demonstrations than there are rows to draw from, and for a row that lacks a field.
         """
         if limit is not None and limit < 1:
             raise InputError(f"--limit: expected at least 1, got {limit}")
@@ -139,11 +165,13 @@ class OpenTask:
         for number, (member, share) in enumerate(zip(self.members, self._shares(limit), strict=True)):
             offset = sum(len(self._split(other, part)) for other in self.members[:number])
             if share != 0:
-                documents += self._member_documents(number, member, part, shots, share, offset)
+                wanted = _Wanted(number, member, part, shots, share, offset, demonstrations)
+                documents += _fitted(self._chosen(wanted), wanted, fits)
         if not documents:
             raise InputError(
                 f"task {self.name}: no row is left for its {part} part; without a train split it needs at least 2 rows"
             )
+        documents.sort(key=lambda document: (document.member, document.set_number or 0))
         split = "train" if part == "train" and self.has_train else self.evaluation_split
         return TaskRows(self.name, shots, split, tuple(documents), self.metric, tuple(self.members))
 
@@ -169,69 +197,110 @@ class OpenTask:
         half = (len(shuffled) + 1) // 2
         return shuffled[:half] if part == "evaluate" else shuffled[half:], sorted(shuffled[half:])
 
-    def _member_documents(
-        self, number: int, member: ConfigurableTask, part: Part, shots: int, limit: int | None, offset: int
-    ) -> list[Document]:
+    def _chosen(self, wanted: "_Wanted") -> Iterator["_Chosen"]:
+        """Yield a member's documents of a part, in order, with their demonstrations."""
+        member, part = wanted.member, wanted.part
         metadata = member.config.metadata or {}
         unit_of: Callable[[Any], Hashable] | None = metadata.get("scored_together")
         cluster_of: Callable[[Any], str] | None = metadata.get("cluster")
         scored = self._split(member, part)
         shown = member.training_docs() if self.has_train else scored
         # A group's members are drawn apart, else they would all ask and show the rows of the same places.
-        rng = random.Random(PROTOCOL_SEED + number)
+        rng = random.Random(PROTOCOL_SEED + wanted.number)
         shuffled = list(range(len(scored)))
         rng.shuffle(shuffled)
         order, pool = self._places(shuffled, part, len(shown))
-        for name, wanted in (metadata.get("demonstrations_with") or {}).items():
-            pool = [place for place in pool if shown[place][name] == wanted]
-        scores_the_pool = part == "train"
-        if shots + scores_the_pool > len(pool) and shots:
+        for name, value in (metadata.get("demonstrations_with") or {}).items():
+            pool = [place for place in pool if shown[place][name] == value]
+        dealer = Dealer(wanted.demonstrations, rng, pool, wanted.shots, part == "train")
+        if dealer.needed > len(pool):
             raise InputError(
-                f"--shots {shots}: task {member.config.task} has {len(pool)} rows to draw demonstrations from, "
-                f"{shots + scores_the_pool} are needed; ask for fewer"
+                f"--shots {wanted.shots}: task {member.config.task} has {len(pool)} rows to draw demonstrations from, "
+                f"{dealer.needed} are needed; ask for fewer"
             )
-        sampler = _DrawnSampler()
-        member.sampler = sampler
-        documents: list[Document] = []
         units: dict[Hashable, int] = {}
         for place in order:
-            drawn = self._draw(rng, pool, shots, place if scores_the_pool else None)
             row = scored[place]
-            unit = (number, place) if unit_of is None else unit_of(row)
-            if unit not in units and limit is not None and len(units) >= limit:
+            cluster = f"{wanted.number}:{place}" if cluster_of is None else cluster_of(row)
+            dealt = dealer.deal(place, cluster)
+            unit = (wanted.number, place) if unit_of is None else unit_of(row)
+            if unit not in units and wanted.limit is not None and len(units) >= wanted.limit:
                 if unit_of is None:
-                    break
+                    return
                 continue
             units.setdefault(unit, len(units))
-            sampler.drawn = [shown[demonstration] for demonstration in drawn]
-            try:
-                options, gold = _options_and_gold(member, row, shots)
-            except ROW_ERRORS as error:
-                raise InputError(
-                    f"task {member.config.task}, row {place + 1} of its {part} rows does not have the expected "
-                    f"fields ({error!r})"
-                ) from error
-            documents.append(
-                Document(
-                    index=offset + place,
-                    options=options,
-                    gold=gold,
-                    cluster=f"{number}:{place}" if cluster_of is None else cluster_of(row),
-                    demonstrations=tuple(drawn),
-                    unit=f"{number}:{units[unit]}",
-                    member=number,
-                    row=row,
-                )
-            )
-        return documents
+            rows = [shown[demonstration] for demonstration in dealt.places]
+            yield _Chosen(place, row, cluster, f"{wanted.number}:{units[unit]}", dealt, rows)
 
-    @staticmethod
-    def _draw(rng: random.Random, pool: list[int], shots: int, scored: int | None) -> list[int]:
-        """Draw demonstrations without replacement; one more where the scored document could be among them."""
-        if not shots:
-            return []
-        drawn = rng.sample(pool, shots + (scored is not None))
-        return [place for place in drawn if place != scored][:shots]
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Which documents of a group's member are asked for; its rows are counted from `offset`."""
+
+    number: int
+    member: ConfigurableTask
+    part: Part
+    shots: int
+    limit: int | None
+    offset: int
+    demonstrations: Demonstrations
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A row to be made a document, with the rows shown before it."""
+
+    place: int
+    row: dict[str, Any]
+    cluster: str
+    unit: str
+    dealt: Shown
+    shown: list[dict[str, Any]]
+
+
+def _fitted(chosen: Iterable[_Chosen], wanted: _Wanted, fits: Fits) -> list[Document]:
+    """Return the documents; a set of demonstrations loses its first ones until all its documents fit."""
+    documents: list[Document] = []
+    of_set: dict[int, list[_Chosen]] = {}
+    for one in chosen:
+        if one.dealt.set_number is None:
+            documents.append(_document(one, wanted))
+        else:
+            of_set.setdefault(one.dealt.set_number, []).append(one)
+    for members in of_set.values():
+        for dropped in range(wanted.shots + 1):
+            made = [_document(one, wanted, dropped) for one in members]
+            if dropped == wanted.shots or all(fits(document.options) for document in made):
+                documents += made
+                break
+    return documents
+
+
+def _document(chosen: _Chosen, wanted: _Wanted, dropped: int = 0) -> Document:
+    """Lay a row out as lm-eval does, without the first `dropped` of its demonstrations."""
+    member = wanted.member
+    sampler = _DrawnSampler()
+    sampler.drawn = chosen.shown[dropped:]
+    member.sampler = sampler
+    try:
+        options, gold = _options_and_gold(member, chosen.row, len(sampler.drawn))
+    except ROW_ERRORS as error:
+        raise InputError(
+            f"task {member.config.task}, row {chosen.place + 1} of its {wanted.part} rows does not have the expected "
+            f"fields ({error!r})"
+        ) from error
+    return Document(
+        index=wanted.offset + chosen.place,
+        options=options,
+        gold=gold,
+        cluster=chosen.cluster,
+        demonstrations=chosen.dealt.places[dropped:],
+        unit=chosen.unit,
+        member=wanted.number,
+        row=chosen.row,
+        set_number=chosen.dealt.set_number,
+        dropped=dropped,
+    )
 
 
 def _options_and_gold(

@@ -1,25 +1,26 @@
 """Texts to packed rows: options share their context, documents what they begin with in common.
 
-Each option is one path of a token tree; a path that begins like another goes through the same tokens. Rows are
-filled in the order of the documents, so packing depends on these documents alone.
+Each option is one path of a token tree; a path that begins like another goes through the same tokens, and what many
+documents begin with is a stem of its own. Rows are filled in the order of the documents, so packing depends on these
+documents alone.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.rows import PackedRows, Row
+from lowmem_icl.rows import PackedRows, Row, stem_of
 from lowmem_icl.tasks.loading import Document, TaskRows
 
 SHORTEST_ROW_TOKENS = 128
 LONGEST_ROW_TOKENS = 256
-# 64 bytes of float32: with rows of such lengths every buffer of the attention starts on a full vector, whichever
-# thread works on it. MKL's products differ in the last bit between aligned and unaligned buffers.
-ROW_MULTIPLE = 16
+SHORTEST_STEM_TOKENS = 16
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 Tokenise = Callable[[list[str]], list[list[int]]]
@@ -56,12 +57,18 @@ class OptionTokens:
 
 @dataclass(frozen=True, eq=False)
 class PackedTask:
-    """A task's documents as rows; option o of document d is number `first_option[d]` + o."""
+    """A task's documents as tokens and as rows; option o of document d is number `first_option[d]` + o."""
 
     task: TaskRows
-    packed: PackedRows
     options: tuple[OptionTokens, ...]
     first_option: NDArray[np.int64]
+    row_tokens: int
+    gold_only: bool
+
+    @cached_property
+    def packed(self) -> PackedRows:
+        """The rows, laid out when they are asked for."""
+        return PackedRows(tuple(_rows(self)), len(self.options))
 
     def by_document(self, values: NDArray[Scalar]) -> list[NDArray[Scalar]]:
         """Cut an array with one value an option, [O], into one array a document."""
@@ -92,115 +99,176 @@ def tokenise_options(
                 )
             path = (before + target)[-limits.context_tokens - 1 :][:-1]
             kept = len(path) + 1 - len(target)
-            options.append(OptionTokens(tuple(path), tuple(target), kept, kept < len(before)))
+            truncated = kept < len(before) or document.dropped > 0
+            options.append(OptionTokens(tuple(path), tuple(target), kept, truncated))
         result.append(options)
     return result
 
 
-class _RowBuilder:
-    """A forest of tokens in the making."""
+def fit_context(options: Sequence[tuple[str, str]], tokenise: Tokenise, limits: PackingLimits) -> bool:
+    """Tell whether all options, (context, continuation) each, fit the model's context whole."""
+    lengths = [len(ids) for ids in tokenise([text for option in options for text in option])]
+    before = 0 if limits.bos is None else 1
+    return all(
+        max(1, before + context) + target - 1 <= limits.context_tokens
+        for context, target in zip(lengths[::2], lengths[1::2], strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class _Path:
+    """One option to be laid out: its number, the document it belongs to, and its tokens."""
+
+    number: int
+    owner: int
+    option: OptionTokens
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return self.option.path
+
+
+class _Layout:
+    """A forest of tokens in depth-first order in the making."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
-        self.parents: list[int] = []
+        self.positions: list[int] = []
+        self.ends: list[int] = []
         self.owners: list[int] = []
-        self.children: dict[tuple[int, int], int] = {}
         self.answers: list[tuple[int, int, int]] = []
 
-    def new_tokens(self, paths: Sequence[tuple[int, ...]]) -> int:
-        """Return by how many tokens the forest grows if these paths are added."""
-        added: dict[tuple[int, int], int] = {}
+    def grow(self, paths: Sequence[_Path], depth: int, above: tuple[int, ...] = ()) -> None:
+        """Lay out paths from a depth on; what they begin with in common is laid out once.
+
+        above: the places of the tokens before that depth, which all of them share.
+        """
+        shared = _shared_length([path.ids for path in paths], depth)
+        start = len(self.tokens)
+        run = paths[0].ids[depth:shared]
+        self.tokens.extend(run)
+        self.positions.extend(range(depth, shared))
+        self.owners.extend([paths[0].owner] * len(run))
+        self.ends.extend([0] * len(run))
+        places = (*above, *range(start, len(self.tokens)))
+        branches: dict[int, list[_Path]] = {}
         for path in paths:
-            node = -1
-            for token in path:
-                key = (node, token)
-                known = self.children.get(key)
-                # Nodes that would be new get numbers that no node has.
-                node = known if known is not None else added.setdefault(key, -2 - len(added))
-        return len(added)
+            if len(path.ids) == shared:
+                self._answer(path, places)
+            else:
+                branches.setdefault(path.ids[shared], []).append(path)
+        for branch in branches.values():
+            self.grow(branch, shared, places)
+        self.ends[start : start + len(run)] = [len(self.tokens)] * len(run)
 
-    def add(self, option: OptionTokens, number: int, owner: int, shared: bool) -> None:
-        node, nodes = -1, []
-        for token in option.path:
-            key = (node, token)
-            child = self.children.get(key) if shared else None
-            if child is None:
-                child = len(self.tokens)
-                self.tokens.append(token)
-                self.parents.append(node)
-                self.owners.append(owner)
-                if shared:
-                    self.children[key] = child
-            nodes.append(child)
-            node = child
-        reading = nodes[len(option.path) - len(option.continuation) :]
-        self.answers.extend(
-            (place, token, number) for place, token in zip(reading, option.continuation, strict=True)
-        )
+    def _answer(self, path: _Path, places: tuple[int, ...]) -> None:
+        continuation = path.option.continuation
+        for place, token in zip(places[len(places) - len(continuation) :], continuation, strict=True):
+            self.answers.append((place, token, path.number))
 
-    def row(self) -> Row:
-        """Lay the forest out in depth-first order, children in the order they were added."""
-        below: dict[int, list[int]] = {}
-        for node, parent in enumerate(self.parents):
-            below.setdefault(parent, []).append(node)
-        order: list[int] = []
-        waiting = below.get(-1, [])[::-1]
-        while waiting:
-            node = waiting.pop()
-            order.append(node)
-            waiting.extend(below.get(node, [])[::-1])
-        place = np.empty(len(order), dtype=np.int64)
-        place[order] = np.arange(len(order))
-        positions = np.zeros(len(order), dtype=np.int64)
-        ends = np.arange(1, len(order) + 1, dtype=np.int64)
-        for here, node in enumerate(order):
-            if self.parents[node] >= 0:
-                positions[here] = positions[place[self.parents[node]]] + 1
-        for here in range(len(order) - 1, -1, -1):
-            parent = self.parents[order[here]]
-            if parent >= 0:
-                ends[place[parent]] = max(ends[place[parent]], ends[here])
-        answers = np.array(self.answers, dtype=np.int64).reshape(-1, 3)
-        fill = (0, -len(order) % ROW_MULTIPLE)
+    def row(self, stem: Row | None) -> Row:
+        """Return what was laid out, answers by option."""
+        answers = np.array(sorted(self.answers, key=lambda answer: answer[2]), dtype=np.int64).reshape(-1, 3)
         return Row(
-            tokens=np.pad(np.array(self.tokens, dtype=np.int64)[order], fill),
-            positions=np.pad(positions, fill),
-            # A token that fills up sees itself alone, and nothing sees it.
-            ends=np.concatenate([ends, np.arange(len(order), len(order) + fill[1]) + 1]),
-            owners=np.pad(np.array(self.owners, dtype=np.int64)[order], fill),
-            read_at=place[answers[:, 0]],
+            tokens=np.array(self.tokens, dtype=np.int64),
+            positions=np.array(self.positions, dtype=np.int64),
+            ends=np.array(self.ends, dtype=np.int64),
+            owners=np.array(self.owners, dtype=np.int64),
+            read_at=answers[:, 0],
             targets=answers[:, 1],
             options=answers[:, 2],
+            stem=stem,
         )
+
+
+def _shared_length(paths: Sequence[tuple[int, ...]], known: int = 0) -> int:
+    """Return how many tokens all paths begin with in common, being told that it is at least `known`."""
+    first, last = min(paths), max(paths)
+    most = min(len(first), len(last))
+    differing = np.flatnonzero(np.array(first[known:most]) != np.array(last[known:most]))
+    return known + int(differing[0]) if len(differing) else most
 
 
 def pack(task: TaskRows, tokenise: Tokenise, limits: PackingLimits, *, gold_only: bool = False) -> PackedTask:
     """Pack a task's documents into rows.
 
-    With `gold_only` only gold options are laid out, each as a path of its own that shares no token, so that what
-    is summed over a row's tokens can be told apart by document; option numbers are the same either way.
+    Documents with one set of demonstrations, or without demonstrations on one passage, grow from a stem where they need
+    several rows. With `gold_only` only gold options are laid out, each as a path of its own that shares no token, so
+    that what is summed over a row's tokens can be told apart by document; option numbers are the same either way.
     """
     options = tokenise_options(task.documents, tokenise, limits, task.task)
     counts = [len(of_document) for of_document in options]
-    first_option = (
-        np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64) if counts else np.zeros(0, np.int64)
-    )
-    rows: list[Row] = []
-    builder = _RowBuilder()
-    for owner, (document, of_document) in enumerate(zip(task.documents, options, strict=True)):
-        chosen = [
-            (number, option)
-            for number, option in enumerate(of_document, start=int(first_option[owner]))
-            if not gold_only or document.gold[number - int(first_option[owner])]
-        ]
-        paths = [option.path for _, option in chosen]
-        grows = sum(map(len, paths)) if gold_only else builder.new_tokens(paths)
-        if builder.tokens and len(builder.tokens) + grows > limits.row_tokens:
-            rows.append(builder.row())
-            builder = _RowBuilder()
-        for number, option in chosen:
-            builder.add(option, number, owner, shared=not gold_only)
-    if builder.tokens:
-        rows.append(builder.row())
+    first_option = np.concatenate([[0], np.cumsum(counts)])[:-1].astype(np.int64)
     flat = tuple(option for of_document in options for option in of_document)
-    return PackedTask(task, PackedRows(tuple(rows), len(flat)), flat, first_option)
+    return PackedTask(task, flat, first_option, limits.row_tokens, gold_only)
+
+
+def _rows(task: PackedTask) -> list[Row]:
+    groups: dict[object, list[list[_Path]]] = {}
+    for owner, (document, first) in enumerate(zip(task.task.documents, task.first_option, strict=True)):
+        numbers = range(int(first), int(first) + len(document.options))
+        paths = [
+            _Path(number, owner, task.options[number])
+            for number, gold in zip(numbers, document.gold, strict=True)
+            if gold or not task.gold_only
+        ]
+        key = None if task.gold_only else (document.member, document.demonstrations or document.cluster)
+        groups.setdefault(key, []).append(paths)
+    rows: list[Row] = []
+    plain: list[list[_Path]] = []
+    for documents in groups.values():
+        stem = 0 if task.gold_only else _stem_length(documents, task.row_tokens)
+        if stem:
+            grown_from = stem_of(documents[0][0].ids[:stem])
+            rows += _filled_rows(documents, task.row_tokens, grown_from, shared=True)
+        else:
+            plain += documents
+    # In the order of the documents again.
+    plain.sort(key=lambda paths: paths[0].owner)
+    return rows + _filled_rows(plain, task.row_tokens, None, shared=not task.gold_only)
+
+
+def _stem_length(documents: Sequence[Sequence[_Path]], row_tokens: int) -> int:
+    """Return how many tokens become a stem: what all paths begin with, 0 where that is little or one row holds all.
+
+    Answers are read after it.
+    """
+    paths = [path for of_document in documents for path in of_document]
+    if len(documents) < 2:
+        return 0
+    before_answers = min(len(path.ids) - len(path.option.continuation) for path in paths)
+    stem = min(_shared_length([path.ids for path in paths]), before_answers)
+    grown = sum(_grown_tokens(of_document, stem) for of_document in documents)
+    return stem if stem >= SHORTEST_STEM_TOKENS and stem + grown > row_tokens else 0
+
+
+def _grown_tokens(paths: Sequence[_Path], depth: int) -> int:
+    """Return how many tokens a document's options take from a depth on, laid out together."""
+    ordered = sorted(path.ids for path in paths)
+    total = len(ordered[0]) - depth
+    for before, path in itertools.pairwise(ordered):
+        total += len(path) - max(depth, _shared_length([before, path]))
+    return total
+
+
+def _filled_rows(
+    documents: Sequence[Sequence[_Path]], row_tokens: int, stem: Row | None, *, shared: bool
+) -> list[Row]:
+    """Deal documents over rows of about so many tokens, in order; a longer document has a row of its own."""
+    depth = 0 if stem is None else len(stem)
+    rows: list[list[_Path]] = []
+    held = row_tokens
+    for paths in documents:
+        grows = _grown_tokens(paths, depth) if shared else sum(len(path.ids) for path in paths)
+        if held + grows > row_tokens:
+            rows.append([])
+            held = 0
+        rows[-1] += paths
+        held += grows
+    laid_out = []
+    for members in rows:
+        layout = _Layout()
+        for together in [members] if shared else [[path] for path in members]:
+            layout.grow(together, depth)
+        laid_out.append(layout.row(stem))
+    return laid_out

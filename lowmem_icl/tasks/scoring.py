@@ -55,7 +55,7 @@ def task_metrics(task: TaskRows, logprobs: Sequence[Values], greedy: Sequence[Fl
         for name, value in member.process_results(document.row, pairs).items():
             values[name].append(value)
     aggregation = task.members[0].aggregation()
-    clusters = [document.cluster for document in task.documents]
+    clusters = task.clusters
     result = []
     for name, items in values.items():
         if name in aggregation:
@@ -96,4 +96,4 @@ def unit_accuracy(task: TaskRows, accuracy: Values) -> tuple[Values, list[str]]:
     for place, document in enumerate(task.documents):
         units.setdefault(document.unit, []).append(place)
     by_unit = np.stack([accuracy[..., places].min(-1) for places in units.values()], axis=-1)
-    return by_unit, [task.documents[places[0]].cluster for places in units.values()]
+    return by_unit, [task.clusters[places[0]] for places in units.values()]

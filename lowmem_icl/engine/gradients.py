@@ -1,0 +1,164 @@
+"""Gradients of units' outputs: what one layer gives on the way back, summed by the document that tokens belong to.
+
+Axis letters: N owners (documents), T tokens, L layers, H heads, O options, D width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lowmem_icl.engine.waves import BlockRow
+from lowmem_icl.model.layer import DecoderLayer, Segment, attention_mask
+from lowmem_icl.model.streamed import StreamedModel
+from lowmem_icl.rows import Row
+
+Values = NDArray[np.float64]
+Choose = Callable[[Values], NDArray[np.bool_]]
+
+
+@dataclass(frozen=True, eq=False)
+class UnitGradients:
+    """First-order effects of every unit on the log-probability of the chosen options, by owner.
+
+    With g the gradient of an owner's chosen log-probability, summed over its tokens t:
+    `head_absolute` [N, L, H] = Σ_t |⟨z_t, g_t⟩| over a head's slice of z; `head_signed` [N, L, H] without the
+    absolute value; `ffn_signed` [N, L] with the FFN's output in z's place, `ffn_absolute` [N, L] likewise.
+    `logprobs` [O]: the options' log-probabilities on the way forward (0 where an option was not in the rows).
+    `finished` [N]: whose are made.
+    """
+
+    head_absolute: Values
+    head_signed: Values
+    ffn_absolute: Values
+    ffn_signed: Values
+    logprobs: Values
+    finished: NDArray[np.bool_]
+
+    @classmethod
+    def unmade(cls, owners: int, options: int, layers: int, heads: int) -> "UnitGradients":
+        """Return gradients that are all still to be made."""
+        of_heads, of_ffns = (owners, layers, heads), (owners, layers)
+        return cls(
+            np.zeros(of_heads), np.zeros(of_heads), np.zeros(of_ffns), np.zeros(of_ffns), np.zeros(options),
+            np.zeros(owners, dtype=np.bool_),
+        )  # fmt: skip
+
+    def arrays(self) -> dict[str, NDArray[np.generic]]:
+        """Return the arrays by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def embedded(model: StreamedModel, row: Row) -> Tensor:
+    """Return a row's residual at the first layer's input, [T, D]."""
+    return model.embed(torch.from_numpy(row.tokens), torch.from_numpy(row.positions))
+
+
+def _segments(model: StreamedModel, members: Sequence[BlockRow]) -> list[Segment]:
+    return [
+        Segment(1, len(member.row), attention_mask(torch.from_numpy(member.row.ends).to(model.device)))
+        for member in members
+    ]
+
+
+def forward_step(
+    model: StreamedModel,
+    layer: DecoderLayer,
+    members: Sequence[BlockRow],
+    residuals: list[Tensor],
+    places: Sequence[int],
+) -> None:
+    """Take rows, whose residuals [T, D] stand at `places`, through a layer together."""
+    after = layer.run(torch.cat([residuals[place] for place in places]), _segments(model, members))
+    for place, part in zip(places, after.split([len(member.row) for member in members]), strict=True):
+        residuals[place] = part
+
+
+def answer_gradients(
+    model: StreamedModel,
+    block: Sequence[BlockRow],
+    residuals: Sequence[Tensor],
+    results: Sequence[UnitGradients],
+    choose: Sequence[Choose],
+) -> list[Tensor]:
+    """Score a block's rows and return the gradients of the chosen log-probabilities at the last residuals, [T, D] each."""
+    for member, residual in zip(block, residuals, strict=True):
+        row = member.row
+        logprobs, _ = model.log_probabilities(
+            residual[torch.from_numpy(row.reads).to(model.device)],
+            torch.from_numpy(np.searchsorted(row.reads, row.read_at)).to(model.device),
+            torch.from_numpy(row.targets).to(model.device),
+        )
+        of_job = results[member.job].logprobs
+        of_job[row.answered] = 0
+        np.add.at(of_job, row.options, logprobs.double().cpu().numpy())
+    chosen = {job: choose[job](results[job].logprobs) for job in {member.job for member in block}}
+    return [
+        _answer_gradient(model, member.row, residual, chosen[member.job])
+        for member, residual in zip(block, residuals, strict=True)
+    ]
+
+
+def _answer_gradient(model: StreamedModel, row: Row, residual: Tensor, chosen: NDArray[np.bool_]) -> Tensor:
+    """Return the gradient of the row's chosen log-probabilities with respect to its last residual, [T, D]."""
+    wanted = chosen[row.options]
+    read, read_at = np.unique(row.read_at[wanted], return_inverse=True)
+    gradient = torch.zeros_like(residual)
+    if len(read):
+        places = torch.from_numpy(read).to(model.device)
+        gradient[places] = model.answer_gradient(
+            residual[places],
+            torch.from_numpy(read_at).to(model.device),
+            torch.from_numpy(row.targets[wanted]).to(model.device),
+        )
+    return gradient
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTerms:
+    """Of every token of a micro-batch: by_head ⟨z, g⟩ [T, H] and by_ffn ⟨the FFN's output, g⟩ [T]."""
+
+    by_head: Values
+    by_ffn: Values
+
+
+def one_layer_back(
+    model: StreamedModel,
+    layer: DecoderLayer,
+    members: Sequence[BlockRow],
+    residual: Tensor,
+    gradient: Tensor,
+) -> tuple[Tensor, LayerTerms]:
+    """Run a layer again with its graph, from residuals [T, D] and the gradient at its output, [T, D].
+
+    Returns the gradient at its input, [T, D], and the terms of its units.
+    """
+    with torch.enable_grad():
+        entering = residual.requires_grad_()
+        leaving, z, ffn = layer.run_captured(entering, _segments(model, members))
+        before, of_z, of_ffn = torch.autograd.grad(leaving, (entering, z, ffn), gradient)
+    with torch.no_grad():
+        by_head = (z * of_z).unflatten(-1, (model.skeleton.heads, -1)).sum(-1).double().cpu().numpy()
+        by_ffn = (ffn * of_ffn).sum(-1).double().cpu().numpy()
+    return before, LayerTerms(by_head, by_ffn)
+
+
+def add_by_owner(
+    results: Sequence[UnitGradients], members: Sequence[BlockRow], number: int, terms: LayerTerms
+) -> None:
+    """Sum one layer's terms over the tokens of every owner."""
+    start = 0
+    for member in members:
+        result, row = results[member.job], member.row
+        # An owner's tokens stand together; of every owner the first.
+        owners, starts = np.unique(row.owners, return_index=True)
+        places = slice(start, start + len(row))
+        heads, ffn = terms.by_head[places], terms.by_ffn[places]
+        result.head_signed[owners, number] = np.add.reduceat(heads, starts, axis=0)
+        result.head_absolute[owners, number] = np.add.reduceat(np.abs(heads), starts, axis=0)
+        result.ffn_signed[owners, number] = np.add.reduceat(ffn, starts)
+        result.ffn_absolute[owners, number] = np.add.reduceat(np.abs(ffn), starts)
+        start += len(row)

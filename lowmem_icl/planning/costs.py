@@ -1,0 +1,155 @@
+"""What each experiment of a run computes and reads: all rows laid out once, then the sweeps that it will make of them."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from lowmem_icl.config import RunOptions
+from lowmem_icl.engine.waves import Job
+from lowmem_icl.experiments.ablate import ablation_masks
+from lowmem_icl.masks import Mask
+from lowmem_icl.prepare import Prepared
+from lowmem_icl.rows import PackedRows, Row, outline
+from lowmem_icl.stages.work import EVALUATE_CHUNK, chunks_of, doubling_chunks, most_documents
+from lowmem_icl.tasks.loading import TaskRows
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """A chunk of the documents of all tasks: which ones, and rows by the place of their task."""
+
+    documents: slice
+    rows: dict[int, PackedRows]
+
+
+@dataclass(frozen=True, eq=False)
+class Laid:
+    """Outlines of all rows as the experiments lay them out, without content, and the seconds that laying out took.
+
+    `evaluate`, `ablate`: all documents in chunks; `gold`: the gold options alone, of all documents.
+    """
+
+    evaluate: tuple[Chunk, ...]
+    ablate: tuple[Chunk, ...]
+    gold: tuple[PackedRows, ...]
+    evaluate_seconds: float
+    train_seconds: float
+
+    def _rows(self) -> Iterator[Row]:
+        for chunk in (*self.evaluate, *self.ablate):
+            for packed in chunk.rows.values():
+                yield from packed.rows
+        for packed in self.gold:
+            yield from packed.rows
+
+    @property
+    def longest_tokens(self) -> int:
+        """Tokens of the longest row with its stem."""
+        return max(len(row) + (0 if row.stem is None else len(row.stem)) for row in self._rows())
+
+    @property
+    def mean_tokens(self) -> int:
+        """Tokens of the mean row."""
+        lengths = [len(row) for row in self._rows()]
+        return sum(lengths) // len(lengths)
+
+
+def lay_out(options: RunOptions, prepared: Prepared) -> Laid:
+    """Pack all documents once, to know their rows before anything is decided."""
+    asked = set(options.experiments)
+
+    def chunks(tasks: Sequence[TaskRows], slices: Sequence[slice], wanted: bool) -> tuple[Chunk, ...]:
+        if not wanted:
+            return ()
+        return tuple(
+            Chunk(
+                part,
+                {
+                    place: _outlined(prepared.pack(task, part).packed)
+                    for place, task in enumerate(tasks)
+                    if part.start < len(task.documents)
+                },
+            )
+            for part in slices
+        )
+
+    start = time.perf_counter()
+    evaluate = chunks(
+        prepared.evaluate,
+        chunks_of(most_documents(prepared.evaluate), EVALUATE_CHUNK),
+        bool(asked & {"evaluate", "prune"}),
+    )
+    between = time.perf_counter()
+    ablate = chunks(
+        prepared.train, doubling_chunks(most_documents(prepared.train)), bool(asked & {"ablate", "prune"})
+    )
+    gold: tuple[PackedRows, ...] = ()
+    if "importance" in asked or not (evaluate or ablate):
+        gold = tuple(_outlined(prepared.pack(task, gold_only=True).packed) for task in prepared.train)
+    return Laid(evaluate, ablate, gold, between - start, time.perf_counter() - between)
+
+
+def _outlined(packed: PackedRows) -> PackedRows:
+    stems: dict[Row, Row] = {}
+    return PackedRows(tuple(outline(row, stems) for row in packed.rows), packed.option_count)
+
+
+class PlannedSweep(NamedTuple):
+    """A sweep, how often it is made, whether its clean residuals are kept from another, and its part of the run."""
+
+    jobs: list[Job]
+    times: float = 1
+    cached: bool = False
+    part: str = ""
+    documents: int = 0
+
+
+def planned_sweeps(
+    experiment: str, options: RunOptions, prepared: Prepared, laid: Laid, masks: Sequence[Mask]
+) -> Iterator[PlannedSweep]:
+    """Yield the sweeps of `evaluate` (clean and under `masks`), `ablate` or `prune`; of others none.
+
+    The pruner's are those of removing every head, one after the other, so that a layer's sweeps try all its heads, one
+    less, …, one; the first of a layer also runs the clean model up to it.
+    """
+    skeleton = prepared.store.skeleton
+    layers, heads = skeleton.layers, skeleton.heads
+    if experiment == "evaluate":
+        for chunk in laid.evaluate:
+            part = f"evaluate-{chunk.documents.start:06d}"
+            yield PlannedSweep([Job(rows, (Mask(), *masks)) for rows in chunk.rows.values()], part=part)
+    elif experiment == "ablate":
+        every = ablation_masks(layers, heads)
+        if options.screen is not None and options.chosen_exact < len(every) - 1:
+            # Which ones is not known yet: as many, spread over all layers.
+            places = np.linspace(1, len(every) - 1, options.chosen_exact).round().astype(int)
+            every = (Mask(), *(every[place] for place in places))
+        for chunk in laid.ablate:
+            part = f"ablate-{chunk.documents.start:06d}"
+            jobs = [Job(rows, every) for rows in chunk.rows.values()]
+            yield PlannedSweep(jobs, part=part, documents=chunk.documents.stop)
+    elif experiment == "prune":
+        packed = [
+            _joined([c.rows[place] for c in laid.ablate if place in c.rows]) for place in laid.ablate[0].rows
+        ]
+        for layer in range(layers):
+            of_layer = [Mask(heads=frozenset([(layer, head)])) for head in range(heads)]
+            # Two searches, a task's own and that of all tasks, each on half of the documents.
+            yield PlannedSweep([Job(rows, tuple(of_layer)) for rows in packed])
+            for tried in (of_layer, of_layer[:1]):
+                yield PlannedSweep([Job(rows, tuple(tried)) for rows in packed], (heads - 1) / 2, cached=True)
+            first_ffn = (Mask(ffns=frozenset([layer])),)
+            yield PlannedSweep([Job(rows, first_ffn) for rows in packed], cached=True)
+        # Its own and the shared mask of three methods each, then judged.
+        for chunk in laid.evaluate:
+            six = (Mask(ffns=frozenset([0])),) * 6
+            yield PlannedSweep([Job(rows, six) for rows in chunk.rows.values()])
+
+
+def _joined(chunks: Sequence[PackedRows]) -> PackedRows:
+    return PackedRows(
+        tuple(row for packed in chunks for row in packed.rows), sum(packed.option_count for packed in chunks)
+    )

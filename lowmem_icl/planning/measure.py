@@ -1,0 +1,202 @@
+"""Two seconds of measuring this machine: its disk, and a layer of the model as a sweep runs it."""
+
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowmem_icl.engine.waves import SweepCost
+from lowmem_icl.files import existing_folder
+from lowmem_icl.model.allocator import keep_freed_memory
+from lowmem_icl.model.int8 import FIXED_ROWS, matmul_in_fixed_rows
+from lowmem_icl.model.layer import DecoderLayer, Segment, attention_mask
+from lowmem_icl.model.reading import read_rate
+from lowmem_icl.model.store import Store
+from lowmem_icl.model.streamed import VOCABULARY_BLOCK, head_rows
+
+LAYER_SECONDS = 0.8
+OTHER_SECONDS = 0.3
+SHORT_SECONDS = 0.1
+SAMPLE_BYTES = 256 << 20
+UNCACHED_BYTES = 64 << 20
+RANDOM_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does with this model, in seconds.
+
+    `call_seconds` for every micro-batch through a layer; `attended_seconds`, `projected_seconds`, `fed_seconds` for every
+    token of it through the attention's inputs, its output projection and the FFN; `backward_seconds` for a token on the
+    way back, 0 where that was not asked for; `answer_seconds` for one place through the unembedding;
+    `disk_bytes_per_second`.
+    """
+
+    call_seconds: float
+    attended_seconds: float
+    projected_seconds: float
+    fed_seconds: float
+    backward_seconds: float
+    answer_seconds: float
+    disk_bytes_per_second: float
+
+    def seconds(self, cost: SweepCost, micro_batch_tokens: int) -> float:
+        """Return how long this machine computes for a sweep of this cost."""
+        # Whatever branches late makes batches that are not full: one more a layer.
+        calls = (cost.projected + cost.backward) / micro_batch_tokens + cost.layers_read
+        return (
+            calls * self.call_seconds
+            + cost.attended * self.attended_seconds
+            + cost.projected * self.projected_seconds
+            + cost.fed * self.fed_seconds
+            + cost.backward * self.backward_seconds
+            + cost.answers * self.answer_seconds
+        )
+
+
+def measure(
+    store: Store,
+    row_tokens: int,
+    residual_bytes: int,
+    micro_batch_tokens: int,
+    device: torch.device,
+    *,
+    backward: bool,
+) -> Rates:
+    """Measure a layer of random weights of the store's shape with rows of this length, and the store's disk.
+
+    residual_bytes: how much of the memory the rows may take; more than the processor's cache is not needed.
+    micro_batch_tokens: how many tokens may go through the layer together.
+    """
+    keep_freed_memory()
+    skeleton = store.skeleton
+    layer = DecoderLayer(skeleton, store.manifest.weights, device)
+    layer.fill(_random_layer(store))
+    with torch.no_grad():
+        one = _halves(store, layer, row_tokens, 1, residual_bytes, LAYER_SECONDS / 8)
+        # A layer of a very large model is measured on fewer tokens, so that this stays short.
+        full = max(2, micro_batch_tokens // row_tokens)
+        rows = int(min(full, max(2, LAYER_SECONDS / sum(one))))
+        many = _halves(store, layer, row_tokens, rows, residual_bytes, LAYER_SECONDS / 3)
+    # Where one row costs next to nothing more, all is for the tokens.
+    share = max(1 - sum(one) / sum(many), (1 - 1 / rows) / 2) / (1 - 1 / rows)
+    attended, projected, fed = (seconds * min(1.0, share) / (rows * row_tokens) for seconds in many)
+    hidden = torch.randn(head_rows(skeleton.width), skeleton.width, device=device)
+    vocabulary = torch.randn(min(VOCABULARY_BLOCK, skeleton.vocabulary), skeleton.width, device=device)
+    block = _seconds_of(
+        lambda: matmul_in_fixed_rows(hidden, vocabulary.t(), len(hidden)).exp_().sum(1), OTHER_SECONDS
+    )
+    return Rates(
+        call_seconds=max(0.0, 1 - share) * sum(many),
+        attended_seconds=attended,
+        projected_seconds=projected,
+        fed_seconds=fed,
+        backward_seconds=_backward_seconds(store, layer, row_tokens, rows, sum(many)) if backward else 0.0,
+        answer_seconds=block / len(hidden) * skeleton.vocabulary / len(vocabulary),
+        disk_bytes_per_second=_disk_bytes_per_second(store),
+    )
+
+
+def _seconds_of(work: Callable[[], object], budget: float) -> float:
+    """Return the mean time of repeating some work for about so long, once at least, after a first time."""
+    work()
+    _wait_for_device()
+    start, done = time.perf_counter(), 0
+    while done == 0 or time.perf_counter() - start < budget:
+        work()
+        _wait_for_device()
+        done += 1
+    return (time.perf_counter() - start) / done
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _plain_rows(row_tokens: int, rows: int, device: torch.device) -> list[Segment]:
+    ends = torch.full((row_tokens,), row_tokens, device=device)
+    return [Segment(1, row_tokens, attention_mask(ends))] * rows
+
+
+def _halves(
+    store: Store, layer: DecoderLayer, row_tokens: int, rows: int, residual_bytes: int, budget: float
+) -> tuple[float, float, float]:
+    """Return the seconds of a micro-batch of so many rows through the attention, its output projection, and the FFN."""
+    tokens, width = rows * row_tokens, store.skeleton.width
+    device = layer.device
+    # More than the processor's cache holds, as in a sweep: a batch comes from memory.
+    batches = max(1, min(UNCACHED_BYTES, residual_bytes) // (4 * tokens * width))
+    residuals = torch.randn(batches, tokens, width, device=device)
+    z = torch.randn(tokens, width, device=device)
+    segments = _plain_rows(row_tokens, rows, device)
+    turns = itertools.cycle(range(batches))
+    attend = _seconds_of(lambda: layer.attend(residuals[next(turns)].clone(), segments), budget)
+
+    def finish(*, without_ffn: bool) -> None:
+        turn = next(turns)
+        residuals[turn] = layer.finish(residuals[turn].clone(), z, without_ffn=without_ffn)
+
+    project = _seconds_of(lambda: finish(without_ffn=True), budget / 2)
+    return attend, project, max(0.0, _seconds_of(lambda: finish(without_ffn=False), budget) - project)
+
+
+def _backward_seconds(
+    store: Store, layer: DecoderLayer, row_tokens: int, rows: int, forward_seconds: float
+) -> float:
+    """Return the seconds of a token on the way back, the layer being run again first."""
+    tokens, width, device = rows * row_tokens, store.skeleton.width, layer.device
+    if forward_seconds > SHORT_SECONDS:
+        # Too long to be tried: forward again, and the products in floating point at this machine's rate.
+        operations = 2 * sum(
+            torch.Size(shape).numel() for shape in store.skeleton.layer_parameters().values()
+        )
+        left = torch.randn(FIXED_ROWS, width, device=device)
+        right = torch.randn(width, 4096, device=device)
+        product = _seconds_of(lambda: left @ right, OTHER_SECONDS)
+        return forward_seconds / tokens + operations * product / (2 * left.numel() * 4096)
+    entering = torch.randn(tokens, width, device=device, requires_grad=True)
+    segments = _plain_rows(row_tokens, rows, device)
+
+    def back() -> None:
+        leaving, z, ffn = layer.run_captured(entering, segments)
+        torch.autograd.grad(leaving, (entering, z, ffn), torch.ones_like(leaving))
+
+    return _seconds_of(back, OTHER_SECONDS) / tokens
+
+
+def _random_layer(store: Store) -> dict[str, Tensor]:
+    """Return a layer's tensors, as a store has them, from a little randomness repeated."""
+    weights = store.manifest.weights
+    linears = set(store.skeleton.linear_names())
+    tensors: dict[str, Tensor] = {}
+    for name, shape in store.skeleton.layer_parameters().items():
+        owner, _, leaf = name.rpartition(".")
+        elements = torch.Size(shape).numel()
+        few = torch.randint(-127, 128, (min(elements, RANDOM_ELEMENTS),), dtype=torch.int8)
+        values = few.repeat(-(-elements // len(few)))[:elements].view(shape)
+        if owner not in linears or leaf == "bias" or weights != "int8":
+            tensors[name] = values.float().mul_(1e-3)
+            continue
+        tensors[name], tensors[f"{owner}.SCB"] = values, torch.full((shape[0],), 0.1)
+    return tensors
+
+
+def _disk_bytes_per_second(store: Store) -> float:
+    """Read layers of the store past the page cache; of a store that is not there yet, a file of their size."""
+    if store.is_written:
+        return read_rate(store.layer_paths, SAMPLE_BYTES)
+    place = existing_folder(store.folder)
+    with tempfile.TemporaryDirectory(dir=place if os.access(place, os.W_OK) else None) as folder:
+        sample = Path(folder) / "sample"
+        with sample.open("wb") as opened:
+            opened.write(os.urandom(1 << 20) * (SAMPLE_BYTES >> 20))
+            opened.flush()
+            os.fsync(opened.fileno())
+        return read_rate([sample], SAMPLE_BYTES)
