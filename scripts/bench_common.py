@@ -9,19 +9,24 @@ import json
 import multiprocessing
 import os
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import OPTConfig
 
 from lowmem_icl.files import sha256_of_file, write_text_atomic
+from lowmem_icl.model.calibration import fixed_text
+from lowmem_icl.model.checkpoint import open_checkpoint
+from lowmem_icl.model.convert import convert
 from lowmem_icl.model.families import Skeleton
-from lowmem_icl.model.locate import load_tokenizer
+from lowmem_icl.model.locate import load_tokenizer, tokeniser
 from lowmem_icl.model.store import (
     MANIFEST,
     OUTSIDE,
@@ -35,8 +40,9 @@ from lowmem_icl.model.store import (
     open_store,
 )
 from lowmem_icl.rows import Row
+from lowmem_icl.tasks.demonstrations import PER_DOCUMENT, Demonstrations
 from lowmem_icl.tasks.loading import open_task
-from lowmem_icl.tasks.packing import PackingLimits, pack
+from lowmem_icl.tasks.packing import PackedTask, PackingLimits, pack
 
 SHARED = Path(os.environ.get("LOWMEM_ICL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 OUTLIER_SHARE = 0.001
@@ -128,20 +134,111 @@ def _random_layer(skeleton: Skeleton, generator: torch.Generator) -> dict[str, T
     return tensors
 
 
-def real_rows(
-    task: str, data_dir: Path, tokenizer: Path, width: int, *, documents: int, shots: int = 0
-) -> list[Row]:
-    """Return packed rows of a task's first documents, as `lowmem-icl run` lays them out for a model of this width."""
+def random_checkpoint(folder: Path, config: OPTConfig, tokenizer: Path, dtype: torch.dtype) -> Path:
+    """Return a Hugging Face checkpoint of a shape with random weights; made once, used again where it is there."""
+    from transformers import OPTForCausalLM
+
+    if not (folder / "config.json").is_file():
+        torch.manual_seed(0)
+        OPTForCausalLM._from_config(config, dtype=dtype).save_pretrained(folder)
+        for path in tokenizer.iterdir():
+            shutil.copyfile(path, folder / path.name)
+    return folder
+
+
+def converted(checkpoint: Path, folder: Path, weights: str) -> Store:
+    """Return the store of a checkpoint, converted now where it is not there."""
+    if is_store(folder):
+        return open_store(folder)
+    return convert(
+        open_checkpoint(checkpoint),
+        folder,
+        weights,  # type: ignore[arg-type]
+        source_id="random",
+        revision=None,
+        tokenise=tokeniser(checkpoint),
+        fixed_text=fixed_text(),
+    )
+
+
+def offloaded(checkpoint: Path, folder: Path) -> Path:
+    """Return the folder from which accelerate's `disk_offload` reads a checkpoint; made once."""
+    from accelerate.utils import offload_state_dict
+    from transformers import OPTForCausalLM
+
+    if not (folder / "index.json").is_file():
+        model = OPTForCausalLM.from_pretrained(checkpoint, dtype="auto")
+        offload_state_dict(folder, model.state_dict())
+    return folder
+
+
+def real_task(
+    task: str,
+    data_dir: Path,
+    tokenizer: Path,
+    width: int,
+    *,
+    documents: int,
+    shots: int = 0,
+    sets: int | None = None,
+    row_tokens: int | None = None,
+) -> PackedTask:
+    """Return a task's first documents as `lowmem-icl run` lays them out for a model of this width.
+
+    With `sets` their demonstrations are so many shared sets.
+    """
     loaded = load_tokenizer(tokenizer)
-    limits = PackingLimits(2048, PackingLimits.row_tokens_for(width), loaded.eos_token_id)
-    rows = open_task(task, data_dir).rows(shots=shots, part="evaluate", limit=documents)
-    packed = pack(rows, lambda texts: loaded(texts, add_special_tokens=False)["input_ids"], limits)
-    return list(packed.packed.rows)
+    limits = PackingLimits(2048, row_tokens or PackingLimits.row_tokens_for(width), loaded.eos_token_id)
+    how = PER_DOCUMENT if sets is None else Demonstrations("shared", sets)
+    rows = open_task(task, data_dir).rows(shots=shots, part="evaluate", limit=documents, demonstrations=how)
+    return pack(rows, lambda texts: loaded(texts, add_special_tokens=False)["input_ids"], limits)
 
 
-def filled_tokens(row: Row) -> int:
-    """Return how many tokens of a row are of its documents; the rest fill it up."""
-    return int((row.tokens != 0).nonzero()[0].max()) + 1
+def plain_row(data_dir: Path, tokenizer: Path, length: int, answers: int) -> Row:
+    """Return so many real tokens as one plain row, the last ones of which are predicted, an option each."""
+    rows = real_task("hellaswag", data_dir, tokenizer, 2048, documents=16).packed.rows
+    tokens = np.concatenate([row.tokens for row in rows])[: length + 1]
+    return Row(
+        tokens=tokens[:-1],
+        positions=np.arange(length),
+        ends=np.full(length, length),
+        owners=np.zeros(length, np.int64),
+        read_at=np.arange(length - answers, length),
+        targets=tokens[-answers:],
+        options=np.arange(answers),
+    )
+
+
+class Products:
+    """The bare integer products of one decoder layer for so many tokens, and what they took."""
+
+    def __init__(self, store: Store, tokens: int) -> None:
+        shapes = store.skeleton.layer_parameters()
+        self._shapes = [shapes[f"{name}.weight"] for name in store.skeleton.linear_names()]
+        largest = max(outputs * inputs for outputs, inputs in self._shapes)
+        widest = max(inputs for _, inputs in self._shapes)
+        self._weight = torch.empty(largest, dtype=torch.int8).random_(-127, 128)
+        self._values = torch.empty(tokens * widest, dtype=torch.int8).random_(-127, 128)
+        self._tokens = tokens
+        self.seconds: list[float] = []
+        self._once()
+
+    def _once(self) -> None:
+        for outputs, inputs in self._shapes:
+            weight = self._weight[: outputs * inputs].view(outputs, inputs)
+            torch._int_mm(self._values[: self._tokens * inputs].view(self._tokens, inputs), weight.t())
+
+    def measure(self) -> float:
+        """Run a layer's products and return the seconds they took."""
+        start = time.perf_counter()
+        self._once()
+        self.seconds.append(time.perf_counter() - start)
+        return self.seconds[-1]
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of one layer."""
+        return sum(2 * outputs * inputs * self._tokens for outputs, inputs in self._shapes)
 
 
 def drop_from_cache(folder: Path) -> None:

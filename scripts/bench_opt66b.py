@@ -16,6 +16,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from mmap import mmap
 from pathlib import Path
@@ -28,25 +29,27 @@ from bench_common import (
     OPT_1_3B,
     OPT_66B,
     SHARED,
+    Products,
     bytes_from_disk,
+    converted,
     drop_from_cache,
-    filled_tokens,
     in_child,
+    offloaded,
+    plain_row,
+    random_checkpoint,
     random_store,
-    real_rows,
+    real_task,
 )
 from rich.console import Console
 from rich.table import Table
 
+from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.engine.stream import sweep
-from lowmem_icl.engine.waves import Job, SweepMemory
+from lowmem_icl.engine.waves import Job, SweepLimits
 from lowmem_icl.machine import peak_resident_bytes
 from lowmem_icl.masks import Mask
-from lowmem_icl.model.calibration import fixed_text
-from lowmem_icl.model.checkpoint import open_checkpoint
-from lowmem_icl.model.convert import convert
-from lowmem_icl.model.locate import tokeniser
-from lowmem_icl.model.store import Store, open_store
+from lowmem_icl.model.layer import DecoderLayer
+from lowmem_icl.model.store import open_store
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.rows import PackedRows, Row
 
@@ -58,38 +61,7 @@ DISTINCT_LAYERS = 4
 PRODUCTS_EVERY = 8
 BLOCK_BYTES = 32 << 20
 FULL_BYTES = 70e9
-
-
-class Products:
-    """The bare integer products of one decoder layer for so many tokens, and what they took."""
-
-    def __init__(self, store: Store, tokens: int) -> None:
-        shapes = store.skeleton.layer_parameters()
-        self._shapes = [shapes[f"{name}.weight"] for name in store.skeleton.linear_names()]
-        largest = max(outputs * inputs for outputs, inputs in self._shapes)
-        widest = max(inputs for _, inputs in self._shapes)
-        self._weight = torch.empty(largest, dtype=torch.int8).random_(-127, 128)
-        self._values = torch.empty(tokens * widest, dtype=torch.int8).random_(-127, 128)
-        self._tokens = tokens
-        self.seconds: list[float] = []
-        self._once()
-
-    def _once(self) -> None:
-        for outputs, inputs in self._shapes:
-            weight = self._weight[: outputs * inputs].view(outputs, inputs)
-            torch._int_mm(self._values[: self._tokens * inputs].view(self._tokens, inputs), weight.t())
-
-    def measure(self) -> float:
-        """Run a layer's products and return the seconds they took."""
-        start = time.perf_counter()
-        self._once()
-        self.seconds.append(time.perf_counter() - start)
-        return self.seconds[-1]
-
-    @property
-    def operations(self) -> int:
-        """Multiplications and additions of one layer."""
-        return sum(2 * outputs * inputs * self._tokens for outputs, inputs in self._shapes)
+PLENTY = SweepLimits.of(1 << 30)
 
 
 def bare_read_seconds(paths: list[Path]) -> float:
@@ -113,34 +85,36 @@ def bare_read_seconds(paths: list[Path]) -> float:
     return time.perf_counter() - began
 
 
+class ProbedModel(StreamedModel):
+    """A streamed model that measures the bare products between its layers, every so often."""
+
+    products: Products
+    paused = 0.0
+
+    def layers(self, order: Sequence[int]) -> Iterator[tuple[int, DecoderLayer]]:
+        """Yield the layers, and measure after every eighth."""
+        for number, layer in super().layers(order):
+            yield number, layer
+            if (number + 1) % PRODUCTS_EVERY == 0:
+                self.paused += self.products.measure()
+
+
 def score_opt66b(folder: Path, data_dir: Path, tokenizer: Path) -> dict[str, Any]:
     """Score real rows through all layers of a store; return times, limits and peak memory."""
     store = open_store(folder)
     rows: list[Row] = []
-    for row in real_rows("hellaswag", data_dir, tokenizer, store.skeleton.width, documents=64):
-        if sum(map(filled_tokens, rows)) >= TOKENS:
+    for row in real_task("hellaswag", data_dir, tokenizer, store.skeleton.width, documents=64).packed.rows:
+        if sum(map(len, rows)) >= TOKENS:
             break
         rows.append(row)
-    tokens = sum(map(filled_tokens, rows))
+    tokens = sum(map(len, rows))
     options = 1 + max(int(row.options.max()) for row in rows)
-    products = Products(store, tokens)
-    layers_done, paused = 0, 0.0
-
-    def advance(layer_tokens: int) -> None:
-        nonlocal layers_done, paused
-        layers_done += layer_tokens
-        if layers_done % (PRODUCTS_EVERY * sum(map(len, rows))) == 0:
-            paused += products.measure()
-
-    with StreamedModel(store, device=torch.device("cpu"), resident_bytes=0) as model:
+    job = Job(PackedRows(tuple(rows), options), (Mask(),))
+    with ProbedModel(store, device=torch.device("cpu"), resident_bytes=0) as model:
+        model.products = products = Products(store, tokens)
         start = time.perf_counter()
-        (scores,) = sweep(
-            model,
-            [Job(PackedRows(tuple(rows), options), (Mask(),))],
-            memory=SweepMemory.of(1 << 30),
-            advance=advance,
-        )
-        seconds = time.perf_counter() - start - paused
+        (scores,) = sweep(model, [job], limits=PLENTY, cache=CleanCache(0))
+        seconds = time.perf_counter() - start - model.paused
         read_bytes = model.read_bytes
     if not np.isfinite(scores.logprobs).all():
         raise RuntimeError("a score is not finite")
@@ -165,21 +139,6 @@ def score_opt66b(folder: Path, data_dir: Path, tokenizer: Path) -> dict[str, Any
     }
 
 
-def plain_row(data_dir: Path, tokenizer: Path) -> Row:
-    """Return PEER_TOKENS real tokens as one plain row, the last PEER_ANSWERS of which are predicted."""
-    parts = real_rows("hellaswag", data_dir, tokenizer, 2048, documents=16)
-    tokens = np.concatenate([part.tokens[: filled_tokens(part)] for part in parts])[: PEER_TOKENS + 1]
-    return Row(
-        tokens=tokens[:-1],
-        positions=np.arange(PEER_TOKENS),
-        ends=np.full(PEER_TOKENS, PEER_TOKENS),
-        owners=np.zeros(PEER_TOKENS, np.int64),
-        read_at=np.arange(PEER_TOKENS - PEER_ANSWERS, PEER_TOKENS),
-        targets=tokens[-PEER_ANSWERS:],
-        options=np.arange(PEER_ANSWERS),
-    )
-
-
 def _timed_pass(folder: Path, once: Any) -> dict[str, Any]:
     """Warm up, drop the files' pages, and measure one pass."""
     once()
@@ -197,11 +156,11 @@ def _timed_pass(folder: Path, once: Any) -> dict[str, Any]:
 
 def pass_of_ours(folder: Path, data_dir: Path, tokenizer: Path) -> dict[str, Any]:
     """Run the plain row through the int8 store."""
-    row = plain_row(data_dir, tokenizer)
+    row = plain_row(data_dir, tokenizer, PEER_TOKENS, PEER_ANSWERS)
     with StreamedModel(open_store(folder), device=torch.device("cpu"), resident_bytes=0) as model:
         job = Job(PackedRows((row,), PEER_ANSWERS), (Mask(),))
         return _timed_pass(
-            folder, lambda: sweep(model, [job], memory=SweepMemory.of(1 << 30))[0].logprobs[0].tolist()
+            folder, lambda: sweep(model, [job], limits=PLENTY, cache=CleanCache(0))[0].logprobs[0].tolist()
         )
 
 
@@ -210,7 +169,7 @@ def pass_of_disk_offload(folder: Path, data_dir: Path, tokenizer: Path) -> dict[
     from accelerate import disk_offload, init_empty_weights
     from transformers import OPTForCausalLM
 
-    row = plain_row(data_dir, tokenizer)
+    row = plain_row(data_dir, tokenizer, PEER_TOKENS, PEER_ANSWERS)
     with init_empty_weights():
         model = OPTForCausalLM._from_config(OPT_1_3B, dtype=torch.bfloat16).eval()
     model.tie_weights()
@@ -227,25 +186,9 @@ def pass_of_disk_offload(folder: Path, data_dir: Path, tokenizer: Path) -> dict[
 
 def make_opt_1_3b(folder: Path, tokenizer: Path) -> None:
     """Write OPT-1.3B's shape with random weights: an int8 store made by `convert`, and accelerate's offload folder."""
-    from accelerate.utils import offload_state_dict
-    from transformers import OPTForCausalLM
-
-    torch.manual_seed(0)
-    model = OPTForCausalLM._from_config(OPT_1_3B, dtype=torch.bfloat16)
-    model.save_pretrained(folder / "checkpoint")
-    offload_state_dict(folder / "offload", model.state_dict())
-    for path in tokenizer.iterdir():
-        shutil.copyfile(path, folder / "checkpoint" / path.name)
-    del model
-    convert(
-        open_checkpoint(folder / "checkpoint"),
-        folder / "store",
-        "int8",
-        source_id="random OPT-1.3B",
-        revision=None,
-        tokenise=tokeniser(folder / "checkpoint"),
-        fixed_text=fixed_text(),
-    )
+    checkpoint = random_checkpoint(folder / "checkpoint", OPT_1_3B, tokenizer, torch.bfloat16)
+    offloaded(checkpoint, folder / "offload")
+    converted(checkpoint, folder / "store", "int8")
 
 
 def compare_opt_1_3b(folder: Path, data_dir: Path, tokenizer: Path) -> dict[str, Any]:

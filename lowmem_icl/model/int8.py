@@ -145,6 +145,7 @@ class Int8Linear(nn.Module):
         whole = torch.empty(*values.shape[:-1], product.shape[1], device=product.device)
         out = whole.view(product.shape)
         step = _epilogue_rows(out)
+        fixed_rows = step if out.is_cuda else min(step, FIXED_ROWS)
         scale = (maxima / (127.0 * 127.0))[:, None]
         for start in range(0, out.shape[0], step):
             rows = slice(start, start + step)
@@ -154,7 +155,7 @@ class Int8Linear(nn.Module):
             else:
                 torch.addcmul(self.bias, part, self.SCB, out=part)
             if beside is not None and self._outlier_weight is not None:
-                part += matmul_in_fixed_rows(beside[rows], self._outlier_weight, step)
+                part += matmul_in_fixed_rows(beside[rows], self._outlier_weight, fixed_rows)
         return whole
 
     def _add_outlier_columns(self, values: Tensor) -> None:
@@ -170,7 +171,8 @@ def _epilogue_rows(out: Tensor) -> int:
     """Return how many rows of a result are finished together: on the CPU about as many as its cache takes."""
     if out.is_cuda:
         return 8 * FIXED_ROWS
-    return FIXED_ROWS if out.shape[1] * FIXED_ROWS <= 2 * CACHE_ELEMENTS else FIXED_ROWS // 4
+    fitting = CACHE_ELEMENTS // out.shape[1]
+    return max(FIXED_ROWS // 4, fitting // FIXED_ROWS * FIXED_ROWS)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -65,9 +65,9 @@ class StreamedModel:
             yield number, self._layer
 
     @property
-    def read_rows(self) -> int:
-        """How many places are worth collecting for one call of `log_probabilities`."""
-        return READ_ROWS
+    def head_rows(self) -> int:
+        """How many places go through the unembedding in one product."""
+        return head_rows(self.skeleton.width)
 
     def log_probabilities(self, residual: Tensor, read_at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log-probability (nats, float32) of each target and whether it is the most likely token, [A].
@@ -88,7 +88,7 @@ class StreamedModel:
 
     def _normaliser(self, hidden: Tensor, read_at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return each answer's logit, the largest logit and the logarithm of the summed exponentials beside it."""
-        rows = head_rows(self.skeleton.width)
+        rows = self.head_rows
         filled = pad(hidden, (0, 0, 0, -len(hidden) % rows))
         largest = hidden.new_full((len(filled),), float("-inf"))
         summed = hidden.new_zeros(len(filled))
@@ -136,7 +136,7 @@ class StreamedModel:
             0, read_at, torch.ones(len(read_at), device=hidden.device)
         )
         gradient = torch.zeros_like(hidden)
-        rows = head_rows(self.skeleton.width)
+        rows = self.head_rows
         for _, block in self._vocabulary_blocks():
             logits = matmul_in_fixed_rows(hidden, block.t(), rows)
             likely = logits.sub_(total[:, None]).clamp_(min=LOWEST_EXPONENT).exp_() * answers[:, None]
@@ -146,7 +146,7 @@ class StreamedModel:
 
 def head_rows(width: int) -> int:
     """Return how many places go through the unembedding in one product: more where that is cheap to fill up."""
-    return READ_ROWS if width <= NARROW_WIDTH else 2 * FIXED_ROWS
+    return (4 if width <= NARROW_WIDTH else 2) * FIXED_ROWS
 
 
 def _parts(places: int, read_at: Tensor) -> Iterator[tuple[slice, Tensor]]:

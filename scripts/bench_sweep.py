@@ -1,0 +1,566 @@
+"""The sweep against other ways to do the same, on this machine, all sides in one run on the same rows.
+
+    pip install -e '.[bench]'
+    python scripts/bench_sweep.py [--case 1,2,3a,3b,4a,4b,5,6] [--json FILE] [--folder DIR] [--data-dir DIR] [--tokenizer DIR]
+
+    1   all single-unit ablations of OPT-125M's shape, float32, 32 documents of piqa and hellaswag, 0-shot: against Hugging
+        Face with hooks and TransformerLens with hooks, one pass an ablation. Target 3 times the better of the two.
+    2   the same at 5-shot with one shared set of demonstrations. Target 18.
+    3   evaluation without ablations against lm-eval's `hf` model: (3a) 0-shot, target 2; (3b) 5-shot, target 10.
+    4   from disk: OPT-1.3B's shape, memory for 4 waves, 96 ablations, int8, against accelerate's `disk_offload` in bfloat16 with
+        hooks: (4a) 8 documents, target 3; (4b) one short document, target 12; both 60 times fewer bytes read. The page cache
+        is dropped before every pass.
+    5   OPT-66B's shape: one layer's 72 head ablations on 128 tokens through that layer and the next, against the bare
+        integer products. Target 0.8 of their speed.
+    6   how time and memory grow with ablations, documents and layers.
+
+Peers run a stated sample of the ablations, spread over the layers, and are scaled to all; results are compared before times
+are. Every side runs in a process of its own; where several rounds are run, sides alternate and medians are taken.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from bench_common import (
+    OPT_1_3B,
+    OPT_66B,
+    OPT_125M,
+    SHARED,
+    Products,
+    bytes_from_disk,
+    converted,
+    drop_from_cache,
+    in_child,
+    offloaded,
+    opt_config,
+    plain_row,
+    random_checkpoint,
+    random_store,
+    real_task,
+)
+from bench_peers import DiskOffload, HuggingFace, LmEval, TransformerLens
+from rich.console import Console
+from rich.table import Table
+
+from lowmem_icl.engine.answers import Scores
+from lowmem_icl.engine.cache import CleanCache
+from lowmem_icl.engine.stream import sweep
+from lowmem_icl.engine.wave import Wave
+from lowmem_icl.engine.waves import BlockRow, Job, SweepCost, SweepLimits, Variant, operations, sweep_cost
+from lowmem_icl.experiments.ablate import ablation_masks
+from lowmem_icl.machine import peak_resident_bytes
+from lowmem_icl.masks import Mask
+from lowmem_icl.model.store import open_store
+from lowmem_icl.model.streamed import StreamedModel
+from lowmem_icl.rows import PackedRows
+from lowmem_icl.tasks.packing import PackedTask
+
+CASES = ("1", "2", "3a", "3b", "4a", "4b", "5", "6")
+TARGETS = {"1": 3.0, "2": 18.0, "3a": 2.0, "3b": 10.0, "4a": 3.0, "4b": 12.0, "5": 0.8}
+READ_TARGET = 60.0
+TASKS = ("piqa", "hellaswag")
+DOCUMENTS = 32
+BATCH_SIZES = (1, 4, 8, 16)
+SAMPLED = {"1": 12, "2": 4, "4a": 6, "4b": 8}
+EVALUATION_ROUNDS = 3
+DISK_ABLATIONS = 96
+WAVES = 4
+PLENTY = SweepLimits.of(8 << 30)
+CPU = torch.device("cpu")
+
+Row = dict[str, Any]
+
+
+class Side:
+    """One side of a comparison: a process of its own that lives as long as the comparison."""
+
+    def __init__(self) -> None:
+        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def call(self, function: Any, *arguments: Any) -> Any:
+        """Return what a function of this module gives there."""
+        return self._pool.submit(function, *arguments).result()
+
+
+class Inputs:
+    """Where things are: the folder models are built in, rows and tokenizer."""
+
+    def __init__(self, folder: Path, data_dir: Path, tokenizer: Path) -> None:
+        self.folder, self.data_dir, self.tokenizer = folder, data_dir, tokenizer
+
+    def task(self, name: str, width: int, documents: int, shots: int = 0) -> PackedTask:
+        """Return a task's documents, not laid out yet; with demonstrations, one set for all."""
+        return real_task(
+            name,
+            self.data_dir,
+            self.tokenizer,
+            width,
+            documents=documents,
+            shots=shots,
+            sets=1 if shots else None,
+        )
+
+
+# What runs in the sides' processes.
+
+
+@cache
+def _hugging_face(checkpoint: Path) -> Any:
+    from transformers import OPTForCausalLM
+
+    return OPTForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+@cache
+def _peer(kind: str, checkpoint: Path, tokenizer: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    if kind == "HuggingFace":
+        return HuggingFace(_hugging_face(checkpoint))
+    if kind == "TransformerLens":
+        return TransformerLens(checkpoint, _hugging_face(checkpoint), loaded)
+    return LmEval(_hugging_face(checkpoint), loaded)
+
+
+def peer_scores(
+    kind: str, inputs: Inputs, name: str, shots: int, masks: Sequence[Mask], batch_size: int
+) -> tuple[float, list[list[float]]]:
+    """Return the seconds of scoring a task under some masks, one pass each, and the scores."""
+    peer = _peer(kind, inputs.folder / "opt-125m", inputs.tokenizer)
+    options = inputs.task(name, OPT_125M.hidden_size, DOCUMENTS, shots).options
+    start = time.perf_counter()
+    scores = [peer.score(options, mask, batch_size) for mask in masks]
+    return time.perf_counter() - start, scores
+
+
+def best_batch_size(kind: str, inputs: Inputs, name: str, shots: int) -> int:
+    """Return the batch size at which a peer scores the clean model fastest; the first pass warms up."""
+    peer_scores(kind, inputs, name, shots, [Mask()], BATCH_SIZES[-1])
+    return min(BATCH_SIZES, key=lambda size: peer_scores(kind, inputs, name, shots, [Mask()], size)[0])
+
+
+def our_scores(
+    inputs: Inputs, name: str, shots: int, masks: Sequence[Mask]
+) -> tuple[float, list[list[float]]]:
+    """Return the seconds of laying out and sweeping a task under all masks, and the scores."""
+    store = open_store(inputs.folder / "opt-125m-float32")
+    with StreamedModel(store, device=CPU, resident_bytes=store.size_bytes) as model:
+        # Weights are in memory on both sides.
+        for _ in model.layers(range(store.skeleton.layers)):
+            pass
+        task = inputs.task(name, OPT_125M.hidden_size, DOCUMENTS, shots)
+        start = time.perf_counter()
+        job = Job(task.packed, tuple(masks))
+        with CleanCache(PLENTY.cache_bytes) as cache_of_clean:
+            (scores,) = sweep(model, [job], limits=PLENTY, cache=cache_of_clean)
+        return time.perf_counter() - start, scores.logprobs.tolist()
+
+
+def our_pass_from_disk(inputs: Inputs, name: str, documents: int, masks: Sequence[Mask]) -> Row:
+    """Sweep from disk in int8 with memory for so many waves; bytes as the kernel counts them, and as planned."""
+    store = open_store(inputs.folder / "opt-1.3b-int8")
+    task = inputs.task(name, OPT_1_3B.hidden_size, documents)
+    job = Job(task.packed, tuple(masks))
+    layers, width = store.skeleton.layers, store.skeleton.width
+    # The clean run goes with the first wave.
+    slots = -(-(len(masks) + 1) // WAVES)
+    limits = SweepLimits(4 * width * task.packed.token_count * slots, cache_bytes=1 << 30)
+    planned = sweep_cost([job], width, layers, limits).layers_read * store.layer_bytes
+    with (
+        StreamedModel(store, device=CPU, resident_bytes=0) as model,
+        CleanCache(limits.cache_bytes) as cache_of_clean,
+    ):
+        drop_from_cache(store.folder)
+        before, start = bytes_from_disk(), time.perf_counter()
+        (scores,) = sweep(model, [job], limits=limits, cache=cache_of_clean)
+        seconds = time.perf_counter() - start
+        read = bytes_from_disk() - before
+    return {
+        "seconds": seconds,
+        "read_bytes": read,
+        "planned_bytes": planned,
+        "scores": scores.logprobs.tolist(),
+        "peak_resident_bytes": peak_resident_bytes(),
+    }
+
+
+def disk_offload_passes(inputs: Inputs, name: str, documents: int, masks: Sequence[Mask]) -> Row:
+    """Score under each mask by a pass of its own from disk, the page cache dropped before each."""
+    folder = inputs.folder / "opt-1.3b-offload"
+    peer = DiskOffload(OPT_1_3B, folder)
+    options = inputs.task(name, OPT_1_3B.hidden_size, documents).options
+    peer.score(options, Mask(), len(options))
+    seconds, read, scores = 0.0, 0, []
+    for mask in masks:
+        drop_from_cache(folder)
+        before, start = bytes_from_disk(), time.perf_counter()
+        scores.append(peer.score(options, mask, len(options)))
+        seconds += time.perf_counter() - start
+        read += bytes_from_disk() - before
+    return {
+        "seconds": seconds,
+        "read_bytes": read,
+        "scores": scores,
+        "peak_resident_bytes": peak_resident_bytes(),
+    }
+
+
+def one_layer_of_66b(inputs: Inputs) -> Row:
+    """Take one layer's head ablations through that layer and the next; compare with the bare products."""
+    store = open_store(inputs.folder / "opt-66b-3-layers")
+    row = plain_row(inputs.data_dir, inputs.tokenizer, 128, 8)
+    masks = tuple(Mask(heads=frozenset([(0, head)])) for head in range(store.skeleton.heads))
+    job = Job(PackedRows((row,), 8), masks)
+    costs: list[SweepCost] = []
+    products = Products(store, PLENTY.micro_batch_tokens)
+    products.measure()
+    with StreamedModel(store, device=CPU, resident_bytes=0) as model, torch.no_grad():
+        wave = Wave(
+            model,
+            [job],
+            [BlockRow(0, row)],
+            [Variant(0, place, 0) for place in range(len(masks))],
+            clean_layers=0,
+            keep_at=frozenset(),
+            cache=CleanCache(0),
+            limits=PLENTY,
+            scores=[Scores.unmade(len(masks), 8)],
+            account=costs.append,
+        )
+        start = time.perf_counter()
+        for number, layer in model.layers(range(2)):
+            wave.step(number, layer)
+        seconds = time.perf_counter() - start
+    products.measure()
+    done = operations(sum(costs, SweepCost()), store.skeleton)
+    bare = done / (products.operations / statistics.mean(products.seconds))
+    return {"seconds": seconds, "bare_seconds": bare, "operations": done}
+
+
+def growth_point(inputs: Inputs, layers: int, documents: int, ablations: int) -> Row:
+    """Sweep so many head ablations, spread over the layers, over so many documents; return time and added memory."""
+    store = open_store(inputs.folder / f"opt-125m-{layers}-layers")
+    heads = ablation_masks(layers, store.skeleton.heads)[1 : 1 + layers * store.skeleton.heads]
+    masks = [heads[place] for place in np.linspace(0, len(heads) - 1, ablations).round().astype(int)]
+    job = Job(inputs.task("piqa", store.skeleton.width, documents).packed, tuple(masks))
+    with (
+        StreamedModel(store, device=CPU, resident_bytes=store.size_bytes) as model,
+        CleanCache(PLENTY.cache_bytes) as cache_of_clean,
+    ):
+        for _ in model.layers(range(layers)):
+            pass
+        before, start = peak_resident_bytes(), time.perf_counter()
+        sweep(model, [job], limits=PLENTY, cache=cache_of_clean)
+        return {"seconds": time.perf_counter() - start, "bytes": peak_resident_bytes() - before}
+
+
+# The cases.
+
+
+def sample_of(masks: Sequence[Mask], count: int) -> list[int]:
+    """Return places of so many masks, spread evenly."""
+    return [int(place) for place in np.linspace(0, len(masks) - 1, count).round()]
+
+
+def compared(case: str, peer: str, ours: float, theirs: float, difference: float, **more: Any) -> Row:
+    """Return a row of the results."""
+    return {
+        "case": case,
+        "peer": peer,
+        "ours_seconds": ours,
+        "peer_seconds": theirs,
+        "ratio": theirs / ours,
+        "largest_difference": difference,
+        "target": TARGETS[case],
+    } | more
+
+
+def largest_difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> float:
+    """Return the largest difference between scores, in nats."""
+    return float(np.abs(np.subtract(ours, theirs)).max())
+
+
+def ablations(case: str, inputs: Inputs, say: Any) -> list[Row]:
+    """Cases 1 and 2: every unit alone, against one pass an ablation."""
+    shots = 0 if case == "1" else 5
+    checkpoint = random_checkpoint(inputs.folder / "opt-125m", OPT_125M, inputs.tokenizer, torch.float32)
+    in_child(converted, checkpoint, inputs.folder / "opt-125m-float32", "float32")
+    masks = ablation_masks(OPT_125M.num_hidden_layers, OPT_125M.num_attention_heads)[1:]
+    places = sample_of(masks, SAMPLED[case])
+    sample = [masks[place] for place in places]
+    kinds = ("HuggingFace", "TransformerLens")
+    ours_total, totals, differences = 0.0, dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0.0)
+    rows: list[Row] = []
+    with ExitStack() as stack:
+        us, them = stack.enter_context(Side()), {kind: stack.enter_context(Side()) for kind in kinds}
+        for name in TASKS:
+            sizes = {kind: them[kind].call(best_batch_size, kind, inputs, name, shots) for kind in kinds}
+            spent: dict[str, list[tuple[float, list[list[float]]]]] = {kind: [] for kind in kinds}
+
+            def half(
+                members: Sequence[Mask], name: str = name, sizes: Any = sizes, spent: Any = spent
+            ) -> None:
+                for kind in kinds:
+                    told = them[kind].call(peer_scores, kind, inputs, name, shots, members, sizes[kind])
+                    spent[kind].append(told)
+
+            # Half of the sample before and half after, so that a machine that drifts favours nobody.
+            middle = len(sample) // 2
+            half(sample[:middle])
+            seconds, scores = us.call(our_scores, inputs, name, shots, masks)
+            half(sample[middle:])
+            ours_total += seconds
+            for kind in kinds:
+                theirs = sum(part for part, _ in spent[kind]) * len(masks) / len(sample)
+                told = [of_mask for _, part in spent[kind] for of_mask in part]
+                difference = largest_difference([scores[place] for place in places], told)
+                totals[kind] += theirs
+                differences[kind] = max(differences[kind], difference)
+                rows.append(
+                    {"case": case, "peer": kind, "task": name, "ours_seconds": seconds, "peer_seconds": theirs,
+                     "largest_difference": difference, "batch_size": sizes[kind],
+                     "sampled": f"{len(sample)} of {len(masks)}"}
+                )  # fmt: skip
+                say(
+                    f"case {case}, {name}: ours {seconds:.0f} s, {kind} {theirs:.0f} s (batches of {sizes[kind]})"
+                )
+    return rows + [
+        compared(
+            case, kind, ours_total, totals[kind], differences[kind], sampled=f"{len(sample)} of {len(masks)}"
+        )
+        for kind in kinds
+    ]
+
+
+def evaluation(case: str, inputs: Inputs, say: Any) -> list[Row]:
+    """Cases 3a and 3b: the clean model, against lm-eval's `hf` model."""
+    shots = 0 if case == "3a" else 5
+    checkpoint = random_checkpoint(inputs.folder / "opt-125m", OPT_125M, inputs.tokenizer, torch.float32)
+    in_child(converted, checkpoint, inputs.folder / "opt-125m-float32", "float32")
+    rows, ours_total, peer_total, worst = [], 0.0, 0.0, 0.0
+    with Side() as us, Side() as them:
+        for name in TASKS:
+            size = them.call(best_batch_size, "LmEval", inputs, name, shots)
+            us.call(our_scores, inputs, name, shots, [Mask()])
+            ours, theirs = [], []
+            for _ in range(EVALUATION_ROUNDS):
+                ours.append(us.call(our_scores, inputs, name, shots, [Mask()]))
+                theirs.append(them.call(peer_scores, "LmEval", inputs, name, shots, [Mask()], size))
+            difference = largest_difference(ours[0][1], theirs[0][1])
+            seconds, peer_seconds = (statistics.median(part for part, _ in side) for side in (ours, theirs))
+            ours_total, peer_total = ours_total + seconds, peer_total + peer_seconds
+            worst = max(worst, difference)
+            rows.append(
+                {"case": case, "peer": "lm-eval hf", "task": name, "ours_seconds": seconds,
+                 "peer_seconds": peer_seconds, "largest_difference": difference, "batch_size": size}
+            )  # fmt: skip
+            say(
+                f"case {case}, {name}: ours {seconds:.2f} s, lm-eval {peer_seconds:.2f} s (batches of {size})"
+            )
+    return [*rows, compared(case, "lm-eval hf", ours_total, peer_total, worst)]
+
+
+def from_disk(case: str, inputs: Inputs, say: Any) -> list[Row]:
+    """Cases 4a and 4b: weights from disk, against accelerate's disk_offload."""
+    name, documents = ("piqa", 8) if case == "4a" else ("copa", 1)
+    checkpoint = random_checkpoint(inputs.folder / "opt-1.3b", OPT_1_3B, inputs.tokenizer, torch.bfloat16)
+    in_child(offloaded, checkpoint, inputs.folder / "opt-1.3b-offload")
+    in_child(converted, checkpoint, inputs.folder / "opt-1.3b-int8", "int8")
+    layers, heads = OPT_1_3B.num_hidden_layers, OPT_1_3B.num_attention_heads
+    each = DISK_ABLATIONS // layers
+    masks = [
+        Mask(heads=frozenset([(layer, heads // each * number)]))
+        for layer in range(layers)
+        for number in range(each)
+    ]
+    places = sample_of(masks, SAMPLED[case])
+    middle = len(places) // 2
+    passes = [in_child(disk_offload_passes, inputs, name, documents, [masks[p] for p in places[:middle]])]
+    ours = in_child(our_pass_from_disk, inputs, name, documents, masks)
+    passes.append(in_child(disk_offload_passes, inputs, name, documents, [masks[p] for p in places[middle:]]))
+    scale = len(masks) / len(places)
+    theirs = {key: scale * sum(part[key] for part in passes) for key in ("seconds", "read_bytes")}
+    scores = [of_mask for part in passes for of_mask in part["scores"]]
+    say(f"case {case}: ours {ours['seconds']:.1f} s, disk_offload {theirs['seconds']:.0f} s")
+    return [
+        compared(
+            case,
+            "accelerate disk_offload",
+            ours["seconds"],
+            theirs["seconds"],
+            largest_difference([ours["scores"][place] for place in places], scores),
+            sampled=f"{len(places)} of {len(masks)}",
+            ours_read_bytes=ours["read_bytes"],
+            planned_read_bytes=ours["planned_bytes"],
+            peer_read_bytes=theirs["read_bytes"],
+            read_ratio=theirs["read_bytes"] / ours["read_bytes"],
+            read_target=READ_TARGET,
+            ours_peak_resident_bytes=ours["peak_resident_bytes"],
+            peer_peak_resident_bytes=max(part["peak_resident_bytes"] for part in passes),
+        )
+    ]
+
+
+def near_the_limit(case: str, inputs: Inputs, say: Any) -> list[Row]:
+    """Case 5: a layer's ablations at OPT-66B's width, against the bare integer products."""
+    config = opt_config(3, OPT_66B.num_attention_heads, OPT_66B.hidden_size)
+    in_child(random_store, inputs.folder / "opt-66b-3-layers", config, inputs.tokenizer, 2, say)
+    told = in_child(one_layer_of_66b, inputs)
+    say(f"case 5: {told['seconds']:.1f} s, bare products {told['bare_seconds']:.1f} s")
+    return [
+        compared(
+            case, "torch._int_mm", told["seconds"], told["bare_seconds"], 0.0, operations=told["operations"]
+        )
+    ]
+
+
+def growth(case: str, inputs: Inputs, say: Any) -> list[Row]:
+    """Case 6: time and memory against ablations, documents and layers, with fitted exponents."""
+    for layers in (6, 12, 24):
+        config = opt_config(layers, OPT_125M.num_attention_heads, OPT_125M.hidden_size)
+        in_child(
+            random_store, inputs.folder / f"opt-125m-{layers}-layers", config, inputs.tokenizer, layers, say
+        )
+    axes = {
+        "ablations": [(12, 8, count) for count in (36, 72, 144)],
+        "documents": [(12, count, 72) for count in (8, 16, 32)],
+        "layers": [(count, 8, 72) for count in (6, 12, 24)],
+    }
+    rows = []
+    for axis, points in axes.items():
+        values = [point[{"layers": 0, "documents": 1, "ablations": 2}[axis]] for point in points]
+        told = [in_child(growth_point, inputs, *point) for point in points]
+        exponents = {
+            key: float(np.polyfit(np.log(values), np.log([max(1, one[key]) for one in told]), 1)[0])
+            for key in ("seconds", "bytes")
+        }
+        say(f"case 6, {axis}: time^{exponents['seconds']:.2f}, memory^{exponents['bytes']:.2f}")
+        rows.append(
+            {"case": case, "peer": None, "axis": axis, "values": values,
+             "ours_seconds": [one["seconds"] for one in told], "added_bytes": [one["bytes"] for one in told],
+             "time_exponent": exponents["seconds"], "memory_exponent": exponents["bytes"]}
+        )  # fmt: skip
+    return rows
+
+
+RUN = {
+    "1": ablations, "2": ablations, "3a": evaluation, "3b": evaluation, "4a": from_disk, "4b": from_disk,
+    "5": near_the_limit, "6": growth,
+}  # fmt: skip
+
+
+def show(console: Console, rows: Sequence[Row]) -> None:
+    """Print the results."""
+    table = Table(title="one machine, one run: seconds, and how many times faster")
+    for column in (
+        "case",
+        "against",
+        "ours",
+        "theirs",
+        "ratio",
+        "target",
+        "",
+        "largest difference",
+        "sample",
+    ):
+        table.add_column(column, justify="left" if column in ("case", "against", "") else "right")
+    for row in rows:
+        if row["case"] == "6":
+            continue
+        ratio, target = row.get("ratio"), row.get("target")
+        table.add_row(
+            row["case"],
+            f"{row['peer']}{', ' + row['task'] if 'task' in row else ''}",
+            f"{row['ours_seconds']:.1f}",
+            f"{row['peer_seconds']:.1f}",
+            "" if ratio is None else f"{ratio:.2f}",
+            "" if target is None else f"{target:g}",
+            "" if ratio is None else "met" if ratio >= target else "missed",
+            f"{row['largest_difference']:.2g}",
+            row.get("sampled", ""),
+        )
+        if "read_ratio" in row:
+            table.add_row(
+                "",
+                "bytes read",
+                f"{row['ours_read_bytes'] / 1e9:.2f} GB",
+                f"{row['peer_read_bytes'] / 1e9:.0f} GB",
+                f"{row['read_ratio']:.0f}",
+                f"{row['read_target']:g}",
+                "met" if row["read_ratio"] >= row["read_target"] else "missed",
+                f"planned {row['planned_read_bytes'] / 1e9:.2f} GB",
+                "",
+            )
+    console.print(table)
+    growing = [row for row in rows if row["case"] == "6"]
+    if growing:
+        table = Table(title="how cost grows (int8, OPT-125M's width)")
+        for column in ("with", "values", "seconds", "added memory, MB", "time ~ n^", "memory ~ n^"):
+            table.add_column(column)
+        for row in growing:
+            table.add_row(
+                row["axis"],
+                ", ".join(map(str, row["values"])),
+                ", ".join(f"{seconds:.1f}" for seconds in row["ours_seconds"]),
+                ", ".join(f"{size / 1e6:.0f}" for size in row["added_bytes"]),
+                f"{row['time_exponent']:.2f}",
+                f"{row['memory_exponent']:.2f}",
+            )
+        console.print(table)
+
+
+def main(
+    case: Annotated[str, typer.Option(help="Comma-separated, of " + ", ".join(CASES))] = ",".join(CASES),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where models are built and kept; else a temporary folder.")
+    ] = None,
+    data_dir: Annotated[Path, typer.Option(help="Rows of the tasks.")] = SHARED / "data",
+    tokenizer: Annotated[Path, typer.Option(help="OPT's tokenizer.")] = SHARED / "tokenizer" / "opt",
+) -> None:
+    """Measure the sweep against its peers on this machine."""
+    asked = [part.strip() for part in case.split(",") if part.strip()]
+    unknown = [part for part in asked if part not in CASES]
+    if unknown or not asked:
+        raise typer.BadParameter(f"--case: expected some of {', '.join(CASES)}, got {case!r}")
+    for place, flag in ((data_dir, "--data-dir"), (tokenizer, "--tokenizer")):
+        if not place.is_dir():
+            raise typer.BadParameter(f"{flag}: folder {place} does not exist")
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
+        place = folder or Path(temporary)
+        place.mkdir(parents=True, exist_ok=True)
+        inputs = Inputs(place, data_dir, tokenizer)
+        for name in asked:
+            rows += RUN[name](name, inputs, print_line)
+            if json_file is not None:
+                json_file.write_text(json.dumps(rows, indent=1) + "\n")
+    show(Console(), rows)
+
+
+def print_line(text: str) -> None:
+    """Print progress; also in a side's process."""
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
