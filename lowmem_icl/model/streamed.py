@@ -146,7 +146,7 @@ class StreamedModel:
 
 def head_rows(width: int) -> int:
     """Return how many places go through the unembedding in one product: more where that is cheap to fill up."""
-    return (4 if width <= NARROW_WIDTH else 2) * FIXED_ROWS
+    return READ_ROWS if width <= NARROW_WIDTH else 2 * FIXED_ROWS
 
 
 def _parts(places: int, read_at: Tensor) -> Iterator[tuple[slice, Tensor]]:

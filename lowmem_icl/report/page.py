@@ -159,7 +159,7 @@ def _sections(results: pl.DataFrame, record: dict[str, Any], folder: Path) -> li
             lambda: figures.estimate_against_exact(results),
             "First-order attribution against the exact drop; on the line they agree.",
         )
-        sections.append(Section("Every unit removed alone", "Exact, on the training documents.", drawn))
+        sections.append(Section("Units removed alone", _how_exact(ablate), drawn))
     if len(results.filter(pl.col("experiment") == "prune")):
         sections.append(
             Section(
@@ -196,6 +196,26 @@ def _sections(results: pl.DataFrame, record: dict[str, Any], folder: Path) -> li
             )
         )
     return sections
+
+
+def _how_exact(ablate: pl.DataFrame) -> str:
+    """Say which drops are exact and, where units were screened, how far the estimates of the others can be trusted."""
+    drops = ablate.filter(pl.col("metric") == "gold_logprob_drop")
+    documents = drops.filter(pl.col("exact"))["documents"].max()
+    if drops["exact"].all():
+        return f"Every unit, exactly, on {documents} training documents a task."
+    estimated = drops.filter(~pl.col("exact"))
+    exact, units = len(drops) - len(estimated), len(drops)
+    text = (
+        f"{exact:,} of {units:,} drops are exact, on {documents or 0} training documents a task; the others are estimated by "
+        "attribution, to first order, on all of them, and only for gold log-probability."
+    )
+    agreement = (
+        ablate.filter(pl.col("metric") == "estimate_spearman").group_by("method").agg(pl.col("value").mean())
+    )
+    named = {"attribution": "all exact units", "attribution-drawn": "those that chance chose"}
+    told = [f"{value:.2f} over {named[method]}" for method, value in sorted(agreement.iter_rows())]
+    return text + (f" Rank correlation of estimate and exact drop: {', '.join(told)}." if told else "")
 
 
 def _number(value: float | None) -> str:

@@ -1,0 +1,176 @@
+"""Runs that stop by the clock and ablations that are screened: what is there is marked, kept and gone on from."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_run import invoke, run_small
+
+from lowmem_icl.experiments.ablate import estimated_drops, screened
+from lowmem_icl.results import read_table
+from lowmem_icl.stages.work import OutOfTime, Work, doubling_chunks
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stores")
+
+
+@given(documents=st.integers(1, 300))
+def test_chunks_start_small_and_hold_every_document_once(documents: int) -> None:
+    chunks = doubling_chunks(documents)
+    seen = [place for chunk in chunks for place in range(documents)[chunk]]
+    assert seen == list(range(documents))
+    sizes = [chunk.stop - chunk.start for chunk in chunks]
+    assert sizes[:2] == [1, 1][: len(sizes)]
+    assert all(size <= 16 for size in sizes)
+    assert len(chunks) <= 6 + documents / 16
+
+
+@given(units=st.integers(1, 60), exact=st.integers(1, 70), seed=st.integers(0, 50))
+def test_a_screen_takes_what_could_be_largest_and_a_tenth_by_chance(
+    units: int, exact: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    by_document = rng.normal(0, 1, (4, units)) * rng.exponential(1, units)
+    estimates, errors = estimated_drops(by_document)
+    chosen, drawn = screened(estimates, errors, exact, seed)
+    assert len(chosen) == min(exact, units)
+    assert sorted(set(chosen)) == list(chosen)
+    if exact < units:
+        assert len(drawn) == exact // 10
+        assert set(drawn) <= set(chosen)
+        bound = np.abs(estimates) + 2 * errors
+        by_size = sorted(set(chosen) - set(drawn))
+        left = np.setdiff1d(np.arange(units), by_size)
+        assert not len(by_size) or bound[by_size].min() >= bound[left].max()
+    again, _ = screened(estimates, errors, exact, seed)
+    assert np.array_equal(again, chosen)
+
+
+def test_one_document_leaves_every_estimate_uncertain() -> None:
+    estimates, errors = estimated_drops(np.array([[0.5, -0.2]]))
+    assert estimates.tolist() == [0.5, -0.2]
+    assert np.isinf(errors).all()
+
+
+def test_a_screened_run_marks_what_is_estimated_and_says_how_far_that_agrees(
+    stores: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "screened"
+    more = ("--experiments", "importance,ablate,overlap")
+    result = run_small(out, stores, "--screen", "attribution", "--exact", 20, *more)
+    assert result.exit_code == 0, result.output
+    assert run_small(tmp_path / "whole", stores, *more).exit_code == 0
+    screened_rows, whole_rows = (
+        read_table(folder / "results.parquet", "results").filter(pl.col("experiment") == "ablate")
+        for folder in (out, tmp_path / "whole")
+    )
+    keys = ["task", "shots", "kind", "layer", "head"]
+    drops = screened_rows.filter(pl.col("metric") == "gold_logprob_drop")
+    assert set(drops.group_by("task", "shots").len()["len"]) == {36}, "every unit has a number"
+    assert set(drops.group_by("task", "shots").agg(pl.col("exact").sum())["exact"]) == {20}
+    exact, estimated = drops.filter(pl.col("exact")), drops.filter(~pl.col("exact"))
+    assert set(exact["method"]) == {"ablation"}
+    assert set(estimated["method"]) == {"attribution"}
+    both = exact.join(whole_rows.filter(pl.col("metric") == "gold_logprob_drop"), on=keys, nulls_equal=True)
+    assert (both["value"] == both["value_right"]).all(), "exact ones are those of a whole run"
+    importance = read_table(out / "results.parquet", "results").filter(pl.col("metric") == "attribution")
+    both = estimated.join(importance, on=keys, nulls_equal=True)
+    assert len(both) == len(estimated)
+    assert (both["value"] == both["value_right"]).all()
+    others = screened_rows.filter(pl.col("metric").is_in(["acc_drop", "gold_prob_drop", "margin_drop"]))
+    assert others["exact"].all()
+    agreement = screened_rows.filter(pl.col("metric") == "estimate_spearman")
+    assert set(agreement.filter(pl.col("method") == "attribution")["k"]) == {20}
+    assert set(agreement.filter(pl.col("method") == "attribution-drawn")["k"]) <= {2}
+    assert agreement["value"].is_between(-1, 1).all()
+    effects = read_table(out / "effects.parquet", "effects")
+    assert effects.select(keys).n_unique() == len(exact)
+    page = (out / "report.html").read_text()
+    assert "estimated" in page
+    units = read_table(out / "results.parquet", "results").filter(pl.col("method") == "ablation")
+    assert set(units.filter(pl.col("experiment") == "overlap")["k"].drop_nulls()) == {30}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--exact", "5"), "expected with --screen attribution"),
+        (("--screen", "attribution", "--experiments", "ablate"), "its estimates come from importance"),
+        (("--hours", "0"), "--hours: input should be greater than 0"),
+        (("--demonstration-sets", "0"), "--demonstration-sets: input should be greater than or equal to 1"),
+    ],
+)
+def test_options_that_make_no_sense_are_told(
+    stores: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = run_small(tmp_path / "out", stores, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_out_of_time_keeps_whole_chunks_and_the_same_command_goes_on(
+    stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, more = tmp_path / "run", ("--experiments", "evaluate,ablate,overlap")
+    checks = 0
+    patient = Work.check_time
+
+    def impatient(self: Work, experiment: str) -> None:
+        nonlocal checks
+        checks += experiment == "ablate"
+        # Two checks a chunk: before it and behind its only wave.
+        if experiment == "ablate" and checks == 5:
+            raise OutOfTime
+        patient(self, experiment)
+
+    monkeypatch.setattr(Work, "check_time", impatient)
+    result = run_small(out, stores, "--hours", 10, *more)
+    assert result.exit_code == 0, result.output
+    record = json.loads((out / "run.json").read_text())
+    assert record["state"] == "out of time"
+    assert "ablate: the time was over after 2 of 8 documents a task" in record["warnings"][-1]
+    ablate = read_table(out / "results.parquet", "results").filter(pl.col("experiment") == "ablate")
+    assert set(ablate["documents"]) == {2}
+    assert "overlap" in record["stages"], "what follows is done with what there is"
+    effects = read_table(out / "effects.parquet", "effects")
+    assert effects.filter((pl.col("task") == "recall") & (pl.col("shots") == 0))["document"].n_unique() == 2
+    monkeypatch.setattr(Work, "check_time", patient)
+    assert run_small(out, stores, "--hours", 5, *more).exit_code == 0, "hours belong to no run"
+    assert json.loads((out / "run.json").read_text())["state"] == "finished"
+    assert run_small(tmp_path / "whole", stores, *more).exit_code == 0
+    tables = [read_table(folder / "results.parquet", "results") for folder in (out, tmp_path / "whole")]
+    assert tables[0].equals(tables[1])
+
+
+def test_hours_that_do_not_do_for_the_basis_are_told(stores: Path, tmp_path: Path) -> None:
+    result = run_small(tmp_path / "out", stores, "--hours", "0.000001")
+    assert result.exit_code == 3
+    assert "evaluate and importance alone take about" in result.stderr
+
+
+def test_shared_demonstrations_run_and_intervals_cluster_by_set(stores: Path, tmp_path: Path) -> None:
+    out = tmp_path / "shared"
+    result = invoke(
+        "run", "--tasks", "knowledge", "--shots", "16", "--limit", 64, "--train-limit", 8, "--demonstrations", "shared",
+        "--demonstration-sets", 4, "--experiments", "evaluate,ablate", "--store-dir", stores, "--out", out, "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    results = read_table(out / "results.parquet", "results")
+    assert set(results["demonstrations"]) == {"shared"}
+    assert results.filter(pl.col("metric") == "acc")["stderr"].is_finite().all()
+    record = json.loads((out / "run.json").read_text())
+    alone = json.loads(
+        invoke(
+            "plan", "--tasks", "knowledge", "--shots", "16", "--limit", 64, "--train-limit", 8, "--experiments",
+            "evaluate,ablate", "--store-dir", stores, "--json",
+        ).stdout
+    )  # fmt: skip
+    ours, theirs = (sum(stage["operations"] for stage in plan["stages"]) for plan in (record["plan"], alone))
+    assert ours < 0.75 * theirs
