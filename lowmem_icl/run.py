@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import psutil
 import torch
 
@@ -300,8 +301,13 @@ def _write_tables(options: RunOptions, prepared: Prepared, folder: Path, gathere
         "weights": prepared.store.manifest.weights,
         "seed": options.seed,
     }
-    rows = itertools.chain.from_iterable(gathered.results.values())
-    write_table(rows_frame("results", rows, constants), "results", folder / "results.parquet")
+    rows, columns = (
+        list(itertools.chain.from_iterable(parts.values())) for parts in (gathered.results, gathered.columns)
+    )
+    results = pl.concat(
+        [rows_frame("results", rows, constants), columns_frame("results", columns, constants)]
+    )
+    write_table(results, "results", folder / "results.parquet")
     effects = list(itertools.chain.from_iterable(gathered.effects.values()))
     write_table(columns_frame("effects", effects), "effects", folder / "effects.parquet")
     write_table(columns_frame("answers", gathered.answers), "answers", folder / "answers.parquet")

@@ -10,6 +10,7 @@ from scipy import stats
 Values = NDArray[np.float64]
 
 RESAMPLES = 1000
+ROWS_TOGETHER = 512
 
 
 class Interval(NamedTuple):
@@ -28,22 +29,42 @@ class Overlap(NamedTuple):
     chance: float
 
 
-def mean_with_interval(values: Values, clusters: Sequence[str], *, seed: int) -> Interval:
-    """Return the mean of values [N] with a percentile bootstrap over clusters, not documents.
+class Intervals(NamedTuple):
+    """Means [U] with their standard errors and the bounds of their 95 % intervals."""
+
+    value: Values
+    stderr: Values
+    low: Values
+    high: Values
+
+
+def means_with_intervals(values: Values, clusters: Sequence[str], *, seed: int) -> Intervals:
+    """Return the means of values [U, N] over N with a percentile bootstrap over clusters, the same draws for all U.
 
     Documents of one cluster (a passage) are drawn together. Of a single cluster nothing can be said: its standard
     error is NaN and its bounds are the mean.
     """
-    mean = float(np.mean(values))
+    mean = values.mean(1)
     names, member = np.unique(np.asarray(clusters), return_inverse=True)
     if len(names) < 2:
-        return Interval(mean, float("nan"), mean, mean)
-    sums = np.bincount(member, weights=values)
-    sizes = np.bincount(member).astype(np.float64)
+        return Intervals(mean, np.full(len(mean), np.nan), mean, mean)
+    order = np.argsort(member, kind="stable")
+    starts = np.flatnonzero(np.diff(member[order], prepend=-1))
+    sums = np.add.reduceat(values[:, order], starts, axis=1)
     weights = _resampled_weights(len(names), seed)
-    means = (weights @ sums) / (weights @ sizes)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(mean, float(means.std(ddof=1)), float(low), float(high))
+    drawn_sizes = weights @ np.bincount(member).astype(np.float64)
+    stderr, low, high = np.empty(len(mean)), np.empty(len(mean)), np.empty(len(mean))
+    for start in range(0, len(mean), ROWS_TOGETHER):
+        part = slice(start, start + ROWS_TOGETHER)
+        means = (sums[part] @ weights.T) / drawn_sizes
+        stderr[part] = means.std(1, ddof=1)
+        low[part], high[part] = np.quantile(means, [0.025, 0.975], axis=1)
+    return Intervals(mean, stderr, low, high)
+
+
+def mean_with_interval(values: Values, clusters: Sequence[str], *, seed: int) -> Interval:
+    """Return the mean of values [N] with a percentile bootstrap over clusters, as `means_with_intervals` does."""
+    return Interval(*(float(one[0]) for one in means_with_intervals(values[None], clusters, seed=seed)))
 
 
 _weights: dict[tuple[int, int], Values] = {}

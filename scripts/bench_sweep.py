@@ -21,11 +21,9 @@ are. Every side runs in a process of its own; where several rounds are run, side
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,49 +36,37 @@ from bench_common import (
     OPT_66B,
     OPT_125M,
     SHARED,
-    Products,
-    bytes_from_disk,
     converted,
-    drop_from_cache,
     in_child,
     offloaded,
     opt_config,
-    plain_row,
     random_checkpoint,
     random_store,
-    real_task,
 )
-from bench_peers import DiskOffload, HuggingFace, LmEval, TransformerLens
+from bench_sides import (
+    Inputs,
+    Row,
+    best_batch_size,
+    disk_offload_passes,
+    growth_point,
+    one_layer_of_66b,
+    our_pass_from_disk,
+    our_scores,
+    peer_scores,
+)
 from rich.console import Console
 from rich.table import Table
 
-from lowmem_icl.engine.answers import Scores
-from lowmem_icl.engine.cache import CleanCache
-from lowmem_icl.engine.stream import sweep
-from lowmem_icl.engine.wave import Wave
-from lowmem_icl.engine.waves import BlockRow, Job, SweepCost, SweepLimits, Variant, operations, sweep_cost
 from lowmem_icl.experiments.ablate import ablation_masks
-from lowmem_icl.machine import peak_resident_bytes
 from lowmem_icl.masks import Mask
-from lowmem_icl.model.store import open_store
-from lowmem_icl.model.streamed import StreamedModel
-from lowmem_icl.rows import PackedRows
-from lowmem_icl.tasks.packing import PackedTask
 
 CASES = ("1", "2", "3a", "3b", "4a", "4b", "5", "6")
 TARGETS = {"1": 3.0, "2": 18.0, "3a": 2.0, "3b": 10.0, "4a": 3.0, "4b": 12.0, "5": 0.8}
 READ_TARGET = 60.0
 TASKS = ("piqa", "hellaswag")
-DOCUMENTS = 32
-BATCH_SIZES = (1, 4, 8, 16)
 SAMPLED = {"1": 12, "2": 4, "4a": 6, "4b": 8}
 EVALUATION_ROUNDS = 3
 DISK_ABLATIONS = 96
-WAVES = 4
-PLENTY = SweepLimits.of(8 << 30)
-CPU = torch.device("cpu")
-
-Row = dict[str, Any]
 
 
 class Side:
@@ -98,179 +84,6 @@ class Side:
     def call(self, function: Any, *arguments: Any) -> Any:
         """Return what a function of this module gives there."""
         return self._pool.submit(function, *arguments).result()
-
-
-class Inputs:
-    """Where things are: the folder models are built in, rows and tokenizer."""
-
-    def __init__(self, folder: Path, data_dir: Path, tokenizer: Path) -> None:
-        self.folder, self.data_dir, self.tokenizer = folder, data_dir, tokenizer
-
-    def task(self, name: str, width: int, documents: int, shots: int = 0) -> PackedTask:
-        """Return a task's documents, not laid out yet; with demonstrations, one set for all."""
-        return real_task(
-            name,
-            self.data_dir,
-            self.tokenizer,
-            width,
-            documents=documents,
-            shots=shots,
-            sets=1 if shots else None,
-        )
-
-
-# What runs in the sides' processes.
-
-
-@cache
-def _hugging_face(checkpoint: Path) -> Any:
-    from transformers import OPTForCausalLM
-
-    return OPTForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-
-
-@cache
-def _peer(kind: str, checkpoint: Path, tokenizer: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
-    if kind == "HuggingFace":
-        return HuggingFace(_hugging_face(checkpoint))
-    if kind == "TransformerLens":
-        return TransformerLens(checkpoint, _hugging_face(checkpoint), loaded)
-    return LmEval(_hugging_face(checkpoint), loaded)
-
-
-def peer_scores(
-    kind: str, inputs: Inputs, name: str, shots: int, masks: Sequence[Mask], batch_size: int
-) -> tuple[float, list[list[float]]]:
-    """Return the seconds of scoring a task under some masks, one pass each, and the scores."""
-    peer = _peer(kind, inputs.folder / "opt-125m", inputs.tokenizer)
-    options = inputs.task(name, OPT_125M.hidden_size, DOCUMENTS, shots).options
-    start = time.perf_counter()
-    scores = [peer.score(options, mask, batch_size) for mask in masks]
-    return time.perf_counter() - start, scores
-
-
-def best_batch_size(kind: str, inputs: Inputs, name: str, shots: int) -> int:
-    """Return the batch size at which a peer scores the clean model fastest; the first pass warms up."""
-    peer_scores(kind, inputs, name, shots, [Mask()], BATCH_SIZES[-1])
-    return min(BATCH_SIZES, key=lambda size: peer_scores(kind, inputs, name, shots, [Mask()], size)[0])
-
-
-def our_scores(
-    inputs: Inputs, name: str, shots: int, masks: Sequence[Mask]
-) -> tuple[float, list[list[float]]]:
-    """Return the seconds of laying out and sweeping a task under all masks, and the scores."""
-    store = open_store(inputs.folder / "opt-125m-float32")
-    with StreamedModel(store, device=CPU, resident_bytes=store.size_bytes) as model:
-        # Weights are in memory on both sides.
-        for _ in model.layers(range(store.skeleton.layers)):
-            pass
-        task = inputs.task(name, OPT_125M.hidden_size, DOCUMENTS, shots)
-        start = time.perf_counter()
-        job = Job(task.packed, tuple(masks))
-        with CleanCache(PLENTY.cache_bytes) as cache_of_clean:
-            (scores,) = sweep(model, [job], limits=PLENTY, cache=cache_of_clean)
-        return time.perf_counter() - start, scores.logprobs.tolist()
-
-
-def our_pass_from_disk(inputs: Inputs, name: str, documents: int, masks: Sequence[Mask]) -> Row:
-    """Sweep from disk in int8 with memory for so many waves; bytes as the kernel counts them, and as planned."""
-    store = open_store(inputs.folder / "opt-1.3b-int8")
-    task = inputs.task(name, OPT_1_3B.hidden_size, documents)
-    job = Job(task.packed, tuple(masks))
-    layers, width = store.skeleton.layers, store.skeleton.width
-    # The clean run goes with the first wave.
-    slots = -(-(len(masks) + 1) // WAVES)
-    limits = SweepLimits(4 * width * task.packed.token_count * slots, cache_bytes=1 << 30)
-    planned = sweep_cost([job], width, layers, limits).layers_read * store.layer_bytes
-    with (
-        StreamedModel(store, device=CPU, resident_bytes=0) as model,
-        CleanCache(limits.cache_bytes) as cache_of_clean,
-    ):
-        drop_from_cache(store.folder)
-        before, start = bytes_from_disk(), time.perf_counter()
-        (scores,) = sweep(model, [job], limits=limits, cache=cache_of_clean)
-        seconds = time.perf_counter() - start
-        read = bytes_from_disk() - before
-    return {
-        "seconds": seconds,
-        "read_bytes": read,
-        "planned_bytes": planned,
-        "scores": scores.logprobs.tolist(),
-        "peak_resident_bytes": peak_resident_bytes(),
-    }
-
-
-def disk_offload_passes(inputs: Inputs, name: str, documents: int, masks: Sequence[Mask]) -> Row:
-    """Score under each mask by a pass of its own from disk, the page cache dropped before each."""
-    folder = inputs.folder / "opt-1.3b-offload"
-    peer = DiskOffload(OPT_1_3B, folder)
-    options = inputs.task(name, OPT_1_3B.hidden_size, documents).options
-    peer.score(options, Mask(), len(options))
-    seconds, read, scores = 0.0, 0, []
-    for mask in masks:
-        drop_from_cache(folder)
-        before, start = bytes_from_disk(), time.perf_counter()
-        scores.append(peer.score(options, mask, len(options)))
-        seconds += time.perf_counter() - start
-        read += bytes_from_disk() - before
-    return {
-        "seconds": seconds,
-        "read_bytes": read,
-        "scores": scores,
-        "peak_resident_bytes": peak_resident_bytes(),
-    }
-
-
-def one_layer_of_66b(inputs: Inputs) -> Row:
-    """Take one layer's head ablations through that layer and the next; compare with the bare products."""
-    store = open_store(inputs.folder / "opt-66b-3-layers")
-    row = plain_row(inputs.data_dir, inputs.tokenizer, 128, 8)
-    masks = tuple(Mask(heads=frozenset([(0, head)])) for head in range(store.skeleton.heads))
-    job = Job(PackedRows((row,), 8), masks)
-    costs: list[SweepCost] = []
-    products = Products(store, PLENTY.micro_batch_tokens)
-    products.measure()
-    with StreamedModel(store, device=CPU, resident_bytes=0) as model, torch.no_grad():
-        wave = Wave(
-            model,
-            [job],
-            [BlockRow(0, row)],
-            [Variant(0, place, 0) for place in range(len(masks))],
-            clean_layers=0,
-            keep_at=frozenset(),
-            cache=CleanCache(0),
-            limits=PLENTY,
-            scores=[Scores.unmade(len(masks), 8)],
-            account=costs.append,
-        )
-        start = time.perf_counter()
-        for number, layer in model.layers(range(2)):
-            wave.step(number, layer)
-        seconds = time.perf_counter() - start
-    products.measure()
-    done = operations(sum(costs, SweepCost()), store.skeleton)
-    bare = done / (products.operations / statistics.mean(products.seconds))
-    return {"seconds": seconds, "bare_seconds": bare, "operations": done}
-
-
-def growth_point(inputs: Inputs, layers: int, documents: int, ablations: int) -> Row:
-    """Sweep so many head ablations, spread over the layers, over so many documents; return time and added memory."""
-    store = open_store(inputs.folder / f"opt-125m-{layers}-layers")
-    heads = ablation_masks(layers, store.skeleton.heads)[1 : 1 + layers * store.skeleton.heads]
-    masks = [heads[place] for place in np.linspace(0, len(heads) - 1, ablations).round().astype(int)]
-    job = Job(inputs.task("piqa", store.skeleton.width, documents).packed, tuple(masks))
-    with (
-        StreamedModel(store, device=CPU, resident_bytes=store.size_bytes) as model,
-        CleanCache(PLENTY.cache_bytes) as cache_of_clean,
-    ):
-        for _ in model.layers(range(layers)):
-            pass
-        before, start = peak_resident_bytes(), time.perf_counter()
-        sweep(model, [job], limits=PLENTY, cache=cache_of_clean)
-        return {"seconds": time.perf_counter() - start, "bytes": peak_resident_bytes() - before}
 
 
 # The cases.

@@ -88,10 +88,7 @@ def accuracy(tmp_path_factory: pytest.TempPathFactory, tokenizer):
             (scores,) = sweep(
                 model, [Job(packed.packed, masks or (Mask(),))], limits=PLENTY, cache=CleanCache(1 << 28)
             )
-        return [
-            float(document_scores(rows, packed.by_document(one), packed.by_document(flags))["acc"].mean())
-            for one, flags in zip(scores.logprobs, scores.greedy, strict=True)
-        ]
+        return document_scores(rows, scores.logprobs, scores.greedy)["acc"].mean(1).tolist()
 
     return measure
 
@@ -115,8 +112,7 @@ def test_int8_says_what_float32_says(tmp_path: Path, tokenizer) -> None:
                 (scores,) = sweep(
                     model, [Job(packed.packed, (Mask(),))], limits=PLENTY, cache=CleanCache(1 << 28)
                 )
-            by_document = packed.by_document(scores.logprobs[0])
-            measured = document_scores(rows, by_document, packed.by_document(scores.greedy[0]))
+            measured = document_scores(rows, scores.logprobs[0], scores.greedy[0])
             accuracies.append(measured["acc"].mean())
             gold[weights].append(measured["gold_logprob"])
         assert abs(accuracies[0] - accuracies[1]) <= 0.01, (task, shots, accuracies)

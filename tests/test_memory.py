@@ -16,7 +16,8 @@ from transformers import OPTForCausalLM
 from lowmem_icl.model.checkpoint import open_checkpoint
 
 DEMO = Path(__file__).parents[1] / "lowmem_icl" / "demo"
-ALLOWANCE = 60_000_000
+# The way back holds the graph of a layer.
+ALLOWANCES = {"evaluate": 60_000_000, "importance": 90_000_000, "ablate": 60_000_000}
 SHARD_BYTES = 20_000_000
 
 # Every command runs twice: first on a tiny model, so that what counts is the work and not what libraries load.
@@ -90,24 +91,29 @@ def test_converting_holds_a_layer_and_not_the_model(large: Large, converted: tup
     )
 
 
-def test_a_run_keeps_to_its_memory(large: Large, converted: tuple[Path, list[int]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("experiment", ["evaluate", "importance", "ablate"])
+def test_a_run_keeps_to_its_memory(
+    large: Large, converted: tuple[Path, list[int]], tmp_path: Path, experiment: str
+) -> None:
     store, _ = converted
     rows = [
         {"context": f"cat dax {number}", "options": [" wug", " dog"], "gold": number % 2}
         for number in range(48)
     ]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    same = ["--tasks", str(tmp_path / "own.jsonl"), "--shots", "0", "--experiments", "evaluate"]
+    same = ["--tasks", str(tmp_path / "own.jsonl"), "--shots", "0", "--experiments", experiment]
+    same += ["--train-limit", "4" if experiment == "ablate" else "24"]
     tiny = ["run", "--model", str(large.tiny.parent / "tiny-store"), "--out", str(tmp_path / "tiny"), *same]
-    run = ["run", "--model", str(store), "--memory", str(ALLOWANCE), "--out", str(tmp_path / "run"), *same]
+    allowance = ALLOWANCES[experiment]
+    run = ["run", "--model", str(store), "--memory", str(allowance), "--out", str(tmp_path / "run"), *same]
     before, after = peaks_of(tiny, run)
-    assert large.source_bytes > 10 * ALLOWANCE
-    assert after - before < ALLOWANCE
+    assert large.source_bytes > 6 * allowance
+    assert after - before < allowance
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["peak_resident_bytes"] == pytest.approx(after, rel=0.05)
-    for stage in record["stages"].values():
-        assert stage["read_bytes"] == pytest.approx(stage["planned_read_bytes"], rel=0.02)
-    assert record["stages"]["evaluate"]["read_bytes"] > 250e6
+    (stage,) = record["stages"].values()
+    assert stage["read_bytes"] == pytest.approx(stage["planned_read_bytes"], rel=0.02)
+    assert stage["read_bytes"] > 250e6
 
 
 def test_what_cannot_fit_is_refused_with_what_would(large: Large, converted: tuple[Path, list[int]]) -> None:

@@ -18,6 +18,7 @@ from lowmem_icl.masks import Mask
 from lowmem_icl.model.reading import LayerReader
 from lowmem_icl.model.store import Store
 from lowmem_icl.planning.memory import plan_memory
+from lowmem_icl.planning.plan import Plan, StagePlan, within_hours
 
 DEMO = Path(__file__).parents[1] / "lowmem_icl" / "demo"
 ROW = 128
@@ -100,3 +101,43 @@ def test_planning_converts_nothing(tmp_path: Path) -> None:
     assert {stage["experiment"] for stage in plan["stages"]} == {"evaluate", "importance", "ablate", "prune"}
     assert all(stage["seconds"] > 0 for stage in plan["stages"])
     assert plan["rates"]["disk_bytes_per_second"] > 0
+
+
+HOUR = 3600.0
+
+
+def planned(**hours: float) -> Plan:
+    stages = tuple(
+        StagePlan(
+            name, operations=1, layers_read=1, read_bytes=1, seconds=HOUR * taken, rough=name == "prune"
+        )
+        for name, taken in hours.items()
+    )
+    return Plan(None, 0, 0, None, 1, stages)  # type: ignore[arg-type]
+
+
+CHUNKS = [(1, HOUR), (2, HOUR), (4, 2 * HOUR), (8, 4 * HOUR)]
+
+
+def test_ablations_take_the_hours_that_the_others_leave() -> None:
+    plan = planned(evaluate=1, importance=1, ablate=8, prune=1)
+    cut = within_hours(plan, 8, CHUNKS)
+    stages = {stage.experiment: stage for stage in cut.stages}
+    assert stages["ablate"].documents == 4, "4 hours of chunks fit 8 - 2 - 1.3"
+    assert not stages["prune"].skipped
+    assert cut.stop_after["ablate"] == pytest.approx((8 - 1.3) * HOUR)
+    assert cut.stop_after["prune"] == 8 * HOUR
+    whole = within_hours(plan, 12, CHUNKS)
+    assert {stage.experiment: stage.documents for stage in whole.stages}["ablate"] is None
+
+
+def test_a_long_search_waits_until_the_ablations_are_done() -> None:
+    cut = within_hours(planned(evaluate=1, ablate=8, prune=10), 6, CHUNKS)
+    assert cut.skipped == {"prune"}
+    assert cut.stop_after["ablate"] == 6 * HOUR
+    assert within_hours(planned(prune=10), 6, []).skipped == frozenset(), "then it goes on, night after night"
+
+
+def test_hours_too_short_for_the_basis_name_what_would_do() -> None:
+    with pytest.raises(DoesNotFit, match="give --hours 3 or more"):
+        within_hours(planned(evaluate=2, importance=1, ablate=8), 2.5, CHUNKS)

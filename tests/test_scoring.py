@@ -17,18 +17,20 @@ def own_file(folder: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def no_flags(task: TaskRows) -> list[np.ndarray]:
-    return [np.zeros(len(document.gold), dtype=bool) for document in task.documents]
+def no_flags(task: TaskRows) -> np.ndarray:
+    return np.zeros(sum(len(document.gold) for document in task.documents), dtype=bool)
 
 
 def test_multirc_error_is_that_of_questions_drawn_by_passage(shared_data: Path) -> None:
     task = open_task("multirc", shared_data).rows(shots=0, part="evaluate", limit=None)
     rng = np.random.default_rng(1)
     judged_right = {unit: rng.random() < 0.5 for unit in dict.fromkeys(d.unit for d in task.documents)}
-    logprobs = [
-        np.where(np.array(document.gold) == judged_right[document.unit], -1.0, -2.0)
-        for document in task.documents
-    ]
+    logprobs = np.concatenate(
+        [
+            np.where(np.array(document.gold) == judged_right[document.unit], -1.0, -2.0)
+            for document in task.documents
+        ]
+    )
     (metric,) = task_metrics(task, logprobs, no_flags(task))
     accuracy, clusters = unit_accuracy(task, document_scores(task, logprobs, no_flags(task))["acc"])
     assert metric.value == pytest.approx(np.mean(list(judged_right.values())))
@@ -51,7 +53,7 @@ def test_rows_with_one_and_with_several_right_options_mix(tmp_path: Path, severa
     for document in task.documents:
         (shown,) = document.demonstrations
         assert document.options[0] == (f"q{shown} a\n\nq{document.index}", " a")
-    logprobs = [np.array([-2.0, -1.0, -3.0])] * len(task.documents)
+    logprobs = np.tile([-2.0, -1.0, -3.0], len(task.documents))
     right = [isinstance(several[document.index], list) for document in task.documents]
     (metric,) = task_metrics(task, logprobs, no_flags(task))
     assert metric.value == np.mean(right)
@@ -70,7 +72,7 @@ def test_a_single_option_has_no_chance_and_no_margin() -> None:
     documents = tuple(Document(n, (("q", " a"),), (True,), str(n), (), str(n), 0, {}) for n in range(2))
     task = TaskRows("one", 0, "test", documents, "acc", ())
     assert task.chance == 0
-    scores = document_scores(task, [np.array([-1.0])] * 2, [np.array([True]), np.array([False])])
+    scores = document_scores(task, np.array([-1.0, -1.0]), np.array([True, False]))
     assert scores["acc"].tolist() == [1, 0]
     assert np.isnan(scores["margin"]).all()
 
@@ -79,3 +81,43 @@ def test_one_row_cannot_be_halved(tmp_path: Path) -> None:
     task = open_task(own_file(tmp_path, [{"context": "q", "options": [" a", " b"], "gold": 0}]), None)
     with pytest.raises(InputError, match="at least 2 rows"):
         task.rows(shots=0, part="train", limit=None)
+
+
+def test_scores_of_many_masks_equal_those_of_each_document_alone() -> None:
+    rng = np.random.default_rng(3)
+    counts = [2, 4, 1, 3, 2]
+    gold = [tuple(bool(flag) for flag in rng.random(count) < 0.4) for count in counts]
+    gold = [flags if any(flags) else (True, *flags[1:]) for flags in gold]
+    documents = tuple(
+        Document(n, (("q", " a"),) * len(flags), flags, str(n), (), str(n), 0, {})
+        for n, flags in enumerate(gold)
+    )
+    task = TaskRows("several", 0, "test", documents, "acc", ())
+    # Few different values, so that ties are met.
+    logprobs, greedy = rng.integers(-3, 0, (6, 12)).astype(float), rng.random((6, 12)) < 0.5
+    scores = document_scores(task, logprobs, greedy)
+    for mask in range(6):
+        start = 0
+        for place, flags in enumerate(gold):
+            values, here = logprobs[mask, start : start + len(flags)], np.array(flags)
+            best = int(np.argmax(values))
+            right = greedy[mask, start] if len(flags) == 1 else flags[best]
+            weights = np.exp(values)
+            assert scores["acc"][mask, place] == right
+            assert scores["gold_logprob"][mask, place] == values[here].max()
+            assert scores["gold_prob"][mask, place] == pytest.approx(weights[here].sum() / weights.sum())
+            if here.all():
+                assert np.isnan(scores["margin"][mask, place])
+            else:
+                assert scores["margin"][mask, place] == values[here].max() - values[~here].max()
+            start += len(flags)
+
+
+def test_the_error_of_a_mean_grows_where_documents_share_a_passage() -> None:
+    documents = tuple(Document(n, (("q", " a"),), (True,), str(n // 4), (), str(n), 0, {}) for n in range(40))
+    values = np.repeat(np.random.default_rng(0).normal(size=10), 4)
+    from lowmem_icl.tasks.scoring import _stderr_of_mean
+
+    alone = _stderr_of_mean(values, [str(n) for n in range(40)])
+    assert alone == pytest.approx(values.std(ddof=1) / np.sqrt(40))
+    assert _stderr_of_mean(values, [d.cluster for d in documents]) == pytest.approx(2 * alone, rel=0.05)

@@ -180,12 +180,11 @@ def test_multirc_takes_whole_questions_and_is_right_only_on_all_of_them(shared_d
     questions = {(document.row["paragraph"], document.row["question"]) for document in rows.documents}
     assert len(questions) == 5
     assert len(rows.documents) == sum((row["paragraph"], row["question"]) in questions for row in every)
-    right = [
-        np.array([0.0, 1.0]) if document.gold[1] else np.array([1.0, 0.0]) for document in rows.documents
-    ]
-    greedy = [np.zeros(2, dtype=bool)] * len(right)
-    assert task_metrics(rows, right, greedy)[0].value == 1
-    spoiled = [right[0][::-1], *right[1:]]
+    right = np.array([[0.0, 1.0] if document.gold[1] else [1.0, 0.0] for document in rows.documents])
+    greedy = np.zeros(right.size, dtype=bool)
+    assert task_metrics(rows, right.ravel(), greedy)[0].value == 1
+    right[0] = right[0, ::-1]
+    spoiled = right.ravel()
     assert task_metrics(rows, spoiled, greedy)[0].value == pytest.approx(0.8)
     by_unit, _ = unit_accuracy(rows, document_scores(rows, spoiled, greedy)["acc"])
     assert by_unit.mean() == pytest.approx(0.8)
@@ -324,8 +323,8 @@ def test_bad_names_files_and_sizes_are_told(tmp_path: Path) -> None:
 def test_margin_is_positive_exactly_when_right_and_probability_lies_between(values, data) -> None:
     opened: OpenTask = _hypothetical(values, data)
     rows = opened.rows(shots=0, part="evaluate", limit=None)
-    logprobs = [np.array(values[document.index]) for document in rows.documents]
-    greedy = [np.zeros(len(one), dtype=bool) for one in logprobs]
+    logprobs = np.concatenate([values[document.index] for document in rows.documents])
+    greedy = np.zeros(len(logprobs), dtype=bool)
     scores = document_scores(rows, logprobs, greedy)
     assert ((scores["gold_prob"] >= 0) & (scores["gold_prob"] <= 1)).all()
     assert (scores["acc"][scores["margin"] > 0] == 1).all()

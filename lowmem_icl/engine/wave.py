@@ -45,15 +45,17 @@ class _Slots:
     def __init__(self, masks: Sequence[Mask], variants: Sequence[Variant], *, clean: bool) -> None:
         places = [variant.mask for variant in variants]
         self.places = np.array([CLEAN, *places] if clean else places, dtype=np.int64)
-        self._masks = [Mask()] * clean + [masks[place] for place in places]
-        self._first = np.array([-1] * clean + [variant.first_layer for variant in variants], dtype=np.int64)
+        self._first = np.array(
+            [CLEAN] * clean + [variant.first_layer for variant in variants], dtype=np.int64
+        )
+        self._removed = RemovedUnits([Mask()] * clean + [masks[place] for place in places])
 
     def __len__(self) -> int:
         return len(self.places)
 
     def at(self, layer: int, heads: int, device: torch.device) -> _AtLayer:
         """Return who does what at a layer."""
-        keep_heads, keep_ffn = keep_tensors(self._masks, layer, heads)
+        keep_heads, keep_ffn = self._removed.keep_tensors(layer, heads)
         variants = self.places != CLEAN
         joining, going_on = variants & (self._first == layer), variants & (self._first < layer)
         return _AtLayer(
@@ -63,15 +65,32 @@ class _Slots:
         )
 
 
-def keep_tensors(
-    masks: Sequence[Mask], layer: int, heads: int
-) -> tuple[NDArray[np.float32] | None, NDArray[np.bool_]]:
-    """Turn masks into what a layer does: keep_heads [S, H] of 0 and 1, None where all are kept, and keep_ffn [S]."""
-    keep_heads = np.ones((len(masks), heads), dtype=np.float32)
-    for slot, mask in enumerate(masks):
-        keep_heads[slot, list(mask.heads_in(layer))] = 0
-    keep_ffn = np.array([layer not in mask.ffns for mask in masks], dtype=np.bool_)
-    return None if keep_heads.all() else keep_heads, keep_ffn
+class RemovedUnits:
+    """The removed units of S masks as arrays by layer: the one place where masks become what a layer works with."""
+
+    def __init__(self, masks: Sequence[Mask]) -> None:
+        self._masks = len(masks)
+        heads = [(layer, slot, head) for slot, mask in enumerate(masks) for layer, head in mask.heads]
+        ffns = [(layer, slot) for slot, mask in enumerate(masks) for layer in mask.ffns]
+        self._heads = np.array(sorted(heads), dtype=np.int64).reshape(-1, 3)
+        self._ffns = np.array(sorted(ffns), dtype=np.int64).reshape(-1, 2)
+
+    def keep_tensors(self, layer: int, heads: int) -> tuple[NDArray[np.float32] | None, NDArray[np.bool_]]:
+        """Return keep_heads [S, H] of 0 and 1, None where all are kept, and keep_ffn [S]."""
+        keep_ffn = np.ones(self._masks, dtype=np.bool_)
+        keep_ffn[_of_layer(self._ffns, layer)[:, 1]] = False
+        removed = _of_layer(self._heads, layer)
+        if not len(removed):
+            return None, keep_ffn
+        keep_heads = np.ones((self._masks, heads), dtype=np.float32)
+        keep_heads[removed[:, 1], removed[:, 2]] = 0
+        return keep_heads, keep_ffn
+
+
+def _of_layer(units: NDArray[np.int64], layer: int) -> NDArray[np.int64]:
+    """Return the rows of a layer from rows that are sorted by it."""
+    first, last = np.searchsorted(units[:, 0], [layer, layer + 1])
+    return units[first:last]
 
 
 class Wave:

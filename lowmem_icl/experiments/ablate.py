@@ -1,6 +1,6 @@
 """Heads and FFNs removed alone: what each document's score loses, exactly or, where units are screened, estimated."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowmem_icl.masks import Mask, Unit, all_ffns, all_heads
-from lowmem_icl.statistics import mean_with_interval, spearman
+from lowmem_icl.statistics import means_with_intervals, spearman
 from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.packing import PackedTask
 from lowmem_icl.tasks.scoring import document_scores, unit_accuracy
@@ -42,69 +42,88 @@ class Drops:
 
 def drops(task: PackedTask, logprobs: Values, greedy: NDArray[np.bool_]) -> Drops:
     """Return what is lost without each unit, from scores [M, O] whose first row is the clean run's."""
-    each = [
-        document_scores(task.task, task.by_document(one), task.by_document(flags))
-        for one, flags in zip(logprobs, greedy, strict=True)
-    ]
-    scores = {name: np.stack([of_mask[name] for of_mask in each]) for name in DROPS}
+    scores = document_scores(task.task, logprobs, greedy)
     accuracy, clusters = unit_accuracy(task.task, scores["acc"])
     return Drops(
-        {name: values[:1] - values[1:] for name, values in scores.items()},
+        {name: scores[name][:1] - scores[name][1:] for name in DROPS},
         accuracy[:1] - accuracy[1:],
         clusters,
     )
 
 
-def drop_rows(task: PackedTask, units: Sequence[Unit], lost: Drops, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield a result row a unit and metric: the mean drop over documents with its paired, clustered interval."""
-    clusters = task.task.clusters
+def drop_columns(task: PackedTask, units: Sequence[Unit], lost: Drops, seed: int) -> list[dict[str, Any]]:
+    """Return blocks of result columns, an entry a unit: mean drops over documents with paired, clustered intervals."""
+    blocks = []
     for name, values in lost.by_document.items():
         if np.isnan(values).any():
             continue
         whole = name == "acc"
-        for unit, of_unit in zip(units, lost.accuracy if whole else values, strict=True):
-            interval = mean_with_interval(of_unit, lost.accuracy_clusters if whole else clusters, seed=seed)
-            yield (
-                _unit_fields(task.task, unit)
-                | interval._asdict()
-                | {
-                    "method": "ablation",
-                    "metric": f"{name}_drop",
-                    "exact": True,
-                    "documents": len(task.task.documents),
-                }
-            )
+        intervals = means_with_intervals(
+            lost.accuracy if whole else values,
+            lost.accuracy_clusters if whole else task.task.clusters,
+            seed=seed,
+        )
+        blocks += unit_columns(
+            task.task,
+            units,
+            intervals._asdict(),
+            method="ablation",
+            metric=f"{name}_drop",
+            exact=True,
+        )
+    return blocks
+
+
+def unit_columns(
+    task: TaskRows, units: Sequence[Unit], by_unit: Mapping[str, Values], **same: Any
+) -> list[dict[str, Any]]:
+    """Return blocks of result columns, one a kind of unit, from columns [U] and what is the same in all."""
+    blocks = []
+    for kind in ("head", "ffn"):
+        places = [place for place, unit in enumerate(units) if unit.kind == kind]
+        if not places:
+            continue
+        block = {
+            "experiment": "ablate",
+            "task": task.task,
+            "shots": task.shots,
+            "split": task.split,
+            "kind": kind,
+            "layer": np.array([units[place].layer for place in places]),
+            "heads_removed": int(kind == "head"),
+            "ffns_removed": int(kind == "ffn"),
+            "documents": len(task.documents),
+        }
+        if kind == "head":
+            block["head"] = np.array([units[place].head for place in places])
+        blocks.append(block | {name: column[places] for name, column in by_unit.items()} | same)
+    return blocks
 
 
 def effect_columns(task: PackedTask, units: Sequence[Unit], lost: Drops) -> list[dict[str, Any]]:
     """Return blocks of columns of effects.parquet, one a metric and kind of unit: an entry a unit and document."""
     documents = np.array([document.index for document in task.task.documents])
-    base = {
-        "experiment": "ablate",
-        "task": task.task.task,
-        "shots": task.task.shots,
-        "split": task.task.split,
-    }
     blocks: list[dict[str, Any]] = []
     for kind in ("head", "ffn"):
         places = [place for place, unit in enumerate(units) if unit.kind == kind]
         if not places:
             continue
-        of_unit = {"layer": np.repeat([units[place].layer for place in places], len(documents))}
+        base: dict[str, Any] = {
+            "experiment": "ablate",
+            "task": task.task.task,
+            "shots": task.task.shots,
+            "split": task.task.split,
+            "document": np.tile(documents, len(places)),
+            "kind": kind,
+            "layer": np.repeat([units[place].layer for place in places], len(documents)),
+        }
         if kind == "head":
-            of_unit["head"] = np.repeat([units[place].head for place in places], len(documents))
-        for name, values in lost.by_document.items():
-            if not np.isnan(values).any():
-                blocks.append(
-                    base
-                    | of_unit
-                    | {
-                        "document": np.tile(documents, len(places)),
-                        "kind": kind,
-                        "metric": f"{name}_drop",
-                        "value": values[places].ravel(),
-                    }
-                )
+            base["head"] = np.repeat([units[place].head for place in places], len(documents))
+        blocks += [
+            base | {"metric": f"{name}_drop", "value": values[places].ravel()}
+            for name, values in lost.by_document.items()
+            if not np.isnan(values).any()
+        ]
     return blocks
 
 
@@ -135,36 +154,23 @@ def screened(
     return np.sort(np.concatenate([chosen, drawn])), np.sort(drawn)
 
 
-def _unit_fields(task: TaskRows, unit: Unit) -> dict[str, Any]:
-    return {
-        "task": task.task,
-        "shots": task.shots,
-        "split": task.split,
-        "kind": unit.kind,
-        "layer": unit.layer,
-        "head": unit.head,
-        "heads_removed": int(unit.kind == "head"),
-        "ffns_removed": int(unit.kind == "ffn"),
-    }
-
-
-def estimate_rows(
+def estimate_columns(
     task: TaskRows, units: Sequence[Unit], places: NDArray[np.int64], estimates: Values, errors: Values
-) -> Iterator[dict[str, Any]]:
-    """Yield a row for every unit that is only estimated, marked as not exact."""
-    for place in places:
-        error = float(errors[place]) if np.isfinite(errors[place]) else float("nan")
-        value = float(estimates[place])
-        yield _unit_fields(task, units[place]) | {
-            "method": "attribution",
-            "metric": "gold_logprob_drop",
-            "value": value,
-            "stderr": error,
-            "low": value - 1.96 * error,
-            "high": value + 1.96 * error,
-            "exact": False,
-            "documents": len(task.documents),
-        }
+) -> list[dict[str, Any]]:
+    """Return blocks of result columns for the units that are only estimated, marked as not exact."""
+    value = estimates[places]
+    stderr = np.where(np.isfinite(errors[places]), errors[places], np.nan)
+    columns = {
+        "value": value, "stderr": stderr, "low": value - 1.96 * stderr, "high": value + 1.96 * stderr
+    }  # fmt: skip
+    return unit_columns(
+        task,
+        [units[place] for place in places],
+        columns,
+        method="attribution",
+        metric="gold_logprob_drop",
+        exact=False,
+    )
 
 
 def agreement_rows(
@@ -181,6 +187,7 @@ def agreement_rows(
     """
     for method, places in (("attribution", exact), ("attribution-drawn", drawn)):
         base = {
+            "experiment": "ablate",
             "task": task.task.task,
             "shots": task.task.shots,
             "split": task.task.split,

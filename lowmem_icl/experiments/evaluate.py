@@ -28,7 +28,6 @@ def evaluation_rows(
     Metrics of the task are lm-eval's, with its standard errors; gold_logprob, gold_prob and margin are means over
     documents with intervals clustered by passage.
     """
-    by_document, greedy_by_document = task.by_document(logprobs), task.by_document(greedy)
     base = {
         "task": task.task.task,
         "shots": task.task.shots,
@@ -39,7 +38,7 @@ def evaluation_rows(
         "exact": True,
         "documents": len(task.task.documents),
     }
-    for metric in task_metrics(task.task, by_document, greedy_by_document):
+    for metric in task_metrics(task.task, logprobs, greedy):
         of_choice = metric.metric in ("acc", "em")
         yield base | {
             "metric": metric.metric,
@@ -49,7 +48,7 @@ def evaluation_rows(
             "high": metric.value + 1.96 * metric.stderr,
             "chance": task.task.chance if of_choice else None,
         }
-    scores = document_scores(task.task, by_document, greedy_by_document)
+    scores = document_scores(task.task, logprobs, greedy)
     clusters = task.task.clusters
     for name in PER_DOCUMENT:
         values = scores[name]

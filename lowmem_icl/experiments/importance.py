@@ -1,6 +1,6 @@
 """Importance of heads and FFNs from one backward pass: the paper's score and a signed first-order estimate."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,35 +58,41 @@ def importance(
     )
 
 
-def unit_rows(base: dict[str, Any], metric: str, heads: Values, ffns: Values) -> Iterator[dict[str, Any]]:
-    """Yield a result row a unit from scores of heads [L, H] and FFNs [L]."""
-    common = {"experiment": "importance", "method": metric, "metric": metric, "exact": True} | base
-    for (layer, head), value in np.ndenumerate(heads):
-        yield common | {"kind": "head", "layer": layer, "head": head, "value": float(value)}
-    for (layer,), value in np.ndenumerate(ffns):
-        yield common | {"kind": "ffn", "layer": layer, "value": float(value)}
+def unit_columns(
+    base: Mapping[str, Any], metric: str, heads: Mapping[str, Values], ffns: Mapping[str, Values]
+) -> list[dict[str, Any]]:
+    """Return two blocks of result columns, an entry a unit, from columns over heads [L, H] and over FFNs [L]."""
+    common = {"experiment": "importance", "method": metric, "metric": metric, "exact": True, **base}
+    layer, head = np.indices(heads["value"].shape)
+    return [
+        common
+        | {"kind": "head", "layer": layer.ravel(), "head": head.ravel()}
+        | {name: column.ravel() for name, column in heads.items()},
+        common | {"kind": "ffn", "layer": np.arange(len(ffns["value"]))} | dict(ffns),
+    ]
 
 
-def importance_rows(task: PackedTask, scores: Importance) -> Iterator[dict[str, Any]]:
-    """Yield the result rows of a task's scores; attribution, a mean over documents, with its standard error."""
-    documents = len(task.task.documents)
+def importance_columns(task: PackedTask, scores: Importance) -> list[dict[str, Any]]:
+    """Return blocks of result columns of a task's scores; attribution, a mean over documents, with its standard error."""
     base = {
         "task": task.task.task,
         "shots": task.task.shots,
         "split": task.task.split,
-        "documents": documents,
+        "documents": len(task.task.documents),
     }
-    yield from unit_rows(base, "gradient", scores.gradient_heads, scores.gradient_ffns)
-    per_document = (scores.attribution_heads, scores.attribution_ffns)
-    means = [values.mean(0) for values in per_document]
-    stderrs = [
-        values.std(0, ddof=1) / np.sqrt(documents) if documents > 1 else np.full(values.shape[1:], np.nan)
-        for values in per_document
-    ]
-    of_unit = np.concatenate([stderrs[0].ravel(), stderrs[1]])
-    for row, stderr in zip(unit_rows(base, "attribution", *means), of_unit, strict=True):
-        yield row | {
-            "stderr": float(stderr),
-            "low": row["value"] - 1.96 * float(stderr),
-            "high": row["value"] + 1.96 * float(stderr),
-        }
+    gradient = unit_columns(
+        base, "gradient", {"value": scores.gradient_heads}, {"value": scores.gradient_ffns}
+    )
+    attribution = unit_columns(
+        base, "attribution", _mean(scores.attribution_heads), _mean(scores.attribution_ffns)
+    )
+    return gradient + attribution
+
+
+def _mean(by_document: Values) -> dict[str, Values]:
+    """Return columns of the mean over documents with its interval, by unit, from [N, ...]."""
+    documents, value = len(by_document), by_document.mean(0)
+    stderr = np.full(value.shape, np.nan)
+    if documents > 1:
+        stderr = by_document.std(0, ddof=1) / np.sqrt(documents)
+    return {"value": value, "stderr": stderr, "low": value - 1.96 * stderr, "high": value + 1.96 * stderr}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lowmem_icl.errors import InputError
+from lowmem_icl.model.staging import CopyStream
 
 PAGE_BYTES = 4096
 BLOCK_BYTES = 32 << 20
@@ -64,17 +65,29 @@ def read_header(path: Path) -> tuple[dict[str, TensorPlace], dict[str, str]]:
                 elements *= axis
             if not 0 <= begin <= end <= size - 8 - length or end - begin != elements * dtype.itemsize:
                 raise ValueError(f"tensor '{name}' does not lie inside the file")
+            if (8 + length + begin) % dtype.itemsize:
+                raise ValueError(f"tensor '{name}' does not lie on a multiple of its elements' size")
             places[name] = TensorPlace(dtype, shape, 8 + length + begin, elements)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: truncated or not a safetensors file ({error}); convert again") from error
     return places, metadata
 
 
+@dataclass(frozen=True, eq=False)
+class _Coming:
+    """A layer on its way: the host buffer it is read into, its blocks, and on CUDA where it is copied to and when."""
+
+    host: Tensor
+    blocks: list[Future[None]]
+    target: Tensor | None = None
+    copied: "Future[torch.cuda.Event] | None" = None
+
+
 class LayerReader:
     """Reads the layers of a store in any order; keeps those in `resident_layers` in memory, on `device`.
 
     The tensors of a streamed layer are views of a buffer that the next but one layer overwrites: they are valid
-    until the iterator is advanced.
+    until the iterator is advanced. On a CUDA device the layers arrive there, copied while the device computes.
     """
 
     def __init__(
@@ -89,8 +102,10 @@ class LayerReader:
         self._sizes = [path.stat().st_size for path in self._paths]
         self._resident_layers = resident_layers
         self._resident: dict[int, dict[str, Tensor]] = {}
-        self._buffers: list[mmap.mmap] = []
-        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="layer-reader")
+        self._buffers: list[Tensor] = []
+        # One more on CUDA: it waits for the blocks of a layer and starts its copy.
+        self._pool = ThreadPoolExecutor(READERS + (device.type == "cuda"), thread_name_prefix="layer-reader")
+        self._copies = CopyStream(device, _round_up(max(self._sizes))) if device.type == "cuda" else None
         self.read_bytes = 0
 
     def close(self) -> None:
@@ -101,80 +116,108 @@ class LayerReader:
 
     def layers(self, order: Sequence[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yield (layer, its tensors by name) in the given order, the next layer being read meanwhile."""
-        pending: dict[int, tuple[mmap.mmap, list[Future[None]]]] = {}
+        pending: dict[int, _Coming] = {}
         try:
             self._start(order, 0, pending)
             for step, layer in enumerate(order):
-                buffer, parts = pending.pop(step, (None, []))
-                for part in parts:
-                    part.result()
+                coming = pending.pop(step, None)
+                for block in coming.blocks if coming else ():
+                    block.result()
                 self._start(order, step + 1, pending)
-                if buffer is None:
+                if coming is None:
                     yield layer, self._resident[layer]
                     continue
-                tensors = self._view(layer, buffer)
+                if coming.copied is not None and self._copies is not None:
+                    self._copies.wait_for_copy(coming.copied.result())
+                tensors = self._view(layer, coming.host if coming.target is None else coming.target)
                 if layer in self._resident_layers:
                     # On another device they are copies there, and the buffer goes.
                     tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
                     self._resident[layer] = tensors
                 yield layer, tensors
         finally:
-            for _, parts in pending.values():
-                for part in parts:
-                    part.exception()
+            for coming in pending.values():
+                for block in coming.blocks:
+                    block.exception()
+                if coming.copied is not None:
+                    coming.copied.exception()
 
-    def _start(
-        self, order: Sequence[int], step: int, pending: dict[int, tuple[mmap.mmap, list[Future[None]]]]
-    ) -> None:
+    def _start(self, order: Sequence[int], step: int, pending: dict[int, _Coming]) -> None:
         if step >= len(order) or order[step] in self._resident:
             return
-        layer = order[step]
-        buffer = self._buffer_for(layer, step)
+        layer, slot = order[step], step % 2
         size = self._sizes[layer]
         self.read_bytes += size
-        blocks = range(0, size, BLOCK_BYTES)
-        pending[step] = (
-            buffer,
-            [self._pool.submit(_read_block, self._paths[layer], buffer, start, size) for start in blocks],
+        if self._copies is not None:
+            self._copies.wait_for_host(slot)
+        host = self._buffer_for(layer, slot)[: _round_up(size)]
+        blocks = [
+            self._pool.submit(_read_block, self._paths[layer], host, start, size)
+            for start in range(0, size, BLOCK_BYTES)
+        ]
+        if self._copies is None:
+            pending[step] = _Coming(host, blocks)
+            return
+        target = (
+            torch.empty(len(host), dtype=torch.uint8, device=self._device)
+            if layer in self._resident_layers
+            else self._copies.place(slot)[: len(host)]
         )
+        copied = self._pool.submit(
+            _copy_when_read, self._copies, slot, blocks, host, target, self._copies.now()
+        )
+        pending[step] = _Coming(host, blocks, target, copied)
 
-    def _buffer_for(self, layer: int, step: int) -> mmap.mmap:
-        if layer in self._resident_layers:
+    def _buffer_for(self, layer: int, slot: int) -> Tensor:
+        if layer in self._resident_layers and self._copies is None:
             return _new_buffer(self._sizes[layer])
         if not self._buffers:
             self._buffers = [_new_buffer(max(self._sizes)) for _ in range(2)]
-        return self._buffers[step % 2]
+            for buffer in self._buffers if self._copies is not None else ():
+                self._copies.pin(buffer)  # type: ignore[union-attr]
+        return self._buffers[slot]
 
-    def _view(self, layer: int, buffer: mmap.mmap) -> dict[str, Tensor]:
+    def _view(self, layer: int, buffer: Tensor) -> dict[str, Tensor]:
         return {
-            name: (
-                torch.frombuffer(buffer, dtype=place.dtype, count=place.elements, offset=place.offset)
-                if place.elements
-                else torch.empty(0, dtype=place.dtype)
-            ).view(place.shape)
+            name: buffer[place.offset : place.offset + place.elements * place.dtype.itemsize]
+            .view(place.dtype)
+            .view(place.shape)
             for name, place in self._places[layer].items()
         }
 
 
-def _new_buffer(size: int) -> mmap.mmap:
-    """Return page-aligned memory, in large pages where the system has them: a layer is a quarter million small ones."""
+def _copy_when_read(
+    copies: CopyStream,
+    slot: int,
+    blocks: Sequence[Future[None]],
+    host: Tensor,
+    target: Tensor,
+    free: "torch.cuda.Event",
+) -> "torch.cuda.Event":
+    for block in blocks:
+        block.result()
+    return copies.copy(slot, host, target, free)
+
+
+def _new_buffer(size: int) -> Tensor:
+    """Return page-aligned bytes, in large pages where the system has them: a layer is a quarter million small ones."""
     buffer = mmap.mmap(-1, _round_up(size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # A kernel without large pages refuses, and small ones do.
         with suppress(OSError):
             buffer.madvise(mmap.MADV_HUGEPAGE)
-    return buffer
+    return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
 def _round_up(size: int) -> int:
     return -(-size // PAGE_BYTES) * PAGE_BYTES
 
 
-def _read_block(path: Path, buffer: mmap.mmap, start: int, size: int) -> None:
+def _read_block(path: Path, buffer: Tensor, start: int, size: int) -> None:
     """Read BLOCK_BYTES from `start` into the buffer at the same offset, past the page cache where possible."""
     stop = min(start + BLOCK_BYTES, _round_up(size))
     descriptor, direct = _open_direct(path)
-    view = memoryview(buffer)
+    view = buffer.numpy().data
     try:
         place = start
         while place < min(stop, size):
@@ -205,7 +248,7 @@ def read_rate(paths: Sequence[Path], sample_bytes: int) -> float:
     largest = min(sample_bytes, max(path.stat().st_size for path in paths))
     buffer = _new_buffer(largest)
     # The pages are there before the clock runs, as they are for all layers but the first.
-    buffer.write(bytes(len(buffer)))
+    buffer.zero_()
     done, start = 0, time.perf_counter()
     with ThreadPoolExecutor(READERS) as pool:
         for path in paths:

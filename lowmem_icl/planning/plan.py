@@ -186,7 +186,7 @@ def make_plan(
     checkpoint = prepared.located.checkpoint
     to_convert = 0 if store.is_written or checkpoint is None else checkpoint.size_bytes
     plan = Plan(memory, store.size_bytes, to_convert, rates, wave_tokens, tuple(stages))
-    return plan if hours is None else _within_hours(plan, hours, chunk_seconds)
+    return plan if hours is None else within_hours(plan, hours, chunk_seconds)
 
 
 def _wave_tokens(store: Store, rates: Rates, resident: int) -> int:
@@ -196,7 +196,7 @@ def _wave_tokens(store: Store, rates: Rates, resident: int) -> int:
     return max(1, round(max(WAVE_SECONDS, COMPUTE_TO_READ * reading) / per_token))
 
 
-def _within_hours(plan: Plan, hours: float, chunk_seconds: Sequence[tuple[int, float]]) -> Plan:
+def within_hours(plan: Plan, hours: float, chunk_seconds: Sequence[tuple[int, float]]) -> Plan:
     """Return the plan with the largest programme that fits: ablations take what the others leave."""
     total = hours * 3600
     seconds = {stage.experiment: stage.seconds for stage in plan.stages}

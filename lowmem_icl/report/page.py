@@ -201,13 +201,14 @@ def _sections(results: pl.DataFrame, record: dict[str, Any], folder: Path) -> li
 def _how_exact(ablate: pl.DataFrame) -> str:
     """Say which drops are exact and, where units were screened, how far the estimates of the others can be trusted."""
     drops = ablate.filter(pl.col("metric") == "gold_logprob_drop")
-    documents = drops.filter(pl.col("exact"))["documents"].max()
+    exactly = drops.filter(pl.col("exact"))
+    documents = int(exactly["documents"].cast(pl.Int64).to_numpy().max(initial=0))
     if drops["exact"].all():
         return f"Every unit, exactly, on {documents} training documents a task."
     estimated = drops.filter(~pl.col("exact"))
-    exact, units = len(drops) - len(estimated), len(drops)
+    exact, units = len(exactly), len(drops)
     text = (
-        f"{exact:,} of {units:,} drops are exact, on {documents or 0} training documents a task; the others are estimated by "
+        f"{exact:,} of {units:,} drops are exact, on {documents} training documents a task; the others are estimated by "
         "attribution, to first order, on all of them, and only for gold log-probability."
     )
     agreement = (

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +93,7 @@ def _gather(
     """Turn what is scored so far into rows, and estimates into the rows of all other units."""
     skeleton = work.model.skeleton
     rows: list[Row] = []
+    columns: list[dict[str, Any]] = []
     gathered.effects["ablate"] = []
     for task, choice, chunks in zip(work.prepared.train, choices, done, strict=True):
         values = np.full(len(units), np.nan) if choice.estimates is None else choice.estimates.copy()
@@ -101,19 +103,19 @@ def _gather(
             packed = work.prepared.pack(replace(task, documents=documents))
             lost = ablate.drops(packed, scores.logprobs, scores.greedy)
             exact = [units[place] for place in choice.exact]
-            rows += ablate.drop_rows(packed, exact, lost, work.options.seed)
+            columns += ablate.drop_columns(packed, exact, lost, work.options.seed)
             gathered.effects["ablate"] += ablate.effect_columns(packed, exact, lost)
             values[choice.exact] = lost.by_document["gold_logprob"].mean(1)
             if choice.estimates is not None:
                 rows += ablate.agreement_rows(packed, choice.estimates, values, choice.exact, choice.drawn)
         if choice.estimates is not None and choice.errors is not None:
             estimated = np.setdiff1d(np.arange(len(units)), choice.exact if chunks else choice.exact[:0])
-            rows += ablate.estimate_rows(task, units, estimated, choice.estimates, choice.errors)
+            columns += ablate.estimate_columns(task, units, estimated, choice.estimates, choice.errors)
         heads = values[: skeleton.layers * skeleton.heads]
         if np.isfinite(heads).all():
             key = RankingKey(task.task, task.shots, "ablation")
             gathered.rankings[key] = heads.reshape(skeleton.layers, skeleton.heads)
-    gathered.results["ablate"] = [{"experiment": "ablate"} | row for row in rows]
+    gathered.results["ablate"], gathered.columns["ablate"] = rows, columns
 
 
 def _scored_documents(task: TaskRows, scores: Scores) -> tuple[Document, ...]:

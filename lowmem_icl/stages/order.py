@@ -17,7 +17,7 @@ from lowmem_icl.rankings import mean_of_ranks, mean_of_scores
 from lowmem_icl.stages.ablating import run_ablate
 from lowmem_icl.stages.evaluating import evaluation_rows
 from lowmem_icl.stages.pruning import run_prune
-from lowmem_icl.stages.work import AGGREGATE, Gathered, OutOfTime, Row, Work
+from lowmem_icl.stages.work import AGGREGATE, Gathered, OutOfTime, Work
 
 
 def run_evaluate(work: Work, gathered: Gathered, masks: Mapping[str, Mask]) -> None:
@@ -67,12 +67,12 @@ def run_importance(work: Work, gathered: Gathered) -> None:
         return arrays()
 
     arrays = work.parts.get_or_make("importance", make)
-    rows: list[Row] = []
+    columns: list[dict[str, Any]] = []
     by_shots: dict[int, list[importance.Importance]] = {}
     for number, task in enumerate(work.prepared.pack(task) for task in tasks):
         fields = ("head_absolute", "head_signed", "ffn_absolute", "ffn_signed", "logprobs")
         scores = importance.importance(task, *(arrays[f"{number}.{name}"] for name in fields))
-        rows += importance.importance_rows(task, scores)
+        columns += importance.importance_columns(task, scores)
         name, shots = task.task.task, task.task.shots
         gathered.importance[name, shots] = scores
         gathered.rankings[RankingKey(name, shots, "gradient")] = scores.gradient_heads
@@ -90,10 +90,10 @@ def run_importance(work: Work, gathered: Gathered) -> None:
                 ("gradient_rank", ranks, ffn_ranks),
             ):
                 base = {"task": AGGREGATE, "shots": shots, "split": "train", "documents": documents}
-                rows += importance.unit_rows(base, metric, of_heads, of_ffns)
+                columns += importance.unit_columns(base, metric, {"value": of_heads}, {"value": of_ffns})
             gathered.rankings[RankingKey(AGGREGATE, shots, "gradient")] = ranks
             gathered.ffn_rankings[RankingKey(AGGREGATE, shots, "gradient")] = ffn_ranks
-    gathered.results["importance"] = rows
+    gathered.columns["importance"] = columns
 
 
 def run_overlap(work: Work, gathered: Gathered) -> None:

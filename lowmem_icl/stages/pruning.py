@@ -159,14 +159,8 @@ def _score_step(
     objective: dict[tuple[int, str], NDArray[np.float64]] = {}
     for (place, half), score in zip(wanted, scores, strict=True):
         packed = halves[place][half]
-        objective[place, half] = np.stack(
-            [
-                document_scores(packed.task, packed.by_document(logprobs), packed.by_document(greedy))[
-                    work.options.objective
-                ]
-                for logprobs, greedy in zip(score.logprobs, score.greedy, strict=True)
-            ]
-        )
+        scored = document_scores(packed.task, score.logprobs, score.greedy)
+        objective[place, half] = scored[work.options.objective]
     return {
         name: tuple(
             objective[place, request.half][[wanted[place, request.half][mask] for mask in request.masks]]

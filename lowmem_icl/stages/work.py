@@ -50,12 +50,14 @@ class MadeMask:
 
 @dataclass
 class Gathered:
-    """What the experiments of a run put together: table rows and columns by experiment, masks and warnings.
+    """What the experiments of a run put together: tables by experiment, masks and warnings.
 
-    A stage that has more puts its new rows in place of its earlier ones.
+    `results` are rows of results.parquet, `columns` blocks of columns of it, where there are very many. A stage that has
+    more puts its new rows in place of its earlier ones.
     """
 
     results: dict[str, list[Row]] = field(default_factory=dict)
+    columns: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     effects: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
     masks: list[MadeMask] = field(default_factory=list)

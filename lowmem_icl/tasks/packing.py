@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,6 @@ SHORTEST_ROW_TOKENS = 128
 LONGEST_ROW_TOKENS = 256
 SHORTEST_STEM_TOKENS = 16
 
-Scalar = TypeVar("Scalar", bound=np.generic)
 Tokenise = Callable[[list[str]], list[list[int]]]
 
 
@@ -69,10 +67,6 @@ class PackedTask:
     def packed(self) -> PackedRows:
         """The rows, laid out when they are asked for."""
         return PackedRows(tuple(_rows(self)), len(self.options))
-
-    def by_document(self, values: NDArray[Scalar]) -> list[NDArray[Scalar]]:
-        """Cut an array with one value an option, [O], into one array a document."""
-        return np.split(values, self.first_option[1:])
 
 
 def tokenise_options(

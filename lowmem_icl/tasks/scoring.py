@@ -23,33 +23,46 @@ class MetricValue(NamedTuple):
     stderr: float
 
 
-def document_scores(task: TaskRows, logprobs: Sequence[Values], greedy: Sequence[Flags]) -> dict[str, Values]:
-    """Return scores a document, [N] each, from the summed log-probabilities of its options (nats).
+def document_scores(task: TaskRows, logprobs: Values, greedy: Flags) -> dict[str, Values]:
+    """Return scores by document, [..., N] each, from summed log-probabilities (nats) of all options, [..., O].
 
     gold_logprob: the best gold option's; gold_prob: the softmax over the options, at the gold ones; margin: best
     gold minus best other, NaN where there is no other; acc: 1 where the first best option is a gold one, or, with
-    one option, where it is what the model would say.
+    one option, where it is what the model would say (`greedy`, [..., O]).
     """
-    count = len(task.documents)
-    scores = {name: np.empty(count) for name in ("gold_logprob", "gold_prob", "margin", "acc")}
-    for place, (document, values, flags) in enumerate(zip(task.documents, logprobs, greedy, strict=True)):
-        gold = np.array(document.gold)
-        weights = np.exp(values - values.max())
-        best_gold = values[gold].max()
-        scores["gold_logprob"][place] = best_gold
-        scores["gold_prob"][place] = weights[gold].sum() / weights.sum()
-        scores["margin"][place] = best_gold - values[~gold].max() if not gold.all() else np.nan
-        scores["acc"][place] = flags[0] if len(values) == 1 else gold[int(np.argmax(values))]
-    return scores
+    counts = np.array([len(document.gold) for document in task.documents])
+    starts = np.cumsum(counts) - counts
+    gold = np.concatenate([document.gold for document in task.documents])
+
+    def largest(values: Values) -> Values:
+        return np.maximum.reduceat(values, starts, axis=-1)
+
+    best = largest(logprobs)
+    weights = np.exp(logprobs - np.repeat(best, counts, axis=-1))
+    best_gold = largest(np.where(gold, logprobs, -np.inf))
+    best_other = largest(np.where(gold, -np.inf, logprobs))
+    is_best = logprobs == np.repeat(best, counts, axis=-1)
+    first_best = np.minimum.reduceat(np.where(is_best, np.arange(len(gold)), len(gold)), starts, axis=-1)
+    return {
+        "gold_logprob": best_gold,
+        "gold_prob": np.add.reduceat(weights * gold, starts, axis=-1)
+        / np.add.reduceat(weights, starts, axis=-1),
+        "margin": np.where(np.isneginf(best_other), np.nan, best_gold - best_other),
+        "acc": np.where(counts == 1, greedy[..., starts], gold[first_best]).astype(np.float64),
+    }
 
 
-def task_metrics(task: TaskRows, logprobs: Sequence[Values], greedy: Sequence[Flags]) -> list[MetricValue]:
-    """Return lm-eval's metrics of the task over all documents.
+def task_metrics(task: TaskRows, logprobs: Values, greedy: Flags) -> list[MetricValue]:
+    """Return lm-eval's metrics of the task over all documents, from the scores of all options, [O].
 
-    A mean over documents has the standard error of a mean; other metrics (MultiRC's, F1) a jackknife over clusters.
+    A mean over documents has the standard error of a mean, clustered by passage or by shared demonstrations; other
+    metrics (MultiRC's, F1) a jackknife over clusters.
     """
+    ends = np.cumsum([len(document.gold) for document in task.documents])[:-1]
     values: dict[str, list[Any]] = defaultdict(list)
-    for document, of_document, flags in zip(task.documents, logprobs, greedy, strict=True):
+    for document, of_document, flags in zip(
+        task.documents, np.split(logprobs, ends), np.split(greedy, ends), strict=True
+    ):
         member = task.members[document.member]
         pairs = [(float(value), bool(flag)) for value, flag in zip(of_document, flags, strict=True)]
         for name, value in member.process_results(document.row, pairs).items():
@@ -71,7 +84,7 @@ def _stderr(items: list[Any], clusters: Sequence[str], aggregate: Callable[[list
     if len(items) < 2:
         return float("nan")
     if all(isinstance(item, (int, float, np.number)) for item in items):
-        return float(np.std(items, ddof=1) / np.sqrt(len(items)))
+        return _stderr_of_mean(np.array(items, dtype=np.float64), clusters)
     of_cluster: dict[str, list[Any]] = defaultdict(list)
     for item, cluster in zip(items, clusters, strict=True):
         of_cluster[cluster].append(item)
@@ -85,6 +98,15 @@ def _stderr(items: list[Any], clusters: Sequence[str], aggregate: Callable[[list
         for left_out in range(count)
     ]
     return float(np.sqrt((count - 1) * np.var(without)))
+
+
+def _stderr_of_mean(values: Values, clusters: Sequence[str]) -> float:
+    """Return the standard error of a mean of values [N] that agree within clusters; where all are alone, the usual one."""
+    members = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    sums = np.bincount(members, weights=values - values.mean())
+    if len(sums) < 2:
+        return float("nan")
+    return float(np.sqrt(np.sum(sums**2) * len(sums) / (len(sums) - 1)) / len(values))
 
 
 def unit_accuracy(task: TaskRows, accuracy: Values) -> tuple[Values, list[str]]:
