@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
 
 from lowmem_icl.model.families import Skeleton
@@ -257,13 +257,11 @@ def _attention_by_row(
             states[0, :, places].unflatten(1, (segment.variants, segment.tokens)).transpose(0, 1)
             for states in (query, key, value)
         )
-        if segment.stem_keys is not None and segment.stem_values is not None:
-            k, v = torch.cat([segment.stem_keys, k], 2), torch.cat([segment.stem_values, v], 2)
         queries, keys = segment.mask.shape
         attended = scaled_dot_product_attention(
-            _filled_up(q, queries),
-            _filled_up(k, keys),
-            _filled_up(v, keys),
+            _filled_up(None, q, queries),
+            _filled_up(segment.stem_keys, k, keys),
+            _filled_up(segment.stem_values, v, keys),
             attn_mask=segment.mask,
             scale=scaling,
         )
@@ -275,9 +273,13 @@ def _attention_by_row(
 AttentionInterface.register(ATTENTION, _attention_by_row)
 
 
-def _filled_up(states: Tensor, length: int) -> Tensor:
-    missing = length - states.shape[2]
-    return pad(states, (0, 0, 0, missing)) if missing else states
+def _filled_up(of_stem: Tensor | None, states: Tensor, length: int) -> Tensor:
+    """Return the stem's states, a row's [V, H, T, d] and zeros, `length` together, in one copy."""
+    parts = [states] if of_stem is None else [of_stem, states]
+    if missing := length - sum(part.shape[2] for part in parts):
+        variants, heads, _, head_width = states.shape
+        parts.append(states.new_zeros(1).expand(variants, heads, missing, head_width))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def attention_mask(ends: Tensor, stem_tokens: int = 0) -> Tensor:
