@@ -205,7 +205,6 @@ def _how_exact(ablate: pl.DataFrame) -> str:
     documents = int(exactly["documents"].cast(pl.Int64).to_numpy().max(initial=0))
     if drops["exact"].all():
         return f"Every unit, exactly, on {documents} training documents a task."
-    estimated = drops.filter(~pl.col("exact"))
     exact, units = len(exactly), len(drops)
     text = (
         f"{exact:,} of {units:,} drops are exact, on {documents} training documents a task; the others are estimated by "
