@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lowmem_icl.config import EXPERIMENTS
+from lowmem_icl.config import CURVES, EXPERIMENTS
 
 
 class Weights(StrEnum):
@@ -36,6 +36,20 @@ class Objective(StrEnum):
     gold_prob = "gold_prob"
     gold_logprob = "gold_logprob"
     acc = "acc"
+
+
+class Direction(StrEnum):
+    """Where the greedy pruner starts."""
+
+    down = "down"
+    up = "up"
+
+
+class Order(StrEnum):
+    """In which order the greedy pruner takes units."""
+
+    heads_first = "heads-first"
+    joint = "joint"
 
 
 MODEL = "Model and where it is kept"
@@ -131,6 +145,33 @@ ToleranceOption = Annotated[
         help="How much of the objective it may lose in all.", rich_help_panel=WORK, show_default="0.01"
     ),
 ]
+DirectionOption = Annotated[
+    Direction | None,
+    typer.Option(help="From the last layer down, or from the first up.", rich_help_panel=WORK, show_default="down"),
+]  # fmt: skip
+OrderOption = Annotated[
+    Order | None,
+    typer.Option(help="Heads and then FFNs, or both together by what a parameter costs.", rich_help_panel=WORK,
+                 show_default="heads-first"),
+]  # fmt: skip
+CurvesOption = Annotated[
+    str | None,
+    typer.Option(help=f"Pruning curves, comma-separated, of {', '.join(CURVES)}; '' for none.", rich_help_panel=WORK,
+                 show_default="heads,ffns"),
+]  # fmt: skip
+CurveLimitOption = Annotated[
+    int | None,
+    typer.Option(help="Evaluation documents a task that curves are judged on.", rich_help_panel=WORK,
+                 show_default="128"),
+]  # fmt: skip
+RandomDrawsOption = Annotated[
+    int | None, typer.Option(help="Draws of the random curves.", rich_help_panel=WORK, show_default="10")
+]
+RescoreOption = Annotated[
+    bool | None,
+    typer.Option("--rescore", help="Also compute importance again on the pruned model at every level.",
+                 rich_help_panel=WORK),
+]  # fmt: skip
 MemoryOption = Annotated[
     str | None,
     typer.Option(help="Memory for weights, rows and caches, such as 6GB.", rich_help_panel=MACHINE,

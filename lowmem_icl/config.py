@@ -13,6 +13,9 @@ from lowmem_icl.errors import InputError
 
 Experiment = Literal["evaluate", "importance", "ablate", "prune", "overlap"]
 EXPERIMENTS: tuple[str, ...] = get_args(Experiment)
+Curve = Literal["heads", "ffns", "combined", "transfer", "cross-shot", "random"]
+CURVES: tuple[str, ...] = get_args(Curve)
+DEFAULT_CURVES = ("heads", "ffns")
 DEMO = "demo"
 DEFAULT_TRAIN_LIMIT = 32
 DEFAULT_EXACT = 500
@@ -79,6 +82,18 @@ class RunOptions(BaseModel):
     """What the greedy pruner keeps."""
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """How much of the objective the greedy pruner may lose in all."""
+    direction: Literal["down", "up"] = "down"
+    """Whether the greedy pruner starts at the last layer or at the first."""
+    order: Literal["heads-first", "joint"] = "heads-first"
+    """Whether the greedy pruner removes heads and then FFNs, or both together by what a parameter costs."""
+    curves: Annotated[tuple[Curve, ...], CommaList] = DEFAULT_CURVES  # type: ignore[assignment]
+    """Which pruning curves to draw; none if empty."""
+    curve_limit: Annotated[int, Field(ge=1)] = 128
+    """Evaluation documents of a task that curves are judged on, at most `limit`."""
+    random_draws: Annotated[int, Field(ge=1, le=1000)] = 10
+    """Draws of the random curves."""
+    rescore: bool = False
+    """Also a curve whose importance is computed again on the pruned model at every level."""
     screen: Literal["attribution"] | None = None
     """Ablate exactly only the units whose estimated effect is largest or least certain; all if not given."""
     exact: Annotated[int, Field(ge=1)] | None = None
@@ -100,9 +115,9 @@ class RunOptions(BaseModel):
 
     @model_validator(mode="after")
     def _no_repeats(self) -> "RunOptions":
-        for name in ("tasks", "shots", "experiments"):
+        for name in ("tasks", "shots", "experiments", "curves"):
             values = getattr(self, name)
-            if values is not None and (not values or len(set(values)) < len(values)):
+            if values is not None and ((not values and name != "curves") or len(set(values)) < len(values)):
                 raise ValueError(f"{name}: expected a list without repeats, at least one long")
         return self
 
@@ -112,6 +127,12 @@ class RunOptions(BaseModel):
             raise ValueError("exact: expected with --screen attribution, which says what is left out; add it")
         if self.screen is not None and "ablate" in self.experiments and "importance" not in self.experiments:
             raise ValueError("screen: its estimates come from importance; add that to --experiments")
+        return self
+
+    @model_validator(mode="after")
+    def _rescoring_has_scores(self) -> "RunOptions":
+        if self.rescore and not {"importance", "prune"} <= set(self.experiments):
+            raise ValueError("rescore: expected importance and prune among --experiments; add them")
         return self
 
     @property
@@ -129,6 +150,11 @@ class RunOptions(BaseModel):
     def chosen_train_limit(self) -> int:
         """Training documents of a task."""
         return self.train_limit or self.limit or DEFAULT_TRAIN_LIMIT
+
+    @property
+    def chosen_curve_limit(self) -> int:
+        """Evaluation documents of a task that curves are judged on."""
+        return min(self.curve_limit, self.limit or self.curve_limit)
 
     @property
     def digest(self) -> str:

@@ -28,8 +28,8 @@ from lowmem_icl.tasks.sources import DEMO_TASKS, PAPER_TASKS
 class Prepared:
     """A run's model and documents, checked and tokenisable.
 
-    `evaluate`, `train`: the documents of every task and shot count, in the same order. The store may be
-    only planned, with sizes and no files: `with_store` makes it.
+    `evaluate`, `train`: the documents of every task and shot count, in the same order; `curves`: the first of `evaluate`,
+    as many as pruning curves are judged on. The store may be only planned, with sizes and no files: `with_store` makes it.
     """
 
     store: Store
@@ -37,6 +37,7 @@ class Prepared:
     limits: PackingLimits
     evaluate: tuple[TaskRows, ...]
     train: tuple[TaskRows, ...]
+    curves: tuple[TaskRows, ...]
     located: Located
 
     @property
@@ -85,9 +86,10 @@ def open_tasks(options: RunOptions) -> list[OpenTask]:
     return [open_task(name, options.data_dir) for name in task_names(options)]
 
 
-def documents(options: RunOptions, tasks: list[OpenTask], part: Part, fits: Fits) -> tuple[TaskRows, ...]:
+def documents(
+    options: RunOptions, tasks: list[OpenTask], part: Part, limit: int | None, fits: Fits
+) -> tuple[TaskRows, ...]:
     """Return the documents of all tasks and shot counts of a part; `fits` tells whether options fit the model."""
-    limit = options.limit if part == "evaluate" else options.chosen_train_limit
     how = Demonstrations(options.demonstrations, options.demonstration_sets)
     return tuple(
         task.rows(shots=shots, part=part, limit=limit, demonstrations=how, fits=fits)
@@ -130,11 +132,13 @@ def prepare(options: RunOptions) -> Prepared:
     limits, tokenise = packing_limits(options, store)
     tasks = open_tasks(options)
     fits = partial(fit_context, tokenise=tokenise, limits=limits)
-    evaluate, train = (documents(options, tasks, part, fits) for part in ("evaluate", "train"))
+    evaluate = documents(options, tasks, "evaluate", options.limit, fits)
+    train = documents(options, tasks, "train", options.chosen_train_limit, fits)
+    curves = documents(options, tasks, "evaluate", options.chosen_curve_limit, fits)
     for task in (*evaluate, *train):
         # An option that does not fit is told now, not in the night.
         tokenise_options(task.documents, tokenise, limits, task.task)
-    return Prepared(store, tokenise, limits, evaluate, train, located)
+    return Prepared(store, tokenise, limits, evaluate, train, curves, located)
 
 
 def with_store(

@@ -17,7 +17,7 @@ def prompt_entries(options: RunOptions) -> list[dict[str, Any]]:
     located = find_model(options)
     limits, tokenise = packing_limits(options, plan_store(located, options.weights))
     fits = partial(fit_context, tokenise=tokenise, limits=limits)
-    (task,) = documents(options, open_tasks(options), "evaluate", fits)
+    (task,) = documents(options, open_tasks(options), "evaluate", options.limit, fits)
     entries = []
     tokenised = tokenise_options(task.documents, tokenise, limits, task.task)
     for document, options_tokens in zip(task.documents, tokenised, strict=True):

@@ -1,6 +1,7 @@
 """From scores to orders and from orders to masks."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +12,22 @@ from lowmem_icl.masks import Mask
 Values = NDArray[np.float64]
 
 
+class RankingKey(NamedTuple):
+    """Which ranking: its task, shot count and method."""
+
+    task: str
+    shots: int
+    method: str
+
+
 def ascending(scores: Values) -> list[int]:
     """Return flat places of scores, least important first; of equals the lower layer and head comes first."""
     return [int(place) for place in np.argsort(scores.ravel(), kind="stable")]
+
+
+def removed_count(percent: int, units: int) -> int:
+    """Return how many of so many units a percentage is: ⌊p·n/100⌋, as the paper's code counts."""
+    return percent * units // 100
 
 
 def lowest_heads(scores: Values, count: int) -> Mask:
@@ -35,10 +49,9 @@ def lowest_ffns(scores: Values, count: int) -> Mask:
 
 
 def random_mask(layers: int, heads: int, head_count: int, ffn_count: int, seed: int) -> Mask:
-    """Return a mask of that many heads and FFNs, drawn uniformly."""
+    """Return a mask of that many heads and FFNs, drawn uniformly; those of one seed are nested."""
     rng = np.random.default_rng(seed)
-    drawn = rng.choice(layers * heads, head_count, replace=False)
-    ffns = rng.choice(layers, ffn_count, replace=False)
+    drawn, ffns = rng.permutation(layers * heads)[:head_count], rng.permutation(layers)[:ffn_count]
     return Mask(
         frozenset(divmod(int(place), heads) for place in drawn), frozenset(int(layer) for layer in ffns)
     )
@@ -53,3 +66,10 @@ def mean_of_ranks(scores: Sequence[Values]) -> Values:
 def mean_of_scores(scores: Sequence[Values]) -> Values:
     """Return the plain mean of raw scores, the paper's aggregate (eq. 10)."""
     return np.mean(scores, axis=0)
+
+
+def with_ties_broken(scores: Values, by: Values) -> Values:
+    """Return the places of scores [N] in ascending order, equal ones told apart by a second score [N]."""
+    places = np.empty(len(scores))
+    places[np.lexsort((np.arange(len(scores)), by, scores))] = np.arange(len(scores))
+    return places

@@ -332,6 +332,7 @@ def _mask_file(options: RunOptions, prepared: Prepared, made: MadeMask) -> MaskF
             "protocol": options.protocol,
             "version": __version__,
             "date": datetime.date.today().isoformat(),
-        },
+        }
+        | ({"note": made.note} if made.note else {}),
         scores=made.scores,
     )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem_icl.experiments.prune import Request, greedy_search, in_lockstep
+from lowmem_icl.experiments.prune import Request, SearchPlan, greedy_search, in_lockstep
 from lowmem_icl.masks import Mask
 
 LAYERS, HEADS = 3, 3
@@ -40,7 +40,7 @@ def test_the_search_equals_its_description(seed: int, tolerance: float) -> None:
     def score(step: int, asked: dict[str, Request]) -> dict[str, tuple[np.ndarray, ...]]:
         return {name: answer(request) for name, request in asked.items()}
 
-    found = in_lockstep({"one": greedy_search(LAYERS, HEADS, tolerance)}, score)["one"]
+    found = in_lockstep({"one": greedy_search(SearchPlan(LAYERS, HEADS), tolerance)}, score)["one"]
 
     def lost(measured: Callable[[Mask], np.ndarray]) -> Callable[[Mask], float]:
         return lambda mask: float(measured(Mask()).mean() - measured(mask).mean())
@@ -60,7 +60,7 @@ def test_candidates_never_touch_a_layer_below_the_one_visited() -> None:
             first_layers.extend(mask.first_layer for mask in request.masks if not mask.ffns and len(mask))
         return {name: (np.zeros((len(request.masks), 4)),) for name, request in asked.items()}
 
-    found = in_lockstep({"all": greedy_search(LAYERS, HEADS, 0.01)}, score)["all"]
+    found = in_lockstep({"all": greedy_search(SearchPlan(LAYERS, HEADS), 0.01)}, score)["all"]
     assert first_layers == sorted(first_layers, reverse=True)
     assert len(found.mask) == LAYERS * (HEADS + 1), "what costs nothing all goes"
 
@@ -74,9 +74,13 @@ def test_searches_side_by_side_equal_searches_alone() -> None:
             for name, request in asked.items()
         }
 
-    together = in_lockstep({name: greedy_search(LAYERS, HEADS, 0.02) for name in objectives}, score)
+    together = in_lockstep(
+        {name: greedy_search(SearchPlan(LAYERS, HEADS), 0.02) for name in objectives}, score
+    )
     for name in objectives:
-        assert in_lockstep({name: greedy_search(LAYERS, HEADS, 0.02)}, score)[name] == together[name]
+        assert (
+            in_lockstep({name: greedy_search(SearchPlan(LAYERS, HEADS), 0.02)}, score)[name] == together[name]
+        )
 
 
 def test_tasks_of_a_search_weigh_the_same() -> None:
@@ -89,7 +93,7 @@ def test_tasks_of_a_search_weigh_the_same() -> None:
             for name, request in asked.items()
         }
 
-    found = in_lockstep({"two": greedy_search(1, 4, 0.0501)}, score)["two"]
+    found = in_lockstep({"two": greedy_search(SearchPlan(1, 4), 0.0501)}, score)["two"]
     # Each unit costs 0.02 on the small task, so 0.01 in the mean; 5 units share a tolerance of just above 0.05.
     assert len(found.mask) == 5
     assert found.lost == pytest.approx(0.05)

@@ -11,15 +11,16 @@ from scipy import stats
 
 from lowmem_icl.errors import InputError
 from lowmem_icl.experiments.evaluate import mean_over_tasks
-from lowmem_icl.experiments.overlap import RankingKey, overlap_rows
 from lowmem_icl.masks import Mask
 from lowmem_icl.parts import Draft, Parts
 from lowmem_icl.rankings import (
+    RankingKey,
     highest_heads,
     lowest_ffns,
     lowest_heads,
     mean_of_ranks,
     mean_of_scores,
+    overlap_rows,
     random_mask,
 )
 from lowmem_icl.results import RESULTS, TABLES, columns_frame, read_table, rows_frame, write_table

@@ -50,6 +50,11 @@ class CleanCache:
         if self._files is not None:
             self._files.cleanup()
 
+    def clear(self) -> None:
+        """Forget everything: other rows, or the same under a mask, come next."""
+        while self._kept:
+            self._forget(next(iter(self._kept)))
+
     def has(self, rows: Sequence[Row], layer: int) -> bool:
         """Tell whether the residuals of all these rows at the input of a layer are there."""
         return all((row, layer) in self._kept for row in rows)

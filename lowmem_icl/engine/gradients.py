@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowmem_icl.engine.waves import BlockRow
-from lowmem_icl.model.layer import DecoderLayer, Segment, attention_mask
+from lowmem_icl.masks import Mask
+from lowmem_icl.model.layer import Cut, DecoderLayer, Segment, attention_mask
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.rows import Row
 
@@ -70,9 +71,10 @@ def forward_step(
     members: Sequence[BlockRow],
     residuals: list[Tensor],
     places: Sequence[int],
+    cut: Cut,
 ) -> None:
-    """Take rows, whose residuals [T, D] stand at `places`, through a layer together."""
-    after = layer.run(torch.cat([residuals[place] for place in places]), _segments(model, members))
+    """Take rows, whose residuals [T, D] stand at `places`, through a layer together; `cut` removes heads from z."""
+    after = layer.run(torch.cat([residuals[place] for place in places]), _segments(model, members), cut)
     for place, part in zip(places, after.split([len(member.row) for member in members]), strict=True):
         residuals[place] = part
 
@@ -131,6 +133,7 @@ def one_layer_back(
     members: Sequence[BlockRow],
     residual: Tensor,
     gradient: Tensor,
+    cut: Cut,
 ) -> tuple[Tensor, LayerTerms]:
     """Run a layer again with its graph, from residuals [T, D] and the gradient at its output, [T, D].
 
@@ -138,12 +141,25 @@ def one_layer_back(
     """
     with torch.enable_grad():
         entering = residual.requires_grad_()
-        leaving, z, ffn = layer.run_captured(entering, _segments(model, members))
+        leaving, z, ffn = layer.run_captured(entering, _segments(model, members), cut)
         before, of_z, of_ffn = torch.autograd.grad(leaving, (entering, z, ffn), gradient)
     with torch.no_grad():
         by_head = (z * of_z).unflatten(-1, (model.skeleton.heads, -1)).sum(-1).double().cpu().numpy()
         by_ffn = (ffn * of_ffn).sum(-1).double().cpu().numpy()
     return before, LayerTerms(by_head, by_ffn)
+
+
+def cut_of(masks: Sequence[Mask], members: Sequence[BlockRow], number: int, model: StreamedModel) -> Cut:
+    """Return what removes, in one layer, the heads of each row's job from z; `masks` are by job."""
+    heads = model.skeleton.heads
+    keep = np.ones((len(members), heads), dtype=np.float32)
+    for place, member in enumerate(members):
+        keep[place, list(masks[member.job].heads_in(number))] = 0
+    if keep.all():
+        return lambda z: z
+    of_tokens = torch.from_numpy(np.repeat(keep, [len(member.row) for member in members], axis=0))
+    on_device = of_tokens.to(model.device)
+    return lambda z: (z.unflatten(-1, (heads, -1)) * on_device[..., None]).flatten(-2)
 
 
 def add_by_owner(

@@ -18,6 +18,7 @@ from lowmem_icl.engine.gradients import (
     UnitGradients,
     add_by_owner,
     answer_gradients,
+    cut_of,
     embedded,
     forward_step,
     one_layer_back,
@@ -37,6 +38,7 @@ from lowmem_icl.engine.waves import (
     variants_of,
 )
 from lowmem_icl.errors import DoesNotFit
+from lowmem_icl.masks import Mask
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.rows import Row
 
@@ -144,6 +146,7 @@ def unit_gradients(
     *,
     limits: SweepLimits,
     cache: CleanCache,
+    masks: Sequence[Mask] | None = None,
     after_block: AfterPiece = lambda: None,
     account: Account = lambda cost: None,
 ) -> None:
@@ -152,8 +155,10 @@ def unit_gradients(
     No gradient of a weight is ever made: going back, one layer is run again from its cached input. A row's tokens
     must each belong to one owner, an owner's tokens lie in one row, and rows have no stem. `choose[j]` maps option
     log-probabilities [O] to which options [O] to differentiate; it is asked once all rows of a block are scored.
-    Rows whose owners are finished are left out; `after_block` is called when a block's are.
+    Rows whose owners are finished are left out; `after_block` is called when a block's are. With `masks`, one a job,
+    the model runs without their heads, whose own terms are then 0; the cache must hold no other run of these rows.
     """
+    removed = [Mask()] * len(jobs) if masks is None else masks
     width, layers = model.skeleton.width, model.skeleton.layers
     members = [
         BlockRow(number, row)
@@ -175,7 +180,9 @@ def unit_gradients(
                 for member, residual in zip(block, residuals, strict=True):
                     cache.keep(member.row, number, residual)
                 for places in batches:
-                    forward_step(model, layer, [block[place] for place in places], residuals, places)
+                    here = [block[place] for place in places]
+                    cut = cut_of(removed, here, number, model)
+                    forward_step(model, layer, here, residuals, places, cut)
                     tokens = sum(len(block[place].row) for place in places)
                     account(SweepCost(tokens, tokens, tokens))
         gradients = answer_gradients(model, block, residuals, results, choose)
@@ -185,7 +192,8 @@ def unit_gradients(
                 here = [block[place] for place in places]
                 entering = torch.cat([cache.get(member.row, number, model.device) for member in here])
                 leaving = torch.cat([gradients[place] for place in places])
-                before, terms = one_layer_back(model, layer, here, entering, leaving)
+                cut = cut_of(removed, here, number, model)
+                before, terms = one_layer_back(model, layer, here, entering, leaving, cut)
                 add_by_owner(results, here, number, terms)
                 for place, part in zip(places, before.split([len(m.row) for m in here]), strict=True):
                     gradients[place] = part

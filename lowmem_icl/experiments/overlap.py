@@ -2,22 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lowmem_icl.rankings import RankingKey
 from lowmem_icl.statistics import spearman, top_overlap
 
 TOP_PERCENT = 30
-
-
-class RankingKey(NamedTuple):
-    """Which ranking: its task, shot count and method."""
-
-    task: str
-    shots: int
-    method: str
 
 
 def comparable(one: RankingKey, other: RankingKey) -> bool:

@@ -1,10 +1,10 @@
-"""The greedy layerwise pruner: from the last layer down, heads and then FFNs, within a tolerance.
+"""The greedy layerwise pruner: layer by layer, within a tolerance.
 
-Masks only ever hold units of the layers visited, so every candidate starts from the clean residual of its own
-layer. Which unit goes is decided on one half of the training documents, whether it may go on the other.
+Masks only ever hold units of the layers visited; from the last layer down, every candidate so starts from the clean
+residual of its own layer. Which unit goes is decided on one half of the training documents, whether it may go on the other.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,15 +46,47 @@ class Pruned:
 Search = Generator[Request, Answer, Pruned]
 
 
-def greedy_search(layers: int, heads: int, tolerance: float) -> Search:
+@dataclass(frozen=True)
+class SearchPlan:
+    """What a search visits and in which order.
+
+    `direction`: from the last layer `down`, or from the first `up`. `order`: all heads and then all FFNs, each unit
+    counting the same, or `joint`ly, layer by layer, counting by parameters: `head_parameters`, `ffn_parameters` each.
+    """
+
+    layers: int
+    heads: int
+    direction: Literal["down", "up"] = "down"
+    order: Literal["heads-first", "joint"] = "heads-first"
+    head_parameters: int = 1
+    ffn_parameters: int = 1
+
+    def visits(self) -> Iterator[list[Unit]]:
+        """Yield the units that are tried together, in order."""
+        layers = range(self.layers) if self.direction == "up" else range(self.layers - 1, -1, -1)
+        heads = [[Unit("head", layer, head) for head in range(self.heads)] for layer in layers]
+        ffns = [[Unit("ffn", layer, None)] for layer in layers]
+        if self.order == "joint":
+            yield from (of_heads + ffn for of_heads, ffn in zip(heads, ffns, strict=True))
+        else:
+            yield from heads + ffns
+
+    def weight(self, unit: Unit) -> int:
+        """Return how much a unit counts."""
+        if self.order == "heads-first":
+            return 1
+        return self.head_parameters if unit.kind == "head" else self.ffn_parameters
+
+
+def greedy_search(plan: SearchPlan, tolerance: float) -> Search:
     """Search one mask; yields requests and is sent their answers; returns the result.
 
-    Within a layer the head that costs the objective least on the choosing half is removed, then all are measured
-    again. A unit may go where the whole loss on the checking half stays within `tolerance` × the share of all units
-    visited so far, so that late layers do not spend what belongs to early ones; one that breaks it is put back and
-    the next cheapest tried.
+    Of the units tried together, the one that costs the objective least for its weight on the choosing half is removed,
+    then all are measured again. A unit may go where the whole loss on the checking half stays within `tolerance` × the
+    share, by weight, of all units visited so far, so that the layers visited first do not spend what belongs to the
+    others; one that breaks it is put back and the next cheapest tried.
     """
-    units = layers * (heads + 1)
+    whole = sum(plan.weight(unit) for together in plan.visits() for unit in together)
     clean_choose = yield Request("choose", (Mask(),))
     clean_check = yield Request("check", (Mask(),))
     mask, current = Mask(), clean_check
@@ -68,7 +100,9 @@ def greedy_search(layers: int, heads: int, tolerance: float) -> Search:
             if len(candidates) > 1:
                 answer = yield Request("choose", masks)
                 # A stable sort: of equals the lowest unit goes first.
-                order = [int(place) for place in np.argsort(loss(clean_choose, answer), kind="stable")]
+                weights = np.array([plan.weight(unit) for unit in candidates], dtype=np.float64)
+                cost = loss(clean_choose, answer) / weights
+                order = [int(place) for place in np.argsort(cost, kind="stable")]
             else:
                 order = [0]
             tried: list[int] = []
@@ -79,9 +113,9 @@ def greedy_search(layers: int, heads: int, tolerance: float) -> Search:
                 answer = yield Request("check", tuple(masks[place] for place in batch))
                 losses = loss(clean_check, answer)
                 for number, place in enumerate(batch):
-                    visited += 1
+                    visited += plan.weight(candidates[place])
                     tried.append(place)
-                    if losses[number] <= tolerance * visited / units:
+                    if losses[number] <= tolerance * visited / whole:
                         mask = masks[place]
                         current = tuple(group[number : number + 1] for group in answer)
                         steps.append((candidates[place], float(losses[number])))
@@ -91,15 +125,13 @@ def greedy_search(layers: int, heads: int, tolerance: float) -> Search:
                 break
             candidates = [unit for place, unit in enumerate(candidates) if place not in tried]
 
-    for layer in range(layers - 1, -1, -1):
-        yield from visit([Unit("head", layer, head) for head in range(heads)])
-    for layer in range(layers - 1, -1, -1):
-        yield from visit([Unit("ffn", layer, None)])
-    lost, stderr = _loss_with_stderr(clean_check, current)
+    for together in plan.visits():
+        yield from visit(together)
+    lost, stderr = loss_with_stderr(clean_check, current)
     return Pruned(mask, lost, stderr, tuple(steps))
 
 
-def _loss_with_stderr(clean: Answer, now: Answer) -> tuple[float, float]:
+def loss_with_stderr(clean: Answer, now: Answer) -> tuple[float, float]:
     """Return the loss under one mask and its paired standard error, groups weighing the same."""
     drops = [before[0] - after[0] for before, after in zip(clean, now, strict=True)]
     variances = [drop.var(ddof=1) / len(drop) if len(drop) > 1 else np.nan for drop in drops]

@@ -10,7 +10,7 @@ Axis letters: N tokens of a micro-batch, V variants (a row under one mask each),
 stem, D width, H heads, d head width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -103,6 +103,13 @@ class _RowAttention:
         self.values: Tensor | None = None
 
 
+Cut = Callable[[Tensor], Tensor]
+
+
+def _uncut(z: Tensor) -> Tensor:
+    return z
+
+
 class DecoderLayer:
     """A decoder layer whose weights are replaced layer by layer.
 
@@ -181,12 +188,14 @@ class DecoderLayer:
         module = self._without_ffn if without_ffn else self._finishing
         return module(residual[None], attention_mask=z[None])[0]
 
-    def run(self, residual: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """Return the clean output of the whole layer, [N, D]."""
-        return self.finish(residual, self.attend(residual, segments).z)
+    def run(self, residual: Tensor, segments: Sequence[Segment], cut: Cut = _uncut) -> Tensor:
+        """Return the output of the whole layer, [N, D]; `cut` maps z to what is left of it."""
+        return self.finish(residual, cut(self.attend(residual, segments).z))
 
-    def run_captured(self, residual: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the clean output, z and the FFN's output, [N, D] each, as parts of one autograd graph."""
+    def run_captured(
+        self, residual: Tensor, segments: Sequence[Segment], cut: Cut = _uncut
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the output, z before it is cut and the FFN's output, [N, D] each, as parts of one autograd graph."""
         seen: list[Tensor] = []
 
         def keep_ffn(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -197,7 +206,7 @@ class DecoderLayer:
         handle = self._ffn_output.register_forward_hook(keep_ffn)
         try:
             z = self.attend(residual, segments).z
-            output = self.finish(residual, z)
+            output = self.finish(residual, cut(z))
         finally:
             handle.remove()
         return output, z, seen[0]

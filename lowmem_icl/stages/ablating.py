@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.experiments import ablate
-from lowmem_icl.experiments.overlap import RankingKey
 from lowmem_icl.masks import Mask, Unit
+from lowmem_icl.model.families import Skeleton
+from lowmem_icl.rankings import RankingKey, with_ties_broken
 from lowmem_icl.stages.work import (
     Gathered,
     OutOfTime,
@@ -111,11 +112,23 @@ def _gather(
         if choice.estimates is not None and choice.errors is not None:
             estimated = np.setdiff1d(np.arange(len(units)), choice.exact if chunks else choice.exact[:0])
             columns += ablate.estimate_columns(task, units, estimated, choice.estimates, choice.errors)
+        if chunks and len(np.intersect1d(choice.exact, _ffn_places(skeleton))) == skeleton.layers:
+            # The oracle: what removing each FFN alone costs in accuracy, ties told apart by probability.
+            ffns = np.searchsorted(choice.exact, _ffn_places(skeleton))
+            ranking = with_ties_broken(
+                lost.accuracy.mean(1)[ffns], lost.by_document["gold_prob"].mean(1)[ffns]
+            )
+            gathered.ffn_rankings[RankingKey(task.task, task.shots, "ablation")] = ranking
         heads = values[: skeleton.layers * skeleton.heads]
         if np.isfinite(heads).all():
             key = RankingKey(task.task, task.shots, "ablation")
             gathered.rankings[key] = heads.reshape(skeleton.layers, skeleton.heads)
     gathered.results["ablate"], gathered.columns["ablate"] = rows, columns
+
+
+def _ffn_places(skeleton: Skeleton) -> NDArray[np.int64]:
+    """Return the places of the FFNs among the ablated units."""
+    return skeleton.layers * skeleton.heads + np.arange(skeleton.layers)
 
 
 def _scored_documents(task: TaskRows, scores: Scores) -> tuple[Document, ...]:

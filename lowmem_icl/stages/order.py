@@ -1,90 +1,51 @@
 """The experiments of a run in order, each from finished parts or from sweeps, each to table rows and masks."""
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
-from numpy.typing import NDArray
-
-from lowmem_icl.engine.gradients import UnitGradients
-from lowmem_icl.engine.stream import unit_gradients
-from lowmem_icl.engine.waves import gradients_cost, operations
 from lowmem_icl.experiments import evaluate, importance, overlap
-from lowmem_icl.experiments.overlap import RankingKey
 from lowmem_icl.masks import Mask
-from lowmem_icl.parts import Draft
-from lowmem_icl.rankings import mean_of_ranks, mean_of_scores
+from lowmem_icl.rankings import RankingKey, mean_of_ranks, mean_of_scores
 from lowmem_icl.stages.ablating import run_ablate
 from lowmem_icl.stages.evaluating import evaluation_rows
+from lowmem_icl.stages.gradients import importance_of, unit_gradient_arrays
 from lowmem_icl.stages.pruning import run_prune
 from lowmem_icl.stages.work import AGGREGATE, Gathered, OutOfTime, Work
+from lowmem_icl.tasks.sources import in_domain
 
 
 def run_evaluate(work: Work, gathered: Gathered, masks: Mapping[str, Mask]) -> None:
     """Evaluate all tasks clean and under given masks, on the evaluation split."""
     rows = evaluation_rows(work, "evaluate", gathered.answers, masks)
-    rows += list(evaluate.mean_over_tasks(rows, ("shots", "mask", "heads_removed", "ffns_removed")))
+    shared = [row for row in rows if in_domain(row["task"])]
+    rows += list(evaluate.mean_over_tasks(shared, ("shots", "mask", "heads_removed", "ffns_removed")))
     gathered.results["evaluate"] = [{"experiment": "evaluate"} | row for row in rows]
 
 
 def run_importance(work: Work, gathered: Gathered) -> None:
     """Score heads and FFNs of all tasks by their gradients, on the training documents, in two reads."""
-    tasks, skeleton = work.prepared.train, work.model.skeleton
-
-    def make(draft: Draft) -> dict[str, NDArray[Any]]:
-        packed = [work.prepared.pack(task, gold_only=True) for task in tasks]
-        gradients = [
-            UnitGradients.unmade(
-                len(task.task.documents), task.packed.option_count, skeleton.layers, skeleton.heads
-            )
-            for task in packed
-        ]
-
-        def arrays() -> dict[str, NDArray[Any]]:
-            return {
-                f"{number}.{name}": array
-                for number, gradient in enumerate(gradients)
-                for name, array in gradient.arrays().items()
-            }
-
-        def after_block() -> None:
-            draft.now_and_then()
-            work.check_time("importance")
-
-        draft.begin(arrays)
-        total = operations(gradients_cost([task.packed for task in packed], skeleton.layers), skeleton)
-        with work.progress("importance", total, "operations") as advance:
-            unit_gradients(
-                work.model,
-                [task.packed.rows for task in packed],
-                [partial(importance.choose_gold, task) for task in packed],
-                gradients,
-                limits=work.limits,
-                cache=work.cache,
-                after_block=after_block,
-                account=work.account(advance),
-            )
-        return arrays()
-
-    arrays = work.parts.get_or_make("importance", make)
+    tasks = work.prepared.train
+    arrays = unit_gradient_arrays(work, "importance", "importance", "importance")
     columns: list[dict[str, Any]] = []
     by_shots: dict[int, list[importance.Importance]] = {}
     for number, task in enumerate(work.prepared.pack(task) for task in tasks):
-        fields = ("head_absolute", "head_signed", "ffn_absolute", "ffn_signed", "logprobs")
-        scores = importance.importance(task, *(arrays[f"{number}.{name}"] for name in fields))
+        scores = importance_of(task, number, arrays)
         columns += importance.importance_columns(task, scores)
         name, shots = task.task.task, task.task.shots
         gathered.importance[name, shots] = scores
         gathered.rankings[RankingKey(name, shots, "gradient")] = scores.gradient_heads
         gathered.rankings[RankingKey(name, shots, "attribution")] = scores.attribution_heads.mean(0)
         gathered.ffn_rankings[RankingKey(name, shots, "gradient")] = scores.gradient_ffns
-        by_shots.setdefault(shots, []).append(scores)
+        if in_domain(name):
+            by_shots.setdefault(shots, []).append(scores)
     for shots, members in by_shots.items():
         if len(members) > 1:
             heads = [member.gradient_heads for member in members]
             ffns = [member.gradient_ffns for member in members]
             ranks, ffn_ranks = mean_of_ranks(heads), mean_of_ranks(ffns)
-            documents = sum(len(task.documents) for task in tasks if task.shots == shots)
+            documents = sum(
+                len(task.documents) for task in tasks if task.shots == shots and in_domain(task.task)
+            )
             for metric, of_heads, of_ffns in (
                 ("gradient", mean_of_scores(heads), mean_of_scores(ffns)),
                 ("gradient_rank", ranks, ffn_ranks),

@@ -1,6 +1,6 @@
 """The prune stage: greedy searches in lockstep, masks of equal size beside them, all judged on other documents."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -8,20 +8,31 @@ from numpy.typing import NDArray
 
 from lowmem_icl.engine.waves import Job
 from lowmem_icl.experiments import evaluate, prune
-from lowmem_icl.experiments.overlap import RankingKey
 from lowmem_icl.masks import Mask
 from lowmem_icl.naming import mask_name
-from lowmem_icl.rankings import lowest_ffns, lowest_heads, random_mask
+from lowmem_icl.rankings import RankingKey, lowest_ffns, lowest_heads, random_mask
+from lowmem_icl.stages.curving import run_curves
 from lowmem_icl.stages.evaluating import evaluation_rows
 from lowmem_icl.stages.work import AGGREGATE, EVALUATE_CHUNK, Gathered, MadeMask, Row, Work
 from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.packing import PackedTask
 from lowmem_icl.tasks.scoring import document_scores
+from lowmem_icl.tasks.sources import in_domain
+
+INSTEAD = "the gradient ranking's mask of equal size, which lost less on the checking half"
 
 
-def run_prune(work: Work, gathered: Gathered) -> None:
+def run_prune(work: Work, gathered: Gathered) -> Iterator[None]:
+    """Prune by rankings and by greedy search; yields when the curves are there, which come first."""
+    gathered.results["prune"], gathered.effects["prune"], gathered.masks = [], [], []
+    run_curves(work, gathered)
+    yield
+    _run_greedy(work, gathered)
+
+
+def _run_greedy(work: Work, gathered: Gathered) -> None:
     """Search greedy masks on the training documents; report them beside others of equal size on the evaluation split."""
-    masks = _search_masks(work, gathered)
+    masks, checked = _search_masks(work, gathered)
     tasks = work.prepared.evaluate
     of_task = [
         [made for made in masks if made.shots == task.shots and made.task in (task.task, AGGREGATE)]
@@ -49,9 +60,13 @@ def run_prune(work: Work, gathered: Gathered) -> None:
             ]
     shared = {made.name for made in masks if made.task == AGGREGATE}
     fields = ("shots", "mask", "heads_removed", "ffns_removed", "method", "seed")
-    rows += list(evaluate.mean_over_tasks([row for row in rows if row["mask"] in shared], fields))
+    rows += list(
+        evaluate.mean_over_tasks(
+            [row for row in rows if row["mask"] in shared and in_domain(row["task"])], fields
+        )
+    )
     clean += list(evaluate.mean_over_tasks(clean, ("shots", "mask")))
-    gathered.results["prune"] = [{"experiment": "prune"} | row for row in rows]
+    gathered.results["prune"] += [{"experiment": "prune"} | row for row in [*rows, *checked]]
     gathered.masks += [_with_scores(made, rows, clean) for made in masks]
 
 
@@ -72,47 +87,86 @@ def _with_scores(made: MadeMask, rows: Sequence[Row], clean: Sequence[Row]) -> M
     return replace(made, scores=scores)
 
 
-def _search_masks(work: Work, gathered: Gathered) -> list[MadeMask]:
-    """Run the greedy searches of every task and shot count, and of all tasks together, in lockstep."""
-    skeleton, tasks = work.model.skeleton, work.prepared.train
+def _search_masks(work: Work, gathered: Gathered) -> tuple[list[MadeMask], list[Row]]:
+    """Run the greedy searches of every task and shot count, and of all tasks together, in lockstep.
+
+    Returns the masks, each beside one by the gradient ranking and one drawn at random of equal size, and rows of what
+    they lose on the checking half (metric `check_loss`, in the objective's unit).
+    """
+    skeleton, tasks, options = work.model.skeleton, work.prepared.train, work.options
     halves = [_packed_halves(work, task) for task in tasks]
     groups: dict[str, tuple[str, int, list[int]]] = {}
     for place, task in enumerate(tasks):
         groups[mask_name("greedy", task.task, task.shots)] = (task.task, task.shots, [place])
-    for shots in work.options.chosen_shots:
-        places = [place for place, task in enumerate(tasks) if task.shots == shots]
+    for shots in options.chosen_shots:
+        places = [place for place, task in enumerate(tasks) if task.shots == shots and in_domain(task.task)]
         if len(places) > 1:
             groups[mask_name("greedy", AGGREGATE, shots)] = (AGGREGATE, shots, places)
 
     def score(step: int, asked: Mapping[str, prune.Request]) -> dict[str, prune.Answer]:
-        return _score_step(work, halves, groups, step, asked)
+        part, label = f"prune-{step:05d}", f"prune, step {step + 1}"
+        return _score_step(work, halves, groups, part, label, asked)
 
-    searches = {
-        name: prune.greedy_search(skeleton.layers, skeleton.heads, work.options.tolerance) for name in groups
-    }
+    attention, projection, ffn = skeleton.weights_by_part
+    plan = prune.SearchPlan(
+        skeleton.layers,
+        skeleton.heads,
+        options.direction,
+        options.order,
+        head_parameters=(attention + projection) // skeleton.heads,
+        ffn_parameters=ffn,
+    )
+    searches = {name: prune.greedy_search(plan, options.tolerance) for name in groups}
     found = prune.in_lockstep(searches, score)
-    gathered.warnings += _unsettled(found, work.options.tolerance)
-    made: list[MadeMask] = []
-    for name, (task_name, shots, places) in groups.items():
-        result = found[name]
-        documents = sum(len(tasks[place].documents) for place in places)
-        made.append(MadeMask(name, result.mask, "greedy", task_name, shots, documents, None))
-        heads, ffns = len(result.mask.heads), len(result.mask.ffns)
-        key = RankingKey(task_name, shots, "gradient")
+    gathered.warnings += _unsettled(found, options.tolerance)
+    by_gradient: dict[str, Mask] = {}
+    for name, (task_name, shots, _) in groups.items():
+        key, mask = RankingKey(task_name, shots, "gradient"), found[name].mask
         if key in gathered.rankings:
-            by_gradient = lowest_heads(gathered.rankings[key], heads) | lowest_ffns(
-                gathered.ffn_rankings[key], ffns
+            by_gradient[name] = lowest_heads(gathered.rankings[key], len(mask.heads)) | lowest_ffns(
+                gathered.ffn_rankings[key], len(mask.ffns)
             )
-            other = mask_name("gradient", task_name, shots)
-            made.append(MadeMask(other, by_gradient, "gradient", task_name, shots, documents, None))
-        seed = work.options.seed
-        drawn = random_mask(skeleton.layers, skeleton.heads, heads, ffns, seed)
-        made.append(
-            MadeMask(
-                mask_name("random", task_name, shots), drawn, "random", task_name, shots, documents, seed
-            )
-        )
-    return made
+    asked = {name: prune.Request("check", (Mask(), mask)) for name, mask in by_gradient.items()}
+    answers = _score_step(work, halves, groups, "prune-compared", "compare masks", asked) if asked else {}
+    made: list[MadeMask] = []
+    rows: list[Row] = []
+    for name, (task_name, shots, places) in groups.items():
+        result, mask = found[name], found[name].mask
+        heads, ffns = len(mask.heads), len(mask.ffns)
+        documents = sum(len(tasks[place].documents) for place in places)
+        checked = [("greedy", mask, result.lost, result.lost_stderr)]
+        if name in answers:
+            clean, pruned = (tuple(group[at : at + 1] for group in answers[name]) for at in (0, 1))
+            checked.append(("gradient", by_gradient[name], *prune.loss_with_stderr(clean, pruned)))
+        for method, of_method, lost, stderr in checked:
+            rows.append(
+                {
+                    "task": task_name, "shots": shots, "split": tasks[places[0]].split, "method": method,
+                    "mask": mask_name(method, task_name, shots), "heads_removed": heads, "ffns_removed": ffns,
+                    "metric": "check_loss", "value": lost, "stderr": stderr, "low": lost - 1.96 * stderr,
+                    "high": lost + 1.96 * stderr, "exact": True, "documents": documents,
+                }
+            )  # fmt: skip
+            if method == "gradient":
+                made.append(
+                    MadeMask(
+                        mask_name(method, task_name, shots),
+                        of_method,
+                        method,
+                        task_name,
+                        shots,
+                        documents,
+                        None,
+                    )
+                )
+        instead = len(checked) == 2 and checked[1][2] < checked[0][2]
+        returned = by_gradient[name] if instead else mask
+        note = INSTEAD if instead else ""
+        made.append(MadeMask(name, returned, "greedy", task_name, shots, documents, None, note=note))
+        drawn = random_mask(skeleton.layers, skeleton.heads, heads, ffns, options.seed)
+        drawn_name = mask_name("random", task_name, shots)
+        made.append(MadeMask(drawn_name, drawn, "random", task_name, shots, documents, options.seed))
+    return made, rows
 
 
 def _unsettled(found: Mapping[str, prune.Pruned], tolerance: float) -> list[str]:
@@ -142,7 +196,8 @@ def _score_step(
     work: Work,
     halves: Sequence[dict[str, PackedTask]],
     groups: Mapping[str, tuple[str, int, list[int]]],
-    step: int,
+    part: str,
+    label: str,
     asked: Mapping[str, prune.Request],
 ) -> dict[str, prune.Answer]:
     """Score what all searches ask for in one sweep; a mask that two searches ask of a task is scored once."""
@@ -153,9 +208,7 @@ def _score_step(
             for mask in request.masks:
                 masks.setdefault(mask, len(masks))
     jobs = [Job(halves[place][half].packed, tuple(masks)) for (place, half), masks in wanted.items()]
-    scores = work.sweep(
-        "prune", f"prune-{step:05d}", f"prune, step {step + 1}", lambda: jobs, keep_clean=True
-    )
+    scores = work.sweep("prune", part, label, lambda: jobs, keep_clean=True)
     objective: dict[tuple[int, str], NDArray[np.float64]] = {}
     for (place, half), score in zip(wanted, scores, strict=True):
         packed = halves[place][half]

@@ -15,12 +15,12 @@ from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.engine.stream import sweep
 from lowmem_icl.engine.waves import Job, SweepCost, SweepLimits, operations, sweep_cost
 from lowmem_icl.experiments.importance import Importance
-from lowmem_icl.experiments.overlap import RankingKey
 from lowmem_icl.masks import Mask
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.parts import Draft, Parts
 from lowmem_icl.prepare import Prepared
 from lowmem_icl.progress import Advance, Progress
+from lowmem_icl.rankings import RankingKey
 from lowmem_icl.tasks.loading import TaskRows
 
 EVALUATE_CHUNK = 128
@@ -36,7 +36,7 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class MadeMask:
-    """A mask that a run made: for which task and shot count, by which method, from how many documents."""
+    """A mask that a run made: for which task and shot count, by which method, from how many documents; `note` says more."""
 
     name: str
     mask: Mask
@@ -46,6 +46,7 @@ class MadeMask:
     documents: int
     seed: int | None
     scores: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
 
 
 @dataclass

@@ -22,6 +22,7 @@ PAPER_TASKS = (
     "multirc", "rte", "record",
 )  # fmt: skip
 DEMO_TASKS = ("recall", "category", "knowledge", "repeat")
+OUT_OF_DOMAIN_TASKS = ("mathqa", "lambada")
 HARNESS_PREFIX = "lm-eval:"
 SPLITS = ("train", "validation", "test")
 
@@ -29,6 +30,11 @@ SPLITS = ("train", "validation", "test")
 ROW_ERRORS = (KeyError, TypeError, AttributeError, IndexError, ValueError, TemplateError)
 
 Rows = list[dict[str, Any]]
+
+
+def in_domain(task: str) -> bool:
+    """Tell whether a task counts in aggregates: the paper's out-of-domain tasks are only judged by them."""
+    return task not in OUT_OF_DOMAIN_TASKS
 
 
 def definitions_folder() -> Path:

@@ -1,0 +1,153 @@
+"""The curves of the prune stage: all levels of all curves as variants of one sweep, judged on evaluation documents."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lowmem_icl.experiments import curves, evaluate
+from lowmem_icl.experiments.curves import CurvePoint, Rankings, TaskShots
+from lowmem_icl.masks import Mask
+from lowmem_icl.rankings import RankingKey, mean_of_ranks
+from lowmem_icl.stages.rescoring import rescored_points
+from lowmem_icl.stages.work import AGGREGATE, EVALUATE_CHUNK, Gathered, MadeMask, Row, Work
+from lowmem_icl.tasks.loading import TaskRows
+from lowmem_icl.tasks.sources import in_domain
+
+MEAN_FIELDS = (
+    "shots", "method", "kind", "k", "heads_removed", "ffns_removed", "other_task", "other_shots", "seed", "split",
+)  # fmt: skip
+
+
+def run_curves(work: Work, gathered: Gathered) -> None:
+    """Prune by every ranking asked for, level by level, and find the knees."""
+    if not work.options.curves:
+        return
+    rankings = _rankings(work, gathered)
+    if not rankings.heads:
+        gathered.warnings.append(
+            "prune: curves remove units by their importance; run them with importance among --experiments"
+        )
+        return
+    options = work.options
+    points = [
+        list(
+            curves.curve_points(
+                TaskShots(task.task, task.shots),
+                options.curves,
+                rankings,
+                options.chosen_shots,
+                options.random_draws,
+                options.seed,
+            )
+        )
+        for task in work.prepared.curves
+    ]
+    if options.rescore:
+        for of_task, rescored in zip(points, rescored_points(work, rankings), strict=True):
+            of_task += rescored
+    judged = [[point for point in of_task if point.judged] for of_task in points]
+    reported = _with_means(_rows(work, gathered, "curves", work.prepared.curves, points))
+    chosen_on = _with_means(_rows(work, gathered, "curves-train", work.prepared.train, judged))
+    rows = [*reported, *curves.control_rows(reported), *curves.knees(chosen_on, reported)]
+    gathered.results["prune"] += [{"experiment": "prune"} | row for row in rows]
+    gathered.masks += _made_masks(work, points, reported)
+
+
+def _with_means(rows: list[Row]) -> list[Row]:
+    """Return rows and their means over the tasks that the paper's aggregate is of."""
+    # A transfer's donor is another one for every task: their mean is over donors chosen by one rule.
+    shared = [
+        row | {"other_task": None} if row["method"] in curves.TRANSFERS else row
+        for row in rows
+        if in_domain(row["task"])
+    ]
+    means = list(evaluate.mean_over_tasks(shared, MEAN_FIELDS))
+    named = {
+        tuple(row[field] for field in MEAN_FIELDS): row["mask"]
+        for row in shared
+        if row["other_task"] == AGGREGATE or row["method"] == "random"
+    }
+    return rows + [row | {"mask": named.get(tuple(row[field] for field in MEAN_FIELDS))} for row in means]
+
+
+def _rankings(work: Work, gathered: Gathered) -> Rankings:
+    """Return what there is to prune by; FFNs by the oracle where each was removed alone, else by their gradients."""
+    exact = {key for key in gathered.ffn_rankings if key.method == "ablation"}
+    method = "ablation" if exact else "gradient"
+    ffns = dict(gathered.ffn_rankings)
+    for shots in work.options.chosen_shots if exact else ():
+        members = [ffns[key] for key in exact if key.shots == shots and in_domain(key.task)]
+        if len(members) > 1:
+            ffns[RankingKey(AGGREGATE, shots, method)] = mean_of_ranks(members)
+    donors = tuple(dict.fromkeys(task.task for task in work.prepared.train if in_domain(task.task)))
+    return Rankings(gathered.rankings, ffns, method, AGGREGATE, donors)
+
+
+def _rows(
+    work: Work,
+    gathered: Gathered,
+    name: str,
+    tasks: Sequence[TaskRows],
+    points: Sequence[Sequence[CurvePoint]],
+) -> list[Row]:
+    """Sweep every task under its points' masks, each mask once, and return the points' rows."""
+    masks = [tuple(dict.fromkeys([Mask(), *(point.mask for point in of_task)])) for of_task in points]
+    scores = work.sweep_in_chunks("prune", name, "pruning curves", tasks, masks, EVALUATE_CHUNK)
+    rows: list[Row] = []
+    for task, of_task, of_masks, score in zip(tasks, points, masks, scores, strict=True):
+        packed = work.prepared.pack(task)
+        under = curves.under_masks(packed, score.logprobs, score.greedy)
+        place = {mask: number for number, mask in enumerate(of_masks)}
+        chosen = np.array([place[point.mask] for point in of_task], dtype=np.int64)
+        clean, pruned = under.at(np.zeros(1, dtype=np.int64)), under.at(chosen)
+        rows += curves.point_rows(packed, of_task, clean, pruned, work.options.seed)
+        gathered.effects.setdefault("prune", [])
+        gathered.effects["prune"] += curves.effect_columns(packed, of_task, clean, pruned)
+    return rows
+
+
+def _made_masks(
+    work: Work, points: Sequence[Sequence[CurvePoint]], reported: Sequence[Row]
+) -> list[MadeMask]:
+    """Return the masks of all levels, with what they leave of the task (or of all tasks) that they were made for.
+
+    Random draws are left out: their seed and size say all.
+    """
+    scores: dict[tuple[str, int, str], dict[str, float]] = {}
+    for row in reported:
+        if row["mask"] is not None:
+            scores.setdefault((row["task"], row["shots"], row["mask"]), {})[row["metric"]] = row["value"]
+    splits = {(row["task"], row["shots"]): row.get("split") for row in reported}
+    train = {(task.task, task.shots): len(task.documents) for task in work.prepared.train}
+    documents = {
+        shots: sum(count for (_, of), count in train.items() if of == shots)
+        for shots in work.options.chosen_shots
+    }
+    made: dict[str, MadeMask] = {}
+    for task, of_task in zip(work.prepared.curves, points, strict=True):
+        for point in of_task:
+            if point.name == curves.CLEAN or point.method == "random" or point.name in made:
+                continue
+            name, shots = point.donor or TaskShots(task.task, task.shots)
+            after = scores.get((name, shots, point.name), {})
+            made[point.name] = MadeMask(
+                point.name,
+                point.mask,
+                point.method.partition("-")[0],
+                name,
+                shots,
+                train.get((name, shots), documents[shots]),
+                None,
+                {
+                    "split": splits.get((name, shots)),
+                    "before": {
+                        metric: after[metric] + after[f"{metric}_drop"]
+                        for metric in ("acc", "gold_logprob", "gold_prob")
+                        if metric in after
+                    },
+                    "after": {
+                        metric: value for metric, value in after.items() if not metric.endswith("_drop")
+                    },
+                },
+            )
+    return list(made.values())
