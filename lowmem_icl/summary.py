@@ -35,9 +35,10 @@ def accuracy(results: pl.DataFrame) -> pl.DataFrame:
 
 
 def pruned(results: pl.DataFrame) -> pl.DataFrame:
-    """Return, for each search, what its masks removed and the accuracy they leave."""
+    """Return, for each search, what its masks removed and the accuracy they leave; curves are left out."""
     return (
         results.filter((pl.col("experiment") == "prune") & pl.col("metric").is_in(["acc", "em"]))
+        .filter(pl.col("k").is_null())
         .filter((pl.col("task") == "aggregate") | ~pl.col("mask").str.contains("-aggregate-", literal=True))
         .select("task", "shots", "method", "mask", "heads_removed", "ffns_removed", "value", "low", "high")
         .sort("task", "shots", "method")

@@ -29,17 +29,18 @@ class Chunk:
 class Laid:
     """Outlines of all rows as the experiments lay them out, without content, and the seconds that laying out took.
 
-    `evaluate`, `ablate`: all documents in chunks; `gold`: the gold options alone, of all documents.
+    `evaluate`, `ablate`, `curves`: all documents in chunks; `gold`: the gold options alone, of all documents.
     """
 
     evaluate: tuple[Chunk, ...]
     ablate: tuple[Chunk, ...]
+    curves: tuple[Chunk, ...]
     gold: tuple[PackedRows, ...]
     evaluate_seconds: float
     train_seconds: float
 
     def _rows(self) -> Iterator[Row]:
-        for chunk in (*self.evaluate, *self.ablate):
+        for chunk in (*self.evaluate, *self.ablate, *self.curves):
             for packed in chunk.rows.values():
                 yield from packed.rows
         for packed in self.gold:
@@ -82,6 +83,11 @@ def lay_out(options: RunOptions, prepared: Prepared) -> Laid:
         chunks_of(most_documents(prepared.evaluate), EVALUATE_CHUNK),
         bool(asked & {"evaluate", "prune"}),
     )
+    curves = chunks(
+        prepared.curves,
+        chunks_of(most_documents(prepared.curves), EVALUATE_CHUNK),
+        "prune" in asked and bool(options.curves),
+    )
     between = time.perf_counter()
     ablate = chunks(
         prepared.train, doubling_chunks(most_documents(prepared.train)), bool(asked & {"ablate", "prune"})
@@ -89,7 +95,7 @@ def lay_out(options: RunOptions, prepared: Prepared) -> Laid:
     gold: tuple[PackedRows, ...] = ()
     if "importance" in asked or not (evaluate or ablate):
         gold = tuple(_outlined(prepared.pack(task, gold_only=True).packed) for task in prepared.train)
-    return Laid(evaluate, ablate, gold, between - start, time.perf_counter() - between)
+    return Laid(evaluate, ablate, curves, gold, between - start, time.perf_counter() - between)
 
 
 def _outlined(packed: PackedRows) -> PackedRows:
@@ -132,11 +138,15 @@ def planned_sweeps(
             jobs = [Job(rows, every) for rows in chunk.rows.values()]
             yield PlannedSweep(jobs, part=part, documents=chunk.documents.stop)
     elif experiment == "prune":
+        if options.curves and "importance" in options.experiments:
+            yield from _curve_sweeps(options, prepared, laid)
         packed = [
             _joined([c.rows[place] for c in laid.ablate if place in c.rows]) for place in laid.ablate[0].rows
         ]
         for layer in range(layers):
-            of_layer = [Mask(heads=frozenset([(layer, head)])) for head in range(heads)]
+            # From the first layer up, masks hold units of the layers below.
+            lowest = frozenset([(0, 0)] if options.direction == "up" else [])
+            of_layer = [Mask(heads=lowest | {(layer, head)}) for head in range(heads)]
             # Two searches, a task's own and that of all tasks, each on half of the documents.
             yield PlannedSweep([Job(rows, tuple(of_layer)) for rows in packed])
             for tried in (of_layer, of_layer[:1]):

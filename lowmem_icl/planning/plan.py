@@ -17,12 +17,14 @@ from lowmem_icl.engine.waves import (
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.machine import chosen_device, device_allowance
 from lowmem_icl.masks import Mask
+from lowmem_icl.model.families import Skeleton
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import resident_layers
 from lowmem_icl.planning.costs import Laid, planned_sweeps
 from lowmem_icl.planning.measure import Rates, measure
 from lowmem_icl.planning.memory import FREE_SHARE, MemoryPlan, plan_memory
 from lowmem_icl.prepare import Prepared
+from lowmem_icl.stages.rescoring import RESCORED_LEVELS, rescoring_part
 
 # A stop loses the wave in work: longer ones are cut, unless reading would then take longer than computing.
 WAVE_SECONDS = 900.0
@@ -147,11 +149,7 @@ def make_plan(
         if experiment == "importance":
             if finished("importance"):
                 continue
-            members = [BlockRow(number, row) for number, rows in enumerate(laid.gold) for row in rows.rows]
-            blocks = row_blocks(members, skeleton.width, skeleton.layers, limits, keeps_clean=True)
-            cost = gradients_cost(laid.gold, skeleton.layers)
-            streamed = skeleton.layers - len(resident)
-            cost = replace(cost, layers_read=2 * streamed * len(blocks))
+            cost = _one_backward(laid, skeleton, limits, len(resident))
         else:
             for sweep in planned_sweeps(experiment, options, prepared, laid, masks):
                 if sweep.part and finished(sweep.part):
@@ -165,6 +163,9 @@ def make_plan(
                 cost += one
                 if experiment == "ablate":
                     chunk_seconds.append((sweep.documents, seconds_of(one)))
+            if experiment == "prune" and options.rescore:
+                again = sum(not finished(rescoring_part(level)) for level in RESCORED_LEVELS)
+                cost += _one_backward(laid, skeleton, limits, len(resident)) * again
             if experiment in ("evaluate", "prune"):
                 laying_out = laid.evaluate_seconds
         if not cost.attended:
@@ -187,6 +188,14 @@ def make_plan(
     to_convert = 0 if store.is_written or checkpoint is None else checkpoint.size_bytes
     plan = Plan(memory, store.size_bytes, to_convert, rates, wave_tokens, tuple(stages))
     return plan if hours is None else within_hours(plan, hours, chunk_seconds)
+
+
+def _one_backward(laid: Laid, skeleton: Skeleton, limits: SweepLimits, resident: int) -> SweepCost:
+    """Return what one pass forward and back over all training documents costs."""
+    members = [BlockRow(number, row) for number, rows in enumerate(laid.gold) for row in rows.rows]
+    blocks = row_blocks(members, skeleton.width, skeleton.layers, limits, keeps_clean=True)
+    cost = gradients_cost(laid.gold, skeleton.layers)
+    return replace(cost, layers_read=2 * (skeleton.layers - resident) * len(blocks))
 
 
 def _wave_tokens(store: Store, rates: Rates, resident: int) -> int:

@@ -33,7 +33,10 @@ def svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def _new(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, NDArray[np.object_]]:
+def new_figure(
+    width: float, height: float, rows: int = 1, columns: int = 1
+) -> tuple[Figure, NDArray[np.object_]]:
+    """Return a figure in our style and its axes, [rows, columns]; sizes in inches."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots(rows, columns, squeeze=False)
@@ -46,7 +49,7 @@ def accuracy_by_shots(results: pl.DataFrame) -> Figure | None:
     ).filter(pl.col("task") != "aggregate")
     if rows.is_empty():
         return None
-    figure, axes = _new(6.5, 3.6)
+    figure, axes = new_figure(6.5, 3.6)
     axis = axes[0, 0]
     shots = sorted(set(rows["shots"]))
     for number, ((task,), of_task) in enumerate(rows.group_by("task", maintain_order=True)):
@@ -80,7 +83,9 @@ def head_maps(results: pl.DataFrame, metric: str, layers: int, heads: int, label
         return None
     tasks, shots = list(dict.fromkeys(rows["task"])), sorted(set(rows["shots"]))
     height = max(1.0, min(2.4, 0.22 * layers + 0.5))
-    figure, axes = _new(min(10, 2.7 * len(shots) + 0.6), height * len(tasks) + 0.3, len(tasks), len(shots))
+    figure, axes = new_figure(
+        min(10, 2.7 * len(shots) + 0.6), height * len(tasks) + 0.3, len(tasks), len(shots)
+    )
     signed = bool((rows["value"] < 0).any())
     for down, task in enumerate(tasks):
         for across, count in enumerate(shots):
@@ -117,7 +122,7 @@ def ffn_bars(results: pl.DataFrame) -> Figure | None:
     )
     if rows.is_empty():
         return None
-    figure, axes = _new(6.5, 2.8)
+    figure, axes = new_figure(6.5, 2.8)
     axis = axes[0, 0]
     shots = sorted(set(rows["shots"]))
     for number, count in enumerate(shots):
@@ -144,7 +149,7 @@ def estimate_against_exact(results: pl.DataFrame) -> Figure | None:
     if both.is_empty():
         return None
     shots = sorted(set(both["shots"]))
-    figure, axes = _new(3 * len(shots), 3, 1, len(shots))
+    figure, axes = new_figure(3 * len(shots), 3, 1, len(shots))
     for place, count in enumerate(shots):
         axis, rows = axes[0, place], both.filter(pl.col("shots") == count)
         for kind, colour in (("head", COLOURS[0]), ("ffn", COLOURS[5])):
@@ -162,7 +167,9 @@ def estimate_against_exact(results: pl.DataFrame) -> Figure | None:
 
 def pruning_bars(results: pl.DataFrame) -> Figure | None:
     """Draw accuracy left by greedy masks and by gradient and random masks of equal size, clean as a line."""
-    of_masks = results.filter((pl.col("experiment") == "prune") & pl.col("metric").is_in(ACCURACY))
+    of_masks = results.filter(
+        (pl.col("experiment") == "prune") & pl.col("metric").is_in(ACCURACY) & pl.col("k").is_null()
+    )
     of_masks = of_masks.filter(
         ~pl.col("mask").str.contains("-aggregate-", literal=True) | (pl.col("task") == "aggregate")
     )
@@ -173,7 +180,7 @@ def pruning_bars(results: pl.DataFrame) -> Figure | None:
     )
     shots = sorted(set(of_masks["shots"]))
     tasks = sorted(set(of_masks["task"]))
-    figure, axes = _new(7, 2.3 * len(shots), len(shots), 1)
+    figure, axes = new_figure(7, 2.3 * len(shots), len(shots), 1)
     for place, count in enumerate(shots):
         axis = axes[place, 0]
         for number, method in enumerate(("greedy", "gradient", "random")):
@@ -214,7 +221,7 @@ def overlap_matrix(results: pl.DataFrame, method: str = "gradient") -> Figure | 
     shots = sorted(set(rows["shots"]))
     names: Sequence[str] = sorted({*rows["task"], *rows["other_task"]})
     side = max(2.6, 0.42 * len(names) + 1)
-    figure, axes = _new(side * len(shots), side, 1, len(shots))
+    figure, axes = new_figure(side * len(shots), side, 1, len(shots))
     for place, count in enumerate(shots):
         grid = np.eye(len(names))
         for row in rows.filter(pl.col("shots") == count).iter_rows(named=True):

@@ -10,7 +10,7 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from lowmem_icl.files import write_text_atomic
-from lowmem_icl.report import figures
+from lowmem_icl.report import curves, figures
 from lowmem_icl.results import read_table
 from lowmem_icl.summary import accuracy, pruned, run_record, top_units, unit_name
 
@@ -160,13 +160,37 @@ def _sections(results: pl.DataFrame, record: dict[str, Any], folder: Path) -> li
             "First-order attribution against the exact drop; on the line they agree.",
         )
         sections.append(Section("Units removed alone", _how_exact(ablate), drawn))
-    if len(results.filter(pl.col("experiment") == "prune")):
+    if len(curves.curve_rows(results)):
+        drawn = draw(
+            "heads",
+            lambda: curves.pruning_curves(results, "head"),
+            "The least important heads go first; bars: 95 % intervals; dotted: chance.",
+        )
+        drawn += draw("ffn-curves", lambda: curves.pruning_curves(results, "ffn"), "The same for FFNs.")
+        drawn += draw(
+            "grid",
+            lambda: curves.combined_grid(results),
+            "Accuracy with heads and FFNs removed together, mean over tasks.",
+        )
         sections.append(
             Section(
-                "Pruning",
+                "Pruning curves",
+                "One ranking of the intact model, ever more of its least important units removed; on the first evaluation "
+                "documents. A knee is the largest level whose drop of accuracy is at most one point and one standard error "
+                "on training documents; what it costs is of evaluation documents.",
+                drawn,
+                curves.KNEE_COLUMNS,
+                curves.knee_table(results),
+            )
+        )
+    if len(pruned(results)):
+        sections.append(
+            Section(
+                "Greedy pruning",
                 f"Greedy layerwise masks that may lose {record['options']['tolerance']:g} of "
                 f"{record['options']['objective']} on training documents, beside the lowest units by gradient and a "
-                "random draw of equal size; all judged on the evaluation split.",
+                "random draw of equal size; all judged on the evaluation split."
+                + curves.replaced_note(results),
                 draw(
                     "pruning",
                     lambda: figures.pruning_bars(results),

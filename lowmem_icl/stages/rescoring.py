@@ -1,5 +1,7 @@
 """Curves whose importance is computed again on the pruned model at every level, which the paper names but does not do."""
 
+from itertools import pairwise
+
 import numpy as np
 
 from lowmem_icl.experiments.curves import LEVELS, CurvePoint, Rankings
@@ -8,6 +10,14 @@ from lowmem_icl.naming import mask_name
 from lowmem_icl.rankings import RankingKey, lowest_heads, removed_count
 from lowmem_icl.stages.gradients import importance_of, unit_gradient_arrays
 from lowmem_icl.stages.work import Work
+
+# After which levels importance is computed again: not after the last, and for the first the whole model's serves.
+RESCORED_LEVELS = LEVELS[1:-1]
+
+
+def rescoring_part(level: int) -> str:
+    """Return the name of the part that holds the importance after a level."""
+    return f"rescore-{level:02d}"
 
 
 def rescored_points(work: Work, rankings: Rankings) -> list[list[CurvePoint]]:
@@ -21,11 +31,11 @@ def rescored_points(work: Work, rankings: Rankings) -> list[list[CurvePoint]]:
     scores = [rankings.heads[RankingKey(task.task, task.shots, "gradient")].copy() for task in tasks]
     points: list[list[CurvePoint]] = [[] for _ in tasks]
     packed = [work.prepared.pack(task) for task in tasks]
-    for before, percent in zip(LEVELS, LEVELS[1:], strict=False):
+    for before, percent in pairwise(LEVELS):
         if before:
             # What is cached is of the whole model, or of the level before.
             work.cache.clear()
-            part, label = f"rescore-{before:02d}", f"importance with {before} % of the heads removed"
+            part, label = rescoring_part(before), f"importance with {before} % of the heads removed"
             arrays = unit_gradient_arrays(work, "prune", part, label, masks)
             scores = [
                 importance_of(task, number, arrays).gradient_heads for number, task in enumerate(packed)
