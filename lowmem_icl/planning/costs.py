@@ -159,6 +159,51 @@ def planned_sweeps(
             yield PlannedSweep([Job(rows, six) for rows in chunk.rows.values()])
 
 
+def _curve_sweeps(options: RunOptions, prepared: Prepared, laid: Laid) -> Iterator[PlannedSweep]:
+    """Yield the sweeps of the pruning curves: what they will remove is not known yet, how much of it is."""
+    skeleton = prepared.store.skeleton
+    # Stand-ins of all scores give as many levels as the real ones.
+    names = dict.fromkeys((*(task.task for task in prepared.train), AGGREGATE))
+    keys = [
+        RankingKey(name, shots, method)
+        for name in names
+        for shots in options.chosen_shots
+        for method in ("gradient", "ablation")
+    ]
+    rng = np.random.default_rng(0)
+    rankings = Rankings(
+        {key: rng.random((skeleton.layers, skeleton.heads)) for key in keys},
+        {key: rng.random(skeleton.layers) for key in keys},
+        "ablation" if "ablate" in options.experiments else "gradient",
+        AGGREGATE,
+        tuple(name for name in names if name != AGGREGATE and in_domain(name)),
+    )
+    points = [
+        list(
+            curve_points(
+                TaskShots(task.task, task.shots),
+                options.curves,
+                rankings,
+                options.chosen_shots,
+                options.random_draws,
+                options.seed,
+            )
+        )
+        for task in prepared.train
+    ]
+    masks = [tuple(dict.fromkeys([Mask(), *(point.mask for point in of_task)])) for of_task in points]
+    judged = [
+        tuple(dict.fromkeys([Mask(), *(point.mask for point in of_task if point.judged)]))
+        for of_task in points
+    ]
+    rescored = (Mask(ffns=frozenset([0])),) * (len(LEVELS) - 1) if options.rescore else ()
+    for chunk in laid.curves:
+        jobs = [Job(rows, masks[place] + rescored) for place, rows in chunk.rows.items()]
+        yield PlannedSweep(jobs, part=f"curves-{chunk.documents.start:06d}")
+    for chunk in laid.ablate:
+        yield PlannedSweep([Job(rows, judged[place]) for place, rows in chunk.rows.items()])
+
+
 def _joined(chunks: Sequence[PackedRows]) -> PackedRows:
     return PackedRows(
         tuple(row for packed in chunks for row in packed.rows), sum(packed.option_count for packed in chunks)
