@@ -10,11 +10,15 @@ import numpy as np
 from lowmem_icl.config import RunOptions
 from lowmem_icl.engine.waves import Job
 from lowmem_icl.experiments.ablate import ablation_masks
+from lowmem_icl.experiments.curves import LEVELS, Rankings
 from lowmem_icl.masks import Mask
 from lowmem_icl.prepare import Prepared
+from lowmem_icl.rankings import RankingKey
 from lowmem_icl.rows import PackedRows, Row, outline
-from lowmem_icl.stages.work import EVALUATE_CHUNK, chunks_of, doubling_chunks, most_documents
+from lowmem_icl.stages.curving import points_of
+from lowmem_icl.stages.work import AGGREGATE, EVALUATE_CHUNK, chunks_of, doubling_chunks, most_documents
 from lowmem_icl.tasks.loading import TaskRows
+from lowmem_icl.tasks.sources import in_domain
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,19 +182,7 @@ def _curve_sweeps(options: RunOptions, prepared: Prepared, laid: Laid) -> Iterat
         AGGREGATE,
         tuple(name for name in names if name != AGGREGATE and in_domain(name)),
     )
-    points = [
-        list(
-            curve_points(
-                TaskShots(task.task, task.shots),
-                options.curves,
-                rankings,
-                options.chosen_shots,
-                options.random_draws,
-                options.seed,
-            )
-        )
-        for task in prepared.train
-    ]
+    points = points_of(options, prepared.train, rankings)
     masks = [tuple(dict.fromkeys([Mask(), *(point.mask for point in of_task)])) for of_task in points]
     judged = [
         tuple(dict.fromkeys([Mask(), *(point.mask for point in of_task if point.judged)]))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lowmem_icl.config import RunOptions
 from lowmem_icl.experiments import curves, evaluate
 from lowmem_icl.experiments.curves import CurvePoint, Rankings, TaskShots
 from lowmem_icl.masks import Mask
@@ -28,8 +29,21 @@ def run_curves(work: Work, gathered: Gathered) -> None:
             "prune: curves remove units by their importance; run them with importance among --experiments"
         )
         return
-    options = work.options
-    points = [
+    points = points_of(work.options, work.prepared.curves, rankings)
+    if work.options.rescore:
+        for of_task, rescored in zip(points, rescored_points(work, rankings), strict=True):
+            of_task += rescored
+    judged = [[point for point in of_task if point.judged] for of_task in points]
+    reported = _with_means(_rows(work, gathered, "curves", work.prepared.curves, points))
+    chosen_on = _with_means(_rows(work, gathered, "curves-train", work.prepared.train, judged))
+    rows = [*reported, *curves.control_rows(reported), *curves.knees(chosen_on, reported)]
+    gathered.results["prune"] += [{"experiment": "prune"} | row for row in rows]
+    gathered.masks += _made_masks(work, points, reported)
+
+
+def points_of(options: RunOptions, tasks: Sequence[TaskRows], rankings: Rankings) -> list[list[CurvePoint]]:
+    """Return the curves' points of every task and shot count."""
+    return [
         list(
             curves.curve_points(
                 TaskShots(task.task, task.shots),
@@ -40,17 +54,8 @@ def run_curves(work: Work, gathered: Gathered) -> None:
                 options.seed,
             )
         )
-        for task in work.prepared.curves
+        for task in tasks
     ]
-    if options.rescore:
-        for of_task, rescored in zip(points, rescored_points(work, rankings), strict=True):
-            of_task += rescored
-    judged = [[point for point in of_task if point.judged] for of_task in points]
-    reported = _with_means(_rows(work, gathered, "curves", work.prepared.curves, points))
-    chosen_on = _with_means(_rows(work, gathered, "curves-train", work.prepared.train, judged))
-    rows = [*reported, *curves.control_rows(reported), *curves.knees(chosen_on, reported)]
-    gathered.results["prune"] += [{"experiment": "prune"} | row for row in rows]
-    gathered.masks += _made_masks(work, points, reported)
 
 
 def _with_means(rows: list[Row]) -> list[Row]:
