@@ -50,9 +50,12 @@ def hook_mask(model: OPTForCausalLM, mask: Mask) -> list[torch.utils.hooks.Remov
 
 
 def unit_gradients(
-    model: OPTForCausalLM, path: list[int], continuation: list[int]
+    model: OPTForCausalLM, path: list[int], continuation: list[int], mask: Mask = Mask()
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Σ_t |⟨z, g⟩| and Σ_t ⟨z, g⟩ by head [L, H] and FFN [L], from the whole graph of one example at once."""
+    """Σ_t |⟨z, g⟩| and Σ_t ⟨z, g⟩ by head [L, H] and FFN [L], from the whole graph of one example at once.
+
+    Under a mask z is what a head gives before it is removed, so its terms are 0.
+    """
     heads = model.config.num_attention_heads
     kept: dict[tuple[str, int], Tensor] = {}
     handles = []
@@ -70,7 +73,7 @@ def unit_gradients(
             layer.self_attn.out_proj.register_forward_pre_hook(keep_z),
             layer.fc2.register_forward_hook(keep_ffn),
         ]
-    _summed_logprob(model, path, continuation, Mask()).backward()
+    _summed_logprob(model, path, continuation, mask).backward()
     for handle in handles:
         handle.remove()
     layers = len(model.model.decoder.layers)
@@ -83,20 +86,34 @@ def unit_gradients(
     return np.abs(head).sum(1), head.sum(1), np.abs(ffn_terms).sum(1), ffn_terms.sum(1)
 
 
-def greedy_layerwise(layers: int, heads: int, tolerance: float, choose, check) -> Mask:
-    """The pruner of the description, one evaluation at a time; choose, check: mask to how much is lost."""
-    mask, visited, units = Mask(), 0, layers * (heads + 1)
-    groups = [[(layer, head) for head in range(heads)] for layer in reversed(range(layers))]
-    groups += [[layer] for layer in reversed(range(layers))]
+def greedy_layerwise(
+    layers: int, heads: int, tolerance: float, choose, check, *, up: bool = False, joint: bool = False,
+    weights: tuple[int, int] = (1, 1),
+) -> Mask:  # fmt: skip
+    """The pruner of the description, one evaluation at a time; choose, check: mask to how much is lost.
+
+    `weights`: what a head and an FFN count, where they are removed jointly.
+    """
+    order_of_layers = list(range(layers)) if up else list(reversed(range(layers)))
+    groups = [[(layer, head) for head in range(heads)] for layer in order_of_layers]
+    if joint:
+        groups = [group + [layer] for group, layer in zip(groups, order_of_layers, strict=True)]
+    else:
+        groups += [[layer] for layer in order_of_layers]
+
+    def weight(unit) -> int:
+        return weights[isinstance(unit, int)]
+
+    mask, visited, whole = Mask(), 0, sum(weight(unit) for group in groups for unit in group)
     for group in groups:
         left = list(group)
         while left:
-            order = sorted(left, key=lambda unit: choose(mask | _mask(unit)))
+            order = sorted(left, key=lambda unit: choose(mask | _mask(unit)) / weight(unit))
             removed = False
             for unit in order:
-                visited += 1
+                visited += weight(unit)
                 left.remove(unit)
-                if check(mask | _mask(unit)) <= tolerance * visited / units:
+                if check(mask | _mask(unit)) <= tolerance * visited / whole:
                     mask, removed = mask | _mask(unit), True
                     break
             if not removed:

@@ -4,16 +4,21 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from transformers import AutoTokenizer, OPTForCausalLM
+from typer.testing import CliRunner
 
+from lowmem_icl.cli import app
 from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.engine.stream import sweep
 from lowmem_icl.engine.waves import Job, SweepLimits
 from lowmem_icl.masks import Mask
 from lowmem_icl.model.locate import ensure_store, locate
 from lowmem_icl.model.streamed import StreamedModel
+from lowmem_icl.rankings import highest_heads, lowest_heads, mean_of_ranks, removed_count
+from lowmem_icl.results import read_table
 from lowmem_icl.tasks.loading import open_task
 from lowmem_icl.tasks.packing import PackingLimits, pack
 from lowmem_icl.tasks.scoring import document_scores
@@ -150,3 +155,53 @@ def test_without_its_induction_heads_it_recalls_nothing_and_knows_all(
     assert without <= 0.25 + 0.1
     assert clean - float(np.median(random)) < 0.1
     assert accuracy("knowledge", 0, Mask(frozenset(induction)))[0] >= 0.9
+
+
+@pytest.fixture(scope="module")
+def importance(tmp_path_factory: pytest.TempPathFactory) -> pl.DataFrame:
+    """The default run's gradient importance of heads."""
+    out = tmp_path_factory.mktemp("importance")
+    told = [
+        "run",
+        "--experiments",
+        "importance",
+        "--store-dir",
+        out / "stores",
+        "--out",
+        out / "run",
+        "--quiet",
+    ]
+    result = CliRunner().invoke(app, [str(part) for part in told])
+    assert result.exit_code == 0, result.output
+    rows = read_table(out / "run" / "results.parquet", "results")
+    return rows.filter(pl.col("kind") == "head").sort("layer", "head")
+
+
+def head_scores(importance: pl.DataFrame, task: str, shots: int, metric: str = "gradient") -> np.ndarray:
+    of_task = importance.filter(
+        (pl.col("task") == task) & (pl.col("shots") == shots) & (pl.col("metric") == metric)
+    )
+    return of_task["value"].to_numpy().reshape(4, 8)
+
+
+@pytest.mark.parametrize("task", ["recall", "category"])
+def test_what_aggregate_importance_finds_is_what_in_context_tasks_need(
+    accuracy, importance, task: str
+) -> None:
+    scores = head_scores(importance, "aggregate", 16, "gradient_rank")
+    count = scores.size
+    clean, without_lowest, without_top = accuracy(
+        task, 16, Mask(), lowest_heads(scores, removed_count(50, count)),
+        highest_heads(scores, removed_count(15, count)),
+    )  # fmt: skip
+    assert clean - without_lowest <= 0.05
+    assert without_top <= 0.25 + 0.10
+
+
+def test_knowledge_needs_none_of_the_heads_that_only_in_context_tasks_need(accuracy, importance) -> None:
+    count = removed_count(15, 32)
+    of_context = mean_of_ranks([head_scores(importance, task, 16) for task in ("recall", "category")])
+    of_knowledge = head_scores(importance, "knowledge", 16)
+    only = highest_heads(of_context, count) - highest_heads(of_knowledge, count)
+    assert len(only)
+    assert accuracy("knowledge", 16, only)[0] >= 0.9

@@ -192,25 +192,32 @@ def test_an_all_zero_layer_is_finite_in_int8(int8_store: Store) -> None:
     assert np.isfinite(scores.logprobs).all()
 
 
-def gradients(store: Store, task: PackedTask, limits: SweepLimits = PLENTY):
+def gradients(store: Store, task: PackedTask, limits: SweepLimits = PLENTY, mask: Mask = Mask()):
     chosen = np.array([gold for document in task.task.documents for gold in document.gold])
     result = UnitGradients.unmade(len(task.task.documents), task.packed.option_count, 3, 4)
     with StreamedModel(store, device=CPU, resident_bytes=0) as model, cache_of(limits) as cache:
         unit_gradients(
-            model, [task.packed.rows], [lambda logprobs: chosen], [result], limits=limits, cache=cache
+            model,
+            [task.packed.rows],
+            [lambda logprobs: chosen],
+            [result],
+            limits=limits,
+            cache=cache,
+            masks=[mask],
         )
     assert result.finished.all()
     return result
 
 
-def test_streamed_gradients_equal_the_whole_graph(checkpoint: Path, float_store: Store) -> None:
+@pytest.mark.parametrize("mask", [Mask(), Mask(heads=frozenset([(0, 1), (1, 0), (1, 3), (2, 2)]))])
+def test_streamed_gradients_equal_the_whole_graph(checkpoint: Path, float_store: Store, mask: Mask) -> None:
     task = packed_task(4, gold_only=True)
-    result = gradients(float_store, task)
+    result = gradients(float_store, task, mask=mask)
     model = reference_model(checkpoint)
     parts = ("head_absolute", "head_signed", "ffn_absolute", "ffn_signed")
     for owner, document in enumerate(task.task.documents):
         option = task.options[int(task.first_option[owner]) + document.gold.index(True)]
-        expected = oracles.unit_gradients(model, list(option.path), list(option.continuation))
+        expected = oracles.unit_gradients(model, list(option.path), list(option.continuation), mask)
         for name, values in zip(parts, expected, strict=True):
             largest = np.abs(values).max()
             np.testing.assert_allclose(

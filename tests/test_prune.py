@@ -28,9 +28,14 @@ def objective(seed: int) -> Callable[[Mask], np.ndarray]:
     return value
 
 
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10_000), tolerance=st.sampled_from([0.001, 0.01, 0.05, 0.3]))
-def test_the_search_equals_its_description(seed: int, tolerance: float) -> None:
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    tolerance=st.sampled_from([0.001, 0.01, 0.05, 0.3]),
+    direction=st.sampled_from(["down", "up"]),
+    order=st.sampled_from(["heads-first", "joint"]),
+)
+def test_the_search_equals_its_description(seed: int, tolerance: float, direction: str, order: str) -> None:
     choose, check = objective(seed), objective(seed + 1)
 
     def answer(request: Request) -> tuple[np.ndarray, ...]:
@@ -40,12 +45,17 @@ def test_the_search_equals_its_description(seed: int, tolerance: float) -> None:
     def score(step: int, asked: dict[str, Request]) -> dict[str, tuple[np.ndarray, ...]]:
         return {name: answer(request) for name, request in asked.items()}
 
-    found = in_lockstep({"one": greedy_search(SearchPlan(LAYERS, HEADS), tolerance)}, score)["one"]
+    plan = SearchPlan(LAYERS, HEADS, direction, order, head_parameters=4, ffn_parameters=24)  # type: ignore[arg-type]
+    found = in_lockstep({"one": greedy_search(plan, tolerance)}, score)["one"]
 
     def lost(measured: Callable[[Mask], np.ndarray]) -> Callable[[Mask], float]:
         return lambda mask: float(measured(Mask()).mean() - measured(mask).mean())
 
-    assert found.mask == oracles.greedy_layerwise(LAYERS, HEADS, tolerance, lost(choose), lost(check))
+    joint = order == "joint"
+    assert found.mask == oracles.greedy_layerwise(
+        LAYERS, HEADS, tolerance, lost(choose), lost(check),
+        up=direction == "up", joint=joint, weights=(4, 24) if joint else (1, 1),
+    )  # fmt: skip
     assert found.lost == pytest.approx(lost(check)(found.mask))
     assert found.lost <= tolerance + 1e-12
     removed = [unit for unit, _ in found.steps]

@@ -1,0 +1,245 @@
+"""Pruning curves: what their masks hold, their knees, and that a run's points are what an evaluation of the mask says."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from typer.testing import CliRunner
+
+from lowmem_icl.cli import app
+from lowmem_icl.experiments.curves import (
+    LEVELS,
+    CurvePoint,
+    Rankings,
+    TaskShots,
+    control_rows,
+    curve_points,
+    knee,
+    knees,
+    transfer_donors,
+)
+from lowmem_icl.masks import Mask, read_mask
+from lowmem_icl.rankings import RankingKey, removed_count, with_ties_broken
+from lowmem_icl.results import read_table
+
+LAYERS, HEADS = 4, 8
+TASKS, SHOTS = ("a", "b", "c", "d"), (0, 1, 5)
+
+
+def rankings(ffn_method: str = "ablation") -> Rankings:
+    rng = np.random.default_rng(3)
+    keys = [RankingKey(task, shots, "gradient") for task in (*TASKS, "aggregate") for shots in SHOTS]
+    heads = {key: rng.random((LAYERS, HEADS)) for key in keys}
+    ffns = {key._replace(method=ffn_method): rng.random(LAYERS) for key in keys}
+    return Rankings(heads, ffns, ffn_method, "aggregate", TASKS)
+
+
+def points_of(*curves: str) -> list[CurvePoint]:
+    return list(curve_points(TaskShots("a", 1), curves, rankings(), SHOTS, random_draws=3, seed=42))
+
+
+@pytest.mark.parametrize(
+    ("units", "counts"),
+    # The paper's own counts for OPT-66B.
+    [
+        (4608, [0, 460, 921, 1382, 1843, 2304, 2764, 3225, 3686, 4147]),
+        (64, [0, 6, 12, 19, 25, 32, 38, 44, 51, 57]),
+    ],
+)
+def test_a_percentage_is_rounded_down(units: int, counts: list[int]) -> None:
+    assert [removed_count(percent, units) for percent in LEVELS] == counts
+
+
+def test_levels_of_a_ranking_are_nested_and_hold_the_least_important() -> None:
+    for curve in ("heads", "ffns"):
+        by_curve: dict[object, list[CurvePoint]] = {}
+        for point in points_of(curve):
+            by_curve.setdefault(point.curve, []).append(point)
+        assert len(by_curve) == 2, "the task's own ranking and that of all tasks"
+        for points in by_curve.values():
+            assert [point.percent for point in points] == list(LEVELS)
+            for one, other in zip(points, points[1:], strict=False):
+                assert len(one.mask - other.mask) == 0
+    own = rankings().heads[RankingKey("a", 1, "gradient")]
+    half = next(p for p in points_of("heads") if p.percent == 50 and p.donor is None)
+    kept = [
+        own[layer, head]
+        for layer in range(LAYERS)
+        for head in range(HEADS)
+        if (layer, head) not in half.mask.heads
+    ]
+    assert max(own[at] for at in half.mask.heads) < min(kept)
+
+
+def test_the_grid_has_every_pair_and_the_edges_are_the_single_curves() -> None:
+    grid = points_of("combined")
+    assert len(grid) == 8 * 6
+    heads = {p.percent: p.mask for p in points_of("heads") if p.donor == TaskShots("aggregate", 1)}
+    assert {p.mask for p in grid if not p.mask.ffns} == {heads[percent] for percent in range(0, 80, 10)}
+
+
+def test_donors_are_chosen_by_rank_correlation() -> None:
+    scores = np.arange(LAYERS * HEADS, dtype=np.float64).reshape(LAYERS, HEADS)
+    noise = np.random.default_rng(0).permutation(scores.ravel()).reshape(scores.shape)
+    heads = dict(zip(TASKS, (scores, scores * 2 + 1, noise, -scores), strict=True))
+    ours = Rankings(
+        {RankingKey(t, 0, "gradient"): s for t, s in heads.items()}, {}, "ablation", "aggregate", TASKS
+    )
+    assert transfer_donors(TaskShots("a", 0), ours) == {"gradient-highest": "b", "gradient-lowest": "d"}
+    assert transfer_donors(TaskShots("mathqa", 0), ours) == {}, (
+        "judged by its own and the aggregate's ranking only"
+    )
+
+
+def test_random_draws_are_nested_the_same_for_all_and_as_many_as_asked() -> None:
+    points = points_of("random")
+    assert points == list(curve_points(TaskShots("b", 5), ("random",), rankings(), SHOTS, 3, 42))
+    assert {point.seed for point in points} == {42, 43, 44}
+    for seed in (42, 43, 44):
+        masks = [p.mask for p in points if p.seed == seed and p.kind == "head"]
+        assert all(len(one - other) == 0 for one, other in zip(masks, masks[1:], strict=False))
+
+
+def test_a_knee_is_the_largest_level_within_a_point_and_a_standard_error() -> None:
+    levels = [0, 10, 20, 30, 40]
+    drops = np.array([0.0, 0.008, -0.02, 0.009, 0.2])
+    assert knee(levels, drops, np.array([0, 0.01, 0.01, 0.01, 0.5])) == 30
+    assert knee(levels, drops, np.array([0, 0.01, 0.01, 0.005, 0.5])) == 20, "beyond one standard error"
+    assert knee(levels, np.array([0, 0.02, 0.02, 0.02, 0.02]), np.full(5, 0.5)) == 0, "beyond one point"
+    assert knee(levels, drops, np.full(5, np.nan)) == 20, "what is not known excuses nothing"
+
+
+def test_knees_are_chosen_on_training_and_reported_on_evaluation_rows() -> None:
+    def row(split: str, level: int, drop: float) -> dict[str, object]:
+        return {
+            "task": "a", "shots": 0, "method": "gradient", "kind": "head", "other_task": None, "other_shots": None,
+            "k": level, "metric": "acc_drop", "value": drop, "stderr": 0.02, "low": drop, "high": drop, "split": split,
+            "documents": 8, "mask": f"m{level}", "heads_removed": level, "ffns_removed": 0,
+        }  # fmt: skip
+
+    training = [row("train", level, drop) for level, drop in ((0, 0.0), (10, 0.0), (20, 0.005), (30, 0.3))]
+    evaluation = [row("test", level, drop) for level, drop in ((0, 0.0), (10, 0.01), (20, 0.04), (30, 0.0))]
+    chosen, cost = knees(training, evaluation)
+    assert (chosen["metric"], chosen["value"], chosen["split"]) == ("knee", 20, "train")
+    assert (cost["metric"], cost["value"], cost["split"], cost["mask"]) == (
+        "knee_acc_drop",
+        0.04,
+        "test",
+        "m20",
+    )
+
+
+def test_the_control_has_a_mean_and_a_band() -> None:
+    values = np.linspace(0.2, 0.8, 21)
+    rows = [
+        {"task": "a", "shots": 0, "split": "test", "kind": "head", "k": 50, "metric": "acc", "heads_removed": 16,
+         "ffns_removed": 0, "documents": 8, "method": "random", "value": value, "chance": 0.5}
+        for value in values
+    ]  # fmt: skip
+    (band,) = control_rows(rows)
+    assert band["value"] == pytest.approx(values.mean())
+    assert (band["low"], band["high"]) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
+
+
+def test_equal_scores_are_told_apart_by_the_second() -> None:
+    order = with_ties_broken(np.array([0.0, 0.0, -1.0, 0.0]), np.array([3.0, 1.0, 9.0, 1.0]))
+    np.testing.assert_array_equal(order, [3, 1, 0, 2])
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def paper_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of all curves, small."""
+    folder = tmp_path_factory.mktemp("curves")
+    result = invoke(
+        "run", "--tasks", "recall,category,knowledge", "--shots", "0,4", "--limit", 24, "--train-limit", 8,
+        "--curve-limit", 16, "--experiments", "evaluate,importance,ablate,prune", "--random-draws", 2, "--rescore",
+        "--curves", "heads,ffns,combined,transfer,cross-shot,random", "--direction", "up", "--order", "joint",
+        "--store-dir", folder / "stores", "--out", folder / "run", "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_every_curve_is_there_with_all_its_levels(paper_run: Path) -> None:
+    rows = read_table(paper_run / "run" / "results.parquet", "results").filter(
+        pl.col("experiment") == "prune"
+    )
+    curves = rows.filter(pl.col("k").is_not_null() & (pl.col("metric") == "acc"))
+    levels = {(method, kind): set(of["k"]) for (method, kind), of in curves.group_by("method", "kind")}
+    every = set(LEVELS)
+    assert levels["gradient", "head"] == levels["rescored", "head"] == levels["ablation", "ffn"] == every
+    assert levels["gradient-highest", "head"] == levels["gradient-lowest", "head"] == {10, 30, 50, 70, 90}
+    assert levels["combined", None] == set(range(0, 80, 10))
+    donors = curves.filter(pl.col("method") == "gradient-highest")
+    assert (donors["task"] != donors["other_task"]).all()
+    other_shots = curves.filter((pl.col("method") == "gradient") & (pl.col("other_shots") != pl.col("shots")))
+    assert set(other_shots["other_shots"]) == {0, 4}
+    assert set(rows.filter(pl.col("metric") == "knee")["task"]) == {
+        "recall",
+        "category",
+        "knowledge",
+        "aggregate",
+    }
+    assert set(curves["documents"].drop_nulls()) == {16, 48}
+
+
+def test_a_point_is_what_an_evaluation_of_its_mask_says(paper_run: Path, tmp_path: Path) -> None:
+    name = "gradient-heads-50-recall-4shot"
+    result = invoke(
+        "evaluate", "--mask", paper_run / "run" / "masks" / f"{name}.json", "--tasks", "recall", "--shots", 4,
+        "--limit", 16, "--store-dir", paper_run / "stores", "--out", tmp_path / "alone", "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    alone = read_table(tmp_path / "alone" / "results.parquet", "results").filter(pl.col("mask") == name)
+    together = read_table(paper_run / "run" / "results.parquet", "results").filter(
+        (pl.col("mask") == name) & (pl.col("task") == "recall") & (pl.col("shots") == 4)
+        & pl.col("other_task").is_null() & (pl.col("experiment") == "prune")
+    )  # fmt: skip
+    for metric in ("acc", "gold_logprob", "gold_prob"):
+        (expected,), (got,) = (
+            frame.filter(pl.col("metric") == metric)["value"].to_list() for frame in (alone, together)
+        )
+        assert got == pytest.approx(expected, abs=1e-9)
+    mask = read_mask(paper_run / "run" / "masks" / f"{name}.json")
+    assert len(mask.mask.heads) == 16
+    assert mask.scores["after"]["acc"] == pytest.approx(
+        together.filter(pl.col("metric") == "acc")["value"][0]
+    )
+
+
+def test_rescoring_starts_like_the_plain_curve_and_then_goes_its_own_way(paper_run: Path) -> None:
+    masks = paper_run / "run" / "masks"
+
+    def removed(method: str, percent: int) -> Mask:
+        return read_mask(masks / f"{method}-heads-{percent}-recall-4shot.json").mask
+
+    assert removed("rescored", 10) == removed("gradient", 10)
+    for percent in LEVELS[1:-1]:
+        assert len(removed("rescored", percent) - removed("rescored", percent + 10)) == 0
+
+
+def test_drops_in_the_effects_are_those_of_the_results(paper_run: Path) -> None:
+    effects = read_table(paper_run / "run" / "effects.parquet", "effects").filter(
+        (pl.col("experiment") == "prune") & (pl.col("metric") == "gold_logprob_drop")
+    )
+    keys = ["task", "shots", "split", "mask"]
+    means = effects.unique([*keys, "document"]).group_by(keys).agg(pl.col("value").mean().alias("mean"))
+    results = read_table(paper_run / "run" / "results.parquet", "results").filter(
+        (pl.col("experiment") == "prune") & (pl.col("metric") == "gold_logprob_drop")
+    )
+    both = results.join(means, on=keys)
+    assert len(both) > 100
+    np.testing.assert_allclose(both["value"], both["mean"], atol=1e-5)
+
+
+def test_the_page_shows_curves_grid_and_knees(paper_run: Path) -> None:
+    page = (paper_run / "run" / "report.html").read_text()
+    for text in ("Pruning curves", "knee", "Accuracy with heads and FFNs removed together"):
+        assert text in page
+    figures = {path.stem for path in (paper_run / "run" / "figures").glob("*.svg")}
+    assert {"heads", "ffn-curves", "grid"} <= figures
