@@ -97,7 +97,7 @@ def greedy_layerwise(
     order_of_layers = list(range(layers)) if up else list(reversed(range(layers)))
     groups = [[(layer, head) for head in range(heads)] for layer in order_of_layers]
     if joint:
-        groups = [group + [layer] for group, layer in zip(groups, order_of_layers, strict=True)]
+        groups = [[*group, layer] for group, layer in zip(groups, order_of_layers, strict=True)]
     else:
         groups += [[layer] for layer in order_of_layers]
 

@@ -1,5 +1,6 @@
 """Pruning curves: what their masks hold, their knees, and that a run's points are what an evaluation of the mask says."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_levels_of_a_ranking_are_nested_and_hold_the_least_important() -> None:
         assert len(by_curve) == 2, "the task's own ranking and that of all tasks"
         for points in by_curve.values():
             assert [point.percent for point in points] == list(LEVELS)
-            for one, other in zip(points, points[1:], strict=False):
+            for one, other in itertools.pairwise(points):
                 assert len(one.mask - other.mask) == 0
     own = rankings().heads[RankingKey("a", 1, "gradient")]
     half = next(p for p in points_of("heads") if p.percent == 50 and p.donor is None)
@@ -98,7 +99,7 @@ def test_random_draws_are_nested_the_same_for_all_and_as_many_as_asked() -> None
     assert {point.seed for point in points} == {42, 43, 44}
     for seed in (42, 43, 44):
         masks = [p.mask for p in points if p.seed == seed and p.kind == "head"]
-        assert all(len(one - other) == 0 for one, other in zip(masks, masks[1:], strict=False))
+        assert all(len(one - other) == 0 for one, other in itertools.pairwise(masks))
 
 
 def test_a_knee_is_the_largest_level_within_a_point_and_a_standard_error() -> None:
