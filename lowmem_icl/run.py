@@ -195,7 +195,10 @@ def _identity(options: RunOptions, prepared: Prepared, masks: Mapping[str, Mask]
 def _refuse_foreign(folder: Path) -> None:
     if folder.is_file():
         raise InputError(f"--out {folder} is a file; give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / RUN_FILE).is_file():
+    if (folder / RUN_FILE).is_file() or not folder.is_dir():
+        return
+    # A script may have begun to log what is printed there.
+    if any(entry.suffix != ".log" for entry in folder.iterdir() if entry.name != ".lock"):
         raise InputError(f"--out {folder} is not empty and holds no run; choose another folder")
 
 
