@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_icl.config import run_options
+from lowmem_icl.config import RunOptions, run_options
+from lowmem_icl.masks import check_fits, read_mask
+from lowmem_icl.prepare import prepare
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -55,3 +57,14 @@ def test_a_mistake_stops_the_night_before_it_starts(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "nonsense" in result.stdout
     assert not (tmp_path / "runs" / "demo" / "run.json").exists()
+
+
+def test_the_demo_masks_fit_the_demo_and_say_how_they_were_made() -> None:
+    folder = SCRIPTS.parent / "masks" / "demo"
+    masks = [read_mask(path) for path in sorted(folder.glob("*.json"))]
+    assert len(masks) == 15 + 3 * 9
+    model = prepare(RunOptions(tasks=("recall",), shots=(0,), limit=1)).mask_model
+    for mask in masks:
+        assert check_fits(mask, model) is None
+        assert mask.made["protocol"] == "corrected"
+        assert mask.scores["before"]["acc"] > 0

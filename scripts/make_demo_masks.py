@@ -1,0 +1,41 @@
+"""Make masks/demo: the demo model's masks as a default run makes them, for others to reuse and compare with.
+
+    python scripts/make_demo_masks.py [FOLDER]
+
+Kept are the greedy masks of every task and shot count and of all tasks together, and every level of the curves over heads by the
+aggregate ranking.
+"""
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowmem_icl.config import RunOptions
+from lowmem_icl.run import run
+from lowmem_icl.terminal import Terminal
+
+KEPT = re.compile(r"greedy-.*|gradient-heads-\d+-aggregate-.*")
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Where the masks go.")] = Path(__file__).parents[1]
+    / "masks"
+    / "demo",
+) -> None:
+    """Run the demo and keep its masks."""
+    with tempfile.TemporaryDirectory(prefix="demo-masks-") as temporary:
+        finished = run(RunOptions(out=Path(temporary) / "run"), Terminal())
+        kept = [path for path in (finished.folder / "masks").glob("*.json") if KEPT.fullmatch(path.stem)]
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for path in kept:
+            shutil.copy(path, folder)
+    typer.echo(f"{len(kept)} masks in {folder}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
