@@ -109,6 +109,11 @@ TrainLimitOption = Annotated[
     typer.Option(help="Training documents a task, for importance, ablations and pruning.", rich_help_panel=TASKS,
                  show_default="32, or --limit"),
 ]  # fmt: skip
+ImportanceLimitOption = Annotated[
+    int | None,
+    typer.Option(help="Training documents a task whose gradients are taken; the paper took 2,500.",
+                 rich_help_panel=TASKS, show_default="--train-limit"),
+]  # fmt: skip
 BosOption = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Put the beginning-of-sequence token before every context.",

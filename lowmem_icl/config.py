@@ -68,6 +68,8 @@ class RunOptions(BaseModel):
     """Evaluation documents of a task; all if not given."""
     train_limit: Annotated[int, Field(ge=1)] | None = None
     """Training documents of a task; 32, or `limit` where that is given."""
+    importance_limit: Annotated[int, Field(ge=1)] | None = None
+    """Training documents of a task whose gradients are taken; `train_limit` if not given (the paper: 2,500)."""
     experiments: Annotated[tuple[Experiment, ...], CommaList, Field(min_length=1)] = EXPERIMENTS  # type: ignore[assignment]
     """Which experiments to run."""
     demonstrations: Literal["per-document", "shared"] = "per-document"
@@ -150,6 +152,11 @@ class RunOptions(BaseModel):
     def chosen_train_limit(self) -> int:
         """Training documents of a task."""
         return self.train_limit or self.limit or DEFAULT_TRAIN_LIMIT
+
+    @property
+    def chosen_importance_limit(self) -> int:
+        """Training documents of a task whose gradients are taken."""
+        return self.importance_limit or self.chosen_train_limit
 
     @property
     def chosen_curve_limit(self) -> int:

@@ -28,8 +28,8 @@ from lowmem_icl.tasks.sources import DEMO_TASKS, PAPER_TASKS
 class Prepared:
     """A run's model and documents, checked and tokenisable.
 
-    `evaluate`, `train`: the documents of every task and shot count, in the same order; `curves`: the first of `evaluate`,
-    as many as pruning curves are judged on. The store may be only planned, with sizes and no files: `with_store` makes it.
+    `evaluate`, `train`: the documents of every task and shot count, in the same order; `importance`: the training documents
+    whose gradients are taken; `curves`: the first of `evaluate`, as many as pruning curves are judged on. The store may be only planned, with sizes and no files: `with_store` makes it.
     """
 
     store: Store
@@ -37,6 +37,7 @@ class Prepared:
     limits: PackingLimits
     evaluate: tuple[TaskRows, ...]
     train: tuple[TaskRows, ...]
+    importance: tuple[TaskRows, ...]
     curves: tuple[TaskRows, ...]
     located: Located
 
@@ -63,7 +64,7 @@ class Prepared:
     def tasks_digest(self) -> str:
         """SHA-256 over all texts, labels and demonstrations of both parts."""
         summed = hashlib.sha256()
-        for task in (*self.evaluate, *self.train):
+        for task in (*self.evaluate, *self.train, *self.importance):
             summed.update(repr((task.task, task.shots, task.split)).encode())
             for document in task.documents:
                 summed.update(repr((document.index, document.options, document.gold)).encode())
@@ -134,11 +135,12 @@ def prepare(options: RunOptions) -> Prepared:
     fits = partial(fit_context, tokenise=tokenise, limits=limits)
     evaluate = documents(options, tasks, "evaluate", options.limit, fits)
     train = documents(options, tasks, "train", options.chosen_train_limit, fits)
+    importance = documents(options, tasks, "train", options.chosen_importance_limit, fits)
     curves = documents(options, tasks, "evaluate", options.chosen_curve_limit, fits)
-    for task in (*evaluate, *train):
+    for task in (*evaluate, *train, *importance):
         # An option that does not fit is told now, not in the night.
         tokenise_options(task.documents, tokenise, limits, task.task)
-    return Prepared(store, tokenise, limits, evaluate, train, curves, located)
+    return Prepared(store, tokenise, limits, evaluate, train, importance, curves, located)
 
 
 def with_store(

@@ -98,7 +98,7 @@ def lay_out(options: RunOptions, prepared: Prepared) -> Laid:
     )
     gold: tuple[PackedRows, ...] = ()
     if "importance" in asked or not (evaluate or ablate):
-        gold = tuple(_outlined(prepared.pack(task, gold_only=True).packed) for task in prepared.train)
+        gold = tuple(_outlined(prepared.pack(task, gold_only=True).packed) for task in prepared.importance)
     return Laid(evaluate, ablate, curves, gold, between - start, time.perf_counter() - between)
 
 

@@ -1,4 +1,4 @@
-"""One part of a run: the gradients of all training documents, of the whole model or of a pruned one."""
+"""One part of a run: the gradients of the training documents, of the whole model or of a pruned one."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -21,11 +21,11 @@ FIELDS = ("head_absolute", "head_signed", "ffn_absolute", "ffn_signed", "logprob
 def unit_gradient_arrays(
     work: Work, experiment: str, part: str, label: str, masks: Sequence[Mask] | None = None
 ) -> dict[str, NDArray[Any]]:
-    """Return the unit gradients of all training documents by task, from a part's file or from two reads of the weights.
+    """Return the unit gradients of the training documents by task, from a part's file or from two reads of the weights.
 
     `masks`: the heads that each task's model lacks. Names are `<place of the task>.<field of UnitGradients>`.
     """
-    tasks, skeleton = work.prepared.train, work.model.skeleton
+    tasks, skeleton = work.prepared.importance, work.model.skeleton
 
     def make(draft: Draft) -> dict[str, NDArray[Any]]:
         packed = [work.prepared.pack(task, gold_only=True) for task in tasks]

@@ -24,7 +24,7 @@ def run_evaluate(work: Work, gathered: Gathered, masks: Mapping[str, Mask]) -> N
 
 def run_importance(work: Work, gathered: Gathered) -> None:
     """Score heads and FFNs of all tasks by their gradients, on the training documents, in two reads."""
-    tasks = work.prepared.train
+    tasks = work.prepared.importance
     arrays = unit_gradient_arrays(work, "importance", "importance", "importance")
     columns: list[dict[str, Any]] = []
     by_shots: dict[int, list[importance.Importance]] = {}

@@ -26,7 +26,7 @@ def rescored_points(work: Work, rankings: Rankings) -> list[list[CurvePoint]]:
     A level removes the heads of the level before and, of the others, those least important to the model without these.
     All tasks share the two reads of every level.
     """
-    tasks, skeleton = work.prepared.train, work.model.skeleton
+    tasks, skeleton = work.prepared.importance, work.model.skeleton
     masks = [Mask()] * len(tasks)
     scores = [rankings.heads[RankingKey(task.task, task.shots, "gradient")].copy() for task in tasks]
     points: list[list[CurvePoint]] = [[] for _ in tasks]
