@@ -35,6 +35,7 @@ from lowmem_icl.cli_options import (
     ObjectiveOption,
     OrderOption,
     OutOption,
+    ProtocolOption,
     QuietOption,
     RandomDrawsOption,
     RescoreOption,
@@ -103,6 +104,7 @@ def run(
     importance_limit: ImportanceLimitOption = None,
     demonstrations: DemonstrationsOption = None,
     demonstration_sets: DemonstrationSetsOption = None,
+    protocol: ProtocolOption = None,
     bos: BosOption = None,
     experiments: ExperimentsOption = None,
     screen: ScreenOption = None,
@@ -158,6 +160,7 @@ def plan(
     importance_limit: ImportanceLimitOption = None,
     demonstrations: DemonstrationsOption = None,
     demonstration_sets: DemonstrationSetsOption = None,
+    protocol: ProtocolOption = None,
     bos: BosOption = None,
     experiments: ExperimentsOption = None,
     screen: ScreenOption = None,
@@ -305,14 +308,14 @@ def tasks(as_json: JsonOption = False, data_dir: DataDirOption = None) -> None:
     from rich.table import Table
 
     from lowmem_icl.tasks.loading import open_task
-    from lowmem_icl.tasks.sources import DEMO_TASKS, PAPER_TASKS, task_metric
+    from lowmem_icl.tasks.sources import DEMO_TASKS, OUT_OF_DOMAIN_TASKS, PAPER_TASKS, task_metric
 
     listed: list[dict[str, Any]] = []
-    for name in (*DEMO_TASKS, *PAPER_TASKS):
+    for name in (*DEMO_TASKS, *PAPER_TASKS, *OUT_OF_DOMAIN_TASKS):
         sizes: dict[str, int] = {}
         if name in DEMO_TASKS or data_dir is not None:
             sizes = open_task(name, data_dir).sizes
-        kind = "demo" if name in DEMO_TASKS else "paper"
+        kind = "demo" if name in DEMO_TASKS else "paper" if name in PAPER_TASKS else "out of domain"
         listed.append({"task": name, "from": kind, "metric": task_metric(name), "rows": sizes})
     if as_json:
         typer.echo(json.dumps(listed, indent=1))

@@ -24,6 +24,13 @@ class Mode(StrEnum):
     shared = "shared"
 
 
+class ProtocolChoice(StrEnum):
+    """Sets of choices where the paper's code and its text differ."""
+
+    corrected = "corrected"
+    reference = "reference"
+
+
 class Screen(StrEnum):
     """What ablations are screened by."""
 
@@ -108,6 +115,11 @@ TrainLimitOption = Annotated[
     int | None,
     typer.Option(help="Training documents a task, for importance, ablations and pruning.", rich_help_panel=TASKS,
                  show_default="32, or --limit"),
+]  # fmt: skip
+ProtocolOption = Annotated[
+    ProtocolChoice | None,
+    typer.Option(help="What this tool stands for, or what the paper's code does, so that numbers can be compared.",
+                 rich_help_panel=TASKS, show_default="corrected"),
 ]  # fmt: skip
 ImportanceLimitOption = Annotated[
     int | None,

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lowmem_icl.errors import InputError
+from lowmem_icl.protocols import PROTOCOLS, Protocol, ProtocolName
 
 Experiment = Literal["evaluate", "importance", "ablate", "prune", "overlap"]
 EXPERIMENTS: tuple[str, ...] = get_args(Experiment)
@@ -76,7 +77,7 @@ class RunOptions(BaseModel):
     """Whether every document draws its own demonstrations, or many share a few sets."""
     demonstration_sets: Annotated[int, Field(ge=1, le=1000)] = 8
     """How many sets of shared demonstrations."""
-    protocol: Literal["corrected"] = "corrected"
+    protocol: ProtocolName = "corrected"
     """Named set of choices where the paper's code and its text differ."""
     bos: bool | None = None
     """Put the beginning-of-sequence token before every context; by family if not given (OPT: no)."""
@@ -141,6 +142,11 @@ class RunOptions(BaseModel):
     def chosen_exact(self) -> int:
         """Units ablated exactly where ablations are screened."""
         return self.exact or DEFAULT_EXACT
+
+    @property
+    def choices(self) -> Protocol:
+        """The protocol's choices."""
+        return PROTOCOLS[self.protocol]
 
     @property
     def chosen_shots(self) -> tuple[int, ...]:

@@ -26,11 +26,16 @@ def run_record(folder: Path) -> dict[str, Any]:
 
 
 def accuracy(results: pl.DataFrame) -> pl.DataFrame:
-    """Return the clean run's accuracy by task and shots, with chance."""
+    """Return the clean run's accuracy by task and shots, with chance and the accuracy of the best constant answer."""
+    clean = results.filter((pl.col("experiment") == "evaluate") & (pl.col("mask") == "clean"))
+    majority = clean.filter(pl.col("metric") == "majority").select(
+        "task", "shots", pl.col("value").alias("majority")
+    )
+    columns = ("task", "shots", "metric", "value", "stderr", "low", "high", "chance", "documents")
     return (
-        results.filter((pl.col("experiment") == "evaluate") & (pl.col("mask") == "clean"))
-        .filter(pl.col("metric").is_in(["acc", "em"]))
-        .select("task", "shots", "metric", "value", "stderr", "low", "high", "chance", "documents")
+        clean.filter(pl.col("metric").is_in(["acc", "em"]))
+        .select(columns)
+        .join(majority, on=["task", "shots"], how="left", maintain_order="left")
     )
 
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from lowmem_icl.masks import Mask
 from lowmem_icl.statistics import mean_with_interval
+from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.packing import PackedTask
 from lowmem_icl.tasks.scoring import document_scores, task_metrics
 
@@ -26,7 +27,9 @@ def evaluation_rows(
     """Yield the result rows of one task under one mask; logprobs, greedy: [O].
 
     Metrics of the task are lm-eval's, with its standard errors; gold_logprob, gold_prob and margin are means over
-    documents with intervals clustered by passage.
+    documents with intervals clustered by passage. `majority` (of the clean run) is the accuracy of the best constant
+    answer, `top_answer_share` the share of documents that get the answer given most often: a model that always says the
+    same has 1 there, whatever its accuracy.
     """
     base = {
         "task": task.task.task,
@@ -55,6 +58,23 @@ def evaluation_rows(
         if not np.isnan(values).any():
             interval = mean_with_interval(values, clusters, seed=seed)
             yield base | {"metric": name} | interval._asdict()
+    if mask == CLEAN:
+        yield base | {"metric": "majority", "value": task.task.majority}
+    share = top_answer_share(task.task, logprobs)
+    if share is not None:
+        yield base | {"metric": "top_answer_share", "value": share}
+
+
+def top_answer_share(task: TaskRows, logprobs: NDArray[np.float64]) -> float | None:
+    """Return the share of documents that get the answer given most often, from option scores [O].
+
+    None where documents differ in how many options they have, or have but one: the places of options then mean nothing.
+    """
+    counts = {len(document.gold) for document in task.documents}
+    if len(counts) > 1 or counts == {1}:
+        return None
+    answers = logprobs.reshape(-1, counts.pop()).argmax(1)
+    return float(np.bincount(answers).max() / len(answers))
 
 
 def answer_columns(task: PackedTask, mask: str, logprobs: NDArray[np.float64]) -> dict[str, Any]:
@@ -90,7 +110,8 @@ def mean_over_tasks(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) ->
         if len(tasks) < 2 or {row["task"] for row in members} != tasks:
             continue
         value = float(np.mean([row["value"] for row in members]))
-        stderr = float(np.sqrt(sum(row["stderr"] ** 2 for row in members)) / len(members))
+        errors = [np.nan if row.get("stderr") is None else row["stderr"] for row in members]
+        stderr = float(np.sqrt(np.sum(np.square(errors))) / len(members))
         chances = [row.get("chance") for row in members]
         yield dict(zip(fields, values, strict=True)) | {
             "task": "aggregate",

@@ -17,7 +17,8 @@ class Importance:
     """Scores of one task at one shot count.
 
     gradient: heads [L, H], ffns [L]: Σ_examples Σ_tokens |⟨z, ∂L/∂z⟩| / Σ_examples (N − 1), L the mean negative
-    log-likelihood per gold token (Bansal et al. 2023, eq. 8-10; one denominator for all layers).
+    log-likelihood per gold token (Bansal et al. 2023, eq. 8-10; one denominator for all layers, or, as in the paper's
+    code, Σ_examples of answer tokens in the last).
     attribution: the mean over examples of Σ_tokens ⟨z, ∂logp/∂z⟩, per document [N, L, H] and [N, L]: a first-order
     estimate of how much the gold log-probability drops without the unit.
     """
@@ -44,15 +45,22 @@ def importance(
     ffn_absolute: Values,
     ffn_signed: Values,
     logprobs: Values,
+    *,
+    last_layer_by_continuation: bool = False,
 ) -> Importance:
-    """Turn the unit gradients of a task's documents (engine.stream.UnitGradients) into scores."""
+    """Turn the unit gradients of a task's documents (engine.stream.UnitGradients) into scores.
+
+    `last_layer_by_continuation`: the last layer is divided by answer tokens, as in the paper's code.
+    """
     chosen = [task.options[number] for number in np.flatnonzero(choose_gold(task, logprobs))]
     continuation = np.array([len(option.continuation) for option in chosen], dtype=np.float64)
     # A path is context and continuation without the last token: its length is N - 1.
-    predictions = sum(len(option.path) for option in chosen)
+    tokens = np.full(head_absolute.shape[1], float(sum(len(option.path) for option in chosen)))
+    if last_layer_by_continuation:
+        tokens[-1] = continuation.sum()
     return Importance(
-        gradient_heads=(head_absolute / continuation[:, None, None]).sum(0) / predictions,
-        gradient_ffns=(ffn_absolute / continuation[:, None]).sum(0) / predictions,
+        gradient_heads=(head_absolute / continuation[:, None, None]).sum(0) / tokens[:, None],
+        gradient_ffns=(ffn_absolute / continuation[:, None]).sum(0) / tokens,
         attribution_heads=head_signed,
         attribution_ffns=ffn_signed,
     )

@@ -10,6 +10,7 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from lowmem_icl.files import write_text_atomic
+from lowmem_icl.protocols import DIFFERENCES, REFERENCE
 from lowmem_icl.report import curves, figures
 from lowmem_icl.results import read_table
 from lowmem_icl.summary import accuracy, pruned, run_record, top_units, unit_name
@@ -118,11 +119,11 @@ def _sections(results: pl.DataFrame, record: dict[str, Any], folder: Path) -> li
                     lambda: figures.accuracy_by_shots(results),
                     "Clean accuracy of every task; dotted: chance.",
                 ),
-                columns=("task", "shots", "metric", "value", "± stderr", "chance", "documents"),
+                columns=("task", "shots", "metric", "value", "± stderr", "chance", "majority", "documents"),
                 rows=[
                     [
                         row["task"], str(row["shots"]), row["metric"], f"{row['value']:.3f}", _number(row["stderr"]),
-                        _number(row["chance"]), str(row["documents"]),
+                        _number(row["chance"]), _number(row["majority"]), str(row["documents"]),
                     ]
                     for row in rows.to_dicts()
                 ],
@@ -217,6 +218,18 @@ def _sections(results: pl.DataFrame, record: dict[str, Any], folder: Path) -> li
                     lambda: figures.overlap_matrix(results),
                     "1: the same order of heads; 0: unrelated.",
                 ),
+            )
+        )
+    if record["options"]["protocol"] == REFERENCE.name:
+        sections.append(
+            Section(
+                "Protocol",
+                "The reference protocol does what the paper's code does, so that its numbers can be compared.",
+                columns=("what the code does", "plain bug", "done here"),
+                rows=[
+                    [one.sentence, *("yes" if flag else "no" for flag in (one.plain_bug, one.imitated))]
+                    for one in DIFFERENCES
+                ],
             )
         )
     return sections

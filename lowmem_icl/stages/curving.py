@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lowmem_icl.config import RunOptions
 from lowmem_icl.experiments import curves, evaluate
 from lowmem_icl.experiments.curves import CurvePoint, Rankings, TaskShots
-from lowmem_icl.masks import Mask
+from lowmem_icl.masks import Mask, all_ffns
 from lowmem_icl.rankings import RankingKey, mean_of_ranks
 from lowmem_icl.stages.rescoring import rescored_points
 from lowmem_icl.stages.work import AGGREGATE, EVALUATE_CHUNK, Gathered, MadeMask, Row, Work
@@ -77,15 +78,32 @@ def _with_means(rows: list[Row]) -> list[Row]:
 
 def _rankings(work: Work, gathered: Gathered) -> Rankings:
     """Return what there is to prune by; FFNs by the oracle where each was removed alone, else by their gradients."""
-    exact = {key for key in gathered.ffn_rankings if key.method == "ablation"}
+    exact = {key: scores for key, scores in gathered.ffn_rankings.items() if key.method == "ablation"}
+    if work.options.choices.ffns_by_evaluation and exact:
+        exact = _ffns_by_evaluation(work)
+    ffns = dict(gathered.ffn_rankings) | exact
     method = "ablation" if exact else "gradient"
-    ffns = dict(gathered.ffn_rankings)
     for shots in work.options.chosen_shots if exact else ():
-        members = [ffns[key] for key in exact if key.shots == shots and in_domain(key.task)]
+        members = [scores for key, scores in exact.items() if key.shots == shots and in_domain(key.task)]
         if len(members) > 1:
             ffns[RankingKey(AGGREGATE, shots, method)] = mean_of_ranks(members)
     donors = tuple(dict.fromkeys(task.task for task in work.prepared.train if in_domain(task.task)))
     return Rankings(gathered.rankings, ffns, method, AGGREGATE, donors)
+
+
+def _ffns_by_evaluation(work: Work) -> dict[RankingKey, NDArray[np.float64]]:
+    """Return what removing each FFN costs in accuracy on the documents that curves are judged on, by task, [L]."""
+    tasks = work.prepared.curves
+    masks = (Mask(), *(unit.as_mask() for unit in all_ffns(work.model.skeleton.layers)))
+    scores = work.sweep_in_chunks(
+        "prune", "curves-ffns", "FFNs removed alone", tasks, [masks] * len(tasks), EVALUATE_CHUNK
+    )
+    rankings = {}
+    for task, score in zip(tasks, scores, strict=True):
+        under = curves.under_masks(work.prepared.pack(task), score.logprobs, score.greedy)
+        lost = under.accuracy[0].mean() - under.accuracy[1:].mean(1)
+        rankings[RankingKey(task.task, task.shots, "ablation")] = lost
+    return rankings
 
 
 def _rows(

@@ -29,7 +29,7 @@ def run_importance(work: Work, gathered: Gathered) -> None:
     columns: list[dict[str, Any]] = []
     by_shots: dict[int, list[importance.Importance]] = {}
     for number, task in enumerate(work.prepared.pack(task) for task in tasks):
-        scores = importance_of(task, number, arrays)
+        scores = importance_of(work, task, number, arrays)
         columns += importance.importance_columns(task, scores)
         name, shots = task.task.task, task.task.shots
         gathered.importance[name, shots] = scores
@@ -52,8 +52,10 @@ def run_importance(work: Work, gathered: Gathered) -> None:
             ):
                 base = {"task": AGGREGATE, "shots": shots, "split": "train", "documents": documents}
                 columns += importance.unit_columns(base, metric, {"value": of_heads}, {"value": of_ffns})
-            gathered.rankings[RankingKey(AGGREGATE, shots, "gradient")] = ranks
-            gathered.ffn_rankings[RankingKey(AGGREGATE, shots, "gradient")] = ffn_ranks
+            raw = work.options.choices.aggregate_of_raw_scores
+            key = RankingKey(AGGREGATE, shots, "gradient")
+            gathered.rankings[key] = mean_of_scores(heads) if raw else ranks
+            gathered.ffn_rankings[key] = mean_of_scores(ffns) if raw else ffn_ranks
     gathered.columns["importance"] = columns
 
 

@@ -38,7 +38,7 @@ def rescored_points(work: Work, rankings: Rankings) -> list[list[CurvePoint]]:
             part, label = rescoring_part(before), f"importance with {before} % of the heads removed"
             arrays = unit_gradient_arrays(work, "prune", part, label, masks)
             scores = [
-                importance_of(task, number, arrays).gradient_heads for number, task in enumerate(packed)
+                importance_of(work, task, number, arrays).gradient_heads for number, task in enumerate(packed)
             ]
         for place, task in enumerate(tasks):
             for layer, head in masks[place].heads:

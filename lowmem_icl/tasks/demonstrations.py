@@ -32,7 +32,7 @@ class Shown:
 class Dealer:
     """Gives documents, one after the other, their demonstrations out of a pool of places.
 
-    `scores_the_pool`: whether a scored document may itself lie in the pool; it is never shown before itself.
+    `scores_the_pool`: whether a scored document may itself lie in the pool and must not be shown before itself.
     """
 
     how: Demonstrations

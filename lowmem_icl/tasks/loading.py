@@ -7,7 +7,7 @@ under every limit at least N and at every shot count.
 
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import ConfigurableTask
 
 from lowmem_icl.errors import InputError
+from lowmem_icl.protocols import CORRECTED, Protocol
 from lowmem_icl.tasks.demonstrations import PER_DOCUMENT, Dealer, Demonstrations, Shown
 from lowmem_icl.tasks.sources import ROW_ERRORS, load_members
 
@@ -102,6 +103,20 @@ class TaskRows:
         return list(units.values())
 
 
+def without_spaces(task: TaskRows) -> TaskRows:
+    """Return the same documents whose continuations lack the space they begin with."""
+    return replace(
+        task,
+        documents=tuple(
+            replace(
+                document,
+                options=tuple((context, text.removeprefix(" ")) for context, text in document.options),
+            )
+            for document in task.documents
+        ),
+    )
+
+
 class _DrawnSampler(ContextSampler):
     """Hands lm-eval the demonstrations that were drawn for the document at hand."""
 
@@ -151,6 +166,7 @@ class OpenTask:
         part: Part,
         limit: int | None,
         demonstrations: Demonstrations = PER_DOCUMENT,
+        protocol: Protocol = CORRECTED,
         fits: Fits = lambda options: True,
     ) -> TaskRows:
         """Return the documents of a part; `limit` counts documents (MultiRC: questions), None takes all.
@@ -165,7 +181,7 @@ class OpenTask:
         for number, (member, share) in enumerate(zip(self.members, self._shares(limit), strict=True)):
             offset = sum(len(self._split(other, part)) for other in self.members[:number])
             if share != 0:
-                wanted = _Wanted(number, member, part, shots, share, offset, demonstrations)
+                wanted = _Wanted(number, member, part, shots, share, offset, demonstrations, protocol)
                 documents += _fitted(self._chosen(wanted), wanted, fits)
         if not documents:
             raise InputError(
@@ -212,7 +228,11 @@ class OpenTask:
         order, pool = self._places(shuffled, part, len(shown))
         for name, value in (metadata.get("demonstrations_with") or {}).items():
             pool = [place for place in pool if shown[place][name] == value]
-        dealer = Dealer(wanted.demonstrations, rng, pool, wanted.shots, part == "train")
+        protocol = wanted.protocol
+        if part == "train" and protocol.training_in_file_order:
+            order = sorted(order)
+        in_pool = part == "train" and not protocol.may_show_scored
+        dealer = Dealer(wanted.demonstrations, rng, pool, wanted.shots, in_pool)
         if dealer.needed > len(pool):
             raise InputError(
                 f"--shots {wanted.shots}: task {member.config.task} has {len(pool)} rows to draw demonstrations from, "
@@ -244,6 +264,7 @@ class _Wanted:
     limit: int | None
     offset: int
     demonstrations: Demonstrations
+    protocol: Protocol
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def load_members(name: str, data_dir: Path | None) -> list[tuple[str, Configurab
     if name.endswith(".jsonl"):
         return [(name, _own_file(Path(name)))]
     manager = _own_manager()
-    known = (*PAPER_TASKS, *DEMO_TASKS)
+    known = (*PAPER_TASKS, *OUT_OF_DOMAIN_TASKS, *DEMO_TASKS)
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""

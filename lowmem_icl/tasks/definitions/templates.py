@@ -57,6 +57,24 @@ def winogrande_suffix(row: Row) -> str:
     return row["sentence"][row["sentence"].index("_") + 1 :].strip()
 
 
+def mathqa_choices(row: Row) -> list[str]:
+    # "a ) 38 , b ) 27.675 , …, e ) none", cut as the paper's harness cuts it.
+    found = re.findall(r"[abcd] \) .*?, |e \) .*?$", row["options"])
+    return [choice[4:].rstrip(" ,") for choice in found]
+
+
+def mathqa_gold(row: Row) -> int:
+    return "abcde".index(row["correct"])
+
+
+def lambada_text(row: Row) -> str:
+    return row["text"].rsplit(" ", 1)[0]
+
+
+def lambada_word(row: Row) -> str:
+    return row["text"].rsplit(" ", 1)[1]
+
+
 def copa_text(row: Row) -> str:
     connector = {"cause": "because", "effect": "therefore"}[row["question"]]
     return f"{row['premise'].strip()[:-1]} {connector}"
