@@ -86,6 +86,37 @@ def unit_gradients(
     return np.abs(head).sum(1), head.sum(1), np.abs(ffn_terms).sum(1), ffn_terms.sum(1)
 
 
+def reference_importance(model: OPTForCausalLM, examples: list[tuple[list[int], list[int]]]) -> np.ndarray:
+    """Importance of heads [L, H] as the paper's code computes it, example by example: (context, continuation) tokens.
+
+    Cross-entropy, a mean over the continuation's tokens; Σ over all tokens of |⟨A, ∂L/∂A⟩| by head, A the input of the
+    attention's output projection; divided by Σ (N − 1), in the last layer by Σ continuation tokens.
+    """
+    heads = model.config.num_attention_heads
+    layers = model.model.decoder.layers
+    total, all_tokens, answer_tokens = np.zeros((len(layers), heads)), 0, 0
+    for context, continuation in examples:
+        kept: list[Tensor] = []
+
+        def keep(module, arguments, kept=kept):
+            arguments[0].retain_grad()
+            kept.append(arguments[0])
+
+        handles = [layer.self_attn.out_proj.register_forward_pre_hook(keep) for layer in layers]
+        labels = torch.tensor([[-100] * len(context) + continuation])
+        model(torch.tensor([context + continuation]), labels=labels).loss.backward()
+        for handle in handles:
+            handle.remove()
+        for number, attended in enumerate(kept):
+            by_head = (attended * attended.grad)[0].unflatten(-1, (heads, -1)).sum(-1)
+            total[number] += by_head.abs().sum(0).detach().numpy()
+        all_tokens += len(context) + len(continuation) - 1
+        answer_tokens += len(continuation)
+    total[:-1] /= all_tokens
+    total[-1] /= answer_tokens
+    return total
+
+
 def greedy_layerwise(
     layers: int, heads: int, tolerance: float, choose, check, *, up: bool = False, joint: bool = False,
     weights: tuple[int, int] = (1, 1),

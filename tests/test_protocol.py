@@ -1,0 +1,169 @@
+"""What the reference protocol does differently, and the two tasks that the paper only judged by others' rankings."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import oracles
+import polars as pl
+import pytest
+from test_engine import gradients, packed_task, reference_model
+from test_run import invoke, run_small
+
+from lowmem_icl.experiments.evaluate import evaluation_rows, top_answer_share
+from lowmem_icl.experiments.importance import importance
+from lowmem_icl.masks import Mask
+from lowmem_icl.model.store import Store
+from lowmem_icl.protocols import CORRECTED, DIFFERENCES, REFERENCE
+from lowmem_icl.results import read_table
+from lowmem_icl.tasks.loading import open_task, without_spaces
+from lowmem_icl.tasks.packing import PackingLimits, pack
+from lowmem_icl.tasks.scoring import task_metrics
+
+MATHQA = [
+    {"Problem": "what is 3 + 4 ?", "Rationale": "add", "options": "a ) 7 , b ) 8 , c ) 1,000 , d ) 2 ( two ) , e ) none",
+     "correct": "a", "annotated_formula": "add(3,4)", "linear_formula": "add(n0,n1)", "category": "general"},
+    {"Problem": "a car goes 10 km in 2 hours . how fast is it ?", "Rationale": "divide",
+     "options": "a ) 2 km / h , b ) 5 km / h , c ) 8 km / h , d ) 20 km / h , e ) none of these", "correct": "b",
+     "annotated_formula": "divide(10,2)", "linear_formula": "divide(n0,n1)", "category": "physics"},
+    {"Problem": "half of 6 is", "Rationale": "halve", "options": "a ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5", "correct": "c",
+     "annotated_formula": "divide(6,2)", "linear_formula": "divide(n0,n1)", "category": "general"},
+]  # fmt: skip
+LAMBADA = [
+    {"text": "the baker opened the oven and took out the bread"},
+    {"text": "she looked at the sky and saw the moon"},
+    {"text": "he forgot his umbrella and came home wet"},
+    {"text": "the cat sat by the window and watched the birds"},
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hand-written rows in the hub's field names."""
+    folder = tmp_path_factory.mktemp("rows")
+    for task, split, rows in (
+        ("mathqa", "train", MATHQA), ("mathqa", "test", MATHQA[:2]), ("lambada", "test", LAMBADA),
+    ):  # fmt: skip
+        path = folder / task / f"{split}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def test_mathqa_asks_the_problem_and_offers_the_choices(data: Path) -> None:
+    rows = open_task("mathqa", data).rows(shots=1, part="evaluate", limit=None)
+    assert (rows.split, rows.metric, len(rows.documents)) == ("test", "acc", 2)
+    document = next(document for document in rows.documents if document.index == 0)
+    shown = MATHQA[document.demonstrations[0]]
+    answers = {"a": " 7", "b": " 5 km / h", "c": " 3"}
+    context = f"Question: {shown['Problem']}\nAnswer:{answers[shown['correct']]}\n\nQuestion: what is 3 + 4 ?\nAnswer:"
+    assert document.options == tuple(
+        (context, choice) for choice in (" 7", " 8", " 1,000", " 2 ( two )", " none")
+    )
+    assert document.gold == (True, False, False, False, False)
+
+
+def test_lambada_is_right_where_its_last_word_is_what_the_model_would_say(data: Path) -> None:
+    task = open_task("lambada", data)
+    rows = task.rows(shots=0, part="evaluate", limit=None)
+    train = task.rows(shots=1, part="train", limit=None)
+    assert {d.index for d in rows.documents} | {d.index for d in train.documents} == {0, 1, 2, 3}
+    assert not {d.index for d in rows.documents} & {d.index for d in train.documents}
+    for document in rows.documents:
+        text, word = LAMBADA[document.index]["text"].rsplit(" ", 1)
+        assert document.options == ((text, f" {word}"),)
+    (metric,) = task_metrics(rows, np.array([-1.0, -2.0]), np.array([True, False]))
+    assert (metric.metric, metric.value) == ("acc", 0.5)
+    assert rows.chance == 0
+
+
+def test_both_are_known_by_name() -> None:
+    told = json.loads(invoke("tasks", "--json").stdout)
+    kinds = {entry["task"]: entry["from"] for entry in told}
+    assert kinds["mathqa"] == kinds["lambada"] == "out of domain"
+
+
+def test_training_documents_come_in_file_order_and_may_show_themselves(data: Path) -> None:
+    task = open_task("mathqa", data)
+    corrected = task.rows(shots=2, part="train", limit=None)
+    reference = task.rows(shots=2, part="train", limit=None, protocol=REFERENCE)
+    assert [document.index for document in reference.documents] == [0, 1, 2]
+    assert all(document.index not in document.demonstrations for document in corrected.documents)
+    many = [task.rows(shots=3, part="train", limit=3, protocol=REFERENCE)]
+    assert all(document.index in document.demonstrations for rows in many for document in rows.documents)
+    evaluated = [
+        task.rows(shots=2, part="evaluate", limit=None, protocol=protocol)
+        for protocol in (CORRECTED, REFERENCE)
+    ]
+    assert evaluated[0].documents == evaluated[1].documents, "evaluation is the same"
+
+
+def test_gradients_are_of_answers_without_their_space(data: Path) -> None:
+    rows = open_task("mathqa", data).rows(shots=0, part="train", limit=1)
+    (document,), (bare,) = rows.documents, without_spaces(rows).documents
+    assert [text for _, text in bare.options] == [text[1:] for _, text in document.options]
+    assert [context for context, _ in bare.options] == [context for context, _ in document.options]
+
+
+@pytest.mark.parametrize("last_layer", [True, False])
+def test_importance_equals_the_codes_formulas(checkpoint: Path, float_store: Store, last_layer: bool) -> None:
+    task = packed_task(4, gold_only=True)
+    result = gradients(float_store, task)
+    fields = (
+        result.head_absolute,
+        result.head_signed,
+        result.ffn_absolute,
+        result.ffn_signed,
+        result.logprobs,
+    )
+    scores = importance(task, *fields, last_layer_by_continuation=last_layer)
+    examples = []
+    for owner, document in enumerate(task.task.documents):
+        option = task.options[int(task.first_option[owner]) + document.gold.index(True)]
+        context = len(option.path) + 1 - len(option.continuation)
+        examples.append((list(option.path)[:context], list(option.continuation)))
+    expected = oracles.reference_importance(reference_model(checkpoint), examples)
+    if not last_layer:
+        predictions = sum(len(context) + len(answer) - 1 for context, answer in examples)
+        expected[-1] *= sum(len(answer) for _, answer in examples) / predictions
+    np.testing.assert_allclose(scores.gradient_heads, expected, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def reference_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference")
+    result = run_small(folder / "run", folder / "stores", "--protocol", "reference")
+    assert result.exit_code == 0, result.output
+    return folder / "run"
+
+
+def test_a_reference_run_says_so_and_ranks_by_raw_scores(reference_run: Path) -> None:
+    results = read_table(reference_run / "results.parquet", "results")
+    assert set(results["protocol"]) == {"reference"}
+    heads = results.filter(
+        (pl.col("metric") == "gradient") & (pl.col("kind") == "head") & (pl.col("shots") == 4)
+    )
+    raw = heads.filter(pl.col("task") == "aggregate").sort("layer", "head")
+    lowest = raw.sort("value", "layer", "head", maintain_order=True).head(16)
+    mask = json.loads((reference_run / "masks" / "gradient-heads-50-aggregate-4shot.json").read_text())
+    removed = {(int(layer), head) for layer, of in mask["removed"]["heads"].items() for head in of}
+    assert removed == set(zip(lowest["layer"], lowest["head"], strict=True))
+    page = (reference_run / "report.html").read_text()
+    assert all(one.sentence.split("'")[0][:40] in page for one in DIFFERENCES)
+
+
+def test_a_model_that_always_says_the_same_is_seen(data: Path) -> None:
+    rows = open_task("mathqa", data).rows(shots=0, part="evaluate", limit=None)
+    constant = np.array([0.0, -1, -2, -3, -4] * 2)
+    assert top_answer_share(rows, constant) == 1
+    assert top_answer_share(rows, np.array([0.0, -1, -2, -3, -4, -1, 0, -2, -3, -4])) == 0.5
+    lambada = open_task("lambada", data).rows(shots=0, part="evaluate", limit=None)
+    assert top_answer_share(lambada, np.array([-1.0, -2.0])) is None
+    packed = pack(rows, lambda texts: [[3] * max(1, len(text)) for text in texts], PackingLimits(512, 128, 2))
+    told = {
+        row["metric"]: row["value"]
+        for row in evaluation_rows(packed, "clean", Mask(), constant, np.zeros(10, dtype=bool), 42)
+    }
+    assert told["majority"] == 0.5
+    assert told["acc"] == 0.5
+    assert told["top_answer_share"] == 1
