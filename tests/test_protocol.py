@@ -7,7 +7,8 @@ import numpy as np
 import oracles
 import polars as pl
 import pytest
-from test_engine import gradients, packed_task, reference_model
+from conftest import reference_model
+from test_engine import gradients, packed_task
 from test_run import invoke, run_small
 
 from lowmem_icl.experiments.evaluate import evaluation_rows, top_answer_share
