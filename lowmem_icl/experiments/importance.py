@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lowmem_icl.resampling import DocumentScores
 from lowmem_icl.tasks.packing import PackedTask
 
 Values = NDArray[np.float64]
@@ -20,12 +21,14 @@ class Importance:
     log-likelihood per gold token (Bansal et al. 2023, eq. 8-10; one denominator for all layers).
     attribution: the mean over examples of Σ_tokens ⟨z, ∂logp/∂z⟩, per document [N, L, H] and [N, L]: a first-order
     estimate of how much the gold log-probability drops without the unit.
+    head_documents: what every document adds to gradient_heads, kept in float32 for resampling.
     """
 
     gradient_heads: Values
     gradient_ffns: Values
     attribution_heads: Values
     attribution_ffns: Values
+    head_documents: DocumentScores
 
 
 def choose_gold(task: PackedTask, logprobs: Values) -> NDArray[np.bool_]:
@@ -49,12 +52,20 @@ def importance(
     chosen = [task.options[number] for number in np.flatnonzero(choose_gold(task, logprobs))]
     continuation = np.array([len(option.continuation) for option in chosen], dtype=np.float64)
     # A path is context and continuation without the last token: its length is N - 1.
-    predictions = sum(len(option.path) for option in chosen)
+    lengths = np.array([len(option.path) for option in chosen], dtype=np.float64)
+    predictions = lengths.sum()
+    by_document = head_absolute / continuation[:, None, None]
     return Importance(
-        gradient_heads=(head_absolute / continuation[:, None, None]).sum(0) / predictions,
+        gradient_heads=by_document.sum(0) / predictions,
         gradient_ffns=(ffn_absolute / continuation[:, None]).sum(0) / predictions,
         attribution_heads=head_signed,
         attribution_ffns=ffn_signed,
+        head_documents=DocumentScores(
+            task.task.task,
+            by_document.reshape(len(by_document), -1).astype(np.float32),
+            lengths[:, None],
+            tuple(task.task.clusters),
+        ),
     )
 
 
