@@ -17,6 +17,8 @@ from lowmem_icl.statistics import Interval
 RESAMPLES = 200
 SPLITS = 50
 UNITS_TOGETHER = 512
+# How far a resample goes from all documents once to documents as they were drawn.
+STEP = 0.5
 # Where Fisher's transform would be infinite.
 LARGEST_CORRELATION = 1 - 1e-9
 
@@ -105,8 +107,11 @@ class DocumentRanking:
         return np.asarray(rankdata(np.mean(scores, axis=0), axis=1))
 
     def resampled(self, seed: int) -> NDArray[np.float32]:
-        """Return the ranks of RESAMPLES bootstrap samples of the documents of every task, standardised, [R, U]."""
-        return standardised(self.ranks([member.drawn(seed) for member in self.members]))
+        """Return standardised ranks [R, U], the weights of documents being STEP of the way to RESAMPLES bootstrap samples.
+
+        Ranks of a whole bootstrap sample hold the documents' noise twice, and so vary too little between samples.
+        """
+        return standardised(self.ranks([1 + STEP * (member.drawn(seed) - 1) for member in self.members]))
 
 
 def standardised(ranks: Values) -> NDArray[np.float32]:
@@ -123,9 +128,10 @@ def correlation_interval(
 ) -> Interval | None:
     """Return a rank correlation's 95 % interval from the standardised ranks [R, U] of both rankings in every resample.
 
-    It is value ± 1.96 standard deviations of the resamples on Fisher's scale, atanh. Not their percentiles: a resample
-    adds noise to both rankings, so that they lie too low. What it covers is the correlation that as many other documents
-    would give; that one lies below the rankings' own by their noise, which is what the split-half reliability tells.
+    It is value ± 1.96 standard deviations on Fisher's scale, atanh: those of the resamples, divided by the STEP that these
+    go. Not their percentiles: a resample adds noise to both rankings, so that they lie too low. What it covers is the
+    correlation that as many other documents would give; without the rankings' noise it would be higher, and how much noise
+    there is the split-half reliability tells.
     None where some resample ranks all units the same.
     """
     resampled = np.einsum("ru,ru->r", one, other, dtype=np.float64)
@@ -133,10 +139,10 @@ def correlation_interval(
         return None
     bounded = np.clip([value, *resampled], -LARGEST_CORRELATION, LARGEST_CORRELATION)
     centre, *spread = np.arctanh(bounded)
-    reach = 1.96 * float(np.std(spread, ddof=1))
+    reach = 1.96 * float(np.std(spread, ddof=1)) / STEP
     return Interval(
         value,
-        float(resampled.std(ddof=1)),
+        float(resampled.std(ddof=1)) / STEP,
         float(np.tanh(centre - reach)),
         float(np.tanh(centre + reach)),
     )
