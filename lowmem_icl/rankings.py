@@ -68,6 +68,16 @@ def mean_of_scores(scores: Sequence[Values]) -> Values:
     return np.mean(scores, axis=0)
 
 
+def mean_of_normalised(scores: Sequence[Values]) -> Values:
+    """Return the mean over tasks of scores that sum to 1 in each: how large tasks' scores are does not weigh.
+
+    Raw gradient scores shrink with the prompt's length (paper.md §1.4), so that their mean belongs to the short prompts. A
+    task whose scores are all 0 counts as 0.
+    """
+    sums = [float(one.sum()) for one in scores]
+    return np.mean([one / total if total else one for one, total in zip(scores, sums, strict=True)], axis=0)
+
+
 def with_ties_broken(scores: Values, by: Values) -> Values:
     """Return the places of scores [N] in ascending order, equal ones told apart by a second score [N]."""
     places = np.empty(len(scores))

@@ -12,6 +12,8 @@ from lowmem_icl.errors import InputError
 from lowmem_icl.results import read_table
 
 TOP_UNITS = 5
+CLAIMED_Q = 0.05
+UNIT_KEYS = ["shots", "kind", "layer", "head"]
 
 
 def run_record(folder: Path) -> dict[str, Any]:
@@ -51,11 +53,19 @@ def pruned(results: pl.DataFrame) -> pl.DataFrame:
 
 
 def top_units(results: pl.DataFrame, count: int = TOP_UNITS) -> pl.DataFrame:
-    """Return the units whose removal alone costs most gold log-probability, mean over tasks, by shots."""
+    """Return the units whose removal alone costs most gold log-probability, mean over tasks, by shots.
+
+    `q_value`: of the mean, Benjamini and Hochberg's over all units; null where it is not known.
+    """
+    drops = results.filter((pl.col("experiment") == "ablate") & (pl.col("metric") == "gold_logprob_drop"))
+    of_mean = pl.lit(True) if drops["task"].n_unique() == 1 else pl.col("task") == "aggregate"
+    claims = results.filter((pl.col("metric") == "q_value") & of_mean).select(
+        *UNIT_KEYS, pl.col("value").alias("q_value")
+    )
     return (
-        results.filter((pl.col("experiment") == "ablate") & (pl.col("metric") == "gold_logprob_drop"))
-        .group_by("shots", "kind", "layer", "head")
-        .agg(pl.col("value").mean())
+        drops.join(claims, on=UNIT_KEYS, how="left", nulls_equal=True)
+        .group_by(UNIT_KEYS)
+        .agg(pl.col("value").mean(), pl.col("q_value").first())
         .sort(["shots", "value", "layer", "head"], descending=[False, True, False, False])
         .group_by("shots", maintain_order=True)
         .head(count)
@@ -65,6 +75,11 @@ def top_units(results: pl.DataFrame, count: int = TOP_UNITS) -> pl.DataFrame:
 def unit_name(kind: str, layer: int, head: int | None) -> str:
     """Return a unit's name as masks print it."""
     return f"L{layer}F" if kind == "ffn" else f"L{layer}H{head}"
+
+
+def claim_mark(unit: dict[str, Any]) -> str:
+    """Return a star for a unit of `top_units` whose drop can be claimed among all units."""
+    return "*" if unit["q_value"] is not None and unit["q_value"] <= CLAIMED_Q else ""
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -111,10 +126,12 @@ def show_summary(folder: Path, console: Console) -> None:
         console.print(table)
     for (shots,), units in top_units(results).group_by("shots", maintain_order=True):
         named = ", ".join(
-            f"{unit_name(unit['kind'], unit['layer'], unit['head'])} {unit['value']:.2f}"
+            f"{unit_name(unit['kind'], unit['layer'], unit['head'])} {unit['value']:.2f}{claim_mark(unit)}"
             for unit in units.iter_rows(named=True)
         )
-        console.print(f"costliest units alone at {shots} shots (nats of gold log-probability): {named}")
+        console.print(
+            f"costliest units alone at {shots} shots (nats of gold log-probability; * where q ≤ {CLAIMED_Q}): {named}"
+        )
     seconds = sum(stage["seconds"] for stage in record["stages"].values())
     console.print(
         f"{seconds:.0f} s; tables, masks and report.html in {folder}", highlight=False, soft_wrap=True

@@ -94,7 +94,7 @@ def test_a_screened_run_marks_what_is_estimated_and_says_how_far_that_agrees(
     page = (out / "report.html").read_text()
     assert "estimated" in page
     units = read_table(out / "results.parquet", "results").filter(pl.col("method") == "ablation")
-    assert set(units.filter(pl.col("experiment") == "overlap")["k"].drop_nulls()) == {30}
+    assert set(units.filter(pl.col("experiment") == "overlap")["k"].drop_nulls()) == {10, 20, 30, 40, 50}
 
 
 @pytest.mark.parametrize(

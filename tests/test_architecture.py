@@ -27,6 +27,7 @@ FORBIDDEN = {
         "torch",
     },
     "rankings": {"engine", "model", "experiments", "stages", "torch"},
+    "resampling": {"engine", "model", "experiments", "stages", "torch"},
     "statistics": {"engine", "model", "experiments", "stages", "torch"},
     "results": {"engine", "model", "experiments", "stages", "torch"},
     "masks": {"engine", "model", "experiments", "stages", "torch"},

@@ -77,7 +77,9 @@ def test_a_run_leaves_what_the_contract_names(finished: Path) -> None:
 
 
 def test_every_unit_of_every_task_has_its_drops(finished: Path) -> None:
-    ablate = read_table(finished / "results.parquet", "results").filter(pl.col("experiment") == "ablate")
+    ablate = read_table(finished / "results.parquet", "results").filter(
+        (pl.col("experiment") == "ablate") & pl.col("metric").str.ends_with("_drop") & pl.col("k").is_null()
+    )
     counts = ablate.group_by("task", "shots", "metric", "kind").len()
     assert set(counts.filter(pl.col("kind") == "head")["len"]) == {32}
     assert set(counts.filter(pl.col("kind") == "ffn")["len"]) == {4}
@@ -88,6 +90,50 @@ def test_every_unit_of_every_task_has_its_drops(finished: Path) -> None:
     both = ablate.join(means, on=keys, nulls_equal=True, suffix="_effects")
     assert len(both) == len(ablate)
     np.testing.assert_allclose(both["value"], both["value_effects"], atol=1e-5)
+
+
+def test_claims_and_in_context_effects_come_from_the_documents_of_the_drops(finished: Path) -> None:
+    results = read_table(finished / "results.parquet", "results")
+    ablate = results.filter(pl.col("experiment") == "ablate")
+    effects = read_table(finished / "effects.parquet", "effects").filter(
+        pl.col("metric") == "gold_logprob_drop"
+    )
+    keys = ["task", "kind", "layer", "head"]
+    at_none, at_four = (
+        effects.filter(pl.col("shots") == shots).select(*keys, "document", "value") for shots in (0, 4)
+    )
+    paired = at_four.join(at_none, on=[*keys, "document"], nulls_equal=True, suffix="_none")
+    expected = paired.group_by(keys).agg((pl.col("value") - pl.col("value_none")).mean().alias("expected"))
+    in_context = ablate.filter((pl.col("metric") == "icl_effect") & (pl.col("task") != "aggregate"))
+    assert set(in_context["shots"]) == {4}
+    both = in_context.join(expected, on=keys, nulls_equal=True)
+    assert len(both) == len(in_context) == 2 * 36
+    np.testing.assert_allclose(both["value"], both["expected"], atol=1e-5)
+    assert ((both["low"] <= both["value"]) & (both["value"] <= both["high"])).all()
+    counts = dict(ablate.group_by("metric").len().iter_rows())
+    # Two tasks and their mean: 36 units at each shot count, at 4 shots against none; the best 1, 3, 10 heads, 1, 3 FFNs.
+    assert (counts["q_value"], counts["icl_effect"], counts["icl_effect_acc"]) == (6 * 36, 3 * 36, 3 * 36)
+    assert counts["top_drop"] == 4 * 5
+    assert ablate.filter(pl.col("metric") == "q_value")["value"].is_between(0, 1).all()
+
+
+def test_rankings_are_compared_with_their_ceilings(finished: Path) -> None:
+    overlap = read_table(finished / "results.parquet", "results").filter(pl.col("experiment") == "overlap")
+    assert set(overlap["metric"]) == {
+        "spearman", "kendall", "top_overlap", "spearman_of_order", "split_half", "cross_shot_spearman",
+    }  # fmt: skip
+    assert {"gradient", "attribution", "ablation", "icl_effect"} == set(overlap["method"])
+    within = overlap.filter((pl.col("metric") == "spearman") & (pl.col("method") == pl.col("other_method")))
+    assert (within["low"] <= within["value"]).all()
+    assert (within["value"] <= within["high"]).all()
+    normalised = read_table(finished / "results.parquet", "results").filter(
+        pl.col("metric") == "gradient_normalised"
+    )
+    sums = normalised.group_by("shots", "kind").agg(pl.col("value").sum())
+    np.testing.assert_allclose(sums["value"], 1)
+    page = (finished / "report.html").read_text()
+    for text in ("In-context effect", "split-half", "index vectors", "itself at 4 shots"):
+        assert text in page, text
 
 
 def test_answers_give_the_accuracies(finished: Path) -> None:

@@ -11,6 +11,7 @@ from scipy import stats
 
 from lowmem_icl.errors import InputError
 from lowmem_icl.experiments.evaluate import mean_over_tasks
+from lowmem_icl.experiments.overlap import overlap_rows
 from lowmem_icl.masks import Mask
 from lowmem_icl.parts import Draft, Parts
 from lowmem_icl.rankings import (
@@ -20,7 +21,6 @@ from lowmem_icl.rankings import (
     lowest_heads,
     mean_of_ranks,
     mean_of_scores,
-    overlap_rows,
     random_mask,
 )
 from lowmem_icl.results import RESULTS, TABLES, columns_frame, read_table, rows_frame, write_table

@@ -1,6 +1,6 @@
 """Heads and FFNs removed alone: what each document's score loses, exactly or, where units are screened, estimated."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from lowmem_icl.statistics import means_with_intervals, spearman
 from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.packing import PackedTask
 from lowmem_icl.tasks.scoring import document_scores, unit_accuracy
+from lowmem_icl.unit_columns import unit_columns
 
 DROPS = ("gold_logprob", "gold_prob", "margin", "acc")
 
@@ -71,32 +72,6 @@ def drop_columns(task: PackedTask, units: Sequence[Unit], lost: Drops, seed: int
             metric=f"{name}_drop",
             exact=True,
         )
-    return blocks
-
-
-def unit_columns(
-    task: TaskRows, units: Sequence[Unit], by_unit: Mapping[str, Values], **same: Any
-) -> list[dict[str, Any]]:
-    """Return blocks of result columns, one a kind of unit, from columns [U] and what is the same in all."""
-    blocks = []
-    for kind in ("head", "ffn"):
-        places = [place for place, unit in enumerate(units) if unit.kind == kind]
-        if not places:
-            continue
-        block = {
-            "experiment": "ablate",
-            "task": task.task,
-            "shots": task.shots,
-            "split": task.split,
-            "kind": kind,
-            "layer": np.array([units[place].layer for place in places]),
-            "heads_removed": int(kind == "head"),
-            "ffns_removed": int(kind == "ffn"),
-            "documents": len(task.documents),
-        }
-        if kind == "head":
-            block["head"] = np.array([units[place].head for place in places])
-        blocks.append(block | {name: column[places] for name, column in by_unit.items()} | same)
     return blocks
 
 

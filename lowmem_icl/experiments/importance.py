@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lowmem_icl.resampling import DocumentScores
 from lowmem_icl.tasks.packing import PackedTask
 
 Values = NDArray[np.float64]
@@ -21,12 +22,14 @@ class Importance:
     code, Σ_examples of answer tokens in the last).
     attribution: the mean over examples of Σ_tokens ⟨z, ∂logp/∂z⟩, per document [N, L, H] and [N, L]: a first-order
     estimate of how much the gold log-probability drops without the unit.
+    head_documents: what every document adds to gradient_heads, kept in float32 for resampling.
     """
 
     gradient_heads: Values
     gradient_ffns: Values
     attribution_heads: Values
     attribution_ffns: Values
+    head_documents: DocumentScores
 
 
 def choose_gold(task: PackedTask, logprobs: Values) -> NDArray[np.bool_]:
@@ -55,14 +58,23 @@ def importance(
     chosen = [task.options[number] for number in np.flatnonzero(choose_gold(task, logprobs))]
     continuation = np.array([len(option.continuation) for option in chosen], dtype=np.float64)
     # A path is context and continuation without the last token: its length is N - 1.
-    tokens = np.full(head_absolute.shape[1], float(sum(len(option.path) for option in chosen)))
+    lengths = np.array([len(option.path) for option in chosen], dtype=np.float64)
+    by_document = head_absolute / continuation[:, None, None]
+    # By document and layer what it is divided by, [N, L].
+    tokens = np.repeat(lengths[:, None], head_absolute.shape[1], axis=1)
     if last_layer_by_continuation:
-        tokens[-1] = continuation.sum()
+        tokens[:, -1] = continuation
     return Importance(
-        gradient_heads=(head_absolute / continuation[:, None, None]).sum(0) / tokens[:, None],
-        gradient_ffns=(ffn_absolute / continuation[:, None]).sum(0) / tokens,
+        gradient_heads=by_document.sum(0) / tokens.sum(0)[:, None],
+        gradient_ffns=(ffn_absolute / continuation[:, None]).sum(0) / tokens.sum(0),
         attribution_heads=head_signed,
         attribution_ffns=ffn_signed,
+        head_documents=DocumentScores(
+            task.task.task,
+            by_document.reshape(len(by_document), -1).astype(np.float32),
+            np.repeat(tokens, head_absolute.shape[2], axis=1),
+            tuple(task.task.clusters),
+        ),
     )
 
 

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from lowmem_icl.files import write_text_atomic
 from lowmem_icl.protocols import DIFFERENCES, REFERENCE
-from lowmem_icl.report import curves, figures
+from lowmem_icl.report import agreement, curves, figures
 from lowmem_icl.results import read_table
-from lowmem_icl.summary import accuracy, pruned, run_record, top_units, unit_name
+from lowmem_icl.summary import CLAIMED_Q, accuracy, claim_mark, pruned, run_record, top_units, unit_name
 
 
 @dataclass
@@ -88,11 +88,12 @@ def _findings(results: pl.DataFrame, model: dict[str, Any]) -> list[str]:
         )
     for (shots,), units in top_units(results, 3).group_by("shots", maintain_order=True):
         named = ", ".join(
-            f"{unit_name(unit['kind'], unit['layer'], unit['head'])} ({unit['value']:.2f})"
+            f"{unit_name(unit['kind'], unit['layer'], unit['head'])} ({unit['value']:.2f}{claim_mark(unit)})"
             for unit in units.to_dicts()
         )
         found.append(
-            f"At {shots} shots the costliest units to lose alone are {named}, in nats of gold log-probability."
+            f"At {shots} shots the costliest units to lose alone are {named}, in nats of gold log-probability; "
+            f"*: other than 0 at a false discovery rate of {CLAIMED_Q:.0%} among all units."
         )
     return found
 
@@ -161,6 +162,21 @@ def _sections(results: pl.DataFrame, record: dict[str, Any], folder: Path) -> li
             "First-order attribution against the exact drop; on the line they agree.",
         )
         sections.append(Section("Units removed alone", _how_exact(ablate), drawn))
+    if len(results.filter(pl.col("metric") == "icl_effect")):
+        drawn = draw(
+            "in-context",
+            lambda: figures.head_maps(ablate, "icl_effect", layers, heads, "in-context effect, nats"),
+            "Each panel has its own scale; the shot count is compared with none.",
+        )
+        sections.append(
+            Section(
+                "In-context effect",
+                agreement.IN_CONTEXT_NOTE,
+                drawn,
+                agreement.IN_CONTEXT_COLUMNS,
+                agreement.in_context_table(results),
+            )
+        )
     if len(curves.curve_rows(results)):
         drawn = draw(
             "heads",
@@ -212,12 +228,14 @@ def _sections(results: pl.DataFrame, record: dict[str, Any], folder: Path) -> li
         sections.append(
             Section(
                 "Agreement between tasks",
-                "Spearman's rank correlation of gradient head scores.",
+                agreement.agreement_note(results),
                 draw(
                     "overlap",
                     lambda: figures.overlap_matrix(results),
-                    "1: the same order of heads; 0: unrelated.",
+                    "Gradient scores. 1: the same order of heads; 0: unrelated.",
                 ),
+                agreement.AGREEMENT_COLUMNS,
+                agreement.agreement_table(results),
             )
         )
     if record["options"]["protocol"] == REFERENCE.name:

@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowmem_icl.engine.answers import Scores
-from lowmem_icl.experiments import ablate
+from lowmem_icl.experiments import ablate, unit_claims
 from lowmem_icl.masks import Mask, Unit
 from lowmem_icl.model.families import Skeleton
-from lowmem_icl.rankings import RankingKey, with_ties_broken
+from lowmem_icl.rankings import RankingKey, mean_of_ranks, with_ties_broken
+from lowmem_icl.resampling import DocumentRanking, DocumentScores
 from lowmem_icl.stages.work import (
+    AGGREGATE,
     Gathered,
     OutOfTime,
     Row,
@@ -23,6 +25,9 @@ from lowmem_icl.stages.work import (
     most_documents,
 )
 from lowmem_icl.tasks.loading import Document, TaskRows
+from lowmem_icl.tasks.sources import in_domain
+
+ICL_EFFECT = "icl_effect"
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +100,7 @@ def _gather(
     skeleton = work.model.skeleton
     rows: list[Row] = []
     columns: list[dict[str, Any]] = []
+    measured: list[unit_claims.Measured] = []
     gathered.effects["ablate"] = []
     for task, choice, chunks in zip(work.prepared.train, choices, done, strict=True):
         values = np.full(len(units), np.nan) if choice.estimates is None else choice.estimates.copy()
@@ -106,7 +112,14 @@ def _gather(
             exact = [units[place] for place in choice.exact]
             columns += ablate.drop_columns(packed, exact, lost, work.options.seed)
             gathered.effects["ablate"] += ablate.effect_columns(packed, exact, lost)
-            values[choice.exact] = lost.by_document["gold_logprob"].mean(1)
+            gold = lost.by_document["gold_logprob"]
+            values[choice.exact] = gold.mean(1)
+            one = unit_claims.Measured(packed.task, choice.exact, gold, lost.accuracy, lost.accuracy_clusters)
+            measured.append(one)
+            rows += unit_claims.top_drop_rows(units, one, work.options.seed)
+            _rank_documents(
+                gathered, skeleton, packed.task, "ablation", choice.exact, gold, packed.task.clusters
+            )
             if choice.estimates is not None:
                 rows += ablate.agreement_rows(packed, choice.estimates, values, choice.exact, choice.drawn)
         if choice.estimates is not None and choice.errors is not None:
@@ -123,7 +136,58 @@ def _gather(
         if np.isfinite(heads).all():
             key = RankingKey(task.task, task.shots, "ablation")
             gathered.rankings[key] = heads.reshape(skeleton.layers, skeleton.heads)
+    columns += unit_claims.claim_columns(units, measured)
+    columns += _in_context(work, gathered, units, measured)
     gathered.results["ablate"], gathered.columns["ablate"] = rows, columns
+
+
+def _in_context(
+    work: Work, gathered: Gathered, units: Sequence[Unit], measured: Sequence[unit_claims.Measured]
+) -> list[dict[str, Any]]:
+    """Return blocks of in-context effects at every shot count against none, and rank the heads by them."""
+    skeleton = work.model.skeleton
+    alone = {one.task.task: one for one in measured if one.task.shots == 0}
+    pairs = [
+        unit_claims.in_context(one, alone[one.task.task])
+        for one in measured
+        if one.task.shots and one.task.task in alone
+    ]
+    effects = [effect for effect in pairs if effect is not None]
+    by_shots: dict[int, list[RankingKey]] = {}
+    for one in effects:
+        if _rank_documents(
+            gathered, skeleton, one.task, ICL_EFFECT, one.places, one.gold, one.clusters
+        ):  # fmt: skip
+            key = RankingKey(one.task.task, one.task.shots, ICL_EFFECT)
+            heads = one.gold[: skeleton.layers * skeleton.heads].mean(1)
+            gathered.rankings[key] = heads.reshape(skeleton.layers, skeleton.heads)
+            if in_domain(key.task):
+                by_shots.setdefault(key.shots, []).append(key)
+    for shots, keys in by_shots.items():
+        if len(keys) > 1:
+            key = RankingKey(AGGREGATE, shots, ICL_EFFECT)
+            gathered.rankings[key] = mean_of_ranks([gathered.rankings[member] for member in keys])
+            members = (gathered.document_rankings[member].members for member in keys)
+            gathered.document_rankings[key] = DocumentRanking(tuple(itertools.chain.from_iterable(members)))
+    return unit_claims.in_context_columns(units, effects, work.options.seed)
+
+
+def _rank_documents(
+    gathered: Gathered,
+    skeleton: Skeleton,
+    task: TaskRows,
+    method: str,
+    places: NDArray[np.int64],
+    values: NDArray[np.float64],
+    clusters: Sequence[str],
+) -> bool:
+    """Keep what documents add to a ranking of heads, from values [U, N] of units at `places`; tell if all heads have them."""
+    heads = skeleton.layers * skeleton.heads
+    complete = np.array_equal(places[:heads], np.arange(heads))
+    if complete:
+        scores = DocumentScores.of_mean(task.task, values[:heads].T.astype(np.float32), clusters)
+        gathered.document_rankings[RankingKey(task.task, task.shots, method)] = DocumentRanking((scores,))
+    return complete
 
 
 def _ffn_places(skeleton: Skeleton) -> NDArray[np.int64]:

@@ -5,7 +5,8 @@ from typing import Any
 
 from lowmem_icl.experiments import evaluate, importance, overlap
 from lowmem_icl.masks import Mask
-from lowmem_icl.rankings import RankingKey, mean_of_ranks, mean_of_scores
+from lowmem_icl.rankings import RankingKey, mean_of_normalised, mean_of_ranks, mean_of_scores
+from lowmem_icl.resampling import DocumentRanking, DocumentScores
 from lowmem_icl.stages.ablating import run_ablate
 from lowmem_icl.stages.evaluating import evaluation_rows
 from lowmem_icl.stages.gradients import importance_of, unit_gradient_arrays
@@ -36,6 +37,13 @@ def run_importance(work: Work, gathered: Gathered) -> None:
         gathered.rankings[RankingKey(name, shots, "gradient")] = scores.gradient_heads
         gathered.rankings[RankingKey(name, shots, "attribution")] = scores.attribution_heads.mean(0)
         gathered.ffn_rankings[RankingKey(name, shots, "gradient")] = scores.gradient_ffns
+        attribution = scores.attribution_heads.reshape(len(scores.attribution_heads), -1)
+        for method, of_documents in (
+            ("gradient", scores.head_documents),
+            ("attribution", DocumentScores.of_mean(name, attribution, task.task.clusters)),
+        ):
+            key = RankingKey(name, shots, method)
+            gathered.document_rankings[key] = DocumentRanking((of_documents,))
         if in_domain(name):
             by_shots.setdefault(shots, []).append(scores)
     for shots, members in by_shots.items():
@@ -49,6 +57,7 @@ def run_importance(work: Work, gathered: Gathered) -> None:
             for metric, of_heads, of_ffns in (
                 ("gradient", mean_of_scores(heads), mean_of_scores(ffns)),
                 ("gradient_rank", ranks, ffn_ranks),
+                ("gradient_normalised", mean_of_normalised(heads), mean_of_normalised(ffns)),
             ):
                 base = {"task": AGGREGATE, "shots": shots, "split": "train", "documents": documents}
                 columns += importance.unit_columns(base, metric, {"value": of_heads}, {"value": of_ffns})
@@ -56,6 +65,9 @@ def run_importance(work: Work, gathered: Gathered) -> None:
             key = RankingKey(AGGREGATE, shots, "gradient")
             gathered.rankings[key] = mean_of_scores(heads) if raw else ranks
             gathered.ffn_rankings[key] = mean_of_scores(ffns) if raw else ffn_ranks
+            gathered.document_rankings[key] = DocumentRanking(
+                tuple(member.head_documents for member in members), "scores" if raw else "ranks"
+            )
     gathered.columns["importance"] = columns
 
 
@@ -63,9 +75,8 @@ def run_overlap(work: Work, gathered: Gathered) -> None:
     """Compare all rankings that the run has made."""
     if not gathered.rankings:
         gathered.warnings.append("overlap: no rankings to compare; run it with importance or ablate")
-    gathered.results["overlap"] = [
-        {"experiment": "overlap"} | row for row in overlap.overlap_rows(gathered.rankings)
-    ]
+    rows = overlap.overlap_rows(gathered.rankings, gathered.document_rankings, work.options.seed)
+    gathered.results["overlap"] = [{"experiment": "overlap"} | row for row in rows]
 
 
 def run_stages(work: Work, gathered: Gathered, masks: Mapping[str, Mask]) -> Iterator[str | None]:

@@ -21,6 +21,7 @@ from lowmem_icl.parts import Draft, Parts
 from lowmem_icl.prepare import Prepared
 from lowmem_icl.progress import Advance, Progress
 from lowmem_icl.rankings import RankingKey
+from lowmem_icl.resampling import DocumentRanking
 from lowmem_icl.tasks.loading import TaskRows
 
 EVALUATE_CHUNK = 128
@@ -54,7 +55,8 @@ class Gathered:
     """What the experiments of a run put together: tables by experiment, masks and warnings.
 
     `results` are rows of results.parquet, `columns` blocks of columns of it, where there are very many. A stage that has
-    more puts its new rows in place of its earlier ones.
+    more puts its new rows in place of its earlier ones. `document_rankings`: those of `rankings` (heads) whose scores are known
+    by document.
     """
 
     results: dict[str, list[Row]] = field(default_factory=dict)
@@ -67,6 +69,7 @@ class Gathered:
     importance: dict[tuple[str, int], Importance] = field(default_factory=dict)
     rankings: dict[RankingKey, NDArray[np.float64]] = field(default_factory=dict)
     ffn_rankings: dict[RankingKey, NDArray[np.float64]] = field(default_factory=dict)
+    document_rankings: dict[RankingKey, DocumentRanking] = field(default_factory=dict)
 
 
 def chunks_of(documents: int, chunk: int) -> list[slice]:

@@ -1,0 +1,211 @@
+"""Claims about single units against scipy and simulation; in-context effects by hand."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lowmem_icl.experiments.unit_claims import (
+    Measured,
+    claim_columns,
+    in_context,
+    in_context_columns,
+    top_drop_rows,
+)
+from lowmem_icl.masks import Unit
+from lowmem_icl.statistics import (
+    Estimates,
+    alternate_halves,
+    clustered_estimates,
+    mean_of_estimates,
+    q_values,
+    top_mean,
+)
+from lowmem_icl.tasks.loading import Document, TaskRows
+
+UNITS = [Unit("head", 0, 0), Unit("head", 0, 1), Unit("ffn", 0)]
+
+
+def alone(count: int) -> list[str]:
+    return [str(number) for number in range(count)]
+
+
+def task_rows(
+    task: str,
+    shots: int,
+    places: list[int],
+    units: list[str] | None = None,
+    clusters: list[str] | None = None,
+) -> TaskRows:
+    """A task's documents at these places of its split."""
+    documents = tuple(
+        Document(
+            place,
+            (),
+            (),
+            cluster if cluster is not None else f"0:{place}",
+            (),
+            unit if unit is not None else f"0:{place}",
+            0,
+            {},
+        )
+        for place, unit, cluster in zip(
+            places, units or [None] * len(places), clusters or [None] * len(places), strict=True
+        )
+    )
+    return TaskRows(task, shots, "train", documents, "acc", ())
+
+
+def measured(task: TaskRows, gold: np.ndarray, places: list[int] | None = None) -> Measured:
+    """What is measured of a task in which every document is scored alone."""
+    at = np.arange(len(gold)) if places is None else np.array(places)
+    return Measured(task, at, gold, np.sign(gold), list(task.clusters))
+
+
+def test_standard_errors_and_q_values_are_scipys_where_documents_are_alone() -> None:
+    values = np.random.default_rng(0).normal(0.2, 1, (40, 12))
+    estimates = clustered_estimates(values, alone(12))
+    tested = stats.ttest_1samp(values, 0, axis=1)
+    np.testing.assert_allclose(estimates.value / estimates.stderr, tested.statistic)
+    assert set(estimates.freedom) == {11}
+    np.testing.assert_allclose(q_values(estimates), stats.false_discovery_control(tested.pvalue, method="bh"))
+
+
+def test_documents_that_repeat_a_passage_add_nothing() -> None:
+    values = np.random.default_rng(0).normal(size=(5, 8))
+    once, five_times = (
+        clustered_estimates(np.repeat(values, times, axis=1), np.repeat(alone(8), times).tolist())
+        for times in (1, 5)
+    )
+    np.testing.assert_allclose(once, five_times)
+    assert np.isnan(clustered_estimates(values, ["one"] * 8).stderr).all()
+
+
+def test_the_mean_over_two_tasks_is_tested_as_welch_does() -> None:
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(0.5, 1, (6, 9)), rng.normal(0.5, 3, (6, 20))
+    mean = mean_of_estimates([clustered_estimates(one, alone(9)), clustered_estimates(other, alone(20))])
+    tested = stats.ttest_ind(one, -other, axis=1, equal_var=False)
+    np.testing.assert_allclose(mean.value / mean.stderr, tested.statistic)
+    np.testing.assert_allclose(mean.freedom, tested.df)
+    np.testing.assert_allclose(q_values(mean), stats.false_discovery_control(tested.pvalue))
+
+
+def test_units_that_change_nothing_are_no_finding() -> None:
+    zero, certain = np.zeros(4), np.full(4, 0.5)
+    estimates = clustered_estimates(np.stack([zero, certain]), alone(4))
+    assert q_values(estimates).tolist() == [1, 0]
+    twice = mean_of_estimates([estimates, estimates])
+    assert q_values(twice).tolist() == [1, 0]
+
+
+def test_among_units_without_effect_nothing_is_found() -> None:
+    rng = np.random.default_rng(0)
+    found = [
+        (q_values(clustered_estimates(rng.normal(size=(300, 16)), alone(16))) <= 0.05).any()
+        for _ in range(100)
+    ]
+    assert np.mean(found) <= 0.12, "one family in twenty, or about"
+    values = rng.normal(size=(300, 16))
+    values[:30] += 2
+    q = q_values(clustered_estimates(values, alone(16)))
+    assert (q[:30] <= 0.05).mean() > 0.9
+    assert (q[30:] <= 0.05).sum() <= 6
+
+
+def test_the_best_units_are_no_better_than_others_where_all_are_the_same() -> None:
+    rng = np.random.default_rng(0)
+    naive, honest, covered = [], [], []
+    for _ in range(100):
+        values = rng.normal(0.1, 1, (200, 20))
+        naive.append(np.sort(values.mean(1))[-3:].mean())
+        found = top_mean(values, alone(20), 3, seed=0)
+        honest.append(found.value)
+        covered.append(found.low <= 0.1 <= found.high)
+    assert np.mean(naive) > 0.5, "what choosing and judging on the same documents says"
+    assert np.mean(honest) == pytest.approx(0.1, abs=4 * np.std(honest) / 10)
+    assert np.mean(covered) >= 0.85
+
+
+def test_units_that_do_matter_are_found_and_judged() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 0.5, (50, 20))
+    values[[3, 7, 11]] += 2
+    found = top_mean(values, alone(20), 3, seed=0)
+    assert found.value == pytest.approx(values[[3, 7, 11]].mean())
+
+
+def test_halves_hold_whole_passages() -> None:
+    assert alternate_halves(["a", "b", "a", "c", "b"]).tolist() == [True, False, True, True, False]
+
+
+def test_top_drops_by_hand() -> None:
+    gold = np.array([[4.0, 0, 4, 0], [1, 2, 1, 2], [9, 9, 9, 9]])
+    rows = list(top_drop_rows(UNITS, measured(task_rows("a", 1, [0, 1, 2, 3]), gold), seed=0))
+    # Documents 0 and 2 choose head 0, by which 1 and 3 lose nothing; these choose head 1, by which 0 and 2 lose 1.
+    assert [(row["kind"], row["k"], row["value"]) for row in rows] == [("head", 1, 0.5), ("ffn", 1, 9)]
+    assert not list(top_drop_rows(UNITS, measured(task_rows("a", 1, [0]), gold[:, :1]), seed=0))
+
+
+def test_in_context_effects_by_hand() -> None:
+    shown = measured(task_rows("a", 4, [5, 2, 9]), np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]))
+    without = measured(task_rows("a", 0, [9, 5, 7]), np.array([[0.5, 0, 100], [9, 0, 100]]), [0, 2])
+    effect = in_context(shown, without)
+    assert effect is not None
+    # Units 0 and 2 and documents 5 and 9 are in both.
+    assert effect.places.tolist() == [0, 2]
+    np.testing.assert_allclose(effect.gold, [[1 - 0, 3 - 0.5], [7 - 0, 9 - 9]])
+    np.testing.assert_allclose(effect.accuracy, [[1, 0], [1, 0]])
+    assert effect.clusters == ["0:5", "0:9"]
+    heads, ffns, *_ = in_context_columns(UNITS, [effect], seed=0)
+    assert (heads["metric"], heads["task"], heads["shots"], heads["other_shots"]) == ("icl_effect", "a", 4, 0)
+    assert (heads["value"], ffns["value"]) == (pytest.approx([1.75]), pytest.approx([3.5]))
+    assert heads["documents"] == 2
+    assert in_context(shown, measured(task_rows("a", 0, [1]), np.zeros((3, 1)))) is None
+
+
+def test_a_question_counts_as_a_whole_in_both() -> None:
+    def of(shots: int, rows: list[int], questions: list[str], accuracy: list[float]) -> Measured:
+        task = task_rows("a", shots, rows, questions, ["passage"] * len(rows))
+        return Measured(
+            task, np.array([0]), np.zeros((1, len(rows))), np.array([accuracy]), ["passage"] * len(accuracy)
+        )
+
+    effect = in_context(
+        of(1, [0, 1, 2], ["q0", "q0", "q1"], [1.0, 0.5]), of(0, [2, 0, 1], ["q1", "q0", "q0"], [0.25, 0])
+    )
+    assert effect is not None
+    assert effect.accuracy.tolist() == [[1.0, 0.25]]
+    assert effect.gold.shape == (1, 3)
+
+
+def test_the_mean_over_tasks_leaves_out_what_is_out_of_domain() -> None:
+    rng = np.random.default_rng(0)
+    tasks = ("piqa", "copa", "lambada")
+    both = [
+        [measured(task_rows(task, shots, list(range(6))), rng.normal(size=(3, 6))) for task in tasks]
+        for shots in (0, 2)
+    ]
+    effects = [in_context(shown, without) for without, shown in zip(*both, strict=True)]
+    blocks = in_context_columns(UNITS, [effect for effect in effects if effect is not None], seed=0)
+    (mean,) = [
+        block for block in blocks
+        if (block["task"], block["metric"], block["kind"]) == ("aggregate", "icl_effect", "head")
+    ]  # fmt: skip
+    of_tasks = [
+        block for block in blocks
+        if block["task"] in ("piqa", "copa") and (block["metric"], block["kind"]) == ("icl_effect", "head")
+    ]  # fmt: skip
+    np.testing.assert_allclose(mean["value"], np.mean([block["value"] for block in of_tasks], axis=0))
+    np.testing.assert_allclose(
+        mean["stderr"], np.sqrt(np.square([block["stderr"] for block in of_tasks]).sum(0)) / 2
+    )
+    assert (mean["documents"], mean["other_shots"], mean["shots"]) == (12, 0, 2)
+    claims = claim_columns(UNITS, [one for of_shots in both for one in of_shots])
+    assert {(block["task"], block["shots"]) for block in claims} == {
+        (task, shots) for task in (*tasks, "aggregate") for shots in (0, 2)
+    }
+    by_kind = {
+        block["kind"]: block["value"] for block in claims if (block["task"], block["shots"]) == ("piqa", 0)
+    }
+    together = q_values(Estimates(*clustered_estimates(both[0][0].gold, alone(6))))
+    np.testing.assert_allclose(np.concatenate([by_kind["head"], by_kind["ffn"]]), together)
