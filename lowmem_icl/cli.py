@@ -15,6 +15,7 @@ from lowmem_icl.cli_errors import reports_errors
 from lowmem_icl.cli_options import (
     BosOption,
     ConfigOption,
+    CopyingWithOption,
     DataDirOption,
     DemonstrationSetsOption,
     DemonstrationsOption,
@@ -97,6 +98,7 @@ def run(
     demonstration_sets: DemonstrationSetsOption = None,
     bos: BosOption = None,
     experiments: ExperimentsOption = None,
+    copying_with: CopyingWithOption = None,
     screen: ScreenOption = None,
     exact: ExactOption = None,
     hours: HoursOption = None,
@@ -145,6 +147,7 @@ def plan(
     demonstration_sets: DemonstrationSetsOption = None,
     bos: BosOption = None,
     experiments: ExperimentsOption = None,
+    copying_with: CopyingWithOption = None,
     screen: ScreenOption = None,
     exact: ExactOption = None,
     hours: HoursOption = None,

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from lowmem_icl.errors import InputError
 
-Experiment = Literal["evaluate", "importance", "ablate", "prune", "overlap"]
+Experiment = Literal["evaluate", "importance", "ablate", "prune", "induction", "overlap"]
 EXPERIMENTS: tuple[str, ...] = get_args(Experiment)
 DEMO = "demo"
 DEFAULT_TRAIN_LIMIT = 32
@@ -79,6 +79,8 @@ class RunOptions(BaseModel):
     """What the greedy pruner keeps."""
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """How much of the objective the greedy pruner may lose in all."""
+    copying_with: Annotated[tuple[Literal["norm", "softmax", "bias"], ...], CommaList] = ()
+    """What a head's output goes through before its copying is scored: final norm, softmax, the projection's bias."""
     screen: Literal["attribution"] | None = None
     """Ablate exactly only the units whose estimated effect is largest or least certain; all if not given."""
     exact: Annotated[int, Field(ge=1)] | None = None

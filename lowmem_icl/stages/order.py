@@ -16,6 +16,7 @@ from lowmem_icl.parts import Draft
 from lowmem_icl.rankings import mean_of_ranks, mean_of_scores
 from lowmem_icl.stages.ablating import run_ablate
 from lowmem_icl.stages.evaluating import evaluation_rows
+from lowmem_icl.stages.inducing import run_induction
 from lowmem_icl.stages.pruning import run_prune
 from lowmem_icl.stages.work import AGGREGATE, Gathered, OutOfTime, Work
 
@@ -116,6 +117,7 @@ def run_stages(work: Work, gathered: Gathered, masks: Mapping[str, Mask]) -> Ite
         "importance": lambda: run_importance(work, gathered),
         "ablate": lambda: run_ablate(work, gathered),
         "prune": lambda: run_prune(work, gathered),
+        "induction": lambda: run_induction(work, gathered),
         "overlap": lambda: run_overlap(work, gathered),
     }
     for name, stage in stages.items():
