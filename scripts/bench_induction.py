@@ -29,7 +29,7 @@ from lowmem_icl.stages.inducing import head_questions
 
 
 def score(folder: Path, own_task: Path, memory: str, sequences: int) -> dict[str, Any]:
-    """Score all heads on the first so many random sequences; return seconds, reads and peak memory."""
+    """Score all heads on the longest so many random sequences; return seconds, reads and peak memory."""
     options = RunOptions(
         model=str(folder), tasks=(str(own_task),), shots=(0,), experiments=("induction",), memory=memory
     )
@@ -37,9 +37,9 @@ def score(folder: Path, own_task: Path, memory: str, sequences: int) -> dict[str
     asked = head_questions(options, prepared)
     asked = replace(
         asked,
-        repeated=asked.repeated[:sequences],
-        unrepeated=asked.unrepeated[:sequences],
-        base_tokens=asked.base_tokens[:sequences],
+        repeated=asked.repeated[-sequences:],
+        unrepeated=asked.unrepeated[-sequences:],
+        base_tokens=asked.base_tokens[-sequences:],
     )
     store = open_store(folder)
     dealt = plan_memory(options, store, max(len(row) for row in asked.rows))

@@ -62,7 +62,7 @@ def run_induction(work: Work, gathered: Gathered) -> None:
     scores = _scores(work, questions)
     means = {name: getattr(scores, name).mean(0) for name in ("prefix_matching", "previous_token", "copying")}
     _gather_scores(work, gathered, questions, scores, means)
-    _check_cause(work, gathered, means)
+    _check_cause(work, gathered, means, len(questions.base_tokens))
 
 
 def _scores(work: Work, questions: HeadQuestions) -> HeadScores:
@@ -167,7 +167,9 @@ def _gather_scores(
     gathered.columns["induction"], gathered.results["induction"] = columns, rows
 
 
-def _check_cause(work: Work, gathered: Gathered, means: Mapping[str, NDArray[np.float64]]) -> None:
+def _check_cause(
+    work: Work, gathered: Gathered, means: Mapping[str, NDArray[np.float64]], sequences: int
+) -> None:
     """Remove the top induction heads together, and as many others of the same layers, many times over."""
     seed = work.options.seed
     removed = induction.top_induction_heads(means["prefix_matching"])
@@ -203,7 +205,6 @@ def _check_cause(work: Work, gathered: Gathered, means: Mapping[str, NDArray[np.
     rows += list(evaluate.mean_over_tasks(rows, fields))
     rows += list(induction.band_rows([row for row in rows if row["method"] == "random"]))
     gathered.results["induction"] += [{"experiment": "induction"} | row for row in rows]
-    sequences = len(work.prepared.random_sequences(seed).base_tokens)
     gathered.masks += [
         MadeMask(
             name, mask, str(_made_by(name, seed)["method"]), SEQUENCES_NAME, 0, sequences, seed,
