@@ -15,6 +15,7 @@ from lowmem_icl.cli_errors import reports_errors
 from lowmem_icl.cli_options import (
     BosOption,
     ConfigOption,
+    CopyingWithOption,
     CurveLimitOption,
     CurvesOption,
     DataDirOption,
@@ -107,6 +108,7 @@ def run(
     protocol: ProtocolOption = None,
     bos: BosOption = None,
     experiments: ExperimentsOption = None,
+    copying_with: CopyingWithOption = None,
     screen: ScreenOption = None,
     exact: ExactOption = None,
     hours: HoursOption = None,
@@ -163,6 +165,7 @@ def plan(
     protocol: ProtocolOption = None,
     bos: BosOption = None,
     experiments: ExperimentsOption = None,
+    copying_with: CopyingWithOption = None,
     screen: ScreenOption = None,
     exact: ExactOption = None,
     hours: HoursOption = None,

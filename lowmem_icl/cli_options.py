@@ -137,6 +137,11 @@ ExperimentsOption = Annotated[
         help=f"Comma-separated, of {', '.join(EXPERIMENTS)}.", rich_help_panel=WORK, show_default="all"
     ),
 ]
+CopyingWithOption = Annotated[
+    str | None,
+    typer.Option(help="Of norm, softmax, bias: what heads' outputs go through before copying is scored.",
+                 rich_help_panel=WORK, show_default="none: raw logits"),
+]  # fmt: skip
 ScreenOption = Annotated[
     Screen | None,
     typer.Option(help="Ablate exactly only the units whose estimate is largest or least certain.",

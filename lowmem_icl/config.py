@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from lowmem_icl.errors import InputError
 from lowmem_icl.protocols import PROTOCOLS, Protocol, ProtocolName
 
-Experiment = Literal["evaluate", "importance", "ablate", "prune", "overlap"]
+Experiment = Literal["evaluate", "importance", "ablate", "prune", "induction", "overlap"]
 EXPERIMENTS: tuple[str, ...] = get_args(Experiment)
 Curve = Literal["heads", "ffns", "combined", "transfer", "cross-shot", "random"]
 CURVES: tuple[str, ...] = get_args(Curve)
@@ -97,6 +97,8 @@ class RunOptions(BaseModel):
     """Draws of the random curves."""
     rescore: bool = False
     """Also a curve whose importance is computed again on the pruned model at every level."""
+    copying_with: Annotated[tuple[Literal["norm", "softmax", "bias"], ...], CommaList] = ()
+    """What a head's output goes through before its copying is scored: final norm, softmax, the projection's bias."""
     screen: Literal["attribution"] | None = None
     """Ablate exactly only the units whose estimated effect is largest or least certain; all if not given."""
     exact: Annotated[int, Field(ge=1)] | None = None

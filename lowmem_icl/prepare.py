@@ -1,6 +1,7 @@
 """Everything that must be right before the first sweep: the store, the tasks, the packed rows."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +23,7 @@ from lowmem_icl.tasks.packing import (
     pack,
     tokenise_options,
 )
+from lowmem_icl.tasks.random_sequences import RandomSequences, drawable_ids, random_sequences
 from lowmem_icl.tasks.sources import DEMO_TASKS, PAPER_TASKS
 
 
@@ -59,6 +61,18 @@ class Prepared:
         """Pack a slice of a task's documents."""
         return pack(
             replace(task, documents=task.documents[places]), self.tokenise, self.limits, gold_only=gold_only
+        )
+
+    def random_sequences(self, seed: int) -> RandomSequences:
+        """Draw the sequences that heads are scored on; raise InputError where the model allows none."""
+        tokenizer = load_tokenizer(self.store.tokenizer_folder)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        form = {} if backend is None else json.loads(backend.to_str())
+        skeleton = self.store.skeleton
+        drawable = drawable_ids(form, tokenizer.all_special_ids, skeleton.vocabulary)
+        bos = tokenizer.bos_token_id
+        return random_sequences(
+            drawable, self.limits.empty_context if bos is None else bos, skeleton.context_tokens, seed
         )
 
     @property

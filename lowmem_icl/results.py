@@ -2,7 +2,7 @@
 
 results.parquet has one row a measured number. Columns that do not apply to a number are null: `kind, layer, head`
 outside single units; `mask` outside masks ("clean" for the clean run); `other_*` outside comparisons of rankings;
-`k` outside top-k measures; `stderr, low, high` where a number has no interval; `chance` where it has no chance value.
+`k` outside top-k measures and curves (percent of the heads removed); `stderr, low, high` where a number has no interval; `chance` where it has no chance value.
 `low, high` bound 95 %. Task `aggregate` is the mean over tasks; its `split` is null where the tasks' splits differ.
 """
 

@@ -165,6 +165,7 @@ class _Page:
 
     def write_record(self) -> None:
         """Write run.json."""
+        self._record |= self._gathered.record
         self._record["warnings"] = self._gathered.warnings + self._gathered.left
         write_text_atomic(self._folder / RUN_FILE, json.dumps(self._record, indent=1) + "\n")
 

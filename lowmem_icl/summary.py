@@ -72,6 +72,16 @@ def top_units(results: pl.DataFrame, count: int = TOP_UNITS) -> pl.DataFrame:
     )
 
 
+def induction_heads(results: pl.DataFrame, count: int = TOP_UNITS) -> pl.DataFrame:
+    """Return the heads with the highest prefix-matching scores."""
+    return (
+        results.filter((pl.col("experiment") == "induction") & (pl.col("metric") == "prefix_matching"))
+        .select("layer", "head", "value", "stderr")
+        .sort("value", "layer", "head", descending=[True, False, False])
+        .head(count)
+    )
+
+
 def unit_name(kind: str, layer: int, head: int | None) -> str:
     """Return a unit's name as masks print it."""
     return f"L{layer}F" if kind == "ffn" else f"L{layer}H{head}"
@@ -92,6 +102,7 @@ def summary(folder: Path) -> dict[str, Any]:
         "accuracy": accuracy(results).to_dicts(),
         "pruned": pruned(results).to_dicts(),
         "top_units": top_units(results).to_dicts(),
+        "induction_heads": induction_heads(results).to_dicts(),
         "warnings": record["warnings"],
         "seconds": round(sum(stage["seconds"] for stage in record["stages"].values()), 1),
     }
@@ -132,6 +143,12 @@ def show_summary(folder: Path, console: Console) -> None:
         console.print(
             f"costliest units alone at {shots} shots (nats of gold log-probability; * where q ≤ {CLAIMED_Q}): {named}"
         )
+    scored = ", ".join(
+        f"{unit_name('head', row['layer'], row['head'])} {row['value']:.2f}"
+        for row in induction_heads(results).iter_rows(named=True)
+    )
+    if scored:
+        console.print(f"heads by prefix matching (1: all attention goes where it should): {scored}")
     seconds = sum(stage["seconds"] for stage in record["stages"].values())
     console.print(
         f"{seconds:.0f} s; tables, masks and report.html in {folder}", highlight=False, soft_wrap=True

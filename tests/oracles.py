@@ -154,3 +154,96 @@ def greedy_layerwise(
 
 def _mask(unit: int | tuple[int, int]) -> Mask:
     return Mask(ffns=frozenset([unit])) if isinstance(unit, int) else Mask(heads=frozenset([unit]))
+
+
+def pattern_scores(
+    attention: np.ndarray, base_tokens: int, *, reference: bool = False
+) -> dict[str, list[float]]:
+    """Prefix matching, previous-token and duplicate-token scores of heads, [H, T, T], by the description's nested loops."""
+    scores: dict[str, list[float]] = {"prefix_matching": [], "previous_token": [], "duplicate_token": []}
+    last = 4 * base_tokens
+    for head in range(len(attention)):
+        prefix = previous = duplicate = 0.0
+        for query in range(base_tokens + 1, last + 1):
+            if reference:
+                for earlier in range(query // base_tokens):
+                    prefix += float(attention[head, query, earlier * base_tokens + query % base_tokens + 1])
+            for back in (1, 2, 3):
+                occurrence = query - back * base_tokens
+                if occurrence >= 1:
+                    duplicate += float(attention[head, query, occurrence])
+                    if not reference:
+                        prefix += float(attention[head, query, occurrence + 1])
+        for query in range(2, last + 1):
+            previous += float(attention[head, query, query - 1])
+        scores["prefix_matching"].append(prefix / (3 * base_tokens))
+        scores["previous_token"].append(previous / (last - 1))
+        scores["duplicate_token"].append(duplicate / (3 * base_tokens))
+    return scores
+
+
+def copying(
+    model: OPTForCausalLM,
+    tokens: list[int],
+    *,
+    final_norm: bool = False,
+    softmax: bool = False,
+    bias: bool = False,
+    own_token: bool = False,
+) -> np.ndarray:
+    """Copying [L, H] of a row by paper.md 5.3, a head and a place at a time; `own_token`: its reference code's way."""
+    heads, layers = model.config.num_attention_heads, model.model.decoder.layers
+    width = model.config.hidden_size // heads
+    ids = torch.tensor([tokens])
+    run = model(ids, output_attentions=True, output_hidden_states=True)
+    scores = np.zeros((len(layers), heads))
+    for number, layer in enumerate(layers):
+        entering = run.hidden_states[0] if own_token else run.hidden_states[number]
+        normed = layer.self_attn_layer_norm(entering)
+        _, attention = layer.self_attn(normed, attention_mask=_causal(len(tokens)), output_attentions=True)
+        if not own_token:
+            torch.testing.assert_close(attention, run.attentions[number], atol=1e-6, rtol=1e-5)
+        values = layer.self_attn.v_proj(normed)[0]
+        for head in range(heads):
+            mine = slice(head * width, (head + 1) * width)
+            output = values[:, mine] if own_token else attention[0, head] @ values[:, mine]
+            written = output @ layer.self_attn.out_proj.weight[:, mine].t()
+            if bias:
+                written = written + layer.self_attn.out_proj.bias
+            if final_norm:
+                written = model.model.decoder.final_layer_norm(written)
+            logits = model.lm_head(written)
+            if softmax:
+                logits = logits.softmax(-1)
+            total = 0.0
+            for place in range(1, len(tokens)):
+                attended = int(attention[0, head, place, : place + 1].argmax())
+                candidates = logits[place, tokens[: place + 1]].double()
+                above = (candidates - candidates.mean()).relu()
+                total += float(above[attended] / above.sum()) if above.sum() > 0 else 0.0
+            scores[number, head] = total / (len(tokens) - 1)
+    return scores
+
+
+def _causal(tokens: int) -> Tensor:
+    return torch.full((tokens, tokens), float("-inf")).triu(1)[None, None]
+
+
+def copying_eigenvalues(model: OPTForCausalLM) -> np.ndarray:
+    """Σ Re λ / Σ |λ| [L, H] over the eigenvalues of every head's whole product from vocabulary to vocabulary."""
+    heads = model.config.num_attention_heads
+    width = model.config.hidden_size // heads
+    embedding = model.get_input_embeddings().weight.double().numpy()
+    unembedding = model.lm_head.weight.double().numpy()
+    scores = []
+    for layer in model.model.decoder.layers:
+        values = layer.self_attn.v_proj.weight.double().numpy()
+        output = layer.self_attn.out_proj.weight.double().numpy()
+        of_layer = []
+        for head in range(heads):
+            mine = slice(head * width, (head + 1) * width)
+            circuit = unembedding @ output[:, mine] @ values[mine] @ embedding.T
+            eigenvalues = np.linalg.eigvals(circuit)
+            of_layer.append(eigenvalues.real.sum() / np.abs(eigenvalues).sum())
+        scores.append(of_layer)
+    return np.array(scores)

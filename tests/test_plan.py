@@ -98,7 +98,13 @@ def test_planning_converts_nothing(tmp_path: Path) -> None:
     plan = json.loads(told.stdout)
     assert not stores.exists()
     assert plan["convert_bytes"] == (folder / "model.safetensors").stat().st_size
-    assert {stage["experiment"] for stage in plan["stages"]} == {"evaluate", "importance", "ablate", "prune"}
+    assert {stage["experiment"] for stage in plan["stages"]} == {
+        "evaluate",
+        "importance",
+        "ablate",
+        "prune",
+        "induction",
+    }
     assert all(stage["seconds"] > 0 for stage in plan["stages"])
     assert plan["rates"]["disk_bytes_per_second"] > 0
 

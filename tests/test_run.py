@@ -60,10 +60,10 @@ def test_a_run_leaves_what_the_contract_names(finished: Path) -> None:
         assert (finished / name).is_file(), name
     record = json.loads((finished / "run.json").read_text())
     assert record["state"] == "finished"
-    assert set(record["stages"]) == {"evaluate", "importance", "ablate", "prune", "overlap"}
+    assert set(record["stages"]) == {"evaluate", "importance", "ablate", "prune", "induction", "overlap"}
     assert all(stage["seconds"] >= 0 for stage in record["stages"].values())
     results = read_table(finished / "results.parquet", "results")
-    assert set(results["experiment"]) == {"evaluate", "importance", "ablate", "prune", "overlap"}
+    assert set(results["experiment"]) == set(record["stages"])
     assert set(results["model"]) == {"demo"}
     splits = dict(
         results.filter(pl.col("task") == "recall")

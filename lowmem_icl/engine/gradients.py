@@ -58,7 +58,8 @@ def embedded(model: StreamedModel, row: Row) -> Tensor:
     return model.embed(torch.from_numpy(row.tokens), torch.from_numpy(row.positions))
 
 
-def _segments(model: StreamedModel, members: Sequence[BlockRow]) -> list[Segment]:
+def plain_segments(model: StreamedModel, members: Sequence[BlockRow]) -> list[Segment]:
+    """Return the segments of rows without stems, each under one mask."""
     return [
         Segment(1, len(member.row), attention_mask(torch.from_numpy(member.row.ends).to(model.device)))
         for member in members
@@ -74,7 +75,7 @@ def forward_step(
     cut: Cut,
 ) -> None:
     """Take rows, whose residuals [T, D] stand at `places`, through a layer together; `cut` removes heads from z."""
-    after = layer.run(torch.cat([residuals[place] for place in places]), _segments(model, members), cut)
+    after = layer.run(torch.cat([residuals[place] for place in places]), plain_segments(model, members), cut)
     for place, part in zip(places, after.split([len(member.row) for member in members]), strict=True):
         residuals[place] = part
 
@@ -141,7 +142,7 @@ def one_layer_back(
     """
     with torch.enable_grad():
         entering = residual.requires_grad_()
-        leaving, z, ffn = layer.run_captured(entering, _segments(model, members), cut)
+        leaving, z, ffn = layer.run_captured(entering, plain_segments(model, members), cut)
         before, of_z, of_ffn = torch.autograd.grad(leaving, (entering, z, ffn), gradient)
     with torch.no_grad():
         by_head = (z * of_z).unflatten(-1, (model.skeleton.heads, -1)).sum(-1).double().cpu().numpy()

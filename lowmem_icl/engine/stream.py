@@ -1,4 +1,4 @@
-"""The only loops over layers: sweeps forward under many masks, and one pass back for gradients.
+"""The only loops over layers: sweeps forward under many masks, one pass back for gradients, one to look at heads.
 
 Loop order is layers outside, rows inside, variants of a row in micro-batches innermost: a layer is read once
 for all that is alive at it. Axis letters: T tokens, D width, H heads, L layers, N owners.
@@ -22,7 +22,9 @@ from lowmem_icl.engine.gradients import (
     embedded,
     forward_step,
     one_layer_back,
+    plain_segments,
 )
+from lowmem_icl.engine.heads import HeadQuestions, HeadReader, HeadScores, Journey
 from lowmem_icl.engine.wave import Account, Wave
 from lowmem_icl.engine.waves import (
     FLOAT_BYTES,
@@ -33,6 +35,7 @@ from lowmem_icl.engine.waves import (
     SweepLimits,
     block_tokens,
     has_variants,
+    head_blocks,
     next_wave,
     row_blocks,
     variants_of,
@@ -201,6 +204,56 @@ def unit_gradients(
         for member in block:
             results[member.job].finished[member.row.owners] = True
         after_block()
+
+
+def score_heads(
+    model: StreamedModel,
+    questions: HeadQuestions,
+    results: HeadScores,
+    *,
+    limits: SweepLimits,
+    begin: Callable[[Journey], None] = lambda journey: None,
+    after_layer: AfterPiece = lambda: None,
+    account: Account = lambda cost: None,
+) -> None:
+    """Fill in the scores of all heads from one read of the weights, or as many as there are blocks of rows that fit.
+
+    The rows go on as the clean run does. Rows that are finished are left out. `begin` is told of every block before it
+    starts, and may put in the place of its arrays what an earlier run left; on the CPU they always are what there is when
+    `after_layer` is called.
+    """
+    layers = model.skeleton.layers
+    reader = HeadReader(model, questions, results)
+    left = [BlockRow(place, row) for place, row in enumerate(questions.rows) if not results.finished[place]]
+    for block in head_blocks(left, model.skeleton.width, layers, limits):
+        journey = Journey.of(block, model.skeleton.width)
+        begin(journey)
+        residuals = torch.from_numpy(journey.residuals).to(model.device)
+        parts = residuals.split([len(member.row) for member in block])
+        first = int(journey.next_layer[0])
+        if first == 0:
+            for member, part in zip(block, parts, strict=True):
+                part.copy_(embedded(model, member.row))
+        for number, layer in model.layers(range(first, layers)):
+            with torch.no_grad():
+                reader.enter(number, layer)
+                for places in _batches_of(block, limits):
+                    here = [block[place] for place in places]
+                    entering = torch.cat([parts[place] for place in places])
+                    attended = layer.attend(entering, plain_segments(model, here), with_queries=True)
+                    reader.read(number, here, attended)
+                    account(SweepCost(attended=len(entering)))
+                    going_on = [place for place in places if questions.goes_on(block[place].job)]
+                    if number + 1 == layers or not going_on:
+                        continue
+                    leaving = layer.finish(entering, attended.z)
+                    account(SweepCost(projected=len(entering), fed=len(entering)))
+                    for place, part in zip(places, leaving.split([len(m.row) for m in here]), strict=True):
+                        if place in going_on:
+                            parts[place].copy_(part)
+            journey.next_layer[0] = number + 1
+            after_layer()
+        results.finished[journey.places] = True
 
 
 def _batches_of(block: Block, limits: SweepLimits) -> Iterator[list[int]]:

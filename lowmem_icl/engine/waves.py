@@ -6,7 +6,7 @@ reads less. The clean run goes with the first wave that needs it.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,6 +110,14 @@ def row_blocks(
         blocks[-1].append(member)
         held += grows
     return [block for block in blocks if block]
+
+
+def head_blocks(rows: Sequence[BlockRow], width: int, layers: int, limits: SweepLimits) -> list[Block]:
+    """Cut the rows that heads are scored on into as few blocks as fit the memory: each is one read of the weights.
+
+    What a stop loses is a layer, not a block, so that nothing else bounds them.
+    """
+    return row_blocks(rows, width, layers, replace(limits, wave_tokens=None), keeps_clean=False)
 
 
 def has_variants(jobs: Sequence[Job]) -> bool:

@@ -28,22 +28,43 @@ class Family:
     Names are relative to a decoder layer. `shared_inputs` are linears fed by one and the same tensor, so that
     it is quantised once. `embed` maps (model, token ids [T], positions [T]) to the residual [T, D] in float32,
     `unembed_input` maps (model, residual [M, D]) to what multiplies the unembedding, [M, E] in float32.
+    `token_inputs` maps (model, ids [C]) to what tokens put into the residual, without position, and `token_outputs` to
+    what reads their logits off it, without the final norm: [C, D] in float32. `final_norm` gives that norm, or None.
     """
 
     model_type: str
     attention_output: str
+    attention_value: str
     ffn_output: str
     shared_inputs: tuple[str, ...]
     embed: Callable[[PreTrainedModel, Tensor, Tensor], Tensor]
     unembed_input: Callable[[PreTrainedModel, Tensor], Tensor]
+    token_inputs: Callable[[PreTrainedModel, Tensor], Tensor]
+    token_outputs: Callable[[PreTrainedModel, Tensor], Tensor]
+    final_norm: Callable[[PreTrainedModel], nn.LayerNorm | None]
     adds_bos: bool
+
+
+def _token_inputs_opt(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    decoder = cast(Any, model).model.decoder
+    embedded: Tensor = decoder.embed_tokens(tokens).float()
+    return embedded if decoder.project_in is None else decoder.project_in(embedded)
+
+
+def _token_outputs_opt(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    unembedding: Tensor = cast(Any, model).get_output_embeddings().weight[tokens].float()
+    project_out = cast(Any, model).model.decoder.project_out
+    return unembedding if project_out is None else unembedding @ project_out.weight
+
+
+def _final_norm_opt(model: PreTrainedModel) -> nn.LayerNorm | None:
+    norm: nn.LayerNorm | None = cast(Any, model).model.decoder.final_layer_norm
+    return norm
 
 
 def _embed_opt(model: PreTrainedModel, tokens: Tensor, positions: Tensor) -> Tensor:
     decoder = cast(Any, model).model.decoder
-    embedded = decoder.embed_tokens(tokens).float()
-    if decoder.project_in is not None:
-        embedded = decoder.project_in(embedded)
+    embedded = _token_inputs_opt(model, tokens)
     # OPT's table of positions has two rows in front; the module adds that offset itself.
     return embedded + decoder.embed_positions(None, position_ids=positions[None])[0]
 
@@ -61,10 +82,14 @@ FAMILIES = {
     "opt": Family(
         model_type="opt",
         attention_output="self_attn.out_proj",
+        attention_value="self_attn.v_proj",
         ffn_output="fc2",
         shared_inputs=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         embed=_embed_opt,
         unembed_input=_unembed_input_opt,
+        token_inputs=_token_inputs_opt,
+        token_outputs=_token_outputs_opt,
+        final_norm=_final_norm_opt,
         adds_bos=False,
     )
 }

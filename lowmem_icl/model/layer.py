@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
 
 from lowmem_icl.model.families import Skeleton
-from lowmem_icl.model.int8 import Int8Linear, replace_linears
+from lowmem_icl.model.int8 import Int8Linear, dequantise_rows, replace_linears
 from lowmem_icl.model.store import Weights
 
 ATTENTION = "lowmem_icl_by_row"
@@ -52,11 +52,15 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Attended:
-    """The first half's outcome: z [N, D], the heads' outputs side by side; keys, values [H, N, d]."""
+    """The first half's outcome: z [N, D], the heads' outputs side by side; keys, values [H, N, d].
+
+    queries [H, N, d], scaled, so that attention is the softmax of their products with the keys; None unless asked for.
+    """
 
     z: Tensor
     keys: Tensor
     values: Tensor
+    queries: Tensor | None = None
 
 
 class _StopAtZ(Exception):
@@ -95,10 +99,12 @@ class _Nothing(nn.Module):
 
 
 class _RowAttention:
-    """What the attention function is given in the mask's place, and where it leaves keys and values."""
+    """What the attention function is given in the mask's place, and where it leaves keys, values and, if asked, queries."""
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
+    def __init__(self, segments: Sequence[Segment], with_queries: bool) -> None:
         self.segments = segments
+        self.with_queries = with_queries
+        self.queries: Tensor | None = None
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
@@ -120,6 +126,7 @@ class DecoderLayer:
     def __init__(self, skeleton: Skeleton, weights: Weights, device: torch.device) -> None:
         family = skeleton.family
         self.device = device
+        self._family = family
         self._module: Any = skeleton.empty_layer()
         if weights == "int8":
             replace_linears(self._module, family.shared_inputs)
@@ -166,18 +173,42 @@ class DecoderLayer:
         for linear in self._linears:
             linear.refresh()
 
-    def attend(self, residual: Tensor, segments: Sequence[Segment]) -> Attended:
+    @property
+    def output_weight(self) -> Tensor:
+        """The attention's output projection in float32, [D, D]: from z, by head, to the residual."""
+        return self._float_weight(self._family.attention_output)
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """The bias of the attention's output projection, [D]."""
+        bias: Tensor | None = self._module.get_submodule(self._family.attention_output).bias
+        return bias
+
+    @property
+    def value_weight(self) -> Tensor:
+        """The projection to the values in float32, [D, D]: from the layer's normed input to values by head."""
+        return self._float_weight(self._family.attention_value)
+
+    def _float_weight(self, name: str) -> Tensor:
+        linear = self._module.get_submodule(name)
+        if isinstance(linear, Int8Linear):
+            return dequantise_rows(linear.weight, linear.SCB)
+        return linear.weight.detach().float()
+
+    def attend(
+        self, residual: Tensor, segments: Sequence[Segment], *, with_queries: bool = False
+    ) -> Attended:
         """Return z and what the attention saw, for the residual at the layer's input [N, D].
 
         The segments tell whose tokens the N are, in order.
         """
-        seen = _RowAttention(segments)
+        seen = _RowAttention(segments, with_queries)
         try:
             self._attending(residual[None], attention_mask=seen)
         except _StopAtZ as stopped:
             assert seen.keys is not None
             assert seen.values is not None
-            return Attended(stopped.z[0], seen.keys, seen.values)
+            return Attended(stopped.z[0], seen.keys, seen.values, seen.queries)
         raise AssertionError("the layer never reached its output projection")
 
     def finish(self, residual: Tensor, z: Tensor, *, without_ffn: bool = False) -> Tensor:
@@ -258,6 +289,8 @@ def _attention_by_row(
     What a row gets does not depend on the other segments: it is one call of torch's attention on its own tokens.
     """
     attention_mask.keys, attention_mask.values = key[0], value[0]
+    if attention_mask.with_queries:
+        attention_mask.queries = query[0] * scaling
     outputs = []
     start = 0
     for segment in attention_mask.segments:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lowmem_icl.model.allocator import keep_freed_memory
@@ -57,6 +57,31 @@ class StreamedModel:
             return self.skeleton.family.embed(
                 self.skeleton.model, tokens.to(self.device), positions.to(self.device)
             )
+
+    def token_outputs(self, tokens: Tensor) -> Tensor:
+        """Return what reads the logits of ids [C] off a residual, without the final norm: [C, D] in float32."""
+        with torch.no_grad():
+            return self.skeleton.family.token_outputs(self.skeleton.model, tokens.to(self.device))
+
+    def vocabulary_outputs(self) -> Iterator[Tensor]:
+        """Yield `token_outputs` of the whole vocabulary, VOCABULARY_BLOCK ids at a time."""
+        for ids in torch.arange(self.skeleton.vocabulary).split(VOCABULARY_BLOCK):
+            yield self.token_outputs(ids)
+
+    def token_products(self) -> Tensor:
+        """Return Σ_v e_v u_vᵀ over the vocabulary, [D, D]: what a token puts into the residual times what reads it off."""
+        width = self.skeleton.width
+        total = torch.zeros(width, width, device=self.device)
+        with torch.no_grad():
+            for ids in torch.arange(self.skeleton.vocabulary, device=self.device).split(VOCABULARY_BLOCK):
+                put_in = self.skeleton.family.token_inputs(self.skeleton.model, ids)
+                total.addmm_(put_in.t(), self.token_outputs(ids))
+        return total
+
+    @property
+    def final_norm(self) -> nn.LayerNorm | None:
+        """The norm before the unembedding; None where the model has none."""
+        return self.skeleton.family.final_norm(self.skeleton.model)
 
     def layers(self, order: Sequence[int]) -> Iterator[tuple[int, DecoderLayer]]:
         """Yield (layer number, the layer filled with its weights); valid until the next one."""

@@ -1,5 +1,6 @@
 """What each experiment of a run computes and reads: all rows laid out once, then the sweeps that it will make of them."""
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,14 +9,17 @@ from typing import NamedTuple
 import numpy as np
 
 from lowmem_icl.config import RunOptions
+from lowmem_icl.engine.heads import HeadQuestions
 from lowmem_icl.engine.waves import Job
 from lowmem_icl.experiments.ablate import ablation_masks
 from lowmem_icl.experiments.curves import LEVELS, Rankings
+from lowmem_icl.experiments.induction import RANDOM_DRAWS
 from lowmem_icl.masks import Mask
 from lowmem_icl.prepare import Prepared
 from lowmem_icl.rankings import RankingKey
 from lowmem_icl.rows import PackedRows, Row, outline
 from lowmem_icl.stages.curving import points_of
+from lowmem_icl.stages.inducing import EVALUATION_PART, causal_masks, head_questions
 from lowmem_icl.stages.work import AGGREGATE, EVALUATE_CHUNK, chunks_of, doubling_chunks, most_documents
 from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.sources import in_domain
@@ -33,7 +37,8 @@ class Chunk:
 class Laid:
     """Outlines of all rows as the experiments lay them out, without content, and the seconds that laying out took.
 
-    `evaluate`, `ablate`, `curves`: all documents in chunks; `gold`: the gold options alone, of all documents.
+    `evaluate`, `ablate`, `curves`: all documents in chunks; `gold`: the gold options alone, of all documents; `questions`:
+    what heads are scored on, if they are.
     """
 
     evaluate: tuple[Chunk, ...]
@@ -42,6 +47,7 @@ class Laid:
     gold: tuple[PackedRows, ...]
     evaluate_seconds: float
     train_seconds: float
+    questions: HeadQuestions | None = None
 
     def _rows(self) -> Iterator[Row]:
         for chunk in (*self.evaluate, *self.ablate, *self.curves):
@@ -53,7 +59,9 @@ class Laid:
     @property
     def longest_tokens(self) -> int:
         """Tokens of the longest row with its stem."""
-        return max(len(row) + (0 if row.stem is None else len(row.stem)) for row in self._rows())
+        of_heads = () if self.questions is None else self.questions.rows
+        rows = itertools.chain(self._rows(), of_heads)
+        return max(len(row) + (0 if row.stem is None else len(row.stem)) for row in rows)
 
     @property
     def mean_tokens(self) -> int:
@@ -85,7 +93,7 @@ def lay_out(options: RunOptions, prepared: Prepared) -> Laid:
     evaluate = chunks(
         prepared.evaluate,
         chunks_of(most_documents(prepared.evaluate), EVALUATE_CHUNK),
-        bool(asked & {"evaluate", "prune"}),
+        bool(asked & {"evaluate", "prune", "induction"}),
     )
     curves = chunks(
         prepared.curves,
@@ -99,7 +107,9 @@ def lay_out(options: RunOptions, prepared: Prepared) -> Laid:
     gold: tuple[PackedRows, ...] = ()
     if "importance" in asked or not (evaluate or ablate):
         gold = tuple(_outlined(prepared.pack(task, gold_only=True).packed) for task in prepared.importance)
-    return Laid(evaluate, ablate, curves, gold, between - start, time.perf_counter() - between)
+    training = time.perf_counter() - between
+    questions = head_questions(options, prepared) if "induction" in asked else None
+    return Laid(evaluate, ablate, curves, gold, between - start, training, questions)
 
 
 def _outlined(packed: PackedRows) -> PackedRows:
@@ -120,7 +130,7 @@ class PlannedSweep(NamedTuple):
 def planned_sweeps(
     experiment: str, options: RunOptions, prepared: Prepared, laid: Laid, masks: Sequence[Mask]
 ) -> Iterator[PlannedSweep]:
-    """Yield the sweeps of `evaluate` (clean and under `masks`), `ablate` or `prune`; of others none.
+    """Yield the sweeps of `evaluate` (clean and under `masks`), `ablate`, `prune` or `induction`; of others none.
 
     The pruner's are those of removing every head, one after the other, so that a layer's sweeps try all its heads, one
     less, …, one; the first of a layer also runs the clean model up to it.
@@ -161,6 +171,13 @@ def planned_sweeps(
         for chunk in laid.evaluate:
             six = (Mask(ffns=frozenset([0])),) * 6
             yield PlannedSweep([Job(rows, six) for rows in chunk.rows.values()])
+    elif experiment == "induction":
+        # Which heads is not known yet; they lie beyond the middle as often as not.
+        few = causal_masks(RANDOM_DRAWS, layers // 2)
+        first = laid.evaluate[0].rows
+        jobs = [Job(rows, few) for place, rows in first.items() if prepared.evaluate[place].shots > 0]
+        if jobs:
+            yield PlannedSweep(jobs, part=f"{EVALUATION_PART}-000000")
 
 
 def _curve_sweeps(options: RunOptions, prepared: Prepared, laid: Laid) -> Iterator[PlannedSweep]:

@@ -7,6 +7,7 @@ import psutil
 
 from lowmem_icl.config import RunOptions
 from lowmem_icl.engine.batches import MICRO_BATCH_TOKENS
+from lowmem_icl.engine.heads import reading_bytes
 from lowmem_icl.engine.wave import KEPT_MASK_ELEMENTS
 from lowmem_icl.engine.waves import CACHE_SHARE, FLOAT_BYTES, SweepLimits
 from lowmem_icl.errors import DoesNotFit
@@ -14,6 +15,7 @@ from lowmem_icl.files import free_bytes
 from lowmem_icl.model.reading import PAGE_BYTES
 from lowmem_icl.model.store import OUTSIDE, Store
 from lowmem_icl.model.streamed import READ_ROWS, VOCABULARY_BLOCK
+from lowmem_icl.stages.inducing import copying_form
 
 FREE_SHARE = 0.8
 RESIDENT_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)
@@ -141,6 +143,11 @@ def working_bytes(options: RunOptions, store: Store, longest_tokens: int, togeth
     if "importance" in options.experiments:
         # The graph of a layer and the gradients at everything in it.
         working += tokens * (16 * ffn_width + 64 * skeleton.width)
+    if "induction" in options.experiments:
+        # A layer's output projection and the vocabulary's products stay while it runs; its heads are read before the FFN.
+        working += 3 * skeleton.width**2 * FLOAT_BYTES
+        heads = tokens * 64 * skeleton.width + 2 * longest_tokens**2 * FLOAT_BYTES
+        working = max(working, heads + reading_bytes(skeleton, longest_tokens, copying_form(options)))
     # The unembedding comes after the layers, in the same space.
     reading = (2 * READ_ROWS + skeleton.width) * VOCABULARY_BLOCK * FLOAT_BYTES
     waiting = 3 * (READ_ROWS + tokens) * skeleton.width * FLOAT_BYTES

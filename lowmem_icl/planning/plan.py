@@ -10,6 +10,7 @@ from lowmem_icl.engine.waves import (
     SweepCost,
     SweepLimits,
     gradients_cost,
+    head_blocks,
     operations,
     row_blocks,
     sweep_cost,
@@ -24,6 +25,7 @@ from lowmem_icl.planning.costs import Laid, planned_sweeps
 from lowmem_icl.planning.measure import Rates, measure
 from lowmem_icl.planning.memory import FREE_SHARE, MemoryPlan, plan_memory
 from lowmem_icl.prepare import Prepared
+from lowmem_icl.stages.inducing import PART, questions_cost
 from lowmem_icl.stages.rescoring import RESCORED_LEVELS, rescoring_part
 
 # A stop loses the wave in work: longer ones are cut, unless reading would then take longer than computing.
@@ -166,6 +168,8 @@ def make_plan(
             if experiment == "prune" and options.rescore:
                 again = sum(not finished(rescoring_part(level)) for level in RESCORED_LEVELS)
                 cost += _one_backward(laid, skeleton, limits, len(resident)) * again
+            if experiment == "induction" and not finished(PART):
+                cost += _head_scores_cost(laid, prepared, limits, len(resident))
             if experiment in ("evaluate", "prune"):
                 laying_out = laid.evaluate_seconds
         if not cost.attended:
@@ -181,7 +185,7 @@ def make_plan(
                 layers_read=round(cost.layers_read),
                 read_bytes=round(cost.layers_read) * store.layer_bytes,
                 seconds=seconds_of(cost) + laying_out,
-                rough=experiment == "prune",
+                rough=experiment in ("prune", "induction"),
             )
         )
     checkpoint = prepared.located.checkpoint
@@ -196,6 +200,16 @@ def _one_backward(laid: Laid, skeleton: Skeleton, limits: SweepLimits, resident:
     blocks = row_blocks(members, skeleton.width, skeleton.layers, limits, keeps_clean=True)
     cost = gradients_cost(laid.gold, skeleton.layers)
     return replace(cost, layers_read=2 * (skeleton.layers - resident) * len(blocks))
+
+
+def _head_scores_cost(laid: Laid, prepared: Prepared, limits: SweepLimits, resident: int) -> SweepCost:
+    """Return what scoring heads takes: one read of the weights, or as many as there are blocks that fit."""
+    skeleton = prepared.store.skeleton
+    assert laid.questions is not None
+    rows = [BlockRow(place, row) for place, row in enumerate(laid.questions.rows)]
+    blocks = head_blocks(rows, skeleton.width, skeleton.layers, limits)
+    layers_read = len(blocks) * (skeleton.layers - resident)
+    return questions_cost(laid.questions, skeleton, limits.micro_batch_tokens, layers_read)
 
 
 def _wave_tokens(store: Store, rates: Rates, resident: int) -> int:
@@ -215,7 +229,7 @@ def within_hours(plan: Plan, hours: float, chunk_seconds: Sequence[tuple[int, fl
             f"--hours {hours:g}: evaluate and importance alone take about {first / 3600:.2g} hours; give --hours "
             f"{math.ceil(10 * first / 3600) / 10:g} or more, or fewer documents (--limit, --train-limit)"
         )
-    left = total - first
+    left = max(0.0, total - first - seconds.get("induction", 0.0))
     pruning = ROUGH_MARGIN * seconds.get("prune", 0.0)
     ablating = seconds.get("ablate", 0.0)
     skip_prune = bool(ablating) and pruning > left - ablating and pruning > PRUNE_SHARE * left

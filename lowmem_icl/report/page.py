@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from lowmem_icl.files import write_text_atomic
 from lowmem_icl.protocols import DIFFERENCES, REFERENCE
-from lowmem_icl.report import agreement, curves, figures
+from lowmem_icl.report import agreement, curves, figures, figures_induction
 from lowmem_icl.results import read_table
 from lowmem_icl.summary import CLAIMED_Q, accuracy, claim_mark, pruned, run_record, top_units, unit_name
 
@@ -224,6 +224,20 @@ def _sections(results: pl.DataFrame, record: dict[str, Any], folder: Path) -> li
                 ],
             )
         )  # fmt: skip
+    induction = results.filter(pl.col("experiment") == "induction")
+    if len(induction):
+        drawn = draw(
+            "induction",
+            lambda: figures_induction.score_maps(induction, layers, heads),
+            "Heads by layer, layer 0 at the bottom. Copying by eigenvalues: −1 to 1, from the weights alone.",
+        )
+        drawn += draw(
+            "capacity",
+            lambda: figures_induction.capacity_curves(induction),
+            "What is left of the summed scores when heads go, least important first; grey: 95 % of random orders.",
+        )
+        told = figures_induction.told(induction, record.get("induction", {}))
+        sections.append(Section("Induction heads", told, drawn))
     if len(results.filter(pl.col("experiment") == "overlap")):
         sections.append(
             Section(

@@ -10,6 +10,7 @@ from lowmem_icl.resampling import DocumentRanking, DocumentScores
 from lowmem_icl.stages.ablating import run_ablate
 from lowmem_icl.stages.evaluating import evaluation_rows
 from lowmem_icl.stages.gradients import importance_of, unit_gradient_arrays
+from lowmem_icl.stages.inducing import run_induction
 from lowmem_icl.stages.pruning import run_prune
 from lowmem_icl.stages.work import AGGREGATE, Gathered, OutOfTime, Work
 from lowmem_icl.tasks.sources import in_domain
@@ -90,6 +91,7 @@ def run_stages(work: Work, gathered: Gathered, masks: Mapping[str, Mask]) -> Ite
         "importance": lambda: run_importance(work, gathered),
         "ablate": lambda: run_ablate(work, gathered),
         "prune": lambda: run_prune(work, gathered),
+        "induction": lambda: run_induction(work, gathered),
         "overlap": lambda: run_overlap(work, gathered),
     }
     for name, stage in stages.items():

@@ -56,7 +56,7 @@ class Gathered:
 
     `results` are rows of results.parquet, `columns` blocks of columns of it, where there are very many. A stage that has
     more puts its new rows in place of its earlier ones. `document_rankings`: those of `rankings` (heads) whose scores are known
-    by document.
+    by document; `record`: what stages add to run.json.
     """
 
     results: dict[str, list[Row]] = field(default_factory=dict)
@@ -66,6 +66,7 @@ class Gathered:
     masks: list[MadeMask] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
     importance: dict[tuple[str, int], Importance] = field(default_factory=dict)
     rankings: dict[RankingKey, NDArray[np.float64]] = field(default_factory=dict)
     ffn_rankings: dict[RankingKey, NDArray[np.float64]] = field(default_factory=dict)
