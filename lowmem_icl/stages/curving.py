@@ -1,6 +1,7 @@
 """The curves of the prune stage: all levels of all curves as variants of one sweep, judged on evaluation documents."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,16 +62,19 @@ def points_of(options: RunOptions, tasks: Sequence[TaskRows], rankings: Rankings
 
 def _with_means(rows: list[Row]) -> list[Row]:
     """Return rows and their means over the tasks that the paper's aggregate is of."""
-    # A transfer's donor is another one for every task: their mean is over donors chosen by one rule.
-    shared = [
-        row | {"other_task": None} if row["method"] in curves.TRANSFERS else row
-        for row in rows
-        if in_domain(row["task"])
-    ]
-    means = list(evaluate.mean_over_tasks(shared, MEAN_FIELDS))
+    shared: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        if not in_domain(row["task"]):
+            continue
+        if row["method"] in curves.TRANSFERS or row["other_task"] == row["task"]:
+            # The donor is another one for every task: their mean is over donors chosen by one rule.
+            row = row | {"other_task": None}
+        # Where there are few units, neighbouring levels remove the same and count once.
+        shared[(row["task"], row["metric"], *(row[field] for field in MEAN_FIELDS))] = row
+    means = list(evaluate.mean_over_tasks(list(shared.values()), MEAN_FIELDS))
     named = {
         tuple(row[field] for field in MEAN_FIELDS): row["mask"]
-        for row in shared
+        for row in shared.values()
         if row["other_task"] == AGGREGATE or row["method"] == "random"
     }
     return rows + [row | {"mask": named.get(tuple(row[field] for field in MEAN_FIELDS))} for row in means]

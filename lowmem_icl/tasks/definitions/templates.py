@@ -72,7 +72,8 @@ def lambada_text(row: Row) -> str:
 
 
 def lambada_word(row: Row) -> str:
-    return row["text"].rsplit(" ", 1)[1]
+    # With its space: of a single continuation lm-eval takes the text as it stands.
+    return " " + row["text"].rsplit(" ", 1)[1]
 
 
 def copa_text(row: Row) -> str:
