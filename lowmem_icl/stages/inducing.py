@@ -155,7 +155,7 @@ def _gather_scores(
     for name, method in methods.items():
         columns += induction.score_columns(name, method, getattr(scores, name))
     columns.append(induction.weight_columns("copying_eigenvalues", "weights", scores.copying_eigenvalues))
-    ranked = {tuple(key): ranking for key, ranking in gathered.rankings.items()}
+    ranked = {(key.task, key.shots, key.method): ranking for key, ranking in gathered.rankings.items()}
     rows: list[Row] = list(induction.overlap_rows(means["prefix_matching"], ranked))
     for capacity in induction.CAPACITIES:
         columns += induction.capacity_columns(capacity, means[capacity], ranked, work.options.seed)
