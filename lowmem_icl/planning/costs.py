@@ -16,7 +16,13 @@ from lowmem_icl.experiments.induction import RANDOM_DRAWS
 from lowmem_icl.masks import Mask
 from lowmem_icl.prepare import Prepared
 from lowmem_icl.rows import PackedRows, Row, outline
-from lowmem_icl.stages.inducing import EVALUATION_PART, causal_masks, head_questions
+from lowmem_icl.stages.inducing import (
+    CAUSAL_DOCUMENTS,
+    EVALUATION_PART,
+    causal_masks,
+    causal_tasks,
+    head_questions,
+)
 from lowmem_icl.stages.work import EVALUATE_CHUNK, chunks_of, doubling_chunks, most_documents
 from lowmem_icl.tasks.loading import TaskRows
 
@@ -34,7 +40,7 @@ class Laid:
     """Outlines of all rows as the experiments lay them out, without content, and the seconds that laying out took.
 
     `evaluate`, `ablate`: all documents in chunks; `gold`: the gold options alone, of all documents; `questions`: what
-    heads are scored on, if they are.
+    heads are scored on, if they are, and `causal` the documents that induction heads are then removed for.
     """
 
     evaluate: tuple[Chunk, ...]
@@ -43,9 +49,10 @@ class Laid:
     evaluate_seconds: float
     train_seconds: float
     questions: HeadQuestions | None = None
+    causal: tuple[Chunk, ...] = ()
 
     def _rows(self) -> Iterator[Row]:
-        for chunk in (*self.evaluate, *self.ablate):
+        for chunk in (*self.evaluate, *self.ablate, *self.causal):
             for packed in chunk.rows.values():
                 yield from packed.rows
         for packed in self.gold:
@@ -88,7 +95,7 @@ def lay_out(options: RunOptions, prepared: Prepared) -> Laid:
     evaluate = chunks(
         prepared.evaluate,
         chunks_of(most_documents(prepared.evaluate), EVALUATE_CHUNK),
-        bool(asked & {"evaluate", "prune", "induction"}),
+        bool(asked & {"evaluate", "prune"}),
     )
     between = time.perf_counter()
     ablate = chunks(
@@ -98,8 +105,11 @@ def lay_out(options: RunOptions, prepared: Prepared) -> Laid:
     if "importance" in asked or not (evaluate or ablate):
         gold = tuple(_outlined(prepared.pack(task, gold_only=True).packed) for task in prepared.train)
     training = time.perf_counter() - between
-    questions = head_questions(options, prepared) if "induction" in asked else None
-    return Laid(evaluate, ablate, gold, between - start, training, questions)
+    inducing = "induction" in asked
+    questions = head_questions(options, prepared) if inducing else None
+    shown = causal_tasks(prepared)
+    causal = chunks(shown, [CAUSAL_DOCUMENTS], inducing and bool(shown))
+    return Laid(evaluate, ablate, gold, between - start, training, questions, causal)
 
 
 def _outlined(packed: PackedRows) -> PackedRows:
@@ -160,10 +170,9 @@ def planned_sweeps(
     elif experiment == "induction":
         # Which heads is not known yet; they lie beyond the middle as often as not.
         few = causal_masks(RANDOM_DRAWS, layers // 2)
-        first = laid.evaluate[0].rows
-        jobs = [Job(rows, few) for place, rows in first.items() if prepared.evaluate[place].shots > 0]
-        if jobs:
-            yield PlannedSweep(jobs, part=f"{EVALUATION_PART}-000000")
+        for chunk in laid.causal:
+            part = f"{EVALUATION_PART}-{chunk.documents.start:06d}"
+            yield PlannedSweep([Job(rows, few) for rows in chunk.rows.values()], part=part)
 
 
 def _joined(chunks: Sequence[PackedRows]) -> PackedRows:

@@ -18,11 +18,13 @@ from lowmem_icl.model.families import Skeleton
 from lowmem_icl.parts import SECONDS_BETWEEN_DRAFTS, Draft
 from lowmem_icl.prepare import Prepared
 from lowmem_icl.rows import stem_of
-from lowmem_icl.stages.work import EVALUATE_CHUNK, Gathered, MadeMask, OutOfTime, Row, Work
+from lowmem_icl.stages.work import Gathered, MadeMask, OutOfTime, Row, Work
+from lowmem_icl.tasks.loading import TaskRows
 
 PART = "induction"
 EVALUATION_PART = "induction-evaluate"
-CAUSAL_DOCUMENTS = slice(0, EVALUATE_CHUNK)
+CAUSAL_DOCUMENTS = slice(0, 64)
+"""Documents of every task that induction heads are removed for, and 20 random draws beside them."""
 SEQUENCES_NAME = "random-sequences"
 
 
@@ -48,6 +50,11 @@ def head_questions(options: RunOptions, prepared: Prepared) -> HeadQuestions:
         copying_form(options),
         spurious=_is_reference(options),
     )
+
+
+def causal_tasks(prepared: Prepared) -> list[TaskRows]:
+    """Return the tasks and shot counts that the causal check is about: those with demonstrations."""
+    return [task for task in prepared.evaluate if task.shots > 0]
 
 
 def causal_masks(count: int, layer: int) -> tuple[Mask, ...]:
@@ -173,7 +180,7 @@ def _check_cause(
     """Remove the top induction heads together, and as many others of the same layers, many times over."""
     seed = work.options.seed
     removed = induction.top_induction_heads(means["prefix_matching"])
-    tasks = [task for task in work.prepared.evaluate if task.shots > 0]
+    tasks = causal_tasks(work.prepared)
     if not removed.heads:
         gathered.warnings.append(
             f"induction: no head reaches a prefix-matching score of {induction.HEAD_SCORE}; none is removed"
