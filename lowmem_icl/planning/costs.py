@@ -17,8 +17,9 @@ from lowmem_icl.masks import Mask
 from lowmem_icl.prepare import Prepared
 from lowmem_icl.rows import PackedRows, Row, outline
 from lowmem_icl.stages.inducing import (
-    CAUSAL_DOCUMENTS,
+    DRAWN_DOCUMENTS,
     EVALUATION_PART,
+    MORE_DOCUMENTS,
     causal_masks,
     causal_tasks,
     head_questions,
@@ -108,7 +109,7 @@ def lay_out(options: RunOptions, prepared: Prepared) -> Laid:
     inducing = "induction" in asked
     questions = head_questions(options, prepared) if inducing else None
     shown = causal_tasks(prepared)
-    causal = chunks(shown, [CAUSAL_DOCUMENTS], inducing and bool(shown))
+    causal = chunks(shown, [DRAWN_DOCUMENTS, MORE_DOCUMENTS], inducing and bool(shown))
     return Laid(evaluate, ablate, gold, between - start, training, questions, causal)
 
 
@@ -170,9 +171,13 @@ def planned_sweeps(
     elif experiment == "induction":
         # Which heads is not known yet; they lie beyond the middle as often as not.
         few = causal_masks(RANDOM_DRAWS, layers // 2)
-        for chunk in laid.causal:
-            part = f"{EVALUATION_PART}-{chunk.documents.start:06d}"
-            yield PlannedSweep([Job(rows, few) for rows in chunk.rows.values()], part=part)
+        jobs = [
+            Job(rows, masked)
+            for chunk, masked in zip(laid.causal, (few, few[:2]), strict=False)
+            for rows in chunk.rows.values()
+        ]
+        if jobs:
+            yield PlannedSweep(jobs, part=EVALUATION_PART)
 
 
 def _joined(chunks: Sequence[PackedRows]) -> PackedRows:

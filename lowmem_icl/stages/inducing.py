@@ -1,6 +1,6 @@
 """The induction stage: heads scored on random sequences, then the top ones removed together, beside random draws."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,23 +8,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowmem_icl.config import RunOptions
+from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.copying import REFERENCE_COPYING, CopyingForm
 from lowmem_icl.engine.heads import HeadQuestions, HeadScores, Journey, heads_cost
 from lowmem_icl.engine.stream import score_heads
-from lowmem_icl.engine.waves import SweepCost, operations
-from lowmem_icl.experiments import evaluate, induction
+from lowmem_icl.engine.waves import Job, SweepCost, operations
+from lowmem_icl.experiments import ablate, evaluate, induction
 from lowmem_icl.masks import Mask
 from lowmem_icl.model.families import Skeleton
 from lowmem_icl.parts import SECONDS_BETWEEN_DRAFTS, Draft
 from lowmem_icl.prepare import Prepared
 from lowmem_icl.rows import stem_of
-from lowmem_icl.stages.work import Gathered, MadeMask, OutOfTime, Row, Work
+from lowmem_icl.stages.work import Gathered, MadeMask, OutOfTime, Row, Work, chunk_jobs, joined
+from lowmem_icl.statistics import means_with_intervals
 from lowmem_icl.tasks.loading import TaskRows
+from lowmem_icl.tasks.packing import PackedTask
 
 PART = "induction"
 EVALUATION_PART = "induction-evaluate"
-CAUSAL_DOCUMENTS = slice(0, 64)
-"""Documents of every task that induction heads are removed for, and 20 random draws beside them."""
+DRAWN_DOCUMENTS = slice(0, 64)
+"""Documents of every task that induction heads and all random draws beside them are removed for."""
+MORE_DOCUMENTS = slice(64, 512)
+"""Those that only induction heads are removed for."""
 SEQUENCES_NAME = "random-sequences"
 
 
@@ -196,18 +201,7 @@ def _check_cause(
         )
     masks = {evaluate.CLEAN: Mask(), induction.HEADS_MASK: removed}
     masks |= {f"{induction.RANDOM_MASK}-{number + 1:02d}": mask for number, mask in enumerate(drawn)}
-    wanted = [tuple(masks.values())] * len(tasks)
-    scores = work.sweep_chunk(
-        "induction", EVALUATION_PART, "induction heads removed", tasks, wanted, CAUSAL_DOCUMENTS
-    )
-    rows: list[Row] = []
-    for place, score in scores.items():
-        packed = work.prepared.pack(tasks[place], CAUSAL_DOCUMENTS)
-        for (name, mask), logprobs, greedy in zip(masks.items(), score.logprobs, score.greedy, strict=True):
-            rows += [
-                row | _made_by(name, seed)
-                for row in evaluate.evaluation_rows(packed, name, mask, logprobs, greedy, seed)
-            ]
+    rows = _effect_rows(work, tasks, masks)
     fields = ("shots", "mask", "heads_removed", "ffns_removed", "method", "seed")
     rows += list(evaluate.mean_over_tasks(rows, fields))
     rows += list(induction.band_rows([row for row in rows if row["method"] == "random"]))
@@ -220,6 +214,59 @@ def _check_cause(
         for name, mask in masks.items()
         if name != evaluate.CLEAN
     ]  # fmt: skip
+
+
+def causal_jobs(prepared: Prepared, tasks: Sequence[TaskRows], masks: Sequence[Mask]) -> list[Job]:
+    """Return what the causal check sweeps: some documents under all masks, more under the first two, clean and heads."""
+    return [
+        *chunk_jobs(prepared, tasks, [tuple(masks)] * len(tasks), DRAWN_DOCUMENTS),
+        *chunk_jobs(prepared, tasks, [tuple(masks[:2])] * len(tasks), MORE_DOCUMENTS),
+    ]
+
+
+def _effect_rows(work: Work, tasks: Sequence[TaskRows], masks: Mapping[str, Mask]) -> list[Row]:
+    """Return the result rows of all masks, of which the first is the clean run and the second the induction heads."""
+    swept = work.sweep(
+        "induction",
+        EVALUATION_PART,
+        "induction heads removed",
+        lambda: causal_jobs(work.prepared, tasks, list(masks.values())),
+    )
+    some, more = swept[: len(tasks)], iter(swept[len(tasks) :])
+    rows: list[Row] = []
+    for task, score in zip(tasks, some, strict=True):
+        both = Scores(score.logprobs[:2], score.greedy[:2])
+        if len(task.documents) > MORE_DOCUMENTS.start:
+            both = joined([both, next(more)])
+        everything = work.prepared.pack(task, slice(0, MORE_DOCUMENTS.stop))
+        first_two = dict(list(masks.items())[:2])
+        rows += _rows_of(everything, first_two, both, first_two, work.options.seed)
+        drawn = {name: mask for name, mask in masks.items() if name not in first_two}
+        if drawn:
+            rows += _rows_of(
+                work.prepared.pack(task, DRAWN_DOCUMENTS), masks, score, drawn, work.options.seed
+            )
+    return rows
+
+
+def _rows_of(
+    packed: PackedTask, masks: Mapping[str, Mask], scores: Scores, wanted: Mapping[str, Mask], seed: int
+) -> Iterator[Row]:
+    """Yield the result rows of the masks wanted, with the accuracy that each costs on the same documents."""
+    lost = ablate.drops(packed, scores.logprobs, scores.greedy)
+    drops = means_with_intervals(lost.accuracy, lost.accuracy_clusters, seed=seed)
+    for place, (name, mask) in enumerate(masks.items()):
+        if name not in wanted:
+            continue
+        made = _made_by(name, seed)
+        for row in evaluate.evaluation_rows(
+            packed, name, mask, scores.logprobs[place], scores.greedy[place], seed
+        ):
+            yield row | made
+            shared = row
+        if place:
+            of_mask = {field: float(values[place - 1]) for field, values in drops._asdict().items()}
+            yield shared | made | {"metric": "acc_drop", "chance": None} | of_mask
 
 
 def _made_by(name: str, seed: int) -> dict[str, Any]:
