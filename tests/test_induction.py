@@ -453,6 +453,13 @@ def test_a_run_tells_all_of_it(tmp_path: Path) -> None:
     median = effects.filter((pl.col("mask") == "induction-random") & (pl.col("task") == "recall"))
     drawn = effects.filter((pl.col("method") == "random") & (pl.col("task") == "recall"))["value"]
     assert median["value"].item() == pytest.approx(drawn.median())
+    costs = rows.filter((pl.col("metric") == "acc_drop") & (pl.col("task") == "recall"))
+    assert len(costs) == 1 + 20 + 1
+    clean, without = (
+        effects.filter((pl.col("mask") == name) & (pl.col("task") == "recall"))["value"].item()
+        for name in ("clean", "induction-heads")
+    )
+    assert costs.filter(pl.col("method") == "induction")["value"].item() == pytest.approx(clean - without)
     mask = read_mask(folder / "masks" / "induction-heads.json")
     assert mask.made["method"] == "induction"
     assert len(mask.mask) == effects.filter(pl.col("method") == "induction")["heads_removed"][0]

@@ -68,8 +68,11 @@ class HeadScores:
     @classmethod
     def unmade(cls, sequences: int, layers: int, heads: int) -> "HeadScores":
         """Return scores that are all still to be made."""
-        by_sequence = [np.full((sequences, layers, heads), np.nan) for _ in range(4)]
-        return cls(*by_sequence, np.full((layers, heads), np.nan), np.zeros(2 * sequences, dtype=np.bool_))
+        by_sequence = (sequences, layers, heads)
+        return cls(
+            np.full(by_sequence, np.nan), np.full(by_sequence, np.nan), np.full(by_sequence, np.nan),
+            np.full(by_sequence, np.nan), np.full((layers, heads), np.nan), np.zeros(2 * sequences, dtype=np.bool_),
+        )  # fmt: skip
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
         """Return the arrays by name."""

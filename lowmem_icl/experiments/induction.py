@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowmem_icl.detection import area_under_curve, precision_at, rank_correlation
+from lowmem_icl.detection import Measure, area_under_curve, precision_at, rank_correlation
 from lowmem_icl.masks import Mask
 from lowmem_icl.rankings import ascending, highest_heads
 
@@ -161,7 +161,9 @@ def overlap_rows(
             "exact": True,
         }
         flat = ranking.ravel()
-        measures = {"induction_spearman": (None, rank_correlation(flat, scores))}
+        measures: dict[str, tuple[int | None, Measure]] = {
+            "induction_spearman": (None, rank_correlation(flat, scores))
+        }
         if 0 < count < len(scores):
             measures |= {
                 "induction_precision": (count, precision_at(flat, members, count)),

@@ -19,7 +19,14 @@ from lowmem_icl.prepare import Prepared
 from lowmem_icl.rankings import RankingKey
 from lowmem_icl.rows import PackedRows, Row, outline
 from lowmem_icl.stages.curving import points_of
-from lowmem_icl.stages.inducing import EVALUATION_PART, causal_masks, head_questions
+from lowmem_icl.stages.inducing import (
+    DRAWN_DOCUMENTS,
+    EVALUATION_PART,
+    MORE_DOCUMENTS,
+    causal_masks,
+    causal_tasks,
+    head_questions,
+)
 from lowmem_icl.stages.work import AGGREGATE, EVALUATE_CHUNK, chunks_of, doubling_chunks, most_documents
 from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.sources import in_domain
@@ -38,7 +45,7 @@ class Laid:
     """Outlines of all rows as the experiments lay them out, without content, and the seconds that laying out took.
 
     `evaluate`, `ablate`, `curves`: all documents in chunks; `gold`: the gold options alone, of all documents; `questions`:
-    what heads are scored on, if they are.
+    what heads are scored on, if they are, and `causal` the documents that induction heads are then removed for.
     """
 
     evaluate: tuple[Chunk, ...]
@@ -48,9 +55,10 @@ class Laid:
     evaluate_seconds: float
     train_seconds: float
     questions: HeadQuestions | None = None
+    causal: tuple[Chunk, ...] = ()
 
     def _rows(self) -> Iterator[Row]:
-        for chunk in (*self.evaluate, *self.ablate, *self.curves):
+        for chunk in (*self.evaluate, *self.ablate, *self.curves, *self.causal):
             for packed in chunk.rows.values():
                 yield from packed.rows
         for packed in self.gold:
@@ -93,7 +101,7 @@ def lay_out(options: RunOptions, prepared: Prepared) -> Laid:
     evaluate = chunks(
         prepared.evaluate,
         chunks_of(most_documents(prepared.evaluate), EVALUATE_CHUNK),
-        bool(asked & {"evaluate", "prune", "induction"}),
+        bool(asked & {"evaluate", "prune"}),
     )
     curves = chunks(
         prepared.curves,
@@ -108,8 +116,11 @@ def lay_out(options: RunOptions, prepared: Prepared) -> Laid:
     if "importance" in asked or not (evaluate or ablate):
         gold = tuple(_outlined(prepared.pack(task, gold_only=True).packed) for task in prepared.importance)
     training = time.perf_counter() - between
-    questions = head_questions(options, prepared) if "induction" in asked else None
-    return Laid(evaluate, ablate, curves, gold, between - start, training, questions)
+    inducing = "induction" in asked
+    questions = head_questions(options, prepared) if inducing else None
+    shown = causal_tasks(prepared)
+    causal = chunks(shown, [DRAWN_DOCUMENTS, MORE_DOCUMENTS], inducing and bool(shown))
+    return Laid(evaluate, ablate, curves, gold, between - start, training, questions, causal)
 
 
 def _outlined(packed: PackedRows) -> PackedRows:
@@ -174,10 +185,13 @@ def planned_sweeps(
     elif experiment == "induction":
         # Which heads is not known yet; they lie beyond the middle as often as not.
         few = causal_masks(RANDOM_DRAWS, layers // 2)
-        first = laid.evaluate[0].rows
-        jobs = [Job(rows, few) for place, rows in first.items() if prepared.evaluate[place].shots > 0]
+        jobs = [
+            Job(rows, masked)
+            for chunk, masked in zip(laid.causal, (few, few[:2]), strict=False)
+            for rows in chunk.rows.values()
+        ]
         if jobs:
-            yield PlannedSweep(jobs, part=f"{EVALUATION_PART}-000000")
+            yield PlannedSweep(jobs, part=EVALUATION_PART)
 
 
 def _curve_sweeps(options: RunOptions, prepared: Prepared, laid: Laid) -> Iterator[PlannedSweep]:

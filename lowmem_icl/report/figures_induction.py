@@ -125,23 +125,25 @@ def told(induction: pl.DataFrame, used: Mapping[str, Any]) -> str:
 
 def _effect(induction: pl.DataFrame) -> list[str]:
     """Return a sentence on the accuracy without induction heads, over all tasks at the most demonstrations."""
-    rows = induction.filter(pl.col("mask").is_not_null() & pl.col("metric").is_in(ACCURACY))
+    rows = induction.filter(pl.col("mask").is_not_null() & pl.col("metric").is_in([*ACCURACY, "acc_drop"]))
     if (rows["task"] == AGGREGATE).any():
         rows = rows.filter(pl.col("task") == AGGREGATE)
     rows = rows.filter(pl.col("shots") == rows["shots"].max())
-    at = {row["mask"]: row for row in rows.iter_rows(named=True)}
-    if "induction-heads" not in at or "clean" not in at:
+    at = {(row["mask"], row["metric"] == "acc_drop"): row for row in rows.iter_rows(named=True)}
+    without, clean = at.get(("induction-heads", False)), at.get(("clean", False))
+    if without is None or clean is None:
         return []
-    without, clean, draws = at["induction-heads"], at["clean"], at.get("induction-random")
     task = "mean accuracy" if without["task"] == AGGREGATE else f"accuracy of {without['task']}"
     chance = "" if without["chance"] is None else f", chance being {without['chance']:.2f}"
     text = (
         f"Removing {without['heads_removed']} of them together takes the {task} at {without['shots']} shots from "
         f"{clean['value']:.3f} to {without['value']:.3f}{chance}"
     )
+    draws = at.get(("induction-random", True))
     if draws is not None:
         text += (
-            f"; as many other heads of the same layers, previous-token heads left out, leave {draws['value']:.3f} "
-            f"(median of random draws, 95 % of which lie between {draws['low']:.3f} and {draws['high']:.3f})"
+            f"; as many other heads of the same layers, previous-token heads left out, cost {draws['value']:.3f} "
+            f"(median of random draws, 95 % of which lie between {draws['low']:.3f} and {draws['high']:.3f}; "
+            f"{draws['documents']} documents)"
         )
     return [f"{text}."]

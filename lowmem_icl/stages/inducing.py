@@ -1,6 +1,6 @@
 """The induction stage: heads scored on random sequences, then the top ones removed together, beside random draws."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,22 +8,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowmem_icl.config import RunOptions
+from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.copying import REFERENCE_COPYING, CopyingForm
 from lowmem_icl.engine.heads import HeadQuestions, HeadScores, Journey, heads_cost
 from lowmem_icl.engine.stream import score_heads
-from lowmem_icl.engine.waves import SweepCost, operations
-from lowmem_icl.experiments import evaluate, induction
+from lowmem_icl.engine.waves import Job, SweepCost, operations
+from lowmem_icl.experiments import ablate, evaluate, induction
 from lowmem_icl.masks import Mask
 from lowmem_icl.model.families import Skeleton
 from lowmem_icl.parts import SECONDS_BETWEEN_DRAFTS, Draft
 from lowmem_icl.prepare import Prepared
 from lowmem_icl.rows import stem_of
-from lowmem_icl.stages.work import EVALUATE_CHUNK, Gathered, MadeMask, OutOfTime, Row, Work
+from lowmem_icl.stages.work import Gathered, MadeMask, OutOfTime, Row, Work, chunk_jobs, joined
+from lowmem_icl.statistics import means_with_intervals
+from lowmem_icl.tasks.loading import TaskRows
+from lowmem_icl.tasks.packing import PackedTask
 from lowmem_icl.tasks.sources import in_domain
 
 PART = "induction"
 EVALUATION_PART = "induction-evaluate"
-CAUSAL_DOCUMENTS = slice(0, EVALUATE_CHUNK)
+DRAWN_DOCUMENTS = slice(0, 64)
+"""Documents of every task that induction heads and all random draws beside them are removed for."""
+MORE_DOCUMENTS = slice(64, 512)
+"""Those that only induction heads are removed for."""
 SEQUENCES_NAME = "random-sequences"
 
 
@@ -45,6 +52,11 @@ def head_questions(options: RunOptions, prepared: Prepared) -> HeadQuestions:
         copying_form(options),
         spurious=options.choices.spurious_prefix_entries,
     )
+
+
+def causal_tasks(prepared: Prepared) -> list[TaskRows]:
+    """Return the tasks and shot counts that the causal check is about: those with demonstrations."""
+    return [task for task in prepared.evaluate if task.shots > 0]
 
 
 def causal_masks(count: int, layer: int) -> tuple[Mask, ...]:
@@ -152,7 +164,7 @@ def _gather_scores(
     for name, method in methods.items():
         columns += induction.score_columns(name, method, getattr(scores, name))
     columns.append(induction.weight_columns("copying_eigenvalues", "weights", scores.copying_eigenvalues))
-    ranked = {tuple(key): ranking for key, ranking in gathered.rankings.items()}
+    ranked = {(key.task, key.shots, key.method): ranking for key, ranking in gathered.rankings.items()}
     rows: list[Row] = list(induction.overlap_rows(means["prefix_matching"], ranked))
     for capacity in induction.CAPACITIES:
         columns += induction.capacity_columns(capacity, means[capacity], ranked, work.options.seed)
@@ -170,7 +182,7 @@ def _check_cause(
     """Remove the top induction heads together, and as many others of the same layers, many times over."""
     seed = work.options.seed
     removed = induction.top_induction_heads(means["prefix_matching"])
-    tasks = [task for task in work.prepared.evaluate if task.shots > 0]
+    tasks = causal_tasks(work.prepared)
     if not removed.heads:
         gathered.warnings.append(
             f"induction: no head reaches a prefix-matching score of {induction.HEAD_SCORE}; none is removed"
@@ -186,18 +198,7 @@ def _check_cause(
         )
     masks = {evaluate.CLEAN: Mask(), induction.HEADS_MASK: removed}
     masks |= {f"{induction.RANDOM_MASK}-{number + 1:02d}": mask for number, mask in enumerate(drawn)}
-    wanted = [tuple(masks.values())] * len(tasks)
-    scores = work.sweep_chunk(
-        "induction", EVALUATION_PART, "induction heads removed", tasks, wanted, CAUSAL_DOCUMENTS
-    )
-    rows: list[Row] = []
-    for place, score in scores.items():
-        packed = work.prepared.pack(tasks[place], CAUSAL_DOCUMENTS)
-        for (name, mask), logprobs, greedy in zip(masks.items(), score.logprobs, score.greedy, strict=True):
-            rows += [
-                row | _made_by(name, seed)
-                for row in evaluate.evaluation_rows(packed, name, mask, logprobs, greedy, seed)
-            ]
+    rows = _effect_rows(work, tasks, masks)
     fields = ("shots", "mask", "heads_removed", "ffns_removed", "method", "seed")
     rows += list(evaluate.mean_over_tasks([row for row in rows if in_domain(row["task"])], fields))
     rows += list(induction.band_rows([row for row in rows if row["method"] == "random"]))
@@ -210,6 +211,59 @@ def _check_cause(
         for name, mask in masks.items()
         if name != evaluate.CLEAN
     ]  # fmt: skip
+
+
+def causal_jobs(prepared: Prepared, tasks: Sequence[TaskRows], masks: Sequence[Mask]) -> list[Job]:
+    """Return what the causal check sweeps: some documents under all masks, more under the first two, clean and heads."""
+    return [
+        *chunk_jobs(prepared, tasks, [tuple(masks)] * len(tasks), DRAWN_DOCUMENTS),
+        *chunk_jobs(prepared, tasks, [tuple(masks[:2])] * len(tasks), MORE_DOCUMENTS),
+    ]
+
+
+def _effect_rows(work: Work, tasks: Sequence[TaskRows], masks: Mapping[str, Mask]) -> list[Row]:
+    """Return the result rows of all masks, of which the first is the clean run and the second the induction heads."""
+    swept = work.sweep(
+        "induction",
+        EVALUATION_PART,
+        "induction heads removed",
+        lambda: causal_jobs(work.prepared, tasks, list(masks.values())),
+    )
+    some, more = swept[: len(tasks)], iter(swept[len(tasks) :])
+    rows: list[Row] = []
+    for task, score in zip(tasks, some, strict=True):
+        both = Scores(score.logprobs[:2], score.greedy[:2])
+        if len(task.documents) > MORE_DOCUMENTS.start:
+            both = joined([both, next(more)])
+        everything = work.prepared.pack(task, slice(0, MORE_DOCUMENTS.stop))
+        first_two = dict(list(masks.items())[:2])
+        rows += _rows_of(everything, first_two, both, first_two, work.options.seed)
+        drawn = {name: mask for name, mask in masks.items() if name not in first_two}
+        if drawn:
+            rows += _rows_of(
+                work.prepared.pack(task, DRAWN_DOCUMENTS), masks, score, drawn, work.options.seed
+            )
+    return rows
+
+
+def _rows_of(
+    packed: PackedTask, masks: Mapping[str, Mask], scores: Scores, wanted: Mapping[str, Mask], seed: int
+) -> Iterator[Row]:
+    """Yield the result rows of the masks wanted, with the accuracy that each costs on the same documents."""
+    lost = ablate.drops(packed, scores.logprobs, scores.greedy)
+    drops = means_with_intervals(lost.accuracy, lost.accuracy_clusters, seed=seed)
+    for place, (name, mask) in enumerate(masks.items()):
+        if name not in wanted:
+            continue
+        made = _made_by(name, seed)
+        for row in evaluate.evaluation_rows(
+            packed, name, mask, scores.logprobs[place], scores.greedy[place], seed
+        ):
+            yield row | made
+            shared = row
+        if place:
+            of_mask = {field: float(values[place - 1]) for field, values in drops._asdict().items()}
+            yield shared | made | {"metric": "acc_drop", "chance": None} | of_mask
 
 
 def _made_by(name: str, seed: int) -> dict[str, Any]:
