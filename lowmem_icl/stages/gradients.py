@@ -66,6 +66,12 @@ def unit_gradient_arrays(
     return work.parts.get_or_make(part, make)
 
 
-def importance_of(task: PackedTask, number: int, arrays: Mapping[str, NDArray[Any]]) -> importance.Importance:
+def importance_of(
+    work: Work, task: PackedTask, number: int, arrays: Mapping[str, NDArray[Any]]
+) -> importance.Importance:
     """Return the scores of the task at a place from what `unit_gradient_arrays` returned."""
-    return importance.importance(task, *(arrays[f"{number}.{name}"] for name in FIELDS))
+    return importance.importance(
+        task,
+        *(arrays[f"{number}.{name}"] for name in FIELDS),
+        last_layer_by_continuation=work.options.choices.last_layer_by_continuation,
+    )
