@@ -346,7 +346,8 @@ def knees(
             "split": members[0]["split"],
             "documents": members[0]["documents"],
         }
-        if row := at.get((*key, level)):
+        cost = at.get((*key, level))
+        if cost is not None:
             names = (
                 "value",
                 "stderr",
@@ -358,7 +359,7 @@ def knees(
                 "heads_removed",
                 "ffns_removed",
             )
-            yield base | {"metric": "knee_acc_drop"} | {name: row[name] for name in names}
+            yield base | {"metric": "knee_acc_drop"} | {name: cost[name] for name in names}
 
 
 def control_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
