@@ -153,8 +153,8 @@ def split_half(ranking: DocumentRanking, seed: int) -> float:
 
     r is Spearman's between the rankings of two random halves of the documents (of every task, by cluster), mean over
     SPLITS halvings; returned is 2 r / (1 + |r|), Spearman and Brown's correction to the whole number of documents. It is
-    the ceiling of any rank correlation: with reliabilities a and b no correlation above √(a·b) can be expected, whatever
-    the units do. NaN where a task has a single cluster or a half ranks all units the same.
+    the ceiling of any rank correlation between rankings of other documents: with reliabilities a and b none above √(a·b) can
+    be expected, whatever the units do; rankings of the same documents share their noise and may exceed it. NaN where a task has a single cluster or a half ranks all units the same.
     """
     if not ranking.can_be_split:
         return float("nan")

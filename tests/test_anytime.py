@@ -137,7 +137,7 @@ def test_a_run_out_of_time_keeps_whole_chunks_and_the_same_command_goes_on(
     assert record["state"] == "out of time"
     assert "ablate: the time was over after 2 of 8 documents a task" in record["warnings"][-1]
     ablate = read_table(out / "results.parquet", "results").filter(pl.col("experiment") == "ablate")
-    assert set(ablate["documents"]) == {2}
+    assert set(ablate.filter(pl.col("task") != "aggregate")["documents"]) == {2}
     assert "overlap" in record["stages"], "what follows is done with what there is"
     effects = read_table(out / "effects.parquet", "effects")
     assert effects.filter((pl.col("task") == "recall") & (pl.col("shots") == 0))["document"].n_unique() == 2

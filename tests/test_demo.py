@@ -205,3 +205,37 @@ def test_knowledge_needs_none_of_the_heads_that_only_in_context_tasks_need(accur
     only = highest_heads(of_context, count) - highest_heads(of_knowledge, count)
     assert len(only)
     assert accuracy("knowledge", 16, only)[0] >= 0.9
+
+
+def test_in_context_effects_single_out_the_induction_heads(
+    tmp_path_factory: pytest.TempPathFactory, prefix_matching: np.ndarray
+) -> None:
+    out = tmp_path_factory.mktemp("in-context")
+    told = [
+        "run",
+        "--experiments",
+        "ablate",
+        "--tasks",
+        "recall,knowledge",
+        "--shots",
+        "0,16",
+        "--train-limit",
+        "16",
+    ]
+    result = CliRunner().invoke(
+        app, [*told, "--store-dir", str(out / "stores"), "--out", str(out / "run"), "--quiet"]
+    )
+    assert result.exit_code == 0, result.output
+    effects = read_table(out / "run" / "results.parquet", "results").filter(
+        (pl.col("metric") == "icl_effect") & (pl.col("kind") == "head") & (pl.col("layer") > 0)
+    )
+
+    def of_task(task: str) -> np.ndarray:
+        values = effects.filter(pl.col("task") == task).sort("layer", "head")["value"]
+        return values.to_numpy().reshape(3, 8)
+
+    # The first layer's heads look at the token before, whatever the task; what copies from there lies above.
+    induction = prefix_matching[1:] >= 0.3
+    highest = np.argsort(of_task("recall").ravel())[-2:]
+    assert induction.ravel()[highest].all()
+    assert of_task("recall")[induction].max() > 10 * np.abs(of_task("knowledge")[induction]).max()

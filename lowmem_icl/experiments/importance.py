@@ -72,7 +72,10 @@ def importance(
         head_documents=DocumentScores(
             task.task.task,
             by_document.reshape(len(by_document), -1).astype(np.float32),
-            np.repeat(tokens, head_absolute.shape[2], axis=1),
+            # A column for all units, unless layers differ: documents times units are many.
+            np.repeat(tokens, head_absolute.shape[2], axis=1)
+            if last_layer_by_continuation
+            else lengths[:, None],
             tuple(task.task.clusters),
         ),
     )

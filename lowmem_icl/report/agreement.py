@@ -28,8 +28,9 @@ def agreement_note(results: pl.DataFrame) -> str:
     note = "Spearman's rank correlation of head scores between tasks, and between shot counts of a task."
     if len(results.filter(pl.col("metric") == "split_half")):
         note += (
-            " Ceiling: √(a·b) of the rankings' split-half reliabilities a and b, mean over pairs; rankings from so many "
-            "documents could not agree further if their heads did the same."
+            " Ceiling: √(a·b) of the rankings' split-half reliabilities a and b, mean over pairs; two tasks' rankings from so "
+            "many documents could not agree further if their heads did the same. A task at two shot counts is measured on "
+            "the same documents and shares their noise, so it may agree beyond it."
         )
     return note + (ORDER_NOTE if len(results.filter(pl.col("metric") == "spearman_of_order")) else "")
 

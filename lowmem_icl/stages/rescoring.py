@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from lowmem_icl.experiments.curves import LEVELS, CurvePoint, Rankings
+from lowmem_icl.experiments.curves import CLEAN, LEVELS, CurvePoint, Rankings
 from lowmem_icl.masks import Mask
 from lowmem_icl.naming import mask_name
 from lowmem_icl.rankings import RankingKey, lowest_heads, removed_count
@@ -29,7 +29,7 @@ def rescored_points(work: Work, rankings: Rankings) -> list[list[CurvePoint]]:
     tasks, skeleton = work.prepared.importance, work.model.skeleton
     masks = [Mask()] * len(tasks)
     scores = [rankings.heads[RankingKey(task.task, task.shots, "gradient")].copy() for task in tasks]
-    points: list[list[CurvePoint]] = [[] for _ in tasks]
+    points = [[CurvePoint(CLEAN, Mask(), "rescored", "head", 0)] for _ in tasks]
     packed = [work.prepared.pack(task) for task in tasks]
     for before, percent in pairwise(LEVELS):
         if before:
