@@ -280,6 +280,7 @@ def evaluate(
     limit: LimitOption = None,
     demonstrations: DemonstrationsOption = None,
     demonstration_sets: DemonstrationSetsOption = None,
+    protocol: ProtocolOption = None,
     bos: BosOption = None,
     memory: MemoryOption = None,
     device_memory: DeviceMemoryOption = None,
@@ -310,16 +311,9 @@ def tasks(as_json: JsonOption = False, data_dir: DataDirOption = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lowmem_icl.tasks.loading import open_task
-    from lowmem_icl.tasks.sources import DEMO_TASKS, OUT_OF_DOMAIN_TASKS, PAPER_TASKS, task_metric
+    from lowmem_icl.tasks.listing import known_tasks
 
-    listed: list[dict[str, Any]] = []
-    for name in (*DEMO_TASKS, *PAPER_TASKS, *OUT_OF_DOMAIN_TASKS):
-        sizes: dict[str, int] = {}
-        if name in DEMO_TASKS or data_dir is not None:
-            sizes = open_task(name, data_dir).sizes
-        kind = "demo" if name in DEMO_TASKS else "paper" if name in PAPER_TASKS else "out of domain"
-        listed.append({"task": name, "from": kind, "metric": task_metric(name), "rows": sizes})
+    listed = known_tasks(data_dir)
     if as_json:
         typer.echo(json.dumps(listed, indent=1))
         return
@@ -342,6 +336,7 @@ def prompts(
     count: Annotated[int, typer.Option(help="How many documents.", min=1)] = 2,
     demonstrations: DemonstrationsOption = None,
     demonstration_sets: DemonstrationSetsOption = None,
+    protocol: ProtocolOption = None,
     bos: BosOption = None,
     store_dir: StoreDirOption = None,
     weights: WeightsOption = None,

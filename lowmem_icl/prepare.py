@@ -12,9 +12,9 @@ from lowmem_icl.masks import MaskModel
 from lowmem_icl.model.locate import Located, ensure_store, load_tokenizer, locate, plan_store
 from lowmem_icl.model.store import Store
 from lowmem_icl.progress import Progress, unseen
-from lowmem_icl.protocols import BARE_TASKS
 from lowmem_icl.tasks.demonstrations import Demonstrations
-from lowmem_icl.tasks.loading import Fits, OpenTask, Part, TaskRows, open_task, without_spaces
+from lowmem_icl.tasks.gradient_documents import gradient_documents
+from lowmem_icl.tasks.loading import Fits, OpenTask, Part, TaskRows, open_task
 from lowmem_icl.tasks.packing import (
     PackedTask,
     PackingLimits,
@@ -153,8 +153,7 @@ def prepare(options: RunOptions) -> Prepared:
     evaluate = documents(options, tasks, "evaluate", options.limit, fits)
     train = documents(options, tasks, "train", options.chosen_train_limit, fits)
     importance = documents(options, tasks, "train", options.chosen_importance_limit, fits)
-    if options.choices.bare_continuations:
-        importance = tuple(without_spaces(task) if task.task in BARE_TASKS else task for task in importance)
+    importance = tuple(gradient_documents(task, options.choices) for task in importance)
     curves = documents(options, tasks, "evaluate", options.chosen_curve_limit, fits)
     for task in (*evaluate, *train, *importance):
         # An option that does not fit is told now, not in the night.

@@ -16,7 +16,10 @@ class Protocol:
 
     training_in_file_order: training documents are a file's first, not a shuffle's first.
     may_show_scored: demonstrations of a training document may hold that document.
-    bare_continuations: gradients are of the gold answer without the space that stands before it when it is scored.
+    bare_continuations: gradients are of the gold answer without the space that stands before it when it is scored (BARE_TASKS);
+        MathQA's demonstrations lack it everywhere.
+    first_answer_only: gradients are of the first accepted answer, not of the best-scoring one (ReCoRD).
+    one_split_for_all: a task without a training split (LAMBADA) is ranked and judged on the same documents, not on halves.
     last_layer_by_continuation: the last layer's importance is divided by answer tokens, other layers' by all tokens.
     aggregate_of_raw_scores: heads are ranked for all tasks by the plain mean of scores, not of ranks.
     ffns_by_evaluation: FFNs are ranked by what removing them costs on the evaluation documents themselves.
@@ -28,6 +31,8 @@ class Protocol:
     training_in_file_order: bool = False
     may_show_scored: bool = False
     bare_continuations: bool = False
+    first_answer_only: bool = False
+    one_split_for_all: bool = False
     last_layer_by_continuation: bool = False
     aggregate_of_raw_scores: bool = False
     ffns_by_evaluation: bool = False
@@ -41,6 +46,8 @@ REFERENCE = Protocol(
     training_in_file_order=True,
     may_show_scored=True,
     bare_continuations=True,
+    first_answer_only=True,
+    one_split_for_all=True,
     last_layer_by_continuation=True,
     aggregate_of_raw_scores=True,
     ffns_by_evaluation=True,
@@ -51,6 +58,8 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {"corrected": CORRECTED, "reference": 
 
 # Tasks whose gradients the reference takes of the answer without its leading space.
 BARE_TASKS = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa", "mathqa")
+# Tasks whose demonstrations it shows without that space, too.
+BARE_DEMONSTRATION_TASKS = ("mathqa",)
 
 
 @dataclass(frozen=True)
@@ -67,9 +76,11 @@ DIFFERENCES = (
     Difference("Demonstrations of a training document may hold that document itself.", True),
     Difference(
         "Gradients of HellaSwag, PIQA, ARC, OpenBookQA and MathQA are of the answer without the space before it, which is not "
-        "the text that is scored.",
+        "the text that is scored; MathQA's demonstrations lack the space, too.",
         True,
     ),
+    Difference("Gradients of ReCoRD are of the first accepted entity, not of the best-scoring one.", False),
+    Difference("LAMBADA, which has no training split, is ranked and judged on the same documents.", False),
     Difference(
         "The last layer's importance is divided by answer tokens, the other layers' by all tokens, so the last layer's heads "
         "rank high by construction.",
@@ -88,8 +99,8 @@ DIFFERENCES = (
         "what it attends to.",
         True,
     ),
-    Difference("MathQA's demonstrations lack the space before the answer.", True, imitated=False),
+    Difference("A limit counts MultiRC's answers, so that a question may be cut in two; here it counts questions.", False, imitated=False),
     Difference("Too long prompts are not cut when gradients are taken, and run over the positions.", True, imitated=False),
-    Difference("Log-probabilities are summed in half precision, which makes ties.", True, imitated=False),
+    Difference("Log-probabilities and gradients are summed in half precision, which makes ties.", True, imitated=False),
     Difference("Neither the visiting order nor the random sequences have a seed.", True, imitated=False),
 )  # fmt: skip

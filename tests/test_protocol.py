@@ -1,6 +1,7 @@
 """What the reference protocol does differently, and the two tasks that the paper only judged by others' rankings."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,17 @@ from conftest import reference_model
 from test_engine import gradients, packed_task
 from test_run import invoke, run_small
 
-from lowmem_icl.experiments.evaluate import evaluation_rows, top_answer_share
+from lowmem_icl.experiments.evaluate import evaluation_rows, mean_over_tasks, top_answer_share
 from lowmem_icl.experiments.importance import importance
 from lowmem_icl.masks import Mask
 from lowmem_icl.model.store import Store
-from lowmem_icl.protocols import CORRECTED, DIFFERENCES, REFERENCE
+from lowmem_icl.protocols import CORRECTED, DIFFERENCES, REFERENCE, Protocol
 from lowmem_icl.results import read_table
-from lowmem_icl.tasks.loading import open_task, without_spaces
+from lowmem_icl.tasks.gradient_documents import gradient_documents
+from lowmem_icl.tasks.loading import open_task
 from lowmem_icl.tasks.packing import PackingLimits, pack
 from lowmem_icl.tasks.scoring import task_metrics
+from lowmem_icl.tasks.sources import PAPER_TASKS
 
 MATHQA = [
     {"Problem": "what is 3 + 4 ?", "Rationale": "add", "options": "a ) 7 , b ) 8 , c ) 1,000 , d ) 2 ( two ) , e ) none",
@@ -36,6 +39,12 @@ LAMBADA = [
     {"text": "he forgot his umbrella and came home wet"},
     {"text": "the cat sat by the window and watched the birds"},
 ]
+RECORD = [
+    {"passage": "Ann met Bob in Rome.\n@highlight\nThey talked", "query": "@placeholder left early",
+     "entities": ["Rome", "Bob", "Ann"], "answers": ["Bob", "Ann"]},
+    {"passage": "Eve wrote to Max.\n@highlight\nMax was away", "query": "@placeholder got no answer",
+     "entities": ["Max", "Eve"], "answers": ["Eve"]},
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +52,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Hand-written rows in the hub's field names."""
     folder = tmp_path_factory.mktemp("rows")
     for task, split, rows in (
-        ("mathqa", "train", MATHQA), ("mathqa", "test", MATHQA[:2]), ("lambada", "test", LAMBADA),
+        ("mathqa", "train", MATHQA), ("mathqa", "test", MATHQA[:2]), ("lambada", "validation", LAMBADA),
+        ("record", "train", RECORD), ("record", "validation", RECORD),
     ):  # fmt: skip
         path = folder / task / f"{split}.jsonl"
         path.parent.mkdir(exist_ok=True)
@@ -73,15 +83,33 @@ def test_lambada_is_right_where_its_last_word_is_what_the_model_would_say(data: 
     for document in rows.documents:
         text, word = LAMBADA[document.index]["text"].rsplit(" ", 1)
         assert document.options == ((text, f" {word}"),)
+    for document in train.documents:
+        text, word = LAMBADA[document.index]["text"].rsplit(" ", 1)
+        (shown,) = document.demonstrations
+        assert document.options == ((f"{LAMBADA[shown]['text']}\n\n{text}", f" {word}"),)
     (metric,) = task_metrics(rows, np.array([-1.0, -2.0]), np.array([True, False]))
     assert (metric.metric, metric.value) == ("acc", 0.5)
     assert rows.chance == 0
+    assert rows.split == "validation"
+
+
+def test_lambadas_file_may_be_named_as_on_the_hub(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "lambada").mkdir()
+    shutil.copyfile(data / "lambada" / "validation.jsonl", tmp_path / "lambada" / "test.jsonl")
+    assert open_task("lambada", tmp_path).sizes == open_task("lambada", data).sizes == {"validation": 4}
 
 
 def test_both_are_known_by_name() -> None:
     told = json.loads(invoke("tasks", "--json").stdout)
     kinds = {entry["task"]: entry["from"] for entry in told}
     assert kinds["mathqa"] == kinds["lambada"] == "out of domain"
+
+
+def test_a_folder_need_not_hold_all_tasks(data: Path) -> None:
+    told = json.loads(invoke("tasks", "--json", "--data-dir", data).stdout)
+    sizes = {entry["task"]: entry["rows"] for entry in told}
+    assert sizes["mathqa"] == {"train": 3, "test": 2}
+    assert sizes["piqa"] == {}
 
 
 def test_training_documents_come_in_file_order_and_may_show_themselves(data: Path) -> None:
@@ -92,22 +120,79 @@ def test_training_documents_come_in_file_order_and_may_show_themselves(data: Pat
     assert all(document.index not in document.demonstrations for document in corrected.documents)
     many = [task.rows(shots=3, part="train", limit=3, protocol=REFERENCE)]
     assert all(document.index in document.demonstrations for rows in many for document in rows.documents)
+    record = open_task("record", data)
     evaluated = [
-        task.rows(shots=2, part="evaluate", limit=None, protocol=protocol)
+        record.rows(shots=2, part="evaluate", limit=None, protocol=protocol)
         for protocol in (CORRECTED, REFERENCE)
     ]
     assert evaluated[0].documents == evaluated[1].documents, "evaluation is the same"
 
 
+def test_mathqa_shows_answers_without_their_space_and_scores_them_with_it(data: Path) -> None:
+    task = open_task("mathqa", data)
+    for part in ("evaluate", "train"):
+        asked = [
+            task.rows(shots=2, part=part, limit=None, protocol=protocol).documents
+            for protocol in (REFERENCE, CORRECTED, REFERENCE)
+        ]
+        assert asked[0] == asked[2]
+        for document in asked[0]:
+            shown = [MATHQA[place] for place in document.demonstrations]
+            answers = {"a": "7", "b": "5 km / h", "c": "3"}
+            before = "".join(
+                f"Question: {row['Problem']}\nAnswer:{answers[row['correct']]}\n\n" for row in shown
+            )
+            context, answer = document.options[document.gold.index(True)]
+            assert context == f"{before}Question: {MATHQA[document.index]['Problem']}\nAnswer:"
+            assert answer == " " + answers[MATHQA[document.index]["correct"]]
+        assert all("Answer: " in document.options[0][0] for document in asked[1])
+
+
+def test_a_task_of_one_split_is_ranked_and_judged_on_the_same_documents(data: Path) -> None:
+    task = open_task("lambada", data)
+    evaluate, train = (
+        task.rows(shots=3, part=part, limit=None, protocol=REFERENCE) for part in ("evaluate", "train")
+    )
+    assert sorted(document.index for document in evaluate.documents) == [0, 1, 2, 3]
+    assert [document.index for document in train.documents] == [0, 1, 2, 3]
+    for document in (*evaluate.documents, *train.documents):
+        assert {document.index, *document.demonstrations} == {0, 1, 2, 3}, "one more is drawn, itself dropped"
+
+
 def test_gradients_are_of_answers_without_their_space(data: Path) -> None:
     rows = open_task("mathqa", data).rows(shots=0, part="train", limit=1)
-    (document,), (bare,) = rows.documents, without_spaces(rows).documents
+    assert gradient_documents(rows, CORRECTED) is rows
+    (document,), (bare,) = rows.documents, gradient_documents(rows, REFERENCE).documents
     assert [text for _, text in bare.options] == [text[1:] for _, text in document.options]
     assert [context for context, _ in bare.options] == [context for context, _ in document.options]
 
 
-@pytest.mark.parametrize("last_layer", [True, False])
-def test_importance_equals_the_codes_formulas(checkpoint: Path, float_store: Store, last_layer: bool) -> None:
+@pytest.mark.parametrize("task", PAPER_TASKS)
+def test_only_five_of_the_papers_tasks_lose_the_space(shared_data: Path, task: str) -> None:
+    rows = open_task(task, shared_data).rows(shots=1, part="train", limit=3, protocol=REFERENCE)
+    places = [document.index for document in rows.documents]
+    assert places == sorted(places)
+    bare = task in ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa")
+    for document, differentiated in zip(
+        rows.documents, gradient_documents(rows, REFERENCE).documents, strict=True
+    ):
+        expected = [(context, text[1:] if bare else text) for context, text in document.options]
+        assert list(differentiated.options) == expected
+        assert all(text[0] == " " for _, text in document.options)
+
+
+def test_gradients_are_of_the_first_accepted_answer(data: Path) -> None:
+    rows = open_task("record", data).rows(shots=0, part="train", limit=None, protocol=REFERENCE)
+    of_first = {document.index: document for document in gradient_documents(rows, REFERENCE).documents}
+    assert rows.documents[0].gold == (True, True, False)
+    assert of_first[0].gold == (False, True, False), "Ann, Bob, Rome"
+    assert of_first[1].gold == (True, False)
+
+
+@pytest.mark.parametrize("protocol", [CORRECTED, REFERENCE], ids=lambda protocol: protocol.name)
+def test_importance_equals_the_codes_formulas(
+    checkpoint: Path, float_store: Store, protocol: Protocol
+) -> None:
     task = packed_task(4, gold_only=True)
     result = gradients(float_store, task)
     fields = (
@@ -117,17 +202,21 @@ def test_importance_equals_the_codes_formulas(checkpoint: Path, float_store: Sto
         result.ffn_signed,
         result.logprobs,
     )
-    scores = importance(task, *fields, last_layer_by_continuation=last_layer)
+    scores = importance(task, *fields, last_layer_by_continuation=protocol.last_layer_by_continuation)
     examples = []
     for owner, document in enumerate(task.task.documents):
         option = task.options[int(task.first_option[owner]) + document.gold.index(True)]
         context = len(option.path) + 1 - len(option.continuation)
         examples.append((list(option.path)[:context], list(option.continuation)))
-    expected = oracles.reference_importance(reference_model(checkpoint), examples)
-    if not last_layer:
+    model = reference_model(checkpoint)
+    if protocol is REFERENCE:
+        expected = oracles.reference_importance(model, examples)
+    else:
         predictions = sum(len(context) + len(answer) - 1 for context, answer in examples)
-        expected[-1] *= sum(len(answer) for _, answer in examples) / predictions
-    np.testing.assert_allclose(scores.gradient_heads, expected, rtol=1e-4)
+        paths = [([*context, *answer][:-1], answer) for context, answer in examples]
+        of_sums = [oracles.unit_gradients(model, path, answer)[0] / len(answer) for path, answer in paths]
+        expected = np.sum(of_sums, axis=0) / predictions
+    np.testing.assert_allclose(scores.gradient_heads, expected, rtol=1e-4, atol=1e-6 * expected.max())
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +257,9 @@ def test_a_model_that_always_says_the_same_is_seen(data: Path) -> None:
     assert told["majority"] == 0.5
     assert told["acc"] == 0.5
     assert told["top_answer_share"] == 1
+    both = [
+        {"task": task, "metric": "majority", "value": value, "documents": 2}
+        for task, value in (("a", 0.5), ("b", 1.0))
+    ]
+    (mean,) = mean_over_tasks(both, ())
+    assert (mean["value"], mean["stderr"], mean["low"]) == (0.75, None, None)

@@ -110,16 +110,16 @@ def mean_over_tasks(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) ->
         if len(tasks) < 2 or {row["task"] for row in members} != tasks:
             continue
         value = float(np.mean([row["value"] for row in members]))
-        errors = [np.nan if row.get("stderr") is None else row["stderr"] for row in members]
-        stderr = float(np.sqrt(np.sum(np.square(errors))) / len(members))
+        errors = [row.get("stderr") for row in members]
+        stderr = None if None in errors else float(np.sqrt(np.sum(np.square(errors))) / len(members))  # type: ignore[arg-type]
         chances = [row.get("chance") for row in members]
         yield dict(zip(fields, values, strict=True)) | {
             "task": "aggregate",
             "metric": metric,
             "value": value,
             "stderr": stderr,
-            "low": value - 1.96 * stderr,
-            "high": value + 1.96 * stderr,
+            "low": None if stderr is None else value - 1.96 * stderr,
+            "high": None if stderr is None else value + 1.96 * stderr,
             "chance": None if None in chances else float(np.mean(chances)),  # type: ignore[arg-type]
             "exact": True,
             "documents": sum(row["documents"] for row in members),

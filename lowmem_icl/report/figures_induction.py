@@ -126,6 +126,8 @@ def told(induction: pl.DataFrame, used: Mapping[str, Any]) -> str:
 def _effect(induction: pl.DataFrame) -> list[str]:
     """Return a sentence on the accuracy without induction heads, over all tasks at the most demonstrations."""
     rows = induction.filter(pl.col("mask").is_not_null() & pl.col("metric").is_in([*ACCURACY, "acc_drop"]))
+    if rows.is_empty():
+        return []
     if (rows["task"] == AGGREGATE).any():
         rows = rows.filter(pl.col("task") == AGGREGATE)
     rows = rows.filter(pl.col("shots") == rows["shots"].max())

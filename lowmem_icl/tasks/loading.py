@@ -7,7 +7,7 @@ under every limit at least N and at every shot count.
 
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import ConfigurableTask
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.protocols import CORRECTED, Protocol
+from lowmem_icl.protocols import BARE_DEMONSTRATION_TASKS, CORRECTED, Protocol
 from lowmem_icl.tasks.demonstrations import PER_DOCUMENT, Dealer, Demonstrations, Shown
 from lowmem_icl.tasks.sources import ROW_ERRORS, load_members
 
@@ -101,20 +101,6 @@ class TaskRows:
         for document in self.documents:
             units.setdefault(document.unit, []).append(value(document.gold))
         return list(units.values())
-
-
-def without_spaces(task: TaskRows) -> TaskRows:
-    """Return the same documents whose continuations lack the space they begin with."""
-    return replace(
-        task,
-        documents=tuple(
-            replace(
-                document,
-                options=tuple((context, text.removeprefix(" ")) for context, text in document.options),
-            )
-            for document in task.documents
-        ),
-    )
 
 
 class _DrawnSampler(ContextSampler):
@@ -202,13 +188,15 @@ class OpenTask:
         """Return the rows of a member that a part scores."""
         return member.eval_docs if part == "evaluate" or not self.has_train else member.training_docs()
 
-    def _places(self, shuffled: list[int], part: Part, training_rows: int) -> tuple[list[int], list[int]]:
+    def _places(
+        self, shuffled: list[int], part: Part, training_rows: int, protocol: Protocol
+    ) -> tuple[list[int], list[int]]:
         """Return the places a part scores, in order, and those that demonstrations come from.
 
         Without a training split the shuffled evaluation rows are halved: the first half is evaluated on, the
-        second is for training and demonstrations.
+        second is for training and demonstrations; under `reference` all rows are for everything.
         """
-        if self.has_train:
+        if self.has_train or protocol.one_split_for_all:
             return shuffled, list(range(training_rows))
         half = (len(shuffled) + 1) // 2
         return shuffled[:half] if part == "evaluate" else shuffled[half:], sorted(shuffled[half:])
@@ -225,14 +213,18 @@ class OpenTask:
         rng = random.Random(PROTOCOL_SEED + wanted.number)
         shuffled = list(range(len(scored)))
         rng.shuffle(shuffled)
-        order, pool = self._places(shuffled, part, len(shown))
+        protocol = wanted.protocol
+        order, pool = self._places(shuffled, part, len(shown), protocol)
         for name, value in (metadata.get("demonstrations_with") or {}).items():
             pool = [place for place in pool if shown[place][name] == value]
-        protocol = wanted.protocol
         if part == "train" and protocol.training_in_file_order:
             order = sorted(order)
-        in_pool = part == "train" and not protocol.may_show_scored
-        dealer = Dealer(wanted.demonstrations, rng, pool, wanted.shots, in_pool)
+        if self.has_train:
+            kept_out = part == "train" and not protocol.may_show_scored
+        else:
+            # Here the reference, too, draws one more than it shows.
+            kept_out = part == "train" or protocol.one_split_for_all
+        dealer = Dealer(wanted.demonstrations, rng, pool, wanted.shots, kept_out)
         if dealer.needed > len(pool):
             raise InputError(
                 f"--shots {wanted.shots}: task {member.config.task} has {len(pool)} rows to draw demonstrations from, "
@@ -303,6 +295,9 @@ def _document(chosen: _Chosen, wanted: _Wanted, dropped: int = 0) -> Document:
     sampler = _DrawnSampler()
     sampler.drawn = chosen.shown[dropped:]
     member.sampler = sampler
+    if member.config.task in BARE_DEMONSTRATION_TASKS:
+        bare = wanted.protocol.bare_continuations
+        member.fewshot_cfg.target_delimiter = "" if bare else member.config.target_delimiter
     try:
         options, gold = _options_and_gold(member, chosen.row, len(sampler.drawn))
     except ROW_ERRORS as error:
