@@ -184,7 +184,7 @@ CurvesOption = Annotated[
 CurveLimitOption = Annotated[
     int | None,
     typer.Option(help="Evaluation documents a task that curves are judged on.", rich_help_panel=WORK,
-                 show_default="128"),
+                 show_default="64"),
 ]  # fmt: skip
 RandomDrawsOption = Annotated[
     int | None, typer.Option(help="Draws of the random curves.", rich_help_panel=WORK, show_default="10")

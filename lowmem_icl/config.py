@@ -91,7 +91,7 @@ class RunOptions(BaseModel):
     """Whether the greedy pruner removes heads and then FFNs, or both together by what a parameter costs."""
     curves: Annotated[tuple[Curve, ...], CommaList] = DEFAULT_CURVES  # type: ignore[assignment]
     """Which pruning curves to draw; none if empty."""
-    curve_limit: Annotated[int, Field(ge=1)] = 128
+    curve_limit: Annotated[int, Field(ge=1)] = 64
     """Evaluation documents of a task that curves are judged on, at most `limit`."""
     random_draws: Annotated[int, Field(ge=1, le=1000)] = 10
     """Draws of the random curves."""
