@@ -36,7 +36,7 @@ from lowmem_icl.engine.waves import (
 from lowmem_icl.experiments.ablate import ablation_masks
 from lowmem_icl.machine import peak_resident_bytes
 from lowmem_icl.masks import Mask
-from lowmem_icl.model.store import open_store
+from lowmem_icl.model.store import OUTSIDE, open_store
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.rows import PackedRows
 from lowmem_icl.tasks.packing import PackedTask
@@ -115,6 +115,18 @@ def best_batch_size(kind: str, inputs: Inputs, name: str, shots: int) -> int:
     return min(BATCH_SIZES, key=seconds)
 
 
+def arithmetic(inputs: Inputs, name: str, shots: int, masks: Sequence[Mask]) -> tuple[float, float]:
+    """Return the operations of one pass an ablation, and ours: layers, and the vocabulary where answers are read."""
+    skeleton = open_store(inputs.folder / "opt-125m-float32").skeleton
+    task = inputs.task(name, skeleton.width, DOCUMENTS, shots)
+    tokens = sum(len(option.path) for option in task.options)
+    answers = sum(len(option.continuation) for option in task.options)
+    attended = tokens * skeleton.layers
+    whole = SweepCost(attended=attended, projected=attended, fed=attended, answers=answers) * len(masks)
+    ours = sweep_cost([Job(task.packed, tuple(masks))], skeleton.width, skeleton.layers, PLENTY)
+    return operations(whole, skeleton), operations(ours, skeleton)
+
+
 def our_scores(
     inputs: Inputs, name: str, shots: int, masks: Sequence[Mask]
 ) -> tuple[float, list[list[float]]]:
@@ -141,7 +153,9 @@ def our_pass_from_disk(inputs: Inputs, name: str, documents: int, masks: Sequenc
     # The clean run goes with the first wave.
     slots = -(-(len(masks) + 1) // WAVES)
     limits = SweepLimits(4 * width * task.packed.token_count * slots, cache_bytes=1 << 30)
-    planned = sweep_cost([job], width, layers, limits).layers_read * store.layer_bytes
+    # Embeddings are read once, by pages, when rows are embedded and answers read.
+    outside = store.manifest.files[OUTSIDE].size_bytes
+    planned = sweep_cost([job], width, layers, limits).layers_read * store.layer_bytes + outside
     with (
         StreamedModel(store, device=CPU, resident_bytes=0) as model,
         CleanCache(limits.cache_bytes) as cache_of_clean,
