@@ -87,10 +87,10 @@ def plan_memory(
         flag, total, fixed | {"working space": working_bytes(options, store, longest_tokens, smallest)}, least
     )
     together = MICRO_BATCH_TOKENS
-    while together // 2 >= smallest and working_bytes(options, store, longest_tokens, together) > (
+    while together > smallest and working_bytes(options, store, longest_tokens, together) > (
         room * WORKING_SHARE
     ):
-        together //= 2
+        together = max(smallest, together // 2)
     working = working_bytes(options, store, longest_tokens, together)
     rest = _rest(flag, total, fixed | {"working space": working}, least)
     cache_on_device = _rest("--memory", allowance, {"two layers being read": read_ahead}, PAGE_BYTES)
