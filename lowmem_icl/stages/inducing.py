@@ -27,9 +27,9 @@ from lowmem_icl.tasks.sources import in_domain
 
 PART = "induction"
 EVALUATION_PART = "induction-evaluate"
-DRAWN_DOCUMENTS = slice(0, 64)
+DRAWN_DOCUMENTS = slice(0, 32)
 """Documents of every task that induction heads and all random draws beside them are removed for."""
-MORE_DOCUMENTS = slice(64, 512)
+MORE_DOCUMENTS = slice(32, 512)
 """Those that only induction heads are removed for."""
 SEQUENCES_NAME = "random-sequences"
 
