@@ -43,8 +43,13 @@ def pruning_curves(results: pl.DataFrame, kind: str) -> Figure | None:
             axis.set(ylim=(0, 1.03), xlim=(-2, 92))
             if down == len(tasks) - 1:
                 axis.set_xlabel(f"% of {kind}s removed" if kind == "head" else "% of FFNs removed")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    # Not every panel has every curve.
+    drawn = {
+        label: handle
+        for axis in axes.flat
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 
