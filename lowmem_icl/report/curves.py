@@ -46,7 +46,7 @@ def pruning_curves(results: pl.DataFrame, kind: str) -> Figure | None:
     # Not every panel has every curve.
     drawn = {
         label: handle
-        for axis in axes.flat
+        for axis in axes.ravel().tolist()
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
