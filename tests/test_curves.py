@@ -122,7 +122,7 @@ def test_knees_are_chosen_on_training_and_reported_on_evaluation_rows() -> None:
     training = [row("train", level, drop) for level, drop in ((0, 0.0), (10, 0.0), (20, 0.005), (30, 0.3))]
     evaluation = [row("test", level, drop) for level, drop in ((0, 0.0), (10, 0.01), (20, 0.04), (30, 0.0))]
     chosen, cost = knees(training, evaluation)
-    assert (chosen["metric"], chosen["value"], chosen["split"]) == ("knee", 20, "train")
+    assert (chosen["metric"], chosen["value"], chosen["split"]) == ("knee", 20, "test")
     assert (cost["metric"], cost["value"], cost["split"], cost["mask"]) == (
         "knee_acc_drop",
         0.04,

@@ -201,8 +201,8 @@ def test_what_aggregate_importance_finds_is_what_in_context_tasks_need(
 def test_knowledge_needs_none_of_the_heads_that_only_in_context_tasks_need(accuracy, importance) -> None:
     count = removed_count(15, 32)
     of_context = mean_of_ranks([head_scores(importance, task, 16) for task in ("recall", "category")])
-    of_knowledge = head_scores(importance, "knowledge", 16)
-    only = highest_heads(of_context, count) - highest_heads(of_knowledge, count)
+    of_knowledge = mean_of_ranks([head_scores(importance, "knowledge", 16)])
+    only = highest_heads(of_context - of_knowledge, count) & highest_heads(of_context, 2 * count)
     assert len(only)
     assert accuracy("knowledge", 16, only)[0] >= 0.9
 

@@ -324,9 +324,10 @@ def knee(levels: Sequence[int], drops: Values, errors: Values) -> int:
 def knees(
     chosen_on: Sequence[Mapping[str, Any]], reported: Sequence[Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the knee of every curve: chosen on training rows, its drop of accuracy reported from evaluation rows.
+    """Yield the knee of every curve: chosen on training rows, reported on evaluation rows.
 
-    metric `knee`: value the percentage removed; `knee_acc_drop`: what that costs on the evaluation documents.
+    metric `knee`: value the percentage removed; `knee_acc_drop`: what that costs on the evaluation documents, which are
+    the ones that `split` and `documents` of both tell.
     """
     fields = ("task", "shots", "method", "kind", "other_task", "other_shots")
     grouped: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
@@ -339,27 +340,14 @@ def knees(
     for key, members in grouped.items():
         columns = [np.array([member[name] for member in members]) for name in ("value", "stderr")]
         level = knee([member["k"] for member in members], *columns)
-        base = dict(zip(fields, key, strict=True)) | {"k": level, "exact": True}
-        yield base | {
-            "metric": "knee",
-            "value": float(level),
-            "split": members[0]["split"],
-            "documents": members[0]["documents"],
-        }
         cost = at.get((*key, level))
-        if cost is not None:
-            names = (
-                "value",
-                "stderr",
-                "low",
-                "high",
-                "split",
-                "documents",
-                "mask",
-                "heads_removed",
-                "ffns_removed",
-            )
-            yield base | {"metric": "knee_acc_drop"} | {name: cost[name] for name in names}
+        if cost is None:
+            continue
+        same = ("k", "split", "documents", "mask", "heads_removed", "ffns_removed")
+        base = dict(zip(fields, key, strict=True)) | {name: cost[name] for name in same} | {"exact": True}
+        yield base | {"metric": "knee", "value": float(level)}
+        measured = {name: cost[name] for name in ("value", "stderr", "low", "high")}
+        yield base | {"metric": "knee_acc_drop"} | measured
 
 
 def control_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,8 @@
 """What the page says about pruning curves: figures of the levels, a table of the knees."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
@@ -49,7 +52,9 @@ def pruning_curves(results: pl.DataFrame, kind: str) -> Figure | None:
         for axis in axes.ravel().tolist()
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(
+        drawn.values(), drawn.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
+    )
     return figure
 
 
@@ -128,19 +133,20 @@ def knee_table(results: pl.DataFrame) -> list[list[str]]:
 KNEE_COLUMNS = ("task", "shots", "removed", "ranking", "knee", "drop of accuracy there, points")
 
 
-def replaced_note(results: pl.DataFrame) -> str:
-    """Say for which searches the gradient ranking's mask of equal size was better and is returned instead."""
-    checked = results.filter((pl.col("experiment") == "prune") & (pl.col("metric") == "check_loss"))
-    if checked.is_empty():
+def replaced_note(checked: Sequence[Mapping[str, Any]]) -> str:
+    """Say for which searches the gradient ranking's mask of equal size was better and is returned instead.
+
+    checked: what run.json says of the greedy searches and of the masks beside them.
+    """
+    lost = {(one["task"], one["shots"], one["method"]): one["check_loss"] for one in checked}
+    better = [
+        f"{task} at {shots}"
+        for (task, shots, method), loss in lost.items()
+        if method == "greedy" and lost.get((task, shots, "gradient"), loss) < loss
+    ]
+    if not better:
         return ""
-    wide = checked.pivot(on="method", index=["task", "shots"], values="value", maintain_order=True)
-    if not {"gradient", "greedy"} <= set(wide.columns):
-        return ""
-    better = wide.filter(pl.col("gradient") < pl.col("greedy"))
-    if better.is_empty():
-        return ""
-    named = ", ".join(f"{row['task']} at {row['shots']}" for row in better.iter_rows(named=True))
     return (
-        f" The gradient ranking's mask of equal size lost less on the checking half, and is returned instead, for {named} "
-        "shots."
+        " The gradient ranking's mask of equal size lost less on the checking half, and is returned instead, for "
+        f"{', '.join(better)} shots."
     )

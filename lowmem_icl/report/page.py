@@ -207,7 +207,7 @@ def _sections(results: pl.DataFrame, record: dict[str, Any], folder: Path) -> li
                 f"Greedy layerwise masks that may lose {record['options']['tolerance']:g} of "
                 f"{record['options']['objective']} on training documents, beside the lowest units by gradient and a "
                 "random draw of equal size; all judged on the evaluation split."
-                + curves.replaced_note(results),
+                + curves.replaced_note(record.get("greedy", [])),
                 draw(
                     "pruning",
                     lambda: figures.pruning_bars(results),

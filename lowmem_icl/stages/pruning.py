@@ -66,7 +66,8 @@ def _run_greedy(work: Work, gathered: Gathered) -> None:
         )
     )
     clean += list(evaluate.mean_over_tasks(clean, ("shots", "mask")))
-    gathered.results["prune"] += [{"experiment": "prune"} | row for row in [*rows, *checked]]
+    gathered.results["prune"] += [{"experiment": "prune"} | row for row in rows]
+    gathered.record["greedy"] = checked
     gathered.masks += [_with_scores(made, rows, clean) for made in masks]
 
 
@@ -90,8 +91,8 @@ def _with_scores(made: MadeMask, rows: Sequence[Row], clean: Sequence[Row]) -> M
 def _search_masks(work: Work, gathered: Gathered) -> tuple[list[MadeMask], list[Row]]:
     """Run the greedy searches of every task and shot count, and of all tasks together, in lockstep.
 
-    Returns the masks, each beside one by the gradient ranking and one drawn at random of equal size, and rows of what
-    they lose on the checking half (metric `check_loss`, in the objective's unit).
+    Returns the masks, each beside one by the gradient ranking and one drawn at random of equal size, and for run.json what
+    they lose on the checking half (`check_loss`, in the objective's unit).
     """
     skeleton, tasks, options = work.model.skeleton, work.prepared.train, work.options
     halves = [_packed_halves(work, task) for task in tasks]
@@ -129,7 +130,7 @@ def _search_masks(work: Work, gathered: Gathered) -> tuple[list[MadeMask], list[
     asked = {name: prune.Request("check", (Mask(), mask)) for name, mask in by_gradient.items()}
     answers = _score_step(work, halves, groups, "prune-compared", "compare masks", asked) if asked else {}
     made: list[MadeMask] = []
-    rows: list[Row] = []
+    told: list[Row] = []
     for name, (task_name, shots, places) in groups.items():
         result, mask = found[name], found[name].mask
         heads, ffns = len(mask.heads), len(mask.ffns)
@@ -139,14 +140,16 @@ def _search_masks(work: Work, gathered: Gathered) -> tuple[list[MadeMask], list[
             clean, pruned = (tuple(group[at : at + 1] for group in answers[name]) for at in (0, 1))
             checked.append(("gradient", by_gradient[name], *prune.loss_with_stderr(clean, pruned)))
         for method, of_method, lost, stderr in checked:
-            rows.append(
+            told.append(
                 {
-                    "task": task_name, "shots": shots, "split": tasks[places[0]].split, "method": method,
-                    "mask": mask_name(method, task_name, shots), "heads_removed": heads, "ffns_removed": ffns,
-                    "metric": "check_loss", "value": lost, "stderr": stderr, "low": lost - 1.96 * stderr,
-                    "high": lost + 1.96 * stderr, "exact": True, "documents": documents,
+                    "task": task_name,
+                    "shots": shots,
+                    "method": method,
+                    "mask": mask_name(method, task_name, shots),
+                    "check_loss": lost,
+                    "stderr": stderr,
                 }
-            )  # fmt: skip
+            )
             if method == "gradient":
                 made.append(
                     MadeMask(
@@ -166,7 +169,7 @@ def _search_masks(work: Work, gathered: Gathered) -> tuple[list[MadeMask], list[
         drawn = random_mask(skeleton.layers, skeleton.heads, heads, ffns, options.seed)
         drawn_name = mask_name("random", task_name, shots)
         made.append(MadeMask(drawn_name, drawn, "random", task_name, shots, documents, options.seed))
-    return made, rows
+    return made, told
 
 
 def _unsettled(found: Mapping[str, prune.Pruned], tolerance: float) -> list[str]:
