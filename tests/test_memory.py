@@ -102,7 +102,7 @@ def test_a_run_keeps_to_its_memory(
     ]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     same = ["--tasks", str(tmp_path / "own.jsonl"), "--shots", "0", "--experiments", experiment]
-    same += ["--train-limit", "4" if experiment == "ablate" else "24"]
+    same += ["--train-limit", "1" if experiment == "ablate" else "24"]
     tiny = ["run", "--model", str(large.tiny.parent / "tiny-store"), "--out", str(tmp_path / "tiny"), *same]
     allowance = ALLOWANCES[experiment]
     run = ["run", "--model", str(store), "--memory", str(allowance), "--out", str(tmp_path / "run"), *same]
