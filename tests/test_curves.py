@@ -244,3 +244,11 @@ def test_the_page_shows_curves_grid_and_knees(paper_run: Path) -> None:
         assert text in page
     figures = {path.stem for path in (paper_run / "run" / "figures").glob("*.svg")}
     assert {"heads", "ffn-curves", "grid"} <= figures
+
+
+def test_every_mask_that_a_row_names_is_a_file(paper_run: Path) -> None:
+    rows = read_table(paper_run / "run" / "results.parquet", "results")
+    named = set(rows.filter(pl.col("experiment") == "prune")["mask"].drop_nulls()) - {"clean"}
+    files = {path.stem for path in (paper_run / "run" / "masks").glob("*.json")}
+    assert named
+    assert named <= files

@@ -91,7 +91,9 @@ def test_converting_holds_a_layer_and_not_the_model(large: Large, converted: tup
     )
 
 
-@pytest.mark.parametrize("experiment", ["evaluate", "importance", "ablate"])
+@pytest.mark.parametrize(
+    "experiment", ["evaluate", "importance", pytest.param("ablate", marks=pytest.mark.slow)]
+)
 def test_a_run_keeps_to_its_memory(
     large: Large, converted: tuple[Path, list[int]], tmp_path: Path, experiment: str
 ) -> None:

@@ -222,7 +222,7 @@ def test_importance_equals_the_codes_formulas(
 @pytest.fixture(scope="module")
 def reference_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reference")
-    result = run_small(folder / "run", folder / "stores", "--protocol", "reference")
+    result = run_small(folder / "run", folder / "stores", "--protocol", "reference", "--shots", "4")
     assert result.exit_code == 0, result.output
     return folder / "run"
 

@@ -363,7 +363,6 @@ def control_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         spread = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
         yield dict(zip(fields, key, strict=True)) | {
             "method": "random",
-            "mask": f"random-{key[3]}s-{key[4]}-mean",
             "value": float(values.mean()),
             "stderr": float(spread),
             "low": float(low),

@@ -136,10 +136,7 @@ def _rows(
 def _made_masks(
     work: Work, points: Sequence[Sequence[CurvePoint]], reported: Sequence[Row]
 ) -> list[MadeMask]:
-    """Return the masks of all levels, with what they leave of the task (or of all tasks) that they were made for.
-
-    Random draws are left out: their seed and size say all.
-    """
+    """Return the masks of all levels, with what they leave of the task (or of all tasks) that they were made for."""
     scores: dict[tuple[str, int, str], dict[str, float]] = {}
     for row in reported:
         if row["mask"] is not None:
@@ -153,8 +150,9 @@ def _made_masks(
     made: dict[str, MadeMask] = {}
     for task, of_task in zip(work.prepared.curves, points, strict=True):
         for point in of_task:
-            if point.name == curves.CLEAN or point.method == "random" or point.name in made:
+            if point.name == curves.CLEAN or point.name in made:
                 continue
+            # Random draws are the same for all tasks; they say what they leave of the first.
             name, shots = point.donor or TaskShots(task.task, task.shots)
             after = scores.get((name, shots, point.name), {})
             made[point.name] = MadeMask(
@@ -164,7 +162,7 @@ def _made_masks(
                 name,
                 shots,
                 train.get((name, shots), documents[shots]),
-                None,
+                point.seed,
                 {
                     "split": splits.get((name, shots)),
                     "before": {
