@@ -335,7 +335,8 @@ def show(console: Console, rows: Sequence[Row]) -> None:
                 "",
                 "",
             )
-    console.print(table)
+    if table.row_count:
+        console.print(table)
     growing = [row for row in rows if row["case"] == "6"]
     if growing:
         table = Table(title="how cost grows (int8, OPT-125M's width)")

@@ -87,37 +87,60 @@ def answer_gradients(
     results: Sequence[UnitGradients],
     choose: Sequence[Choose],
 ) -> list[Tensor]:
-    """Score a block's rows and return the gradients of the chosen log-probabilities at the last residuals, [T, D] each."""
-    for member, residual in zip(block, residuals, strict=True):
-        row = member.row
-        logprobs, _ = model.log_probabilities(
-            residual[torch.from_numpy(row.reads).to(model.device)],
-            torch.from_numpy(np.searchsorted(row.reads, row.read_at)).to(model.device),
-            torch.from_numpy(row.targets).to(model.device),
-        )
+    """Score a block's rows and return the gradients of the chosen log-probabilities at the last residuals, [T, D] each.
+
+    All rows go through the vocabulary together: its products have one size, however few places a row is read at.
+    """
+    rows = [member.row for member in block]
+    reads = [row.reads for row in rows]
+    at = [np.searchsorted(row.reads, row.read_at) for row in rows]
+    logprobs, _ = model.log_probabilities(
+        _at_places(model, residuals, reads), *_questions(model, reads, at, [row.targets for row in rows])
+    )
+    ends = np.cumsum([len(row.targets) for row in rows])[:-1]
+    for member, values in zip(block, np.split(logprobs.double().cpu().numpy(), ends), strict=True):
         of_job = results[member.job].logprobs
-        of_job[row.answered] = 0
-        np.add.at(of_job, row.options, logprobs.double().cpu().numpy())
+        of_job[member.row.answered] = 0
+        np.add.at(of_job, member.row.options, values)
     chosen = {job: choose[job](results[job].logprobs) for job in {member.job for member in block}}
-    return [
-        _answer_gradient(model, member.row, residual, chosen[member.job])
-        for member, residual in zip(block, residuals, strict=True)
+    wanted = [chosen[member.job][member.row.options] for member in block]
+    unique = [
+        np.unique(row.read_at[flags], return_inverse=True) for row, flags in zip(rows, wanted, strict=True)
     ]
-
-
-def _answer_gradient(model: StreamedModel, row: Row, residual: Tensor, chosen: NDArray[np.bool_]) -> Tensor:
-    """Return the gradient of the row's chosen log-probabilities with respect to its last residual, [T, D]."""
-    wanted = chosen[row.options]
-    read, read_at = np.unique(row.read_at[wanted], return_inverse=True)
-    gradient = torch.zeros_like(residual)
-    if len(read):
-        places = torch.from_numpy(read).to(model.device)
-        gradient[places] = model.answer_gradient(
-            residual[places],
-            torch.from_numpy(read_at).to(model.device),
-            torch.from_numpy(row.targets[wanted]).to(model.device),
+    reads, at = [list(one) for one in zip(*unique, strict=True)]
+    targets = [row.targets[flags] for row, flags in zip(rows, wanted, strict=True)]
+    gradients = [torch.zeros_like(residual) for residual in residuals]
+    if sum(map(len, reads)):
+        found = model.answer_gradient(
+            _at_places(model, residuals, reads), *_questions(model, reads, at, targets)
         )
-    return gradient
+        for gradient, places, part in zip(
+            gradients, reads, found.split([len(one) for one in reads]), strict=True
+        ):
+            gradient[torch.from_numpy(places).to(model.device)] = part
+    return gradients
+
+
+Places = NDArray[np.int64]
+
+
+def _at_places(model: StreamedModel, residuals: Sequence[Tensor], places: Sequence[Places]) -> Tensor:
+    """Return the residuals [T, D] of all rows at some places each, one after the other."""
+    return torch.cat(
+        [
+            residual[torch.from_numpy(of_row).to(model.device)]
+            for residual, of_row in zip(residuals, places, strict=True)
+        ]
+    )
+
+
+def _questions(
+    model: StreamedModel, reads: Sequence[Places], at: Sequence[Places], targets: Sequence[Places]
+) -> tuple[Tensor, Tensor]:
+    """Return where all rows' answers are read, counted through the places read of all rows, and their tokens."""
+    starts = np.cumsum([0, *(len(one) for one in reads)])[:-1]
+    read_at = np.concatenate([one + start for one, start in zip(at, starts, strict=True)])
+    return tuple(torch.from_numpy(array).to(model.device) for array in (read_at, np.concatenate(targets)))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, eq=False)
