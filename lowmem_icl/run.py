@@ -23,23 +23,25 @@ import psutil
 import torch
 
 from lowmem_icl import __version__
-from lowmem_icl.config import RunOptions
+from lowmem_icl.cli.terminal import Terminal, show_plan
 from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.errors import InputError, InUse
-from lowmem_icl.files import write_text_atomic
-from lowmem_icl.machine import chosen_device, peak_resident_bytes
-from lowmem_icl.masks import Mask, MaskFile, check_fits, write_mask
+from lowmem_icl.experiments.order import run_stages
+from lowmem_icl.masks.files import MaskFile, check_fits, write_mask
+from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.int8 import slow_product_note
 from lowmem_icl.model.streamed import StreamedModel
-from lowmem_icl.parts import Parts
+from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.costs import lay_out
 from lowmem_icl.planning.plan import Plan, check_memory, make_plan
-from lowmem_icl.prepare import Prepared, prepare, with_store
 from lowmem_icl.report.page import write_report
-from lowmem_icl.results import columns_frame, rows_frame, write_table
-from lowmem_icl.stages.order import run_stages
-from lowmem_icl.stages.work import Gathered, MadeMask, Work
-from lowmem_icl.terminal import Terminal, show_plan
+from lowmem_icl.session.parts import Parts
+from lowmem_icl.session.prepare import Prepared, prepare, with_store
+from lowmem_icl.session.work import Gathered, MadeMask, Work
+from lowmem_icl.system.files import write_text_atomic
+from lowmem_icl.system.machine import chosen_device, peak_resident_bytes
+from lowmem_icl.tables.blocks import columns_frame, rows_frame
+from lowmem_icl.tables.schema import write_table
 
 logger = logging.getLogger("lowmem_icl")
 

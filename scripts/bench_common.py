@@ -21,12 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import OPTConfig
 
-from lowmem_icl.files import sha256_of_file, write_text_atomic
-from lowmem_icl.model.calibration import fixed_text
-from lowmem_icl.model.checkpoint import open_checkpoint
-from lowmem_icl.model.convert import convert
+from lowmem_icl.conversion.calibration import fixed_text
+from lowmem_icl.conversion.checkpoint import open_checkpoint
+from lowmem_icl.conversion.convert import convert
+from lowmem_icl.conversion.locate import load_tokenizer, tokeniser
 from lowmem_icl.model.families import Skeleton
-from lowmem_icl.model.locate import load_tokenizer, tokeniser
 from lowmem_icl.model.store import (
     MANIFEST,
     OUTSIDE,
@@ -40,6 +39,7 @@ from lowmem_icl.model.store import (
     open_store,
 )
 from lowmem_icl.rows import Row
+from lowmem_icl.system.files import sha256_of_file, write_text_atomic
 from lowmem_icl.tasks.demonstrations import PER_DOCUMENT, Demonstrations
 from lowmem_icl.tasks.loading import open_task
 from lowmem_icl.tasks.packing import PackedTask, PackingLimits, pack

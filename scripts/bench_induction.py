@@ -17,15 +17,15 @@ import torch
 import typer
 from bench_common import OPT_66B, SHARED, in_child, opt_config, random_store
 
-from lowmem_icl.config import RunOptions
-from lowmem_icl.engine.heads import HeadScores
-from lowmem_icl.engine.stream import score_heads
-from lowmem_icl.machine import peak_resident_bytes
+from lowmem_icl.engine.head_scores import HeadScores
+from lowmem_icl.engine.passes import score_heads
+from lowmem_icl.experiments.induction.stage import head_questions
 from lowmem_icl.model.store import open_store
 from lowmem_icl.model.streamed import StreamedModel
+from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.memory import plan_memory
-from lowmem_icl.prepare import prepare
-from lowmem_icl.stages.inducing import head_questions
+from lowmem_icl.session.prepare import prepare
+from lowmem_icl.system.machine import peak_resident_bytes
 
 
 def score(folder: Path, own_task: Path, memory: str, sequences: int) -> dict[str, Any]:

@@ -44,14 +44,14 @@ from rich.console import Console
 from rich.table import Table
 
 from lowmem_icl.engine.cache import CleanCache
-from lowmem_icl.engine.stream import sweep
-from lowmem_icl.engine.waves import Job, SweepLimits
-from lowmem_icl.machine import peak_resident_bytes
-from lowmem_icl.masks import Mask
+from lowmem_icl.engine.passes import sweep
+from lowmem_icl.engine.schedule import Job, SweepLimits
+from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.layer import DecoderLayer
 from lowmem_icl.model.store import open_store
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.rows import PackedRows, Row
+from lowmem_icl.system.machine import peak_resident_bytes
 
 TOKENS = 1024
 PEER_TOKENS = 256

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_icl.masks import Mask
+from lowmem_icl.masks.mask import Mask
 from lowmem_icl.tasks.packing import OptionTokens
 
 Scores = list[float]

@@ -22,23 +22,16 @@ from bench_peers import DiskOffload, HuggingFace, LmEval, TransformerLens
 
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.cache import CleanCache
-from lowmem_icl.engine.stream import sweep
+from lowmem_icl.engine.cost import SweepCost, operations, sweep_cost
+from lowmem_icl.engine.passes import sweep
+from lowmem_icl.engine.schedule import BlockRow, Job, SweepLimits, Variant
 from lowmem_icl.engine.wave import Wave
-from lowmem_icl.engine.waves import (
-    BlockRow,
-    Job,
-    SweepCost,
-    SweepLimits,
-    Variant,
-    operations,
-    sweep_cost,
-)
-from lowmem_icl.experiments.ablate import ablation_masks
-from lowmem_icl.machine import peak_resident_bytes
-from lowmem_icl.masks import Mask
+from lowmem_icl.experiments.ablate.measure import ablation_masks
+from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.store import OUTSIDE, open_store
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.rows import PackedRows
+from lowmem_icl.system.machine import peak_resident_bytes
 from lowmem_icl.tasks.packing import PackedTask
 
 DOCUMENTS = 32

@@ -58,8 +58,8 @@ from bench_sides import (
 from rich.console import Console
 from rich.table import Table
 
-from lowmem_icl.experiments.ablate import ablation_masks
-from lowmem_icl.masks import Mask
+from lowmem_icl.experiments.ablate.measure import ablation_masks
+from lowmem_icl.masks.mask import Mask
 
 CASES = ("1", "2", "3a", "3b", "4a", "4b", "5", "6")
 TARGETS = {"1": 3.0, "2": 18.0, "3a": 2.0, "3b": 10.0, "4a": 3.0, "4b": 12.0, "5": 0.8}

@@ -14,9 +14,9 @@ from typing import Annotated
 
 import typer
 
-from lowmem_icl.config import RunOptions
+from lowmem_icl.cli.terminal import Terminal
+from lowmem_icl.options import RunOptions
 from lowmem_icl.run import run
-from lowmem_icl.terminal import Terminal
 
 KEPT = re.compile(r"greedy-.*|gradient-heads-\d+-aggregate-.*")
 

@@ -15,9 +15,9 @@ import torch
 from hypothesis import settings
 from transformers import OPTConfig, OPTForCausalLM
 
-from lowmem_icl.model.calibration import fixed_text
-from lowmem_icl.model.checkpoint import open_checkpoint
-from lowmem_icl.model.convert import convert
+from lowmem_icl.conversion.calibration import fixed_text
+from lowmem_icl.conversion.checkpoint import open_checkpoint
+from lowmem_icl.conversion.convert import convert
 from lowmem_icl.model.store import Store
 
 # Machines are noisy: a slow example is no failure. CI draws the same examples every time.

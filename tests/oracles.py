@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers import OPTForCausalLM
 
-from lowmem_icl.masks import Mask
+from lowmem_icl.masks.mask import Mask
 
 
 def option_logprob(

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_run import invoke, run_small
 
-from lowmem_icl.experiments.ablate import estimated_drops, screened
-from lowmem_icl.results import read_table
-from lowmem_icl.stages.work import OutOfTime, Work, doubling_chunks
+from lowmem_icl.experiments.ablate.measure import estimated_drops, screened
+from lowmem_icl.session.work import OutOfTime, Work, doubling_chunks
+from lowmem_icl.tables.schema import read_table
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_engine import random_rows
 
-from lowmem_icl.engine.batches import MICRO_BATCH_TOKENS, Piece, micro_batches, row_groups
+from lowmem_icl.engine.micro_batches import MICRO_BATCH_TOKENS, Piece, micro_batches, row_groups
 from lowmem_icl.rows import with_stems
 
 blocks = st.lists(

@@ -4,22 +4,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lowmem_icl.experiments.unit_claims import (
+from lowmem_icl.experiments.ablate.claims import (
     Measured,
     claim_columns,
     in_context,
     in_context_columns,
     top_drop_rows,
 )
-from lowmem_icl.masks import Unit
-from lowmem_icl.statistics import (
-    Estimates,
-    alternate_halves,
-    clustered_estimates,
-    mean_of_estimates,
-    q_values,
-    top_mean,
-)
+from lowmem_icl.masks.mask import Unit
+from lowmem_icl.statistics.intervals import Estimates, clustered_estimates, mean_of_estimates
+from lowmem_icl.statistics.tests import alternate_halves, q_values, top_mean
 from lowmem_icl.tasks.loading import Document, TaskRows
 
 UNITS = [Unit("head", 0, 0), Unit("head", 0, 1), Unit("ffn", 0)]

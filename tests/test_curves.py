@@ -8,8 +8,8 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from lowmem_icl.cli import app
-from lowmem_icl.experiments.curves import (
+from lowmem_icl.cli.app import app
+from lowmem_icl.experiments.prune.curves import (
     LEVELS,
     CurvePoint,
     Rankings,
@@ -20,9 +20,10 @@ from lowmem_icl.experiments.curves import (
     knees,
     transfer_donors,
 )
-from lowmem_icl.masks import Mask, read_mask
-from lowmem_icl.rankings import RankingKey, removed_count, with_ties_broken
-from lowmem_icl.results import read_table
+from lowmem_icl.masks.files import read_mask
+from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.rankings import RankingKey, removed_count, with_ties_broken
+from lowmem_icl.tables.schema import read_table
 
 LAYERS, HEADS = 4, 8
 TASKS, SHOTS = ("a", "b", "c", "d"), (0, 1, 5)

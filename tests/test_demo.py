@@ -10,15 +10,15 @@ import torch
 from transformers import AutoTokenizer, OPTForCausalLM
 from typer.testing import CliRunner
 
-from lowmem_icl.cli import app
+from lowmem_icl.cli.app import app
+from lowmem_icl.conversion.locate import ensure_store, locate
 from lowmem_icl.engine.cache import CleanCache
-from lowmem_icl.engine.stream import sweep
-from lowmem_icl.engine.waves import Job, SweepLimits
-from lowmem_icl.masks import Mask
-from lowmem_icl.model.locate import ensure_store, locate
+from lowmem_icl.engine.passes import sweep
+from lowmem_icl.engine.schedule import Job, SweepLimits
+from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.rankings import highest_heads, lowest_heads, removed_count
 from lowmem_icl.model.streamed import StreamedModel
-from lowmem_icl.rankings import highest_heads, lowest_heads, removed_count
-from lowmem_icl.results import read_table
+from lowmem_icl.tables.schema import read_table
 from lowmem_icl.tasks.loading import open_task
 from lowmem_icl.tasks.packing import PackingLimits, pack
 from lowmem_icl.tasks.scoring import document_scores

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.cache import CleanCache
-from lowmem_icl.engine.gradients import UnitGradients
-from lowmem_icl.engine.stream import sweep, unit_gradients
-from lowmem_icl.engine.waves import Job, SweepCost, SweepLimits, planned_waves, sweep_cost
+from lowmem_icl.engine.cost import SweepCost, sweep_cost
+from lowmem_icl.engine.passes import sweep, unit_gradients
+from lowmem_icl.engine.schedule import Job, SweepLimits, planned_waves
+from lowmem_icl.engine.unit_gradients import UnitGradients
 from lowmem_icl.errors import DoesNotFit
-from lowmem_icl.experiments.ablate import ablation_masks
-from lowmem_icl.masks import Mask
+from lowmem_icl.experiments.ablate.measure import ablation_masks
+from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.rows import Row

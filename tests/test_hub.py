@@ -101,7 +101,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 def command(hub: Hub, home: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run lowmem-icl with the stand-in as its hub."""
     return subprocess.run(
-        [sys.executable, "-c", "from lowmem_icl.cli import app; app()", *map(str, arguments)],
+        [sys.executable, "-c", "from lowmem_icl.cli.app import app; app()", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,

@@ -14,24 +14,25 @@ from scipy import stats
 from transformers import AutoTokenizer, OPTForCausalLM
 from typer.testing import CliRunner
 
-from lowmem_icl.cli import app
-from lowmem_icl.config import RunOptions
-from lowmem_icl.detection import area_under_curve, precision_at, rank_correlation
+from lowmem_icl.cli.app import app
 from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.engine.copying import DEFAULT_COPYING, REFERENCE_COPYING, CopyingForm
-from lowmem_icl.engine.heads import HeadQuestions, HeadScores, Journey
+from lowmem_icl.engine.head_scores import HeadQuestions, HeadScores, Journey
+from lowmem_icl.engine.passes import score_heads, sweep
 from lowmem_icl.engine.patterns import pattern_scores, patterns, query_blocks
-from lowmem_icl.engine.stream import score_heads, sweep
-from lowmem_icl.engine.waves import Job, SweepLimits
+from lowmem_icl.engine.schedule import Job, SweepLimits
 from lowmem_icl.errors import InputError
-from lowmem_icl.experiments import induction
-from lowmem_icl.masks import Mask, read_mask
+from lowmem_icl.experiments.induction import measure as induction
+from lowmem_icl.experiments.induction.stage import head_questions
+from lowmem_icl.masks.files import read_mask
+from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import StreamedModel
-from lowmem_icl.prepare import Prepared, prepare, with_store
-from lowmem_icl.results import read_table
+from lowmem_icl.options import RunOptions
 from lowmem_icl.rows import stem_of
-from lowmem_icl.stages.inducing import head_questions
+from lowmem_icl.session.prepare import Prepared, prepare, with_store
+from lowmem_icl.statistics.detection import area_under_curve, precision_at, rank_correlation
+from lowmem_icl.tables.schema import read_table
 from lowmem_icl.tasks.random_sequences import Drawable, drawable_ids, random_sequences
 from lowmem_icl.tasks.scoring import document_scores
 
@@ -108,8 +109,8 @@ def test_attention_is_what_hugging_face_gives(checkpoint: Path, float_store: Sto
     expected = reference(tokens[None], output_attentions=True, output_hidden_states=True)
     row = stem_of(tokens.tolist())
     with StreamedModel(float_store, device=torch.device("cpu"), resident_bytes=0) as model, torch.no_grad():
-        from lowmem_icl.engine.gradients import embedded, plain_segments
-        from lowmem_icl.engine.waves import BlockRow
+        from lowmem_icl.engine.schedule import BlockRow
+        from lowmem_icl.engine.unit_gradients import embedded, plain_segments
 
         residual = embedded(model, row)
         segments = plain_segments(model, [BlockRow(0, row)])

@@ -9,19 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.masks import (
-    MASK_SCHEMA,
-    Mask,
-    MaskFile,
-    MaskModel,
-    Unit,
-    all_ffns,
-    all_heads,
-    check_fits,
-    jaccard,
-    read_mask,
-    write_mask,
-)
+from lowmem_icl.masks.files import MASK_SCHEMA, MaskFile, MaskModel, check_fits, read_mask, write_mask
+from lowmem_icl.masks.mask import Mask, Unit, all_ffns, all_heads, jaccard
 
 MODEL = MaskModel(id="made", revision=None, model_type="opt", layers=4, heads=8, digest="d" * 64)
 masks = st.builds(

@@ -13,7 +13,7 @@ import torch
 from conftest import make_checkpoint, small_config
 from transformers import OPTForCausalLM
 
-from lowmem_icl.model.checkpoint import open_checkpoint
+from lowmem_icl.conversion.checkpoint import open_checkpoint
 
 DEMO = Path(__file__).parents[1] / "lowmem_icl" / "demo"
 # The way back holds the graph of a layer.
@@ -23,7 +23,7 @@ SHARD_BYTES = 20_000_000
 # Every command runs twice: first on a tiny model, so that what counts is the work and not what libraries load.
 CHILD = """
 import contextlib, io, json, sys
-from lowmem_icl.cli import app
+from lowmem_icl.cli.app import app
 from lowmem_icl.machine import peak_resident_bytes
 peaks = []
 for arguments in json.loads(sys.argv[1]):
@@ -120,7 +120,7 @@ def test_a_run_keeps_to_its_memory(
 
 def test_what_cannot_fit_is_refused_with_what_would(large: Large, converted: tuple[Path, list[int]]) -> None:
     told = subprocess.run(
-        [sys.executable, "-c", "from lowmem_icl.cli import app; app()", "plan", "--model", str(converted[0]),
+        [sys.executable, "-c", "from lowmem_icl.cli.app import app; app()", "plan", "--model", str(converted[0]),
          "--tasks", "recall", "--shots", "0", "--limit", "4", "--memory", "20MB"],
         capture_output=True,
         text=True,

@@ -8,16 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lowmem_icl.experiments.overlap import TOP_PERCENTS, overlap_rows
-from lowmem_icl.rankings import RankingKey, mean_of_normalised
-from lowmem_icl.resampling import (
+from lowmem_icl.experiments.overlap.measure import TOP_PERCENTS, overlap_rows
+from lowmem_icl.masks.rankings import RankingKey, mean_of_normalised
+from lowmem_icl.statistics.agreement import correlation_of_orders, kendall, spearman
+from lowmem_icl.statistics.resampling import (
     RESAMPLES,
     DocumentRanking,
     DocumentScores,
     correlation_interval,
     split_half,
 )
-from lowmem_icl.statistics import correlation_of_orders, kendall, spearman
 
 LAYERS, HEADS = 5, 12
 UNITS = LAYERS * HEADS

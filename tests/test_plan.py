@@ -9,16 +9,16 @@ from conftest import make_checkpoint
 from test_engine import PLENTY, packed_task, swept
 from typer.testing import CliRunner
 
-from lowmem_icl.cli import app
-from lowmem_icl.config import RunOptions
-from lowmem_icl.engine.waves import BlockRow, Job, SweepLimits, row_blocks
+from lowmem_icl.cli.app import app
+from lowmem_icl.engine.schedule import BlockRow, Job, SweepLimits, row_blocks
 from lowmem_icl.errors import DoesNotFit, InputError
-from lowmem_icl.machine import device_allowance
-from lowmem_icl.masks import Mask
+from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.reading import LayerReader
 from lowmem_icl.model.store import Store
+from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.memory import plan_memory
 from lowmem_icl.planning.plan import Plan, StagePlan, within_hours
+from lowmem_icl.system.machine import device_allowance
 
 DEMO = Path(__file__).parents[1] / "lowmem_icl" / "demo"
 ROW = 128

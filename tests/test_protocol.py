@@ -12,12 +12,12 @@ from conftest import reference_model
 from test_engine import gradients, packed_task
 from test_run import invoke, run_small
 
-from lowmem_icl.experiments.evaluate import evaluation_rows, mean_over_tasks, top_answer_share
-from lowmem_icl.experiments.importance import importance
-from lowmem_icl.masks import Mask
+from lowmem_icl.experiments.evaluate.measure import evaluation_rows, mean_over_tasks, top_answer_share
+from lowmem_icl.experiments.importance.measure import importance
+from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.store import Store
 from lowmem_icl.protocols import CORRECTED, DIFFERENCES, REFERENCE, Protocol
-from lowmem_icl.results import read_table
+from lowmem_icl.tables.schema import read_table
 from lowmem_icl.tasks.gradient_documents import gradient_documents
 from lowmem_icl.tasks.loading import open_task
 from lowmem_icl.tasks.packing import PackingLimits, pack

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem_icl.experiments.prune import Request, SearchPlan, greedy_search, in_lockstep
-from lowmem_icl.masks import Mask
+from lowmem_icl.experiments.prune.search import Request, SearchPlan, greedy_search, in_lockstep
+from lowmem_icl.masks.mask import Mask
 
 LAYERS, HEADS = 3, 3
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import make_checkpoint, reference_model
 from test_run import invoke
 
-from lowmem_icl.results import read_table
+from lowmem_icl.tables.schema import read_table
 from lowmem_icl.tasks.sources import PAPER_TASKS
 
 

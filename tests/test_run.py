@@ -14,9 +14,9 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from lowmem_icl.cli import app
-from lowmem_icl.masks import read_mask
-from lowmem_icl.results import read_table
+from lowmem_icl.cli.app import app
+from lowmem_icl.masks.files import read_mask
+from lowmem_icl.tables.schema import read_table
 from lowmem_icl.tasks.sources import PAPER_TASKS
 
 DEMO = Path(__file__).parents[1] / "lowmem_icl" / "demo"
@@ -202,7 +202,7 @@ def test_continuing_changes_nothing_and_makes_nothing_again(
 
 def test_a_stopped_run_says_so_and_goes_on(finished: Path, stores: Path, tmp_path: Path) -> None:
     command = [
-        sys.executable, "-c", "from lowmem_icl.cli import app; app()", "run", "--tasks", "recall,knowledge", "--shots",
+        sys.executable, "-c", "from lowmem_icl.cli.app import app; app()", "run", "--tasks", "recall,knowledge", "--shots",
         "0,4", "--limit", "16", "--train-limit", "8", "--store-dir", str(stores), "--out", str(tmp_path / "stopped"),
         "--quiet",
     ]  # fmt: skip

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_icl.config import RunOptions, run_options
-from lowmem_icl.masks import check_fits, read_mask
-from lowmem_icl.prepare import prepare
+from lowmem_icl.masks.files import check_fits, read_mask
+from lowmem_icl.options import RunOptions, run_options
+from lowmem_icl.session.prepare import prepare
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

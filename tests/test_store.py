@@ -11,12 +11,12 @@ import torch
 from conftest import byte_tokens, make_checkpoint, make_store, reference_model
 from safetensors.torch import load_file, save_file
 
+from lowmem_icl.conversion import convert as convert_module
+from lowmem_icl.conversion.checkpoint import open_checkpoint
+from lowmem_icl.conversion.convert import check_room, planned_store
+from lowmem_icl.conversion.locate import ensure_store, locate
 from lowmem_icl.errors import DoesNotFit, InputError
-from lowmem_icl.model import convert as convert_module
-from lowmem_icl.model.checkpoint import open_checkpoint
-from lowmem_icl.model.convert import check_room, planned_store
 from lowmem_icl.model.families import Skeleton
-from lowmem_icl.model.locate import ensure_store, locate
 from lowmem_icl.model.reading import LayerReader
 from lowmem_icl.model.store import Store, layer_file, open_store, verify_store
 

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.experiments.evaluate import mean_over_tasks
-from lowmem_icl.experiments.overlap import overlap_rows
-from lowmem_icl.masks import Mask
-from lowmem_icl.parts import Draft, Parts
-from lowmem_icl.rankings import (
+from lowmem_icl.experiments.evaluate.measure import mean_over_tasks
+from lowmem_icl.experiments.overlap.measure import overlap_rows
+from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.rankings import (
     RankingKey,
     highest_heads,
     lowest_ffns,
@@ -23,8 +22,11 @@ from lowmem_icl.rankings import (
     mean_of_scores,
     random_mask,
 )
-from lowmem_icl.results import RESULTS, TABLES, columns_frame, read_table, rows_frame, write_table
-from lowmem_icl.statistics import mean_with_interval, spearman, top_overlap
+from lowmem_icl.session.parts import Draft, Parts
+from lowmem_icl.statistics.agreement import spearman, top_overlap
+from lowmem_icl.statistics.intervals import mean_with_interval
+from lowmem_icl.tables.blocks import columns_frame, rows_frame
+from lowmem_icl.tables.schema import RESULTS, TABLES, read_table, write_table
 
 CONTRACT = (
     "experiment, task, shots, split, protocol, demonstrations, model, weights, method, mask, kind, layer, head, "

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowmem_icl.engine.answers import AnswerReader, Scores
-from lowmem_icl.engine.batches import Piece, RowGroup, Slots, micro_batches, row_groups
 from lowmem_icl.engine.cache import CleanCache
-from lowmem_icl.engine.waves import BlockRow, Job, SweepCost, SweepLimits, Variant
-from lowmem_icl.masks import Mask
+from lowmem_icl.engine.cost import SweepCost
+from lowmem_icl.engine.micro_batches import Piece, RowGroup, Slots, micro_batches, row_groups
+from lowmem_icl.engine.schedule import BlockRow, Job, SweepLimits, Variant
+from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.layer import Attended, DecoderLayer, Segment, attention_mask, cut_heads
 from lowmem_icl.model.streamed import StreamedModel
 

@@ -1,4 +1,1 @@
-"""What is asked of the model: functions from packed tasks and a way to score masks to plain numbers.
-
-None imports another and none touches a file; `run.py` tells the story in order.
-"""
+"""The experiments: a folder each, of plain functions (measure) and the story of their sweeps (stage)."""

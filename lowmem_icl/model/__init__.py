@@ -1,1 +1,1 @@
-"""The model on disk and in pieces: convert once, read ahead, one decoder layer at a time."""
+"""A model as a store on disk, and its layers in memory one at a time."""

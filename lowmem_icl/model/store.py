@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.files import atomic_path, forget_pages, sha256_of_file
 from lowmem_icl.model.families import Skeleton
 from lowmem_icl.model.reading import read_header
-from lowmem_icl.progress import Advance
+from lowmem_icl.system.files import atomic_path, forget_pages, sha256_of_file
+from lowmem_icl.system.progress import Advance
 
 STORE_FORMAT: Literal["lowmem-icl-store/1"] = "lowmem-icl-store/1"
 MANIFEST = "manifest.json"

@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lowmem_icl.model.allocator import keep_freed_memory
 from lowmem_icl.model.int8 import FIXED_ROWS, matmul_in_fixed_rows
 from lowmem_icl.model.layer import DecoderLayer
 from lowmem_icl.model.reading import LayerReader
 from lowmem_icl.model.store import OUTSIDE, Store
+from lowmem_icl.system.allocator import keep_freed_memory
 
 VOCABULARY_BLOCK = 2048
 READ_ROWS = 1024

@@ -8,18 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lowmem_icl.config import RunOptions
-from lowmem_icl.engine.heads import HeadQuestions
-from lowmem_icl.engine.waves import Job
-from lowmem_icl.experiments.ablate import ablation_masks
-from lowmem_icl.experiments.curves import LEVELS, Rankings
-from lowmem_icl.experiments.induction import RANDOM_DRAWS
-from lowmem_icl.masks import Mask
-from lowmem_icl.prepare import Prepared
-from lowmem_icl.rankings import RankingKey
-from lowmem_icl.rows import PackedRows, Row, outline
-from lowmem_icl.stages.curving import points_of
-from lowmem_icl.stages.inducing import (
+from lowmem_icl.engine.head_scores import HeadQuestions
+from lowmem_icl.engine.schedule import Job
+from lowmem_icl.experiments.ablate.measure import ablation_masks
+from lowmem_icl.experiments.induction.measure import RANDOM_DRAWS
+from lowmem_icl.experiments.induction.stage import (
     DRAWN_DOCUMENTS,
     EVALUATION_PART,
     MORE_DOCUMENTS,
@@ -27,7 +20,14 @@ from lowmem_icl.stages.inducing import (
     causal_tasks,
     head_questions,
 )
-from lowmem_icl.stages.work import AGGREGATE, EVALUATE_CHUNK, chunks_of, doubling_chunks, most_documents
+from lowmem_icl.experiments.prune.curve_stage import points_of
+from lowmem_icl.experiments.prune.curves import LEVELS, Rankings
+from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.rankings import RankingKey
+from lowmem_icl.options import RunOptions
+from lowmem_icl.rows import PackedRows, Row, outline
+from lowmem_icl.session.prepare import Prepared
+from lowmem_icl.session.work import AGGREGATE, EVALUATE_CHUNK, chunks_of, doubling_chunks, most_documents
 from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.sources import in_domain
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowmem_icl.engine.waves import SweepCost
-from lowmem_icl.files import existing_folder
-from lowmem_icl.model.allocator import keep_freed_memory
+from lowmem_icl.engine.cost import SweepCost
 from lowmem_icl.model.int8 import FIXED_ROWS, matmul_in_fixed_rows
 from lowmem_icl.model.layer import DecoderLayer, Segment, attention_mask
 from lowmem_icl.model.reading import read_rate
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import VOCABULARY_BLOCK, head_rows
+from lowmem_icl.system.allocator import keep_freed_memory
+from lowmem_icl.system.files import existing_folder
 
 LAYER_SECONDS = 0.8
 OTHER_SECONDS = 0.3

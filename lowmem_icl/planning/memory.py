@@ -5,17 +5,17 @@ from dataclasses import dataclass
 
 import psutil
 
-from lowmem_icl.config import RunOptions
-from lowmem_icl.engine.batches import MICRO_BATCH_TOKENS
-from lowmem_icl.engine.heads import reading_bytes
+from lowmem_icl.engine.head_scores import reading_bytes
+from lowmem_icl.engine.micro_batches import MICRO_BATCH_TOKENS
+from lowmem_icl.engine.schedule import CACHE_SHARE, FLOAT_BYTES, SweepLimits
 from lowmem_icl.engine.wave import KEPT_MASK_ELEMENTS
-from lowmem_icl.engine.waves import CACHE_SHARE, FLOAT_BYTES, SweepLimits
 from lowmem_icl.errors import DoesNotFit
-from lowmem_icl.files import free_bytes
+from lowmem_icl.experiments.induction.stage import copying_form
 from lowmem_icl.model.reading import PAGE_BYTES
 from lowmem_icl.model.store import OUTSIDE, Store
 from lowmem_icl.model.streamed import READ_ROWS, VOCABULARY_BLOCK
-from lowmem_icl.stages.inducing import copying_form
+from lowmem_icl.options import RunOptions
+from lowmem_icl.system.files import free_bytes
 
 FREE_SHARE = 0.8
 RESIDENT_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)

@@ -4,29 +4,21 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from lowmem_icl.config import RunOptions
-from lowmem_icl.engine.waves import (
-    BlockRow,
-    SweepCost,
-    SweepLimits,
-    gradients_cost,
-    head_blocks,
-    operations,
-    row_blocks,
-    sweep_cost,
-)
+from lowmem_icl.engine.cost import SweepCost, gradients_cost, operations, sweep_cost
+from lowmem_icl.engine.schedule import BlockRow, SweepLimits, head_blocks, row_blocks
 from lowmem_icl.errors import DoesNotFit
-from lowmem_icl.machine import chosen_device, device_allowance
-from lowmem_icl.masks import Mask
+from lowmem_icl.experiments.induction.stage import PART, questions_cost
+from lowmem_icl.experiments.prune.rescoring import RESCORED_LEVELS, rescoring_part
+from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.families import Skeleton
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import resident_layers
+from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.costs import Laid, planned_sweeps
 from lowmem_icl.planning.measure import Rates, measure
 from lowmem_icl.planning.memory import FREE_SHARE, MemoryPlan, plan_memory
-from lowmem_icl.prepare import Prepared
-from lowmem_icl.stages.inducing import PART, questions_cost
-from lowmem_icl.stages.rescoring import RESCORED_LEVELS, rescoring_part
+from lowmem_icl.session.prepare import Prepared
+from lowmem_icl.system.machine import chosen_device, device_allowance
 
 # A stop loses the wave in work: longer ones are cut, unless reading would then take longer than computing.
 WAVE_SECONDS = 900.0

@@ -1,1 +1,1 @@
-"""Figures and one page from a run's tables."""
+"""The page and its figures, drawn from the tables."""

@@ -2,7 +2,7 @@
 
 import polars as pl
 
-from lowmem_icl.summary import unit_name
+from lowmem_icl.report.numbers import unit_name
 
 AGREEMENT_COLUMNS = (
     "method", "shots", "against", "pairs", "Spearman, mean", "variance", "ceiling", "Kendall",

@@ -9,7 +9,7 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from lowmem_icl.report.figures import ACCURACY, COLOURS, STYLE, unit_grid
-from lowmem_icl.summary import unit_name
+from lowmem_icl.report.numbers import unit_name
 
 MAPS = {
     "prefix_matching": "prefix matching",

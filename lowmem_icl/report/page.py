@@ -9,11 +9,12 @@ import jinja2
 import polars as pl
 from matplotlib.figure import Figure
 
-from lowmem_icl.files import write_text_atomic
 from lowmem_icl.protocols import DIFFERENCES, REFERENCE
 from lowmem_icl.report import agreement, curves, figures, figures_induction
-from lowmem_icl.results import read_table
-from lowmem_icl.summary import CLAIMED_Q, accuracy, claim_mark, pruned, run_record, top_units, unit_name
+from lowmem_icl.report.numbers import CLAIMED_Q, accuracy, claim_mark, pruned, top_units, unit_name
+from lowmem_icl.session.record import run_record
+from lowmem_icl.system.files import write_text_atomic
+from lowmem_icl.tables.schema import read_table
 
 
 @dataclass

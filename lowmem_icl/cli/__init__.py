@@ -1,0 +1,1 @@
+"""Commands, flags and exit codes, and everything that is printed."""

@@ -1,0 +1,338 @@
+"""A checkpoint into a store, layer by layer; a stopped conversion goes on at the layer where it was.
+
+In memory at any time: one layer in the source's precision and as converted, the open shard's pages, the embeddings
+(int8 only) and the fixed text's residuals.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lowmem_icl.conversion.calibration import CalibrationPass, text_rows
+from lowmem_icl.conversion.checkpoint import TOKENIZER_FILES, Checkpoint, read_json
+from lowmem_icl.errors import DoesNotFit, InputError
+from lowmem_icl.model.families import Skeleton
+from lowmem_icl.model.int8 import OUTLIER_THRESHOLD, quantise_rows
+from lowmem_icl.model.store import (
+    MANIFEST,
+    OUTSIDE,
+    STORE_FORMAT,
+    Manifest,
+    OutlierReport,
+    Source,
+    Store,
+    StoredFile,
+    Weights,
+    altered_files,
+    layer_file,
+    open_store,
+    save_tensors,
+    sha256_of_tensors,
+    source_digests,
+)
+from lowmem_icl.system.files import atomic_path, free_bytes, sha256_of_file, write_text_atomic
+from lowmem_icl.system.progress import Progress, unseen
+
+BYTES_PER_ELEMENT = {"int8": 1, "bfloat16": 2, "float32": 4}
+FLOAT_BYTES = 4
+STORED_TYPE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+MARGIN_BYTES = 64 << 20
+
+Tokenise = Callable[[str], Sequence[int]]
+
+
+def planned_store(checkpoint: Checkpoint, folder: Path, weights: Weights) -> Store:
+    """Return the store that a checkpoint would become, its files' sizes worked out and nothing written.
+
+    Sizes leave out the outlier columns, which are not known yet: a thousandth of a layer.
+    """
+    skeleton = Skeleton.from_dict(checkpoint.config)
+    linears = {f"{name}.weight" for name in skeleton.linear_names()}
+    inside, layer = 0, 0
+    for name, shape in skeleton.layer_parameters().items():
+        elements = torch.Size(shape).numel()
+        inside += elements
+        if name not in linears:
+            layer += FLOAT_BYTES * elements
+        else:
+            layer += BYTES_PER_ELEMENT[weights] * elements
+            layer += FLOAT_BYTES * shape[0] if weights == "int8" else 0
+    outside = sum(torch.Size(shape).numel() for shape in skeleton.outside_parameters().values())
+    parameters = outside + skeleton.layers * inside
+    # A checkpoint may hold a tied unembedding twice, so its bytes tell the precision only about.
+    element = FLOAT_BYTES if checkpoint.size_bytes > 3 * parameters else FLOAT_BYTES // 2
+    sizes = {OUTSIDE: outside * element} | {layer_file(n): layer for n in range(skeleton.layers)}
+    manifest = Manifest(
+        format=STORE_FORMAT,
+        weights=weights,
+        config=checkpoint.config,
+        source=Source(id="planned", revision=None, digest=""),
+        files={name: StoredFile(size_bytes=size, sha256="0" * 64) for name, size in sizes.items()},
+        outliers=None,
+    )
+    return Store(folder, manifest, checkpoint.folder)
+
+
+def check_room(folder: Path, size_bytes: int) -> int:
+    """Return the free bytes of the disk a folder is on; raise DoesNotFit where `size_bytes` is more."""
+    free = free_bytes(folder)
+    if size_bytes + MARGIN_BYTES > free:
+        raise DoesNotFit(
+            f"{size_bytes / 1e9:.3g} GB are needed in {folder}, {free / 1e9:.3g} GB are free; "
+            "free some space, choose another folder with --store-dir, or, for a hub id, convert it first with "
+            "lowmem-icl convert --delete-shards"
+        )
+    return free
+
+
+def convert(
+    checkpoint: Checkpoint,
+    folder: Path,
+    weights: Weights,
+    *,
+    source_id: str,
+    revision: str | None,
+    tokenise: Tokenise,
+    fixed_text: str,
+    progress: Progress = unseen,
+) -> Store:
+    """Write a checkpoint as a store, check its bytes and return it opened.
+
+    Shards are asked for one after the other, and released after the last layer that needs them. Raises InputError
+    naming a parameter that is missing or of another shape, or a folder that holds a store of another source.
+    """
+    skeleton = Skeleton.from_dict(checkpoint.config)
+    claim = _Claim(folder, checkpoint, weights, source_id, revision)
+    _copy_tokenizer(checkpoint, folder / "tokenizer")
+    steps = _Steps(checkpoint, skeleton, folder, weights)
+    if OUTSIDE not in claim.files:
+        claim.write(OUTSIDE, *steps.tensors(None))
+    digests = source_digests(folder / OUTSIDE)
+    calibration = None
+    if weights == "int8":
+        calibration = _start_calibration(skeleton, folder / OUTSIDE, tokenise(fixed_text))
+    with progress("converting", skeleton.layers, "layers") as advance:
+        for layer in range(skeleton.layers):
+            _convert_layer(layer, claim, steps, calibration)
+            digests |= source_digests(folder / layer_file(layer))
+            advance(1)
+    checkpoint.shards.clean()
+    files = dict(claim.files)
+    for path in sorted((folder / "tokenizer").iterdir()):
+        size, digest = path.stat().st_size, sha256_of_file(path)
+        files[f"tokenizer/{path.name}"] = StoredFile(size_bytes=size, sha256=digest)
+    manifest = Manifest(
+        format=STORE_FORMAT,
+        weights=weights,
+        config=checkpoint.config,
+        source=Source(id=source_id, revision=revision, digest=_combined(digests)),
+        files=files,
+        outliers=None if calibration is None else _outlier_report(calibration.counts),
+    )
+    with progress("verifying", sum(file.size_bytes for file in files.values()), "bytes") as advance:
+        altered = list(altered_files(folder, manifest, advance))
+    for name in altered:
+        (folder / name).unlink()
+    if altered:
+        raise InputError(
+            f"{folder / altered[0]} does not hold what was written: the disk may be failing; it is deleted, "
+            "run the same command again to make it anew, or choose another disk"
+        )
+    write_text_atomic(folder / MANIFEST, json.dumps(manifest.model_dump(), indent=1) + "\n")
+    claim.path.unlink()
+    return open_store(folder)
+
+
+def _start_calibration(skeleton: Skeleton, outside: Path, tokens: Sequence[int]) -> CalibrationPass:
+    if max(tokens) >= skeleton.vocabulary:
+        raise InputError(
+            f"the tokenizer beside the weights knows token {max(tokens)}, the model only {skeleton.vocabulary} tokens; "
+            "they do not belong together"
+        )
+    for name, tensor in load_file(outside).items():
+        value = tensor if tensor.shape[0] == skeleton.vocabulary else tensor.float()
+        set_module_tensor_to_device(skeleton.model, name, "cpu", value=value, dtype=value.dtype)
+    return CalibrationPass.start(skeleton, text_rows(tokens, skeleton.context_tokens))
+
+
+def _convert_layer(layer: int, claim: "_Claim", steps: "_Steps", calibration: CalibrationPass | None) -> None:
+    """Write a layer that is not there yet; in any case take the fixed text through it."""
+    name = layer_file(layer)
+    kept = name in claim.files
+    if kept and calibration is None:
+        return
+    tensors, digests = (load_file(claim.folder / name), {}) if kept else steps.tensors(layer)
+    if calibration is not None:
+        tensors |= calibration.columns_of(tensors, decide=not kept)
+    if not kept:
+        claim.write(name, tensors, digests)
+        steps.forget_piece(layer)
+
+
+class _Claim:
+    """Marks a folder as one conversion's, and keeps what is finished: names, sizes and digests of files."""
+
+    def __init__(
+        self, folder: Path, checkpoint: Checkpoint, weights: Weights, source_id: str, revision: str | None
+    ) -> None:
+        self.folder, self.path = folder, folder / "converting.json"
+        self.files: dict[str, StoredFile] = {}
+        self._told = {
+            "source": source_id,
+            "revision": revision,
+            "weights": weights,
+            "config": checkpoint.config,
+            "source_bytes": checkpoint.size_bytes,
+        }
+        if self.path.is_file():
+            kept = read_json(self.path)
+            if {name: kept.get(name) for name in self._told} != json.loads(json.dumps(self._told)):
+                raise InputError(
+                    f"{folder} holds an unfinished conversion of something else; delete it or choose another STORE"
+                )
+            for name, told in kept.get("files", {}).items():
+                file = StoredFile.model_validate(told)
+                if (folder / name).is_file() and (folder / name).stat().st_size == file.size_bytes:
+                    self.files[name] = file
+        elif folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder} is not empty and no unfinished conversion; choose another STORE")
+        else:
+            self._save()
+
+    def write(self, name: str, tensors: dict[str, Tensor], digests: dict[str, str]) -> None:
+        """Write a file of the store; its digest is that of the bytes in memory, not of what the disk gives back."""
+        path = self.folder / name
+        save_tensors(path, tensors, digests)
+        self.files[name] = StoredFile(size_bytes=path.stat().st_size, sha256=sha256_of_tensors(path, tensors))
+        self._save()
+
+    def _save(self) -> None:
+        files = {name: file.model_dump() for name, file in self.files.items()}
+        write_text_atomic(self.path, json.dumps(self._told | {"files": files}, indent=1) + "\n")
+
+
+def finished_bytes(folder: Path) -> int:
+    """Return how many bytes of a store an earlier, stopped conversion has written."""
+    written = [folder / OUTSIDE, *folder.glob("layers/*.safetensors")]
+    return sum(path.stat().st_size for path in written if path.is_file())
+
+
+class _Steps:
+    """Takes parameters out of the shards in the order of the layers, what lies outside them first.
+
+    Before a fetched shard is deleted, what it held of an unfinished layer is kept as a piece.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, folder: Path, weights: Weights) -> None:
+        self._checkpoint, self._skeleton = checkpoint, skeleton
+        self._folder, self._weights = folder, weights
+        self._linears = {f"{name}.weight" for name in skeleton.linear_names()}
+
+    def _parameters(self, layer: int | None) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return the name in the store and the shape of every parameter of a layer, or of what lies outside."""
+        if layer is None:
+            return {name: (name, shape) for name, shape in self._skeleton.outside_parameters().items()}
+        blocks = self._skeleton.blocks_name
+        return {
+            f"{blocks}.{layer}.{name}": (name, shape)
+            for name, shape in self._skeleton.layer_parameters().items()
+        }
+
+    def _shard(self, name: str) -> str:
+        return self._checkpoint.shard_of.get(self._checkpoint.source_name(name), "")
+
+    @cached_property
+    def _last_use(self) -> dict[str, int]:
+        """The last layer that needs a shard; -1 where only what lies outside does."""
+        last = {self._shard(name): -1 for name in self._parameters(None)}
+        for layer in range(self._skeleton.layers):
+            last |= {self._shard(name): layer for name in self._parameters(layer)}
+        return last
+
+    def _piece(self, layer: int) -> Path:
+        return self._folder / f"{layer_file(layer)}.piece"
+
+    def forget_piece(self, layer: int) -> None:
+        """Delete what was kept of a layer that is finished."""
+        self._piece(layer).unlink(missing_ok=True)
+
+    def tensors(self, layer: int | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return a layer's tensors in the store's form and their source digests; None: what lies outside."""
+        tensors: dict[str, Tensor] = {}
+        digests: dict[str, str] = {}
+        if layer is not None and self._piece(layer).is_file():
+            tensors, digests = load_file(self._piece(layer)), source_digests(self._piece(layer))
+        wanted = self._parameters(layer)
+        left = [name for name in wanted if name not in digests]
+        shards = sorted({self._shard(name) for name in left}, key=lambda shard: self._last_use[shard])
+        for shard in shards:
+            for name in left:
+                if self._shard(name) == shard:
+                    short, shape = wanted[name]
+                    tensor, digests[name] = _fetch(self._checkpoint, name, shape)
+                    tensors |= {short: tensor.clone()} if layer is None else self._stored_form(short, tensor)
+            if self._last_use[shard] > (-1 if layer is None else layer):
+                continue
+            if self._checkpoint.shards.deletes and layer is not None:
+                # A stop before the layer's own file is written must not cost a second fetch.
+                save_tensors(self._piece(layer), tensors, digests)
+            self._checkpoint.release(shard)
+        return tensors, digests
+
+    def _stored_form(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{self._checkpoint.folder}: parameter '{name}' holds infinities or NaN")
+        if name not in self._linears:
+            return {name: tensor.float().clone()}
+        if self._weights != "int8":
+            return {name: tensor.to(STORED_TYPE[self._weights], copy=True).contiguous()}
+        owner = name.removesuffix(".weight")
+        quantised, maxima = quantise_rows(tensor)
+        # bitsandbytes' number for rows stored as they are.
+        form = torch.tensor(0, dtype=torch.uint8)
+        return {name: quantised, f"{owner}.SCB": maxima, f"{owner}.weight_format": form}
+
+
+def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (checkpoint.folder / name).is_file():
+            with atomic_path(folder / name) as beside:
+                shutil.copyfile(checkpoint.folder / name, beside)
+    # AutoTokenizer looks up the tokenizer's class by the model's config.
+    write_text_atomic(folder / "config.json", json.dumps(checkpoint.config, indent=1) + "\n")
+
+
+def _fetch(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> tuple[Tensor, str]:
+    """Return a parameter and the SHA-256 of its source bytes; raise InputError for another shape or type."""
+    tensor = checkpoint.tensor(checkpoint.source_name(name))
+    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+        raise InputError(
+            f"{checkpoint.folder}: parameter '{name}': expected floating point of shape {list(shape)}, "
+            f"got {tensor.dtype} {list(tensor.shape)}; config.json and weights do not belong together"
+        )
+    digest = hashlib.sha256(str(tensor.dtype).encode())
+    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return tensor, digest.hexdigest()
+
+
+def _combined(digests: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def _outlier_report(counts: Mapping[str, int]) -> OutlierReport:
+    return OutlierReport(
+        threshold=OUTLIER_THRESHOLD,
+        columns=counts["columns"],
+        activations=counts["activations"],
+        beyond=counts["beyond"],
+        beyond_outside=counts["beyond_outside"],
+    )

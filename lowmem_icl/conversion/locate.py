@@ -1,0 +1,165 @@
+"""From what a user calls a model to a store: the demo, a store, a checkpoint folder, or a hub id."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lowmem_icl.conversion.calibration import fixed_text
+from lowmem_icl.conversion.checkpoint import Checkpoint, open_checkpoint
+from lowmem_icl.conversion.convert import Tokenise, check_room, convert, finished_bytes, planned_store
+from lowmem_icl.errors import InputError
+from lowmem_icl.model.store import Store, Weights, is_store, open_store
+from lowmem_icl.system.files import existing_folder
+from lowmem_icl.system.progress import Progress, unseen
+
+DEMO = "demo"
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a model is: a finished store, or a checkpoint and the folder its store belongs in."""
+
+    source_id: str
+    revision: str | None
+    checkpoint: Checkpoint | None
+    store_folder: Path
+
+
+def locate(model: str, revision: str | None, weights: Weights, store_dir: Path) -> Located:
+    """Find a model; of a hub id the small files are fetched. Raises InputError saying what was looked for and where."""
+    folder = Path(model).expanduser()
+    if model == DEMO:
+        folder = Path(str(files("lowmem_icl"))) / "demo"
+    elif is_store(folder):
+        store = open_store(folder)
+        if store.manifest.weights != weights:
+            raise InputError(
+                f"--weights {weights}: the store {folder} holds {store.manifest.weights}; "
+                f"give --weights {store.manifest.weights} or the checkpoint it was made from"
+            )
+        return Located(store.manifest.source.id, store.manifest.source.revision, None, folder)
+    elif not folder.exists():
+        if model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise InputError(f"--model: folder {model} does not exist")
+        return _locate_on_hub(model, revision, weights, store_dir)
+    checkpoint = open_checkpoint(folder)
+    stats = [(name, (folder / name).stat()) for name in sorted(checkpoint.shards.sizes)]
+    told = [checkpoint.config, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]
+    return Located(model, revision, checkpoint, store_dir / f"{folder.name}-{_eight_digits(told)}-{weights}")
+
+
+def _locate_on_hub(model: str, revision: str | None, weights: Weights, store_dir: Path) -> Located:
+    from lowmem_icl.conversion.hub import HubShards, open_hub_checkpoint
+
+    name = model.replace("/", "--")
+    try:
+        checkpoint = open_hub_checkpoint(model, revision)
+    except InputError:
+        # Neither the hub nor its cache: a store made earlier will do, if there is no doubt which.
+        made = [folder for folder in store_dir.glob(f"{name}-*-{weights}") if is_store(folder)]
+        if len(made) != 1 or revision is not None:
+            raise
+        return Located(model, open_store(made[0]).manifest.source.revision, None, made[0])
+    assert isinstance(checkpoint.shards, HubShards)
+    commit = checkpoint.shards.commit
+    folder = store_dir / f"{name}-{_eight_digits([model, commit])}-{weights}"
+    return Located(model, commit, checkpoint, folder)
+
+
+def _eight_digits(told: Any) -> str:
+    """Return eight hexadecimal digits that change with what is told."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def tokeniser(folder: Path) -> Tokenise:
+    """Return a function from a text to token ids without special tokens, by the tokenizer in a folder."""
+    tokenizer = load_tokenizer(folder)
+    return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a folder's tokenizer; raise InputError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder}: no tokenizer could be loaded ({error}); put its files beside the weights"
+        ) from error
+
+
+def plan_store(located: Located, weights: Weights) -> Store:
+    """Return a located model's store if it is there, else what it would be."""
+    if located.checkpoint is None or is_store(located.store_folder):
+        return open_store(located.store_folder)
+    return planned_store(located.checkpoint, located.store_folder, weights)
+
+
+def ensure_store(
+    located: Located,
+    weights: Weights,
+    *,
+    delete_shards: bool = False,
+    announce: Callable[[str], None] = lambda text: None,
+    progress: Progress = unseen,
+) -> Store:
+    """Return the store of a located model, converting and verifying it first where that has not been done.
+
+    Says what will be fetched, read and written before the first byte; raises DoesNotFit where the disk has no room.
+    `delete_shards`: weight files fetched from the hub are deleted as soon as they are converted.
+    """
+    if located.checkpoint is None or is_store(located.store_folder):
+        return open_store(located.store_folder)
+    checkpoint = located.checkpoint
+    planned = planned_store(checkpoint, located.store_folder, weights)
+    fetched = _prepare_fetching(checkpoint, located, delete_shards, announce)
+    left = max(0, planned.size_bytes - finished_bytes(located.store_folder))
+    free = check_room(located.store_folder, left + fetched)
+    announce(
+        f"converting {located.source_id} to {weights}: reads {checkpoint.size_bytes / 1e9:.3g} GB, writes about "
+        f"{left / 1e9:.3g} GB to {located.store_folder} ({free / 1e9:.3g} GB free)"
+    )
+    return convert(
+        checkpoint,
+        located.store_folder,
+        weights,
+        source_id=located.source_id,
+        revision=located.revision,
+        tokenise=tokeniser(checkpoint.folder),
+        fixed_text=fixed_text(),
+        progress=progress,
+    )
+
+
+def _prepare_fetching(
+    checkpoint: Checkpoint, located: Located, delete_shards: bool, announce: Callable[[str], None]
+) -> int:
+    """Set where shards go; return how many bytes of them the store's disk must take at once."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from lowmem_icl.conversion.hub import HubShards
+
+    shards = checkpoint.shards
+    if not isinstance(shards, HubShards):
+        if delete_shards:
+            raise InputError(
+                f"--delete-shards: {located.source_id} is a folder, and only what was fetched from the hub is "
+                "ever deleted; leave the option out"
+            )
+        return 0
+    shards.announce = announce
+    if delete_shards:
+        shards.delete_into = located.store_folder / "fetched"
+        return max(shards.sizes.values())
+    announce(
+        f"fetching {shards.fetch_bytes / 1e9:.3g} GB into the hub's cache; --delete-shards keeps one file at a time"
+    )
+    cache = Path(HF_HUB_CACHE)
+    check_room(cache, shards.fetch_bytes)
+    disks = {existing_folder(folder).stat().st_dev for folder in (cache, located.store_folder)}
+    return shards.fetch_bytes if len(disks) == 1 else 0

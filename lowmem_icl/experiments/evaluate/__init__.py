@@ -1,0 +1,1 @@
+"""Accuracies and log-probabilities of tasks, clean and under masks."""

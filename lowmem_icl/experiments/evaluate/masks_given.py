@@ -1,0 +1,28 @@
+"""`lowmem-icl evaluate`: mask files checked against the model, then a run of the one experiment."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from lowmem_icl.cli.terminal import Terminal
+from lowmem_icl.errors import InputError
+from lowmem_icl.masks.files import MaskFile, read_mask
+from lowmem_icl.options import RunOptions
+from lowmem_icl.run import Finished, run
+
+
+def evaluate_masks(options: RunOptions, paths: Sequence[Path], terminal: Terminal) -> Finished:
+    """Score the tasks clean and under every mask file; raise InputError where one is not for this model's shape."""
+    if not paths:
+        raise InputError("--mask: expected at least one mask file")
+    files: dict[str, MaskFile] = {}
+    for path in paths:
+        mask_file = read_mask(path)
+        if mask_file.name in files:
+            raise InputError(f"--mask {path}: a mask named '{mask_file.name}' was given before; rename one")
+        files[mask_file.name] = mask_file
+    if options.out is None:
+        told = hashlib.sha256("".join(file.to_json() for file in files.values()).encode()).hexdigest()[:8]
+        folder = options.run_folder
+        options = options.model_copy(update={"out": folder.with_name(f"evaluate-{folder.name}-{told}")})
+    return run(options, terminal, files)

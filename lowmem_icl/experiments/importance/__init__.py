@@ -1,0 +1,1 @@
+"""Importance of heads and FFNs from one backward pass."""

@@ -1,0 +1,1 @@
+"""Induction heads: their scores and what removing them costs."""

@@ -1,0 +1,229 @@
+"""Induction heads: their scores, what pruning leaves of them, whether important heads are such, and what they cause.
+
+Axis letters: S sequences, L layers, H heads, U all heads in a row.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.rankings import ascending, highest_heads
+from lowmem_icl.statistics.detection import Measure, area_under_curve, precision_at, rank_correlation
+
+Values = NDArray[np.float64]
+
+HEAD_SCORE = 0.3
+"""From this score on a head counts as an induction head (prefix matching) or a previous-token head."""
+LARGEST_SHARE = 4
+"""Of all heads at most one of so many is removed as an induction head."""
+RANDOM_DRAWS = 20
+RANDOM_ORDERS = 200
+PERCENT_STEP = 5
+CAPACITIES = ("prefix_matching", "copying")
+HEADS_MASK = "induction-heads"
+RANDOM_MASK = "induction-random"
+
+
+def score_columns(metric: str, method: str, by_sequence: Values) -> Iterator[dict[str, Any]]:
+    """Yield blocks of result columns of a score [S, L, H]: its mean over sequences, and their variance in a row of its own."""
+    sequences, layers, heads = by_sequence.shape
+    layer, head = np.indices((layers, heads))
+    base = {
+        "experiment": "induction",
+        "kind": "head",
+        "layer": layer.ravel(),
+        "head": head.ravel(),
+        "method": method,
+        "exact": True,
+        "documents": sequences,
+    }
+    value = by_sequence.mean(0).ravel()
+    variance = np.full(value.shape, np.nan)
+    if sequences > 1:
+        variance = by_sequence.var(0, ddof=1).ravel()
+    stderr = np.sqrt(variance / sequences)
+    yield base | {
+        "metric": metric,
+        "value": value,
+        "stderr": stderr,
+        "low": value - 1.96 * stderr,
+        "high": value + 1.96 * stderr,
+    }
+    yield base | {"metric": f"{metric}_variance", "value": variance}
+
+
+def weight_columns(metric: str, method: str, values: Values) -> dict[str, Any]:
+    """Return a block of result columns of a score that is of the weights alone, [L, H]."""
+    layer, head = np.indices(values.shape)
+    return {
+        "experiment": "induction",
+        "kind": "head",
+        "layer": layer.ravel(),
+        "head": head.ravel(),
+        "method": method,
+        "metric": metric,
+        "value": values.ravel(),
+        "exact": True,
+    }
+
+
+def percents() -> NDArray[np.int64]:
+    """Return the percentages of heads removed, 0 to 100."""
+    return np.arange(0, 101, PERCENT_STEP)
+
+
+def retained(scores: Values, orders: NDArray[np.int64]) -> Values:
+    """Return which share of the summed scores [U] is left when heads go in these orders [..., U], at every percentage.
+
+    Σ_{rank ≥ i} score / Σ score with i = ⌊p · U / 100⌋ heads removed (Bansal et al. 2023, section 6.4): [..., percents].
+    """
+    gone = np.cumsum(scores[orders], axis=-1)
+    gone = np.concatenate([np.zeros((*gone.shape[:-1], 1)), gone], axis=-1)
+    counts = percents() * orders.shape[-1] // 100
+    # Exactly 0 where all are gone.
+    return np.where(counts == orders.shape[-1], 0.0, 1 - gone[..., counts] / scores.sum())
+
+
+def capacity_columns(
+    capacity: str, scores: Values, ranked: Mapping[tuple[str, int, str], Values], seed: int
+) -> Iterator[dict[str, Any]]:
+    """Yield blocks of result columns: how much of a capacity [L, H] is left under every ranking [L, H], lowest first.
+
+    ranked: by task, shot count and method. `chance` is what is left on average when heads go at random; a block of the
+    method `random` has that with the band of 200 orders.
+    """
+    heads = scores.size
+    counts = percents() * heads // 100
+    base = {
+        "experiment": "induction",
+        "kind": "head",
+        "metric": "capacity_retained",
+        "other_method": capacity,
+        "k": percents(),
+        "heads_removed": counts,
+        "chance": 1 - counts / heads,
+        "exact": True,
+    }
+    for (task, shots, method), ranking in ranked.items():
+        order = np.array(ascending(ranking))
+        yield base | {
+            "task": task,
+            "shots": shots,
+            "method": method,
+            "value": retained(scores.ravel(), order),
+        }
+    orders = np.random.default_rng(seed).permuted(np.tile(np.arange(heads), (RANDOM_ORDERS, 1)), axis=1)
+    drawn = retained(scores.ravel(), orders)
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    yield base | {"method": "random", "value": drawn.mean(0), "low": low, "high": high, "seed": seed}
+
+
+def capacity_of_mask(capacity: str, scores: Values, removed: Mask) -> dict[str, Any]:
+    """Return a result row: how much of a capacity [L, H] a mask leaves, beside what a random one of its size would."""
+    places = np.array(sorted(removed.heads), dtype=np.int64).reshape(-1, 2)
+    gone = scores[places[:, 0], places[:, 1]].sum()
+    return {
+        "experiment": "induction",
+        "kind": "head",
+        "metric": "capacity_retained",
+        "other_method": capacity,
+        "heads_removed": len(removed.heads),
+        "ffns_removed": len(removed.ffns),
+        "value": float(1 - gone / scores.sum()),
+        "chance": 1 - len(removed.heads) / scores.size,
+        "exact": True,
+    }
+
+
+def overlap_rows(
+    prefix_matching: Values, ranked: Mapping[tuple[str, int, str], Values]
+) -> Iterator[dict[str, Any]]:
+    """Yield how far important heads are induction heads, under every ranking [L, H], with chance and interval.
+
+    induction_spearman: rank correlation with prefix matching; induction_precision: the share of induction heads among the
+    `k` most important, k being how many there are; induction_auc: how often an induction head is the more important one.
+    """
+    scores = prefix_matching.ravel()
+    members = scores >= HEAD_SCORE
+    count = int(members.sum())
+    for (task, shots, method), ranking in ranked.items():
+        base = {
+            "experiment": "induction",
+            "kind": "head",
+            "task": task,
+            "shots": shots,
+            "method": method,
+            "other_method": "prefix_matching",
+            "exact": True,
+        }
+        flat = ranking.ravel()
+        measures: dict[str, tuple[int | None, Measure]] = {
+            "induction_spearman": (None, rank_correlation(flat, scores))
+        }
+        if 0 < count < len(scores):
+            measures |= {
+                "induction_precision": (count, precision_at(flat, members, count)),
+                "induction_auc": (count, area_under_curve(flat, members)),
+            }
+        for metric, (k, measure) in measures.items():
+            if np.isfinite(measure.value):
+                yield base | {"metric": metric, "k": k} | measure._asdict()
+
+
+def top_induction_heads(prefix_matching: Values) -> Mask:
+    """Return the heads that reach the score, at most a quarter of all: those with the highest, from [L, H]."""
+    reached = int((prefix_matching >= HEAD_SCORE).sum())
+    return highest_heads(prefix_matching, min(reached, prefix_matching.size // LARGEST_SHARE))
+
+
+def random_draws(
+    removed: Mask, prefix_matching: Values, previous_token: Values, seed: int, draws: int = RANDOM_DRAWS
+) -> list[Mask]:
+    """Return masks of as many other heads as `removed` has, of the same layers: as many of each, as far as there are.
+
+    Induction heads and previous-token heads, which feed these, are never drawn; scores: [L, H]. What a layer lacks comes
+    from the other layers; where all of them lack it there are no draws.
+    """
+    wanted = Counter(layer for layer, _ in removed.heads)
+    free = (prefix_matching < HEAD_SCORE) & (previous_token < HEAD_SCORE)
+    pools = {layer: np.flatnonzero(free[layer]) for layer in sorted(wanted)}
+    if not wanted or sum(map(len, pools.values())) < len(removed.heads):
+        return []
+    rng = np.random.default_rng(seed)
+    masks = []
+    for _ in range(draws):
+        chosen: list[tuple[int, int]] = []
+        spare: list[tuple[int, int]] = []
+        for layer, pool in pools.items():
+            heads = [(layer, int(head)) for head in rng.permutation(pool)]
+            chosen += heads[: wanted[layer]]
+            spare += heads[wanted[layer] :]
+        lacking = len(removed.heads) - len(chosen)
+        chosen += [spare[int(place)] for place in rng.permutation(len(spare))[:lacking]]
+        masks.append(Mask(frozenset(chosen)))
+    return masks
+
+
+def band_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield, for every task, shot count and metric, the median over random draws with the band of 95 % of them.
+
+    rows: result rows of all draws, method `random`; the median's row has the mask's name without a number.
+    """
+    grouped: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        grouped.setdefault((row["task"], row["shots"], row["metric"]), []).append(row)
+    for members in grouped.values():
+        values = np.array([row["value"] for row in members])
+        low, high = np.quantile(values, [0.025, 0.975])
+        yield dict(members[0]) | {
+            "mask": RANDOM_MASK,
+            "method": "random-median",
+            "value": float(np.median(values)),
+            "stderr": None,
+            "low": float(low),
+            "high": float(high),
+        }

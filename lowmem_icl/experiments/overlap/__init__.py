@@ -1,0 +1,1 @@
+"""How far rankings of heads agree."""

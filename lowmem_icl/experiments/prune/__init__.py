@@ -1,0 +1,1 @@
+"""Pruning curves and greedy masks."""

@@ -1,0 +1,162 @@
+"""The greedy layerwise pruner: layer by layer, within a tolerance.
+
+Masks only ever hold units of the layers visited; from the last layer down, every candidate so starts from the clean
+residual of its own layer. Which unit goes is decided on one half of the training documents, whether it may go on the other.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowmem_icl.masks.mask import Mask, Unit
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Masks to score on one half of the training documents: `choose` decides the order, `check` the tolerance."""
+
+    half: Literal["choose", "check"]
+    masks: tuple[Mask, ...]
+
+
+# Of every group of documents (a search's tasks, which weigh the same) the objective under M masks, [M, N].
+Answer = tuple[Values, ...]
+
+
+def loss(clean: Answer, now: Answer) -> Values:
+    """Return how much of the objective is lost under each mask, mean over groups, [M]."""
+    return np.mean([before.mean(1) - after.mean(1) for before, after in zip(clean, now, strict=True)], axis=0)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a search ends with: the mask, what it loses on the check half with its standard error, and its steps."""
+
+    mask: Mask
+    lost: float
+    lost_stderr: float
+    steps: tuple[tuple[Unit, float], ...]
+
+
+Search = Generator[Request, Answer, Pruned]
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What a search visits and in which order.
+
+    `direction`: from the last layer `down`, or from the first `up`. `order`: all heads and then all FFNs, each unit
+    counting the same, or `joint`ly, layer by layer, counting by parameters: `head_parameters`, `ffn_parameters` each.
+    """
+
+    layers: int
+    heads: int
+    direction: Literal["down", "up"] = "down"
+    order: Literal["heads-first", "joint"] = "heads-first"
+    head_parameters: int = 1
+    ffn_parameters: int = 1
+
+    def visits(self) -> Iterator[list[Unit]]:
+        """Yield the units that are tried together, in order."""
+        layers = range(self.layers) if self.direction == "up" else range(self.layers - 1, -1, -1)
+        heads = [[Unit("head", layer, head) for head in range(self.heads)] for layer in layers]
+        ffns = [[Unit("ffn", layer, None)] for layer in layers]
+        if self.order == "joint":
+            yield from (of_heads + ffn for of_heads, ffn in zip(heads, ffns, strict=True))
+        else:
+            yield from heads + ffns
+
+    def weight(self, unit: Unit) -> int:
+        """Return how much a unit counts."""
+        if self.order == "heads-first":
+            return 1
+        return self.head_parameters if unit.kind == "head" else self.ffn_parameters
+
+
+def greedy_search(plan: SearchPlan, tolerance: float) -> Search:
+    """Search one mask; yields requests and is sent their answers; returns the result.
+
+    Of the units tried together, the one that costs the objective least for its weight on the choosing half is removed,
+    then all are measured again. A unit may go where the whole loss on the checking half stays within `tolerance` × the
+    share, by weight, of all units visited so far, so that the layers visited first do not spend what belongs to the
+    others; one that breaks it is put back and the next cheapest tried.
+    """
+    whole = sum(plan.weight(unit) for together in plan.visits() for unit in together)
+    clean_choose = yield Request("choose", (Mask(),))
+    clean_check = yield Request("check", (Mask(),))
+    mask, current = Mask(), clean_check
+    steps: list[tuple[Unit, float]] = []
+    visited = 0
+
+    def visit(candidates: list[Unit]) -> Generator[Request, Answer, None]:
+        nonlocal mask, current, visited
+        while candidates:
+            masks = tuple(mask | unit.as_mask() for unit in candidates)
+            if len(candidates) > 1:
+                answer = yield Request("choose", masks)
+                # A stable sort: of equals the lowest unit goes first.
+                weights = np.array([plan.weight(unit) for unit in candidates], dtype=np.float64)
+                cost = loss(clean_choose, answer) / weights
+                order = [int(place) for place in np.argsort(cost, kind="stable")]
+            else:
+                order = [0]
+            tried: list[int] = []
+            # The cheapest nearly always passes; where it does not, the others are checked in one sweep.
+            for batch in (order[:1], order[1:]):
+                if not batch:
+                    break
+                answer = yield Request("check", tuple(masks[place] for place in batch))
+                losses = loss(clean_check, answer)
+                for number, place in enumerate(batch):
+                    visited += plan.weight(candidates[place])
+                    tried.append(place)
+                    if losses[number] <= tolerance * visited / whole:
+                        mask = masks[place]
+                        current = tuple(group[number : number + 1] for group in answer)
+                        steps.append((candidates[place], float(losses[number])))
+                        break
+                else:
+                    continue
+                break
+            candidates = [unit for place, unit in enumerate(candidates) if place not in tried]
+
+    for together in plan.visits():
+        yield from visit(together)
+    lost, stderr = loss_with_stderr(clean_check, current)
+    return Pruned(mask, lost, stderr, tuple(steps))
+
+
+def loss_with_stderr(clean: Answer, now: Answer) -> tuple[float, float]:
+    """Return the loss under one mask and its paired standard error, groups weighing the same."""
+    drops = [before[0] - after[0] for before, after in zip(clean, now, strict=True)]
+    variances = [drop.var(ddof=1) / len(drop) if len(drop) > 1 else np.nan for drop in drops]
+    return float(np.mean([drop.mean() for drop in drops])), float(np.sqrt(np.sum(variances)) / len(drops))
+
+
+ScoreStep = Callable[[int, Mapping[str, Request]], Mapping[str, Answer]]
+
+
+def in_lockstep(searches: Mapping[str, Search], score: ScoreStep) -> dict[str, Pruned]:
+    """Run all searches side by side; each step scores what every one of them asks for in one sweep.
+
+    `score(step, requests by search)` returns the answers by search. Searches that end earlier drop out.
+    """
+    results: dict[str, Pruned] = {}
+    asked: dict[str, Request] = {name: next(search) for name, search in searches.items()}
+    step = 0
+    while asked:
+        answers = score(step, asked)
+        following: dict[str, Request] = {}
+        for name in asked:
+            try:
+                following[name] = searches[name].send(answers[name])
+            except StopIteration as finished:
+                results[name] = finished.value
+        asked = following
+        step += 1
+    return results

@@ -1,0 +1,1 @@
+"""Sets of removed units, their files, and the rankings they are made from."""

@@ -1,0 +1,163 @@
+"""A mask is a set of removed units, and a file that a person can read, diff and reuse.
+
+The file's form is described in masks/README.md and by the JSON Schema `MASK_SCHEMA`.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lowmem_icl.errors import InputError
+from lowmem_icl.masks.mask import Mask
+from lowmem_icl.system.files import write_text_atomic
+
+MASK_FORMAT = "lowmem-icl-mask/1"
+LARGEST_FILE_BYTES = 16 << 20
+
+
+Index = Annotated[int, Field(ge=0, lt=10_000)]
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class MaskModel(_File):
+    """The model a mask was made on; `digest` is over its source tensors."""
+
+    id: str
+    revision: str | None = None
+    model_type: str
+    layers: Annotated[int, Field(gt=0, lt=10_000)]
+    heads: Annotated[int, Field(gt=0, lt=10_000)]
+    digest: str
+
+    @property
+    def shape(self) -> tuple[str, int, int]:
+        """What must agree for a mask to make sense on a model."""
+        return self.model_type, self.layers, self.heads
+
+
+class _Removed(_File):
+    heads: dict[Annotated[str, Field(pattern=r"^(0|[1-9]\d{0,3})$")], list[Index]] = Field(
+        default_factory=dict
+    )
+    ffns: list[Index] = Field(default_factory=list)
+
+
+class _Made(_File):
+    method: str
+    tasks: list[str] = Field(default_factory=list)
+    shots: list[int] = Field(default_factory=list)
+    documents: int | None = None
+    seed: int | None = None
+    protocol: str | None = None
+    version: str | None = None
+    date: str | None = None
+
+
+class _Content(_File):
+    format: Literal["lowmem-icl-mask/1"]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,199}$")]
+    ablation: Literal["zero"]
+    model: MaskModel
+    removed: _Removed
+    made: _Made
+    scores: dict[str, Any] = Field(default_factory=dict)
+
+
+MASK_SCHEMA = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | _Content.model_json_schema()
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """A mask with its name, the model it was made on, how it was made and what it scored.
+
+    `made` and `scores` are plain JSON; `extra` holds fields this version does not know, which are kept.
+    """
+
+    name: str
+    mask: Mask
+    model: MaskModel
+    made: dict[str, Any]
+    scores: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the file's text: a layer's heads on a line, keys in a fixed order."""
+        heads: dict[str, list[int]] = {}
+        for layer, head in sorted(self.mask.heads):
+            heads.setdefault(str(layer), []).append(head)
+        content = {
+            "format": MASK_FORMAT,
+            "name": self.name,
+            "ablation": "zero",
+            "model": self.model.model_dump(),
+            "removed": {"heads": heads, "ffns": sorted(self.mask.ffns)},
+            "made": self.made,
+            "scores": self.scores,
+        } | self.extra
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        # Lists of numbers on one line: a diff then shows layers.
+        return (
+            re.sub(r"\[\s*([-\d.,\s]*?)\s*\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text) + "\n"
+        )
+
+
+def write_mask(path: Path, mask_file: MaskFile) -> None:
+    """Write a mask file, whole or not at all."""
+    write_text_atomic(path, mask_file.to_json())
+
+
+def read_mask(path: Path) -> MaskFile:
+    """Read and check a mask file; raise InputError naming the file and the field that is wrong."""
+    try:
+        if path.stat().st_size > LARGEST_FILE_BYTES:
+            raise InputError(f"mask {path}: larger than {LARGEST_FILE_BYTES >> 20} MB; not a mask file")
+        content = _Content.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"mask {path}: cannot be read ({error.strerror}); give a mask file") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "content"
+        raise InputError(f"mask {path}: {place}: {first['msg']}; see masks/README.md for the form") from error
+    heads = [(int(layer), head) for layer, listed in content.removed.heads.items() for head in listed]
+    ffns = content.removed.ffns
+    if len(set(heads)) < len(heads) or len(set(ffns)) < len(ffns):
+        raise InputError(f"mask {path}: removed: a unit is listed twice")
+    if any(layer >= content.model.layers for layer in [*ffns, *(layer for layer, _ in heads)]) or any(
+        head >= content.model.heads for _, head in heads
+    ):
+        raise InputError(
+            f"mask {path}: removed: a unit lies outside the model's {content.model.layers} layers "
+            f"of {content.model.heads} heads"
+        )
+    return MaskFile(
+        name=content.name,
+        mask=Mask(frozenset(heads), frozenset(ffns)),
+        model=content.model,
+        made=content.made.model_dump(exclude_unset=True),
+        scores=content.scores,
+        extra=dict(content.model_extra or {}),
+    )
+
+
+def check_fits(mask_file: MaskFile, model: MaskModel) -> str | None:
+    """Return a warning where a mask was made on other weights of the same shape, None where on the same.
+
+    Raises InputError where the model's shape is another.
+    """
+    if mask_file.model.shape != model.shape:
+        expected, got = (
+            "{} of {} layers with {} heads".format(*shape) for shape in (model.shape, mask_file.model.shape)
+        )
+        raise InputError(
+            f"mask {mask_file.name}: made for {got}, this model is {expected}; choose another mask"
+        )
+    if mask_file.model.digest != model.digest:
+        return f"mask {mask_file.name} was made on other weights ({mask_file.model.id}) of the same shape"
+    return None

@@ -1,0 +1,91 @@
+"""A mask is a set of removed units, and a file that a person can read, diff and reuse.
+
+The file's form is described in masks/README.md and by the JSON Schema `MASK_SCHEMA`.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from lowmem_icl.errors import InputError
+
+Kind = Literal["head", "ffn"]
+_UNIT = re.compile(r"L(\d{1,4})(?:H(\d{1,4})|F)")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A head (layer, head) or an FFN (layer), 0-based; prints as L12H3 or L12F."""
+
+    kind: Kind
+    layer: int
+    head: int | None = None
+
+    def __str__(self) -> str:
+        return f"L{self.layer}F" if self.head is None else f"L{self.layer}H{self.head}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Unit":
+        """Read what `str` prints; raise InputError for anything else."""
+        match = _UNIT.fullmatch(text)
+        if match is None:
+            raise InputError(f"unit {text!r}: expected a form such as L12H3 or L12F")
+        head = match[2]
+        return cls("ffn" if head is None else "head", int(match[1]), None if head is None else int(head))
+
+    def as_mask(self) -> "Mask":
+        """Return the mask that removes this unit alone."""
+        if self.head is None:
+            return Mask(ffns=frozenset([self.layer]))
+        return Mask(heads=frozenset([(self.layer, self.head)]))
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Removed units: heads as (layer, head) and FFNs as layers. The empty mask is the clean run."""
+
+    heads: frozenset[tuple[int, int]] = frozenset()
+    ffns: frozenset[int] = frozenset()
+
+    @property
+    def first_layer(self) -> int | None:
+        """The lowest layer with a removed unit; None for the empty mask."""
+        return min([layer for layer, _ in self.heads] + list(self.ffns), default=None)
+
+    def heads_in(self, layer: int) -> tuple[int, ...]:
+        """Return the removed heads of a layer, ascending."""
+        return tuple(sorted(head for at, head in self.heads if at == layer))
+
+    def units(self) -> Iterator[Unit]:
+        """Yield the removed units, heads first, ascending."""
+        yield from (Unit("head", layer, head) for layer, head in sorted(self.heads))
+        yield from (Unit("ffn", layer) for layer in sorted(self.ffns))
+
+    def __len__(self) -> int:
+        return len(self.heads) + len(self.ffns)
+
+    def __or__(self, other: "Mask") -> "Mask":
+        return Mask(self.heads | other.heads, self.ffns | other.ffns)
+
+    def __and__(self, other: "Mask") -> "Mask":
+        return Mask(self.heads & other.heads, self.ffns & other.ffns)
+
+    def __sub__(self, other: "Mask") -> "Mask":
+        return Mask(self.heads - other.heads, self.ffns - other.ffns)
+
+
+def all_heads(layers: int, heads: int) -> list[Unit]:
+    """Return every head of a model, ascending."""
+    return [Unit("head", layer, head) for layer in range(layers) for head in range(heads)]
+
+
+def all_ffns(layers: int) -> list[Unit]:
+    """Return every FFN of a model, ascending."""
+    return [Unit("ffn", layer) for layer in range(layers)]
+
+
+def jaccard(one: Mask, other: Mask) -> float:
+    """Return how far two masks agree: units in both over units in either; 1 for two empty masks."""
+    either = len(one | other)
+    return len(one & other) / either if either else 1.0

@@ -1,0 +1,1 @@
+"""Intervals, tests and agreement measures, computed from plain arrays."""

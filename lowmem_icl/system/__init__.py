@@ -1,0 +1,1 @@
+"""Files, devices, memory and progress: what the machine gives."""

@@ -1,0 +1,1 @@
+"""The tables of a run folder: their columns and the one way into them."""
