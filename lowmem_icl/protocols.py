@@ -56,6 +56,17 @@ REFERENCE = Protocol(
 )
 PROTOCOLS: dict[ProtocolName, Protocol] = {"corrected": CORRECTED, "reference": REFERENCE}
 
+AGGREGATE = "aggregate"
+"""The task that stands for the mean over tasks."""
+OUT_OF_DOMAIN_TASKS = ("mathqa", "lambada")
+"""The paper's tasks that are pruned by rankings of the others and have no part in any mean."""
+
+
+def in_domain(task: str) -> bool:
+    """Tell whether a task counts in means over tasks."""
+    return task not in OUT_OF_DOMAIN_TASKS
+
+
 # Tasks whose gradients the reference takes of the answer without its leading space.
 BARE_TASKS = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa", "mathqa")
 # Tasks whose demonstrations it shows without that space, too.

@@ -17,6 +17,7 @@ from lowmem_icl.model.layer import DecoderLayer, Segment, attention_mask
 from lowmem_icl.model.reading import read_rate
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import VOCABULARY_BLOCK, head_rows
+from lowmem_icl.planning.memory import MemoryPlan
 from lowmem_icl.system.allocator import keep_freed_memory
 from lowmem_icl.system.files import existing_folder
 
@@ -32,16 +33,16 @@ RANDOM_ELEMENTS = 1 << 24
 class Rates:
     """What this machine does with this model, in seconds.
 
-    `call_seconds` for every micro-batch through a layer; `attended_seconds`, `projected_seconds`, `fed_seconds` for every
+    `call_seconds` for every micro-batch through a layer; `attention_seconds`, `projection_seconds`, `ffn_seconds` for every
     token of it through the attention's inputs, its output projection and the FFN; `backward_seconds` for a token on the
     way back, 0 where that was not asked for; `answer_seconds` for one place through the unembedding;
     `disk_bytes_per_second`.
     """
 
     call_seconds: float
-    attended_seconds: float
-    projected_seconds: float
-    fed_seconds: float
+    attention_seconds: float
+    projection_seconds: float
+    ffn_seconds: float
     backward_seconds: float
     answer_seconds: float
     disk_bytes_per_second: float
@@ -49,55 +50,48 @@ class Rates:
     def seconds(self, cost: SweepCost, micro_batch_tokens: int) -> float:
         """Return how long this machine computes for a sweep of this cost."""
         # Whatever branches late makes batches that are not full: one more a layer.
-        calls = (cost.projected + cost.backward) / micro_batch_tokens + cost.layers_read
+        calls = (cost.projection_tokens + cost.backward_tokens) / micro_batch_tokens + cost.layers_read
         return (
             calls * self.call_seconds
-            + cost.attended * self.attended_seconds
-            + cost.projected * self.projected_seconds
-            + cost.fed * self.fed_seconds
-            + cost.backward * self.backward_seconds
+            + cost.attention_tokens * self.attention_seconds
+            + cost.projection_tokens * self.projection_seconds
+            + cost.ffn_tokens * self.ffn_seconds
+            + cost.backward_tokens * self.backward_seconds
             + cost.answers * self.answer_seconds
         )
 
 
 def measure(
-    store: Store,
-    row_tokens: int,
-    residual_bytes: int,
-    micro_batch_tokens: int,
-    device: torch.device,
-    *,
-    backward: bool,
+    store: Store, row_tokens: int, memory: MemoryPlan, device: torch.device, *, backward: bool
 ) -> Rates:
     """Measure a layer of random weights of the store's shape with rows of this length, and the store's disk.
 
-    residual_bytes: how much of the memory the rows may take; more than the processor's cache is not needed.
-    micro_batch_tokens: how many tokens may go through the layer together.
+    memory: how it is dealt out to a run, which says how many tokens go through a layer together.
     """
     keep_freed_memory()
     skeleton = store.skeleton
     layer = DecoderLayer(skeleton, store.manifest.weights, device)
     layer.fill(_random_layer(store))
     with torch.no_grad():
-        one = _halves(store, layer, row_tokens, 1, residual_bytes, LAYER_SECONDS / 8)
+        single = _halves(store, layer, row_tokens, 1, memory.alive_bytes, LAYER_SECONDS / 8)
         # A layer of a very large model is measured on fewer tokens, so that this stays short.
-        full = max(2, micro_batch_tokens // row_tokens)
-        rows = int(min(full, max(2, LAYER_SECONDS / sum(one))))
-        many = _halves(store, layer, row_tokens, rows, residual_bytes, LAYER_SECONDS / 3)
+        full = max(2, memory.micro_batch_tokens // row_tokens)
+        rows = int(min(full, max(2, LAYER_SECONDS / sum(single))))
+        several = _halves(store, layer, row_tokens, rows, memory.alive_bytes, LAYER_SECONDS / 3)
     # Where one row costs next to nothing more, all is for the tokens.
-    share = max(1 - sum(one) / sum(many), (1 - 1 / rows) / 2) / (1 - 1 / rows)
-    attended, projected, fed = (seconds * min(1.0, share) / (rows * row_tokens) for seconds in many)
+    share = max(1 - sum(single) / sum(several), (1 - 1 / rows) / 2) / (1 - 1 / rows)
+    attention, projection, ffn = (seconds * min(1.0, share) / (rows * row_tokens) for seconds in several)
     hidden = torch.randn(head_rows(skeleton.width), skeleton.width, device=device)
     vocabulary = torch.randn(min(VOCABULARY_BLOCK, skeleton.vocabulary), skeleton.width, device=device)
     block = _seconds_of(
         lambda: matmul_in_fixed_rows(hidden, vocabulary.t(), len(hidden)).exp_().sum(1), OTHER_SECONDS
     )
     return Rates(
-        call_seconds=max(0.0, 1 - share) * sum(many),
-        attended_seconds=attended,
-        projected_seconds=projected,
-        fed_seconds=fed,
-        backward_seconds=_backward_seconds(store, layer, row_tokens, rows, sum(many)) if backward else 0.0,
+        call_seconds=max(0.0, 1 - share) * sum(several),
+        attention_seconds=attention,
+        projection_seconds=projection,
+        ffn_seconds=ffn,
+        backward_seconds=_backward_seconds(store, layer, row_tokens, rows, sum(several)) if backward else 0.0,
         answer_seconds=block / len(hidden) * skeleton.vocabulary / len(vocabulary),
         disk_bytes_per_second=_disk_bytes_per_second(store),
     )

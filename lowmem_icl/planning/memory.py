@@ -12,15 +12,18 @@ from lowmem_icl.engine.wave import KEPT_MASK_ELEMENTS
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.experiments.induction.stage import copying_form
 from lowmem_icl.model.reading import PAGE_BYTES
-from lowmem_icl.model.store import OUTSIDE, Store
+from lowmem_icl.model.store import NON_LAYER
 from lowmem_icl.model.streamed import READ_ROWS, VOCABULARY_BLOCK
-from lowmem_icl.options import RunOptions
+from lowmem_icl.session.identity import run_folder
+from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.system.files import free_bytes
 
 FREE_SHARE = 0.8
 RESIDENT_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)
 SPILL_SHARE = 0.5
 WORKING_SHARE = 0.4
+# Forms that compute in float32 hold the layer in use once more, converted.
+CONVERTED_COPIES = {"int8": 0, "bfloat16": 2, "float32": 1}
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class MemoryPlan:
 
     allowance_bytes: int
     device_bytes: int | None
-    outside_bytes: int
+    non_layer_bytes: int
     streaming_bytes: int
     working_bytes: int
     resident_bytes: int
@@ -51,8 +54,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    options: RunOptions,
-    store: Store,
+    prepared: Prepared,
     longest_tokens: int,
     device_bytes: int | None = None,
     layers_read: Callable[[MemoryPlan], float] = lambda plan: 0.0,
@@ -62,60 +64,100 @@ def plan_memory(
     longest_tokens: of the longest row with its stem. Of several ways to share between layers that stay and rows that are
     alive together, the one is taken that reads least by `layers_read`.
     """
-    skeleton = store.skeleton
-    allowance = options.memory or int(psutil.virtual_memory().available * FREE_SHARE)
-    outside = store.manifest.files[OUTSIDE].size_bytes
-    row_bytes = longest_tokens * skeleton.width * FLOAT_BYTES
-    # Forms that compute in float32 hold the layer in use once more, converted.
-    converted = {"int8": 0, "bfloat16": 2, "float32": 1}[store.manifest.weights]
-    read_ahead = 2 * (store.layer_bytes + PAGE_BYTES)
-    in_use = store.layer_bytes * (converted if device_bytes is None else 1 + converted)
-    spill = int(free_bytes(options.run_folder) * SPILL_SHARE)
-    if row_bytes * skeleton.layers > spill:
-        needed = (row_bytes * skeleton.layers - spill) / SPILL_SHARE
-        raise DoesNotFit(
-            f"--out {options.run_folder}: {spill / 1e9:.3g} GB of its disk may be used, and the activations of the "
-            f"longest row alone take {row_bytes * skeleton.layers / 1e9:.3g} GB; free {needed / 1e9:.3g} GB there or "
-            "choose another disk"
-        )
-    on_device = device_bytes is not None
-    flag, total = ("--device-memory", device_bytes) if device_bytes is not None else ("--memory", allowance)
-    least = 2 * row_bytes if on_device else int(2 * row_bytes / (1 - CACHE_SHARE)) + PAGE_BYTES
-    fixed = {"embeddings": outside, "layers in use": in_use + (0 if on_device else read_ahead)}
-    smallest = max(1, min(longest_tokens, MICRO_BATCH_TOKENS))
-    room = _rest(
-        flag, total, fixed | {"working space": working_bytes(options, store, longest_tokens, smallest)}, least
-    )
-    together = MICRO_BATCH_TOKENS
-    while together > smallest and working_bytes(options, store, longest_tokens, together) > (
-        room * WORKING_SHARE
-    ):
-        together = max(smallest, together // 2)
-    working = working_bytes(options, store, longest_tokens, together)
-    rest = _rest(flag, total, fixed | {"working space": working}, least)
-    cache_on_device = _rest("--memory", allowance, {"two layers being read": read_ahead}, PAGE_BYTES)
+    store = prepared.store
+    needs = _Needs(prepared, longest_tokens, device_bytes)
+    spill = needs.spill_bytes()
+    together = needs.micro_batch_tokens()
+    working = needs.working_bytes(together)
+    rest = needs.rest(working)
+    cache_on_device = needs.host_cache_bytes()
 
     def sharing(resident: int) -> MemoryPlan:
         split = SweepLimits.of(rest - resident)
         return MemoryPlan(
-            allowance_bytes=allowance,
+            allowance_bytes=needs.allowance,
             device_bytes=device_bytes,
-            outside_bytes=outside,
-            streaming_bytes=read_ahead + in_use,
+            non_layer_bytes=needs.non_layer,
+            streaming_bytes=needs.read_ahead + needs.in_use,
             working_bytes=working,
             resident_bytes=resident,
-            alive_bytes=rest - resident if on_device else split.alive_bytes,
-            cache_bytes=cache_on_device if on_device else split.cache_bytes,
+            alive_bytes=rest - resident if needs.on_device else split.alive_bytes,
+            cache_bytes=cache_on_device if needs.on_device else split.cache_bytes,
             spill_bytes=spill,
             micro_batch_tokens=together,
         )
 
-    whole = store.layer_bytes * skeleton.layers
+    whole = store.layer_bytes * store.skeleton.layers
     if whole <= rest // 2:
         return sharing(whole)
-    most = min(whole, rest - least)
+    most = min(whole, rest - needs.least)
     shares = [sharing(min(most, int(rest * share))) for share in RESIDENT_SHARES]
     return min(shares, key=lambda plan: (layers_read(plan), plan.resident_bytes))
+
+
+class _Needs:
+    """What a run cannot do without, in bytes: of the device where there is one, else of the machine's memory.
+
+    allowance: what --memory gives; non_layer: the weights beside the layers; read_ahead: two layers being read; in_use: the
+    layer in use; least: what one row takes.
+    """
+
+    def __init__(self, prepared: Prepared, longest_tokens: int, device_bytes: int | None) -> None:
+        store = prepared.store
+        self._prepared, self._longest_tokens, self._device_bytes = prepared, longest_tokens, device_bytes
+        self.on_device = device_bytes is not None
+        self.allowance = prepared.options.memory or int(psutil.virtual_memory().available * FREE_SHARE)
+        self.non_layer = store.manifest.files[NON_LAYER].size_bytes
+        self.read_ahead = 2 * (store.layer_bytes + PAGE_BYTES)
+        converted = CONVERTED_COPIES[store.manifest.weights]
+        self.in_use = store.layer_bytes * (1 + converted if self.on_device else converted)
+        self._row_bytes = longest_tokens * store.skeleton.width * FLOAT_BYTES
+        self.least = (
+            2 * self._row_bytes
+            if self.on_device
+            else int(2 * self._row_bytes / (1 - CACHE_SHARE)) + PAGE_BYTES
+        )
+
+    def spill_bytes(self) -> int:
+        """Return how much of the run folder's disk may be used; raise DoesNotFit where that is less than one row needs."""
+        folder = run_folder(self._prepared.options)
+        spill = int(free_bytes(folder) * SPILL_SHARE)
+        row = self._row_bytes * self._prepared.skeleton.layers
+        if row > spill:
+            raise DoesNotFit(
+                f"--out {folder}: {spill / 1e9:.3g} GB of its disk may be used, and the activations of the "
+                f"longest row alone take {row / 1e9:.3g} GB; free {(row - spill) / SPILL_SHARE / 1e9:.3g} GB there or "
+                "choose another disk"
+            )
+        return spill
+
+    def micro_batch_tokens(self) -> int:
+        """Return how many tokens go through a layer together: as many as leave room for rows."""
+        smallest = max(1, min(self._longest_tokens, MICRO_BATCH_TOKENS))
+        room = self.rest(self.working_bytes(smallest))
+        together = MICRO_BATCH_TOKENS
+        while together > smallest and self.working_bytes(together) > room * WORKING_SHARE:
+            together = max(smallest, together // 2)
+        return together
+
+    def working_bytes(self, together: int) -> int:
+        """Return what intermediate tensors take with so many tokens in a layer at once."""
+        return working_bytes(self._prepared, self._longest_tokens, together)
+
+    def rest(self, working: int) -> int:
+        """Return what is left for rows and layers that stay; raise DoesNotFit where that is less than one row needs."""
+        fixed = {
+            "embeddings": self.non_layer,
+            "layers in use": self.in_use + (0 if self.on_device else self.read_ahead),
+            "working space": working,
+        }
+        if self._device_bytes is not None:
+            return _rest("--device-memory", self._device_bytes, fixed, self.least)
+        return _rest("--memory", self.allowance, fixed, self.least)
+
+    def host_cache_bytes(self) -> int:
+        """Return what the machine's memory has for the clean cache where rows are on a device."""
+        return _rest("--memory", self.allowance, {"two layers being read": self.read_ahead}, PAGE_BYTES)
 
 
 def _rest(flag: str, allowance: int, fixed: dict[str, int], least: int) -> int:
@@ -130,9 +172,9 @@ def _rest(flag: str, allowance: int, fixed: dict[str, int], least: int) -> int:
     return allowance - sum(fixed.values())
 
 
-def working_bytes(options: RunOptions, store: Store, longest_tokens: int, together: int) -> int:
+def working_bytes(prepared: Prepared, longest_tokens: int, together: int) -> int:
     """Return what intermediate tensors take at the widest moment, `together` tokens going through a layer at once."""
-    skeleton = store.skeleton
+    options, skeleton = prepared.options, prepared.skeleton
     ffn_width = max(shape[0] for shape in skeleton.layer_parameters().values())
     tokens = max(together, longest_tokens)
     # Of the FFN: int32 products, their float32 form and the int8 input. Of the rest: queries, keys, values (filled up

@@ -4,27 +4,24 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from lowmem_icl.engine.cost import SweepCost, gradients_cost, operations, sweep_cost
-from lowmem_icl.engine.schedule import BlockRow, SweepLimits, head_blocks, row_blocks
+from lowmem_icl.engine.cost import SweepCost, operations
+from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.errors import DoesNotFit
-from lowmem_icl.experiments.induction.stage import PART, questions_cost
-from lowmem_icl.experiments.prune.rescoring import RESCORED_LEVELS, rescoring_part
-from lowmem_icl.masks.mask import Mask
-from lowmem_icl.model.families import Skeleton
+from lowmem_icl.experiments.order import STAGES, Share
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import resident_layers
-from lowmem_icl.options import RunOptions
-from lowmem_icl.planning.costs import Laid, planned_sweeps
+from lowmem_icl.planning.costs import StageWork, largest_sweeps, planned_work, row_lengths
 from lowmem_icl.planning.measure import Rates, measure
 from lowmem_icl.planning.memory import FREE_SHARE, MemoryPlan, plan_memory
 from lowmem_icl.session.prepare import Prepared
-from lowmem_icl.system.machine import chosen_device, device_allowance
+from lowmem_icl.session.work import SweepPart
+from lowmem_icl.system.machine import device_allowance, resolved_device
 
-# A stop loses the wave in work: longer ones are cut, unless reading would then take longer than computing.
+# A stop loses the wave in progress: longer ones are cut, unless reading would then take longer than computing.
 WAVE_SECONDS = 900.0
 COMPUTE_TO_READ = 4.0
-# Of the time left for ablations and pruning, pruning may take so much; else it waits until the ablations are done.
-PRUNE_SHARE = 0.5
+# Of the time left for stretched and postponed stages, the latter may take so much; else they wait for another run.
+POSTPONED_SHARE = 0.5
 ROUGH_MARGIN = 1.3
 SHORTEST_MEASURED_ROW = 16
 
@@ -33,8 +30,8 @@ SHORTEST_MEASURED_ROW = 16
 class StagePlan:
     """One experiment's cost: operations, layers and bytes read, expected seconds; what finished parts hold is left out.
 
-    `rough`: how much it takes depends on what it finds. `documents`: how many documents a task are reached in time, where
-    the experiment is cut by --hours; `skipped`: it waits for another run of the same command.
+    `rough`: how much it takes depends on what it finds. `documents`: how many documents per task are reached in time,
+    where the experiment is cut by --hours; `postponed`: it waits for another run of the same command.
     """
 
     experiment: str
@@ -44,7 +41,7 @@ class StagePlan:
     seconds: float
     rough: bool = False
     documents: int | None = None
-    skipped: bool = False
+    postponed: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,174 +67,149 @@ class Plan:
         return self.memory.limits(self.wave_tokens)
 
     @property
-    def skipped(self) -> frozenset[str]:
+    def postponed(self) -> frozenset[str]:
         """Experiments that wait for another run."""
-        return frozenset(stage.experiment for stage in self.stages if stage.skipped)
+        return frozenset(stage.experiment for stage in self.stages if stage.postponed)
 
-    def as_json(self) -> dict[str, object]:
+    def as_record(self) -> dict[str, object]:
         """Return plain values for run.json."""
         return asdict(self)
 
 
-def check_memory(options: RunOptions, prepared: Prepared, laid: Laid) -> MemoryPlan:
+def check_memory(prepared: Prepared) -> MemoryPlan:
     """Return how memory is dealt out; raise InputError or DoesNotFit where a run cannot be held."""
-    device = chosen_device(options.device)
+    options = prepared.options
+    device = resolved_device(options.device)
     allowed = device_allowance(device, options.device_memory, FREE_SHARE)
-    skeleton = prepared.store.skeleton
+    planned = planned_work(prepared)
+    sweeps = largest_sweeps(prepared, planned)
 
     def layers_read(memory: MemoryPlan) -> float:
-        """Count the reads of the largest chunks, which decide."""
-        total = 0.0
+        """Count the reads of the largest sweeps, which decide."""
         resident = resident_layers(prepared.store, memory.resident_bytes)
-        for experiment in ("evaluate", "ablate"):
-            sweeps = list(planned_sweeps(experiment, options, prepared, laid, ()))
-            largest = max(
-                sweeps, key=lambda sweep: sum(job.packed.token_count for job in sweep.jobs), default=None
-            )
-            if largest is not None:
-                total += sweep_cost(
-                    largest.jobs, skeleton.width, skeleton.layers, memory.limits(), resident
-                ).layers_read
-        return total
+        costs = [part.cost(prepared, memory.limits(), resident) for part in sweeps]
+        return sum((cost.layers_read for cost in costs), start=0.0)
 
-    return plan_memory(options, prepared.store, laid.longest_tokens, allowed, layers_read)
+    return plan_memory(prepared, row_lengths(prepared, planned).longest, allowed, layers_read)
 
 
 def make_plan(
-    options: RunOptions,
-    prepared: Prepared,
-    laid: Laid,
-    *,
-    masks: Sequence[Mask] = (),
-    hours: float | None = None,
-    finished: Callable[[str], bool] = lambda part: False,
+    prepared: Prepared, *, hours: float | None = None, finished: Callable[[str], bool] = lambda part: False
 ) -> Plan:
     """Plan all experiments of a run; takes two seconds to measure this machine.
 
-    `masks`: those given to `evaluate`; `hours`: how many there are left; `finished`: which parts are there already. Raises
-    DoesNotFit where the hours do not do for the experiments that all others build on.
+    `hours`: how many there are left; `finished`: which parts are there already. Raises DoesNotFit where the hours do
+    not do for the experiments that all others build on.
     """
-    store, skeleton = prepared.store, prepared.store.skeleton
-    memory = check_memory(options, prepared, laid)
+    store, memory = prepared.store, check_memory(prepared)
     resident = resident_layers(store, memory.resident_bytes)
+    planned = planned_work(prepared, finished)
     rates = measure(
         store,
-        max(SHORTEST_MEASURED_ROW, laid.mean_tokens),
-        memory.alive_bytes,
-        memory.micro_batch_tokens,
-        chosen_device(options.device),
-        backward="importance" in options.experiments,
+        max(SHORTEST_MEASURED_ROW, row_lengths(prepared, planned).mean),
+        memory,
+        resolved_device(prepared.options.device),
+        backward="importance" in prepared.options.experiments,
     )
     wave_tokens = _wave_tokens(store, rates, len(resident))
-    limits = memory.limits(wave_tokens)
-    whole = SweepCost()
+    counting = _Counting(prepared, rates, memory.limits(wave_tokens), resident)
     stages: list[StagePlan] = []
-    chunk_seconds: list[tuple[int, float]] = []
-
-    def seconds_of(cost: SweepCost) -> float:
-        reading = cost.layers_read * store.layer_bytes / rates.disk_bytes_per_second
-        return max(rates.seconds(cost, memory.micro_batch_tokens), reading)
-
-    for experiment in options.experiments:
-        cost, laying_out = SweepCost(), laid.train_seconds
-        if experiment == "importance":
-            if finished("importance"):
-                continue
-            cost = _one_backward(laid, skeleton, limits, len(resident))
-        else:
-            for sweep in planned_sweeps(experiment, options, prepared, laid, masks):
-                if sweep.part and finished(sweep.part):
-                    continue
-                one = (
-                    sweep_cost(
-                        sweep.jobs, skeleton.width, skeleton.layers, limits, resident, cached=sweep.cached
-                    )
-                    * sweep.times
-                )
-                cost += one
-                if experiment == "ablate":
-                    chunk_seconds.append((sweep.documents, seconds_of(one)))
-            if experiment == "prune" and options.rescore:
-                again = sum(not finished(rescoring_part(level)) for level in RESCORED_LEVELS)
-                cost += _one_backward(laid, skeleton, limits, len(resident)) * again
-            if experiment == "induction" and not finished(PART):
-                cost += _head_scores_cost(laid, prepared, limits, len(resident))
-            if experiment in ("evaluate", "prune"):
-                laying_out = laid.evaluate_seconds
-        if not cost.attended:
-            continue
-        if not whole.attended:
-            # Resident layers are read once, by whichever experiment comes first.
-            cost += SweepCost(layers_read=len(resident))
-        whole += cost
-        stages.append(
-            StagePlan(
-                experiment,
-                operations=operations(cost, skeleton),
-                layers_read=round(cost.layers_read),
-                read_bytes=round(cost.layers_read) * store.layer_bytes,
-                seconds=seconds_of(cost) + laying_out,
-                rough=experiment in ("prune", "induction"),
-            )
-        )
+    chunks: dict[str, list[tuple[int, float]]] = {}
+    for work in planned:
+        stage, chunks[work.stage.name] = counting.stage(work)
+        stages += [stage] if stage.operations else []
     checkpoint = prepared.located.checkpoint
     to_convert = 0 if store.is_written or checkpoint is None else checkpoint.size_bytes
     plan = Plan(memory, store.size_bytes, to_convert, rates, wave_tokens, tuple(stages))
-    return plan if hours is None else within_hours(plan, hours, chunk_seconds)
+    return plan if hours is None else within_hours(plan, hours, chunks)
 
 
-def _one_backward(laid: Laid, skeleton: Skeleton, limits: SweepLimits, resident: int) -> SweepCost:
-    """Return what one pass forward and back over all training documents costs."""
-    members = [BlockRow(number, row) for number, rows in enumerate(laid.gold) for row in rows.rows]
-    blocks = row_blocks(members, skeleton.width, skeleton.layers, limits, keeps_clean=True)
-    cost = gradients_cost(laid.gold, skeleton.layers)
-    return replace(cost, layers_read=2 * (skeleton.layers - resident) * len(blocks))
+class _Counting:
+    """Turns work into what it costs on this machine; resident layers are read once, by whichever stage comes first."""
+
+    def __init__(
+        self, prepared: Prepared, rates: Rates, limits: SweepLimits, resident: frozenset[int]
+    ) -> None:
+        self._prepared, self._rates, self._limits, self._resident = prepared, rates, limits, resident
+        self._has_read_resident = False
+
+    def stage(self, work: StageWork) -> tuple[StagePlan, list[tuple[int, float]]]:
+        """Return a stage's plan, and after which of its parts how many documents are done in how many seconds."""
+        store, cost = self._prepared.store, SweepCost()
+        chunks = []
+        for part, part_cost in work.costs(self._prepared, self._limits, self._resident):
+            cost += part_cost
+            if isinstance(part, SweepPart):
+                chunks.append((part.documents, self.seconds(part_cost)))
+        if cost.attention_tokens and not self._has_read_resident:
+            cost += SweepCost(layers_read=len(self._resident))
+            self._has_read_resident = True
+        plan = StagePlan(
+            work.stage.name,
+            operations=operations(cost, self._prepared.skeleton),
+            layers_read=round(cost.layers_read),
+            read_bytes=round(cost.layers_read) * store.layer_bytes,
+            seconds=self.seconds(cost),
+            rough=work.stage.rough,
+        )
+        return plan, chunks
+
+    def seconds(self, cost: SweepCost) -> float:
+        """Return how long this machine computes or reads, whichever is longer."""
+        reading = cost.layers_read * self._prepared.store.layer_bytes / self._rates.disk_bytes_per_second
+        return max(self._rates.seconds(cost, self._limits.micro_batch_tokens), reading)
 
 
-def _head_scores_cost(laid: Laid, prepared: Prepared, limits: SweepLimits, resident: int) -> SweepCost:
-    """Return what scoring heads takes: one read of the weights, or as many as there are blocks that fit."""
-    skeleton = prepared.store.skeleton
-    assert laid.questions is not None
-    rows = [BlockRow(place, row) for place, row in enumerate(laid.questions.rows)]
-    blocks = head_blocks(rows, skeleton.width, skeleton.layers, limits)
-    layers_read = len(blocks) * (skeleton.layers - resident)
-    return questions_cost(laid.questions, skeleton, limits.micro_batch_tokens, layers_read)
-
-
-def _wave_tokens(store: Store, rates: Rates, resident: int) -> int:
+def _wave_tokens(store: Store, rates: Rates, n_resident: int) -> int:
     """Return how many layer-tokens a wave may take."""
-    per_token = rates.attended_seconds + rates.projected_seconds + rates.fed_seconds
-    reading = (store.skeleton.layers - resident) * store.layer_bytes / rates.disk_bytes_per_second
+    per_token = rates.attention_seconds + rates.projection_seconds + rates.ffn_seconds
+    reading = (store.skeleton.layers - n_resident) * store.layer_bytes / rates.disk_bytes_per_second
     return max(1, round(max(WAVE_SECONDS, COMPUTE_TO_READ * reading) / per_token))
 
 
-def within_hours(plan: Plan, hours: float, chunk_seconds: Sequence[tuple[int, float]]) -> Plan:
-    """Return the plan with the largest programme that fits: ablations take what the others leave."""
+def within_hours(plan: Plan, hours: float, chunks: dict[str, list[tuple[int, float]]]) -> Plan:
+    """Return the plan with the largest programme that fits: stretched stages take what the others leave.
+
+    chunks: by experiment, after which of its parts how many documents are done, and the seconds of that part.
+    """
     total = hours * 3600
     seconds = {stage.experiment: stage.seconds for stage in plan.stages}
-    first = seconds.get("evaluate", 0.0) + seconds.get("importance", 0.0)
+
+    def taken(share: Share) -> float:
+        return sum(seconds.get(stage.name, 0.0) for stage in STAGES if stage.share == share)
+
+    first = taken("whole")
     if first > total:
+        named = " and ".join(
+            stage.name for stage in STAGES if stage.share == "whole" and stage.name in seconds
+        )
         raise DoesNotFit(
-            f"--hours {hours:g}: evaluate and importance alone take about {first / 3600:.2g} hours; give --hours "
+            f"--hours {hours:g}: {named} alone take about {first / 3600:.2g} hours; give --hours "
             f"{math.ceil(10 * first / 3600) / 10:g} or more, or fewer documents (--limit, --train-limit)"
         )
-    left = max(0.0, total - first - seconds.get("induction", 0.0))
-    pruning = ROUGH_MARGIN * seconds.get("prune", 0.0)
-    ablating = seconds.get("ablate", 0.0)
-    skip_prune = bool(ablating) and pruning > left - ablating and pruning > PRUNE_SHARE * left
-    for_ablations = left - (0.0 if skip_prune else min(pruning, left))
-    reached, used = 0, 0.0
-    for documents, needed in chunk_seconds:
-        used += needed
-        if used > for_ablations:
-            break
-        reached = documents
+    left = max(0.0, total - first - taken("beside"))
+    postponable, stretchable = ROUGH_MARGIN * taken("postponed"), taken("stretched")
+    postpones = bool(stretchable) and postponable > max(left - stretchable, POSTPONED_SHARE * left)
+    for_stretched = left - (0.0 if postpones else min(postponable, left))
+    stop_after = dict.fromkeys(seconds, total)
     stages = []
     for stage in plan.stages:
-        if stage.experiment == "ablate" and used > for_ablations:
-            stage = replace(stage, documents=reached, seconds=min(stage.seconds, for_ablations))
-        if stage.experiment == "prune" and skip_prune:
-            stage = replace(stage, skipped=True)
-        stages.append(stage)
-    stop_after = dict.fromkeys(seconds, total) | {"ablate": first + for_ablations}
+        share = next(one.share for one in STAGES if one.name == stage.experiment)
+        if share == "stretched":
+            stop_after[stage.experiment] = first + for_stretched
+            documents, is_cut = _reached(chunks[stage.experiment], for_stretched)
+            if is_cut:
+                stage = replace(stage, documents=documents, seconds=min(stage.seconds, for_stretched))
+        stages.append(replace(stage, postponed=share == "postponed" and postpones))
     return replace(plan, stages=tuple(stages), hours=hours, stop_after=stop_after)
+
+
+def _reached(chunks: Sequence[tuple[int, float]], seconds: float) -> tuple[int, bool]:
+    """Return how many documents are done in so many seconds, and whether these are not all."""
+    reached, used = 0, 0.0
+    for documents, needed in chunks:
+        used += needed
+        if used > seconds:
+            return reached, True
+        reached = documents
+    return reached, False

@@ -1,7 +1,7 @@
 """Pieces of a run in files: named arrays, written whole, found again when the run is continued.
 
-A finished part is `<name>.npz`. One that is being made leaves `<name>.begun.npz` now and then, and whenever it is stopped,
-so that what is lost is never more than the step in work.
+A finished part is `<name>.npz`. One that is being made leaves `<name>.draft.npz` from time to time, and whenever it is
+stopped, so that what is lost is never more than the step in progress.
 """
 
 import logging
@@ -25,35 +25,33 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class Draft:
-    """What there is of a part that is being made: arrays that an earlier run left, and those to be left for a later one."""
+    """What there is of a part that is being made: the arrays an earlier run left, and those to leave for a later one."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._arrays: Callable[[], Arrays] | None = None
-        self._kept = time.monotonic()
+        self._saved = time.monotonic()
 
-    def begin(self, arrays: Callable[[], Arrays]) -> None:
-        """Fill the arrays with what an earlier run left, if it is of their shapes, and keep them from now on."""
+    def resume(self, arrays: Callable[[], Arrays]) -> None:
+        """Fill the arrays with what an earlier run left, if it has their shapes, and save them from now on."""
         self._arrays = arrays
         if not self._path.is_file():
             return
         ours, left = arrays(), _read(self._path)
-        if {name: array.shape for name, array in ours.items()} == {
-            name: array.shape for name, array in left.items()
-        }:
+        if _shapes(ours) == _shapes(left):
             for name, array in ours.items():
                 array[...] = left[name]
 
-    def now_and_then(self) -> None:
+    def save_if_due(self) -> None:
         """Write the arrays, unless that was done a moment ago."""
-        if time.monotonic() - self._kept >= SECONDS_BETWEEN_DRAFTS:
-            self.keep()
+        if time.monotonic() - self._saved >= SECONDS_BETWEEN_DRAFTS:
+            self.save()
 
-    def keep(self) -> None:
+    def save(self) -> None:
         """Write the arrays."""
         if self._arrays is not None:
             _write(self._path, self._arrays())
-            self._kept = time.monotonic()
+            self._saved = time.monotonic()
 
     def discard(self) -> None:
         """Delete what was written."""
@@ -72,21 +70,25 @@ class Parts:
         """Tell whether a part is finished."""
         return self._path(name).is_file()
 
+    def draft(self, name: str) -> Draft:
+        """Return the draft of that name."""
+        return Draft(self.folder / f"{name}.draft.npz")
+
     def get_or_make(self, name: str, make: Callable[[Draft], Arrays]) -> dict[str, NDArray[Any]]:
         """Return a finished part, or make and keep it; raise InputError naming a part that cannot be read.
 
-        `make` may go on from its draft; however it is stopped, the draft is kept.
+        `make` may continue from its draft; however it is stopped, the draft is saved.
         """
         path = self._path(name)
         if path.is_file():
             self.reused += 1
             return _read(path)
         started = time.monotonic()
-        draft = Draft(self.folder / f"{name}.begun.npz")
+        draft = self.draft(name)
         try:
             arrays = dict(make(draft))
         except BaseException:
-            draft.keep()
+            draft.save()
             raise
         _write(path, arrays)
         draft.discard()
@@ -98,8 +100,12 @@ class Parts:
         return self.folder / f"{name}.npz"
 
 
+def _shapes(arrays: Arrays) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in arrays.items()}
+
+
 def _write(path: Path, arrays: Arrays) -> None:
-    with atomic_path(path) as beside, beside.open("wb") as opened:
+    with atomic_path(path) as temporary, temporary.open("wb") as opened:
         np.savez(opened, allow_pickle=False, **arrays)
 
 

@@ -1,8 +1,13 @@
-"""What the stages of a run share: the model and its documents, finished parts, the clock, and what is gathered."""
+"""The work that stages ask for: parts described as data, which the planner counts and a run executes.
+
+A part is one resumable piece of work and its file. Three kinds read the weights: sweeps of documents under masks, the
+gradients of documents, and the scores of heads on random sequences. Each says what it is called and what it consists of,
+once; `cost` counts that, and `Work` does it.
+"""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,25 +16,20 @@ from numpy.typing import NDArray
 
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.cache import CleanCache
-from lowmem_icl.engine.cost import SweepCost, operations, sweep_cost
-from lowmem_icl.engine.passes import sweep
-from lowmem_icl.engine.schedule import Job, SweepLimits
-from lowmem_icl.experiments.importance.measure import Importance
+from lowmem_icl.engine.cost import SweepCost, gradients_cost, operations, sweep_cost
+from lowmem_icl.engine.head_scores import HeadQuestions, HeadScores, PassCheckpoint, heads_cost
+from lowmem_icl.engine.passes import GradientJob, PassSetup, score_heads, sweep, unit_gradients
+from lowmem_icl.engine.schedule import BlockRow, Job, SweepLimits, head_blocks, row_blocks
+from lowmem_icl.engine.unit_gradients import UnitGradients
 from lowmem_icl.masks.mask import Mask
-from lowmem_icl.masks.rankings import RankingKey
 from lowmem_icl.model.streamed import StreamedModel
-from lowmem_icl.options import RunOptions
-from lowmem_icl.session.parts import Draft, Parts
+from lowmem_icl.session.parts import SECONDS_BETWEEN_DRAFTS, Draft, Parts
 from lowmem_icl.session.prepare import Prepared
-from lowmem_icl.statistics.resampling import DocumentRanking
 from lowmem_icl.system.progress import Advance, Progress
 from lowmem_icl.tasks.loading import TaskRows
+from lowmem_icl.tasks.packing import PackedTask
 
-EVALUATE_CHUNK = 128
-LARGEST_ABLATE_CHUNK = 16
-AGGREGATE = "aggregate"
-
-Row = dict[str, Any]
+Resident = Collection[int]
 
 
 class OutOfTime(Exception):
@@ -37,56 +37,233 @@ class OutOfTime(Exception):
 
 
 @dataclass(frozen=True)
-class MadeMask:
-    """A mask that a run made: for which task and shot count, by which method, from how many documents; `note` says more."""
+class MaskedDocuments:
+    """Some documents of a task, and the masks they are scored under; the empty mask is the clean run."""
 
-    name: str
-    mask: Mask
-    method: str
-    task: str
-    shots: int
-    documents: int
-    seed: int | None
-    scores: dict[str, Any] = field(default_factory=dict)
-    note: str = ""
+    task: TaskRows
+    documents: slice
+    masks: tuple[Mask, ...]
 
 
-@dataclass
-class Gathered:
-    """What the experiments of a run put together: tables by experiment, masks and warnings.
+@dataclass(frozen=True)
+class SweepPart:
+    """Documents of tasks under masks, in one sweep.
 
-    `results` are rows of results.parquet, `columns` blocks of columns of it, where there are very many. A stage that has
-    more puts its new rows in place of its earlier ones. `document_rankings`: those of `rankings` (heads) whose scores are known
-    by document; `record`: what stages add to run.json.
+    `keep_clean`: another part will start from the same clean residuals; `cached`: an earlier one left them. `documents`:
+    how many documents per task are done once it is. `times`: how often it is expected, where that depends on what is found.
     """
 
-    results: dict[str, list[Row]] = field(default_factory=dict)
-    columns: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    effects: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    answers: list[dict[str, Any]] = field(default_factory=list)
-    masks: list[MadeMask] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
-    record: dict[str, Any] = field(default_factory=dict)
-    importance: dict[tuple[str, int], Importance] = field(default_factory=dict)
-    rankings: dict[RankingKey, NDArray[np.float64]] = field(default_factory=dict)
-    ffn_rankings: dict[RankingKey, NDArray[np.float64]] = field(default_factory=dict)
-    document_rankings: dict[RankingKey, DocumentRanking] = field(default_factory=dict)
+    name: str
+    label: str
+    jobs: tuple[MaskedDocuments, ...]
+    keep_clean: bool = False
+    cached: bool = False
+    documents: int = 0
+    times: float = 1
+
+    def cost(self, prepared: Prepared, limits: SweepLimits, resident: Resident) -> SweepCost:
+        """Return what the sweep takes; layers that are `resident` are not read."""
+        jobs = [Job(prepared.outline(job.task, job.documents), job.masks) for job in self.jobs]
+        skeleton = prepared.skeleton
+        once = sweep_cost(jobs, skeleton.width, skeleton.layers, limits, resident, cached=self.cached)
+        return once * self.times
 
 
-def chunks_of(documents: int, chunk: int) -> list[slice]:
-    """Return so many documents in chunks of one size."""
-    return [slice(start, start + chunk) for start in range(0, documents, chunk)]
+@dataclass(frozen=True)
+class GradientsPart:
+    """The unit gradients of the gold options of all documents of tasks, each task's model without a mask's units."""
+
+    name: str
+    label: str
+    tasks: tuple[TaskRows, ...]
+    masks: tuple[Mask, ...]
+
+    def cost(self, prepared: Prepared, limits: SweepLimits, resident: Resident) -> SweepCost:
+        """Return what a pass forward and back over all documents takes."""
+        skeleton = prepared.skeleton
+        packed = [prepared.outline(task, gold_only=True) for task in self.tasks]
+        members = [BlockRow(index, row) for index, rows in enumerate(packed) for row in rows.rows]
+        blocks = row_blocks(members, skeleton.width, skeleton.layers, limits, keeps_clean=True)
+        layers_read = 2 * (skeleton.layers - len(resident)) * len(blocks)
+        return replace(gradients_cost(packed, skeleton.layers), layers_read=layers_read)
 
 
-def doubling_chunks(documents: int, largest: int = LARGEST_ABLATE_CHUNK) -> list[slice]:
-    """Return documents in chunks of 1, 1, 2, 4, 8, …: so that all units are measured early, and then better."""
-    chunks: list[slice] = []
-    start, size = 0, 1
-    while start < documents:
-        chunks.append(slice(start, min(documents, start + size)))
-        start, size = start + size, min(largest, max(1, start + size))
-    return chunks
+@dataclass(frozen=True, eq=False)
+class HeadScoresPart:
+    """The scores of all heads on random sequences."""
+
+    name: str
+    label: str
+    questions: HeadQuestions
+
+    def cost(self, prepared: Prepared, limits: SweepLimits, resident: Resident) -> SweepCost:
+        """Return what scoring heads takes: one read of the weights, or as many as there are blocks that fit."""
+        skeleton = prepared.skeleton
+        rows = [BlockRow(index, row) for index, row in enumerate(self.questions.rows)]
+        blocks = head_blocks(rows, skeleton.width, skeleton.layers, limits)
+        copied = sum(len(row) for row in self.questions.unrepeated)
+        tokens = copied + sum(len(row) for row in self.questions.repeated)
+        layers_read = len(blocks) * (skeleton.layers - len(resident))
+        form = self.questions.form
+        return heads_cost(tokens, copied, skeleton, form, limits.micro_batch_tokens, layers_read)
+
+
+Part = SweepPart | GradientsPart | HeadScoresPart
+
+
+@dataclass(frozen=True)
+class Work:
+    """What executes the parts of a stage: the model, the memory for residuals, and where finished parts are.
+
+    `deadline`: the time by `clock` at which the stage must stop.
+    """
+
+    prepared: Prepared
+    model: StreamedModel
+    limits: SweepLimits
+    cache: CleanCache
+    parts: Parts
+    progress: Progress
+    deadline: float = float("inf")
+    clock: Callable[[], float] = time.monotonic
+
+    def check_time(self) -> None:
+        """Raise OutOfTime where the stage's time is over."""
+        if self.clock() >= self.deadline:
+            raise OutOfTime
+
+    def sweep(self, part: SweepPart) -> list[Scores]:
+        """Return the scores of a part's jobs, from its file or by sweeping; raise OutOfTime between two waves."""
+
+        def make(draft: Draft) -> dict[str, NDArray[Any]]:
+            self.check_time()
+            jobs = [Job(self.prepared.pack(job.task, job.documents).packed, job.masks) for job in part.jobs]
+            scores = [Scores.empty(len(job.masks), job.packed.option_count) for job in jobs]
+            draft.resume(lambda: _by_job(scores))
+            skeleton = self.prepared.skeleton
+            cost = sweep_cost(jobs, skeleton.width, skeleton.layers, self.limits, cached=part.cached)
+            with self._counted(part.label, cost) as advance:
+                sweep(self._setup(advance, draft), jobs, scores, keep_clean=part.keep_clean)
+            return _by_job(scores)
+
+        arrays = self.parts.get_or_make(part.name, make)
+        return [Scores(**fields) for fields in _of_jobs(arrays)]
+
+    def gradients(self, part: GradientsPart) -> list[UnitGradients]:
+        """Return the unit gradients of a part's tasks, from its file or from two reads of the weights per block."""
+
+        def make(draft: Draft) -> dict[str, NDArray[Any]]:
+            self.check_time()
+            packed = [self.prepared.pack(task, gold_only=True) for task in part.tasks]
+            skeleton = self.prepared.skeleton
+            gradients = [
+                UnitGradients.empty(
+                    len(task.task.documents), task.packed.option_count, skeleton.layers, skeleton.heads
+                )
+                for task in packed
+            ]
+            draft.resume(lambda: _by_job(gradients))
+            jobs = [
+                GradientJob(task.packed.rows, partial(best_gold, task), mask)
+                for task, mask in zip(packed, part.masks, strict=True)
+            ]
+            cost = gradients_cost([task.packed for task in packed], skeleton.layers)
+            with self._counted(part.label, cost) as advance:
+                unit_gradients(self._setup(advance, draft), jobs, gradients)
+            return _by_job(gradients)
+
+        arrays = self.parts.get_or_make(part.name, make)
+        return [UnitGradients(**fields) for fields in _of_jobs(arrays)]
+
+    def head_scores(self, part: HeadScoresPart) -> HeadScores:
+        """Return the scores of all heads, from the part's file or from a read of the weights per block of rows."""
+        questions = part.questions
+
+        def make(draft: Draft) -> dict[str, NDArray[Any]]:
+            self.check_time()
+            skeleton = self.prepared.skeleton
+            scores = HeadScores.empty(len(questions.base_tokens), skeleton.layers, skeleton.heads)
+            draft.resume(scores.arrays)
+            rows = _RowsOnTheWay(self, draft, self.parts.draft(f"{part.name}-rows"))
+            # The vocabulary's share is not reported as progress.
+            cost = replace(part.cost(self.prepared, self.limits, ()), answers=0)
+            with self._counted(part.label, cost) as advance:
+                setup = replace(self._setup(advance, draft), after_step=rows.after_layer)
+                score_heads(setup, questions, scores, begin=rows.begin)
+            rows.discard()
+            return scores.arrays()
+
+        return HeadScores(**self.parts.get_or_make(part.name, make))
+
+    def _counted(self, label: str, cost: SweepCost) -> Any:
+        return self.progress(label, operations(cost, self.prepared.skeleton), "operations")
+
+    def _setup(self, advance: Advance, draft: Draft) -> PassSetup:
+        def after_step() -> None:
+            draft.save_if_due()
+            self.check_time()
+
+        skeleton = self.prepared.skeleton
+        return PassSetup(
+            self.model,
+            self.limits,
+            self.cache,
+            account=lambda cost: advance(operations(cost, skeleton)),
+            after_step=after_step,
+        )
+
+
+class _RowsOnTheWay:
+    """Saves the residuals of a pass that scores heads beside its scores, so that a stop loses a layer and not a pass."""
+
+    def __init__(self, work: Work, scores: Draft, rows: Draft) -> None:
+        self._work, self._scores, self._rows = work, scores, rows
+        # From another device the rows come back only at the end.
+        self._keeps_rows = work.model.device.type == "cpu"
+        self._saved = work.clock()
+
+    def begin(self, checkpoint: PassCheckpoint) -> None:
+        """Put what an earlier run left in place of a block's rows, where it is of the same rows."""
+        expected = checkpoint.indices.copy()
+        if self._keeps_rows:
+            self._rows.resume(checkpoint.arrays)
+        if not np.array_equal(checkpoint.indices, expected):
+            # Other rows of the same length: these start from the first layer.
+            checkpoint.indices[:], checkpoint.next_layer[:] = expected, 0
+
+    def after_layer(self) -> None:
+        """Save from time to time, and when the time is over."""
+        try:
+            self._work.check_time()
+        except OutOfTime:
+            self._save()
+            raise
+        if self._work.clock() - self._saved >= SECONDS_BETWEEN_DRAFTS:
+            self._save()
+
+    def discard(self) -> None:
+        """Delete what was saved of the rows."""
+        self._rows.discard()
+
+    def _save(self) -> None:
+        # Scores first: rows say how far they are, and must not be ahead.
+        self._scores.save()
+        self._rows.save()
+        self._saved = self._work.clock()
+
+
+def best_gold(task: PackedTask, logprobs: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which options to differentiate, [O]: of every document the gold one that scores best."""
+    selected = np.zeros(len(task.options), dtype=np.bool_)
+    for document, first in zip(task.task.documents, task.first_option, strict=True):
+        gold = [int(first) + index for index, is_gold in enumerate(document.gold) if is_gold]
+        selected[max(gold, key=lambda option: (logprobs[option], -option))] = True
+    return selected
+
+
+def chunks_of(n_documents: int, size: int) -> list[slice]:
+    """Return documents in chunks of one size."""
+    return [slice(start, start + size) for start in range(0, n_documents, size)]
 
 
 def most_documents(tasks: Sequence[TaskRows]) -> int:
@@ -94,143 +271,71 @@ def most_documents(tasks: Sequence[TaskRows]) -> int:
     return max(len(task.documents) for task in tasks)
 
 
-def chunk_jobs(
-    prepared: Prepared, tasks: Sequence[TaskRows], masks: Sequence[tuple[Mask, ...]], chunk: slice
-) -> list[Job]:
-    """Return one chunk of documents of all tasks that have any there, packed, under each task's masks."""
-    return [
-        Job(prepared.pack(task, chunk).packed, of_task)
-        for task, of_task in zip(tasks, masks, strict=True)
+def masked_chunk(
+    tasks: Sequence[TaskRows], masks: Sequence[Sequence[Mask]], chunk: slice
+) -> tuple[MaskedDocuments, ...]:
+    """Return one chunk of the documents of all tasks that have any there, under each task's masks."""
+    return tuple(
+        MaskedDocuments(task, chunk, tuple(task_masks))
+        for task, task_masks in zip(tasks, masks, strict=True)
         if chunk.start < len(task.documents)
-    ]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every stage needs: the documents, the model, the memory for residuals, and where finished parts are.
-
-    `stop_at`: the time by `clock` at which each experiment must stop; those that are not named may take as long as it takes.
-    `skipped`: experiments that wait for another run of the same command.
-    """
-
-    options: RunOptions
-    prepared: Prepared
-    model: StreamedModel
-    limits: SweepLimits
-    cache: CleanCache
-    parts: Parts
-    progress: Progress
-    stop_at: dict[str, float] = field(default_factory=dict)
-    skipped: frozenset[str] = frozenset()
-    clock: Callable[[], float] = time.monotonic
-
-    def check_time(self, experiment: str) -> None:
-        """Raise OutOfTime where an experiment's time is over."""
-        if self.clock() >= self.stop_at.get(experiment, float("inf")):
-            raise OutOfTime(experiment)
-
-    def account(self, advance: Advance) -> Callable[[SweepCost], None]:
-        """Return a function that tells what was computed as progress, in operations."""
-        return lambda cost: advance(operations(cost, self.model.skeleton))
-
-    def sweep(
-        self,
-        experiment: str,
-        name: str,
-        label: str,
-        jobs: Callable[[], Sequence[Job]],
-        *,
-        keep_clean: bool = False,
-    ) -> list[Scores]:
-        """Return the scores of a part's jobs, from its file or by sweeping; raise OutOfTime between two waves."""
-        skeleton = self.model.skeleton
-
-        def make(draft: Draft) -> dict[str, NDArray[Any]]:
-            self.check_time(experiment)
-            wanted = jobs()
-            scores = [Scores.unmade(len(job.masks), job.packed.option_count) for job in wanted]
-            draft.begin(lambda: _arrays(scores))
-
-            def after_wave() -> None:
-                draft.now_and_then()
-                self.check_time(experiment)
-
-            cost = sweep_cost(wanted, skeleton.width, skeleton.layers, self.limits)
-            with self.progress(label, operations(cost, skeleton), "operations") as advance:
-                sweep(
-                    self.model,
-                    wanted,
-                    limits=self.limits,
-                    cache=self.cache,
-                    keep_clean=keep_clean,
-                    scores=scores,
-                    after_wave=after_wave,
-                    account=self.account(advance),
-                )
-            return _arrays(scores)
-
-        arrays = self.parts.get_or_make(name, make)
-        return [
-            Scores(arrays[f"{number}.logprobs"], arrays[f"{number}.greedy"])
-            for number in range(len(arrays) // 2)
-        ]
-
-    def sweep_chunk(
-        self,
-        experiment: str,
-        name: str,
-        label: str,
-        tasks: Sequence[TaskRows],
-        masks: Sequence[tuple[Mask, ...]],
-        chunk: slice,
-    ) -> dict[int, Scores]:
-        """Sweep one chunk of the documents of all tasks, a part of its own; return scores by the task's place."""
-        here = [place for place, task in enumerate(tasks) if chunk.start < len(task.documents)]
-        jobs = partial(chunk_jobs, self.prepared, tasks, masks, chunk)
-        scores = self.sweep(experiment, f"{name}-{chunk.start:06d}", label, jobs)
-        return dict(zip(here, scores, strict=True))
-
-    def sweep_in_chunks(
-        self,
-        experiment: str,
-        name: str,
-        label: str,
-        tasks: Sequence[TaskRows],
-        masks: Sequence[tuple[Mask, ...]],
-        chunk: int,
-    ) -> list[Scores]:
-        """Sweep tasks in chunks of documents, a part each; return the whole scores of every task.
-
-        Packing goes by chunk, whatever the memory, so that a chunk's result is always the same.
-        """
-        chunks = chunks_of(most_documents(tasks), chunk)
-        done = [
-            self.sweep_chunk(
-                experiment,
-                name,
-                label if len(chunks) == 1 else f"{label} {number + 1}/{len(chunks)}",
-                tasks,
-                masks,
-                part,
-            )
-            for number, part in enumerate(chunks)
-        ]
-        return [
-            joined([by_place[place] for by_place in done if place in by_place]) for place in range(len(tasks))
-        ]
-
-
-def joined(chunks: Sequence[Scores]) -> Scores:
-    """Return the scores of documents in a row from those of their chunks."""
-    return Scores(
-        np.concatenate([score.logprobs for score in chunks], axis=1),
-        np.concatenate([score.greedy for score in chunks], axis=1),
     )
 
 
-def _arrays(scores: Sequence[Scores]) -> dict[str, NDArray[Any]]:
-    arrays: dict[str, NDArray[Any]] = {}
-    for number, score in enumerate(scores):
-        # The marks of what is made stand in the log-probabilities: they come last.
-        arrays |= {f"{number}.greedy": score.greedy, f"{number}.logprobs": score.logprobs}
-    return arrays
+def sweep_in_chunks(
+    name: str, label: str, tasks: Sequence[TaskRows], masks: Sequence[Sequence[Mask]], size: int
+) -> list[SweepPart]:
+    """Return the parts that sweep tasks in chunks of documents; rows are packed by chunk, whatever the memory."""
+    chunks = chunks_of(most_documents(tasks), size)
+    return [
+        SweepPart(
+            f"{name}-{chunk.start:06d}",
+            label if len(chunks) == 1 else f"{label} {number}/{len(chunks)}",
+            masked_chunk(tasks, masks, chunk),
+            documents=chunk.stop,
+        )
+        for number, chunk in enumerate(chunks, start=1)
+    ]
+
+
+def scores_by_task(
+    tasks: Sequence[TaskRows], parts: Sequence[SweepPart], scores: Sequence[Sequence[Scores]]
+) -> list[Scores]:
+    """Return the scores of every task's documents, joined over the parts that hold some of them."""
+    found: list[list[Scores]] = [[] for _ in tasks]
+    for part, part_scores in zip(parts, scores, strict=True):
+        for job, score in zip(part.jobs, part_scores, strict=True):
+            found[_index_of(tasks, job.task)].append(score)
+    return [joined(chunks) for chunks in found]
+
+
+def _index_of(tasks: Sequence[TaskRows], wanted: TaskRows) -> int:
+    return next(index for index, task in enumerate(tasks) if task is wanted)
+
+
+def joined(chunks: Sequence[Scores]) -> Scores:
+    """Return the scores of consecutive documents from those of their chunks."""
+    return Scores(
+        **{
+            name: np.concatenate([getattr(score, name) for score in chunks], axis=1)
+            for name in ("logprobs", "greedy", "scored")
+        }
+    )
+
+
+def _by_job(results: Sequence[Scores] | Sequence[UnitGradients]) -> dict[str, NDArray[Any]]:
+    """Return the arrays of all jobs by `<job>.<name>`."""
+    return {
+        f"{index}.{name}": array
+        for index, result in enumerate(results)
+        for name, array in result.arrays().items()
+    }
+
+
+def _of_jobs(arrays: dict[str, NDArray[Any]]) -> list[dict[str, NDArray[Any]]]:
+    """Return what `_by_job` was made of, by job."""
+    jobs: dict[int, dict[str, NDArray[Any]]] = {}
+    for key, array in arrays.items():
+        index, _, name = key.partition(".")
+        jobs.setdefault(int(index), {})[name] = array
+    return [jobs[index] for index in sorted(jobs)]

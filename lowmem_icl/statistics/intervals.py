@@ -1,7 +1,7 @@
 """Intervals and agreement measures, computed from plain arrays."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,14 @@ class Intervals(NamedTuple):
     stderr: Values
     low: Values
     high: Values
+
+
+Number = TypeVar("Number", float, Values)
+
+
+def normal_bounds(value: Number, stderr: Number) -> tuple[Number, Number]:
+    """Return the bounds of normal 95 % intervals, value ± 1.96 standard errors."""
+    return value - 1.96 * stderr, value + 1.96 * stderr
 
 
 def means_with_intervals(values: Values, clusters: Sequence[str], *, seed: int) -> Intervals:

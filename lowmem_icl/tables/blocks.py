@@ -1,54 +1,93 @@
-"""The three tables of a run folder: their columns, types and files.
+"""The one way from numbers to a table: blocks of columns, stamped with what all of them share."""
 
-results.parquet has one row a measured number. Columns that do not apply to a number are null: `kind, layer, head`
-outside single units; `mask` outside masks ("clean" for the clean run); `other_*` outside comparisons of rankings;
-`k` outside top-k measures and curves (percent of the heads removed); `stderr, low, high` where a number has no interval; `chance` where it has no chance value.
-`low, high` bound 95 %. Task `aggregate` is the mean over tasks; its `split` is null where the tasks' splits differ.
-"""
-
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
-from lowmem_icl.tables.schema import TABLES
+from lowmem_icl.masks.mask import Unit
+from lowmem_icl.tables.schema import TABLES, empty_frame
 
+Values = NDArray[np.float64]
 
-def rows_frame(
-    table: str, rows: Iterable[Mapping[str, Any]], constants: Mapping[str, Any] = {}
-) -> pl.DataFrame:
-    """Return a table from rows that leave out what is null; `constants` fill their columns in every row.
-
-    An unknown column or a value of another type is our own defect and raises.
-    """
-    schema = TABLES[table]
-    columns: dict[str, list[Any]] = {name: [] for name in schema}
-    for row in rows:
-        unknown = row.keys() - schema.keys()
-        assert not unknown, f"unknown columns {unknown}"
-        for name, column in columns.items():
-            column.append(row.get(name, constants.get(name)))
-    return pl.DataFrame(columns, schema=schema, strict=table != "effects")
+Block = Mapping[str, Any]
+"""Some columns of a table by name; a single value stands for a whole column of it, and a block of single values alone
+is one record. Columns that are left out are null or come from the stamp."""
 
 
-def columns_frame(
-    table: str, blocks: Sequence[Mapping[str, Any]], constants: Mapping[str, Any] = {}
-) -> pl.DataFrame:
-    """Return a table from blocks of whole columns; one value stands for a column of it.
+def frame(table: str, blocks: Iterable[Block], stamp: Block = {}) -> pl.DataFrame:
+    """Return a table of blocks in their order; `stamp` gives the columns that a block leaves out.
 
-    Columns that a block leaves out are null or constant.
+    An unknown column is our own defect and raises.
     """
     schema = TABLES[table]
     frames = []
-    for block in blocks:
-        whole = {
-            name: pl.Series(name, values, strict=False)
-            for name, values in block.items()
-            if not isinstance(values, (str, int, float, type(None)))
+    for are_records, run in itertools.groupby(blocks, _is_record):
+        if are_records:
+            frames.append(_from_records(schema, list(run), stamp))
+        else:
+            frames += [_from_columns(schema, block, stamp) for block in run]
+    whole = pl.concat(frames) if frames else empty_frame(table)
+    return _with_derived(whole) if table == "results" else whole
+
+
+def unit_blocks(units: Sequence[Unit], by_unit: Mapping[str, Values], /, **same: Any) -> list[Block]:
+    """Return blocks of results about units removed alone, one per kind, from columns [U] and what all records share."""
+    blocks: list[Block] = []
+    for kind in ("head", "ffn"):
+        indices = [index for index, unit in enumerate(units) if unit.kind == kind]
+        if not indices:
+            continue
+        block: dict[str, Any] = {
+            "kind": kind,
+            "layer": np.array([units[index].layer for index in indices]),
+            "heads_removed": int(kind == "head"),
+            "ffns_removed": int(kind == "ffn"),
         }
-        single = {name: block.get(name, constants.get(name)) for name in schema if name not in whole}
-        frame = pl.DataFrame(list(whole.values())).with_columns(
-            pl.lit(value, dtype=schema[name]).alias(name) for name, value in single.items()
-        )
-        frames.append(frame.select(pl.col(name).cast(dtype) for name, dtype in schema.items()))
-    return pl.concat(frames) if frames else pl.DataFrame(schema=schema)
+        if kind == "head":
+            block["head"] = np.array([units[index].head for index in indices])
+        blocks.append(block | {name: column[indices] for name, column in by_unit.items()} | same)
+    return blocks
+
+
+def _is_record(block: Block) -> bool:
+    return all(isinstance(value, (str, int, float, type(None))) for value in block.values())
+
+
+def _from_records(schema: Mapping[str, pl.DataType], records: Sequence[Block], stamp: Block) -> pl.DataFrame:
+    unknown = set().union(*records) - schema.keys()
+    assert not unknown, f"unknown columns {unknown}"
+    columns = {name: [record.get(name, stamp.get(name)) for record in records] for name in schema}
+    return pl.DataFrame(columns, schema=schema, strict=False)
+
+
+def _from_columns(schema: Mapping[str, pl.DataType], block: Block, stamp: Block) -> pl.DataFrame:
+    unknown = block.keys() - schema.keys()
+    assert not unknown, f"unknown columns {unknown}"
+    whole = {
+        name: pl.Series(name, values, strict=False)
+        for name, values in block.items()
+        if not isinstance(values, (str, int, float, type(None)))
+    }
+    single = {name: block.get(name, stamp.get(name)) for name in schema if name not in whole}
+    columns = pl.DataFrame(list(whole.values())).with_columns(
+        pl.lit(value, dtype=schema[name]).alias(name) for name, value in single.items()
+    )
+    return columns.select(pl.col(name).cast(dtype) for name, dtype in schema.items())
+
+
+def _with_derived(results: pl.DataFrame) -> pl.DataFrame:
+    """Return results with the columns that follow from others: whose labels were shown, and how units were removed."""
+    removed = pl.col("heads_removed").fill_null(0) + pl.col("ffns_removed").fill_null(0)
+    return results.with_columns(
+        labels=pl.when(pl.col("shots") > 0).then(pl.lit("right")),
+        ablation=pl.when(removed > 0).then(pl.lit("zero")),
+    )
+
+
+def records(results: pl.DataFrame) -> Iterator[dict[str, Any]]:
+    """Yield a table's records as plain values."""
+    return results.iter_rows(named=True)

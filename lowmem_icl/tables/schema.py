@@ -1,11 +1,15 @@
 """The three tables of a run folder: their columns, types and files.
 
-results.parquet has one row a measured number. Columns that do not apply to a number are null: `kind, layer, head`
-outside single units; `mask` outside masks ("clean" for the clean run); `other_*` outside comparisons of rankings;
-`k` outside top-k measures and curves (percent of the heads removed); `stderr, low, high` where a number has no interval; `chance` where it has no chance value.
-`low, high` bound 95 %. Task `aggregate` is the mean over tasks; its `split` is null where the tasks' splits differ.
+results.parquet has one record per measured number. A column that does not apply to a number is null: `procedure` where an
+experiment has only one; `kind, layer, head` outside single units; `mask` outside masks ("clean" for the clean run);
+`mask_task, mask_shots`, the task and shot count whose ranking or search made the mask, for masks made from none;
+`labels` without demonstrations and `ablation` where nothing is removed; `percent` outside curves and shares of all units;
+`count` outside measures over the top units; `other_*` outside comparisons of rankings; `stderr, low, high` where a number
+has no interval; `chance` where it has no chance value. `low, high` bound 95 %. Task `aggregate` is the mean over tasks;
+its `split`, `mask` and `mask_task` are null where the tasks' differ.
 """
 
+import io
 import json
 from pathlib import Path
 
@@ -14,25 +18,31 @@ import polars as pl
 from lowmem_icl.errors import InputError
 from lowmem_icl.system.files import atomic_path
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 RESULTS: dict[str, pl.DataType] = {
     "experiment": pl.String(),
+    "procedure": pl.String(),
     "task": pl.String(),
     "shots": pl.Int32(),
     "split": pl.String(),
     "protocol": pl.String(),
     "demonstrations": pl.String(),
+    "labels": pl.String(),
+    "ablation": pl.String(),
     "model": pl.String(),
     "weights": pl.String(),
     "method": pl.String(),
     "mask": pl.String(),
+    "mask_task": pl.String(),
+    "mask_shots": pl.Int32(),
     "kind": pl.String(),
     "layer": pl.Int32(),
     "head": pl.Int32(),
     "heads_removed": pl.Int32(),
     "ffns_removed": pl.Int32(),
-    "k": pl.Int32(),
+    "percent": pl.Int32(),
+    "count": pl.Int32(),
     "other_task": pl.String(),
     "other_shots": pl.Int32(),
     "other_method": pl.String(),
@@ -75,24 +85,37 @@ ANSWERS: dict[str, pl.DataType] = {
 TABLES = {"results": RESULTS, "effects": EFFECTS, "answers": ANSWERS}
 
 
+def empty_frame(table: str) -> pl.DataFrame:
+    """Return a table without records."""
+    return pl.DataFrame(schema=TABLES[table])
+
+
 def write_table(frame: pl.DataFrame, table: str, path: Path) -> None:
     """Write a table with its name and schema version in the file's metadata."""
     assert frame.schema == pl.Schema(TABLES[table]), f"the {table} table has another schema"
-    with atomic_path(path) as beside:
-        frame.write_parquet(
-            beside, metadata={"lowmem_icl": json.dumps({"table": table, "schema_version": SCHEMA_VERSION})}
-        )
+    metadata = {"lowmem_icl": json.dumps({"table": table, "schema_version": SCHEMA_VERSION})}
+    with atomic_path(path) as temporary, temporary.open("wb") as opened:
+        frame.write_parquet(opened, metadata=metadata)
 
 
 def read_table(path: Path, table: str) -> pl.DataFrame:
     """Read a table; raise InputError naming the file where it is another table or version."""
     try:
-        stated = json.loads(pl.read_parquet_metadata(path).get("lowmem_icl", "{}"))
-        frame = pl.read_parquet(path)
+        # Through the file's bytes: polars would take a path with brackets or question marks for a pattern.
+        content = path.read_bytes()
+        stated = json.loads(pl.read_parquet_metadata(io.BytesIO(content)).get("lowmem_icl", "{}"))
+        frame = pl.read_parquet(io.BytesIO(content))
     except (OSError, ValueError, pl.exceptions.PolarsError) as error:
         raise InputError(f"{path}: cannot be read as a {table} table ({error})") from error
-    expected = {"table": table, "schema_version": SCHEMA_VERSION}
-    if stated != expected or frame.schema != pl.Schema(TABLES[table]):
+    version = stated.get("schema_version") if isinstance(stated, dict) else None
+    if version != SCHEMA_VERSION and isinstance(stated, dict) and stated.get("table") == table:
+        raise InputError(
+            f"{path}: this version reads tables of schema version {SCHEMA_VERSION}, this one has {version}; "
+            "run the same command with another --out to make the tables again, or read it with the version that wrote it"
+        )
+    if stated != {"table": table, "schema_version": SCHEMA_VERSION} or frame.schema != pl.Schema(
+        TABLES[table]
+    ):
         raise InputError(
             f"{path}: expected the {table} table of schema version {SCHEMA_VERSION}, got {stated}"
         )

@@ -16,13 +16,13 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from lowmem_icl.errors import InputError
+from lowmem_icl.protocols import OUT_OF_DOMAIN_TASKS
 
 PAPER_TASKS = (
     "hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "boolq", "cb", "copa", "wic", "wsc",
     "multirc", "rte", "record",
 )  # fmt: skip
 DEMO_TASKS = ("recall", "category", "knowledge", "repeat")
-OUT_OF_DOMAIN_TASKS = ("mathqa", "lambada")
 HARNESS_PREFIX = "lm-eval:"
 SPLITS = ("train", "validation", "test")
 
@@ -30,11 +30,6 @@ SPLITS = ("train", "validation", "test")
 ROW_ERRORS = (KeyError, TypeError, AttributeError, IndexError, ValueError, TemplateError)
 
 Rows = list[dict[str, Any]]
-
-
-def in_domain(task: str) -> bool:
-    """Tell whether a task counts in aggregates: the paper's out-of-domain tasks are only judged by them."""
-    return task not in OUT_OF_DOMAIN_TASKS
 
 
 def definitions_folder() -> Path:

@@ -1,23 +1,27 @@
 """Heads and FFNs removed alone: what each document's score loses, exactly or, where units are screened, estimated."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lowmem_icl.masks.mask import Mask, Unit, all_ffns, all_heads
+from lowmem_icl.masks.mask import Unit, all_ffns, all_heads
+from lowmem_icl.session.result import task_fields
 from lowmem_icl.statistics.agreement import spearman
-from lowmem_icl.statistics.intervals import means_with_intervals
-from lowmem_icl.tables.unit_columns import unit_columns
+from lowmem_icl.statistics.intervals import clustered_estimates, means_with_intervals, normal_bounds
+from lowmem_icl.tables.blocks import Block, unit_blocks
 from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.packing import PackedTask
 from lowmem_icl.tasks.scoring import document_scores, unit_accuracy
 
 DROPS = ("gold_logprob", "gold_prob", "margin", "acc")
+# What stands for the units that were not removed: of ten exact ones, one is drawn by chance.
+DRAWN_SHARE = 10
 
 Values = NDArray[np.float64]
+Indices = NDArray[np.int64]
 
 
 def ablated_units(layers: int, heads: int) -> list[Unit]:
@@ -25,13 +29,8 @@ def ablated_units(layers: int, heads: int) -> list[Unit]:
     return [*all_heads(layers, heads), *all_ffns(layers)]
 
 
-def ablation_masks(layers: int, heads: int) -> tuple[Mask, ...]:
-    """Return the clean mask followed by one mask a unit."""
-    return (Mask(), *(unit.as_mask() for unit in ablated_units(layers, heads)))
-
-
 @dataclass(frozen=True, eq=False)
-class Drops:
+class UnitDrops:
     """Clean minus ablated, by unit U and document N: `by_document[name]` [U, N].
 
     `accuracy` [U, S] is by scored unit, with the clusters of these: MultiRC's questions count as wholes.
@@ -42,141 +41,127 @@ class Drops:
     accuracy_clusters: list[str]
 
 
-def drops(task: PackedTask, logprobs: Values, greedy: NDArray[np.bool_]) -> Drops:
-    """Return what is lost without each unit, from scores [M, O] whose first row is the clean run's."""
+def unit_drops(task: PackedTask, logprobs: Values, greedy: NDArray[np.bool_]) -> UnitDrops:
+    """Return what is lost under each mask, from scores [M, O] whose first row is the clean run's."""
     scores = document_scores(task.task, logprobs, greedy)
     accuracy, clusters = unit_accuracy(task.task, scores["acc"])
-    return Drops(
+    return UnitDrops(
         {name: scores[name][:1] - scores[name][1:] for name in DROPS},
         accuracy[:1] - accuracy[1:],
         clusters,
     )
 
 
-def drop_columns(task: PackedTask, units: Sequence[Unit], lost: Drops, seed: int) -> list[dict[str, Any]]:
-    """Return blocks of result columns, an entry a unit: mean drops over documents with paired, clustered intervals."""
-    blocks = []
-    for name, values in lost.by_document.items():
+def drop_blocks(task: TaskRows, units: Sequence[Unit], drops: UnitDrops, seed: int) -> list[Block]:
+    """Return blocks of results, one record per unit: mean drops over documents with paired, clustered intervals."""
+    found: list[Block] = []
+    for name, values in drops.by_document.items():
         if np.isnan(values).any():
             continue
         whole = name == "acc"
         intervals = means_with_intervals(
-            lost.accuracy if whole else values,
-            lost.accuracy_clusters if whole else task.task.clusters,
+            drops.accuracy if whole else values,
+            drops.accuracy_clusters if whole else task.clusters,
             seed=seed,
         )
-        blocks += unit_columns(
-            task.task,
-            units,
-            intervals._asdict(),
-            method="ablation",
-            metric=f"{name}_drop",
-            exact=True,
-        )
-    return blocks
+        found += unit_blocks(units, intervals._asdict(), **single_fields(task), metric=f"{name}_drop")
+    return found
 
 
-def effect_columns(task: PackedTask, units: Sequence[Unit], lost: Drops) -> list[dict[str, Any]]:
-    """Return blocks of columns of effects.parquet, one a metric and kind of unit: an entry a unit and document."""
-    documents = np.array([document.index for document in task.task.documents])
-    blocks: list[dict[str, Any]] = []
+def single_fields(task: TaskRows) -> dict[str, Any]:
+    """Return the columns shared by all exact numbers about units removed alone."""
+    return task_fields(task) | {"procedure": "single", "method": "ablation", "exact": True}
+
+
+def effect_blocks(task: TaskRows, units: Sequence[Unit], drops: UnitDrops) -> list[Block]:
+    """Return blocks of effects.parquet, one per metric and kind of unit: a record per unit and document."""
+    documents = np.array([document.index for document in task.documents])
+    found: list[Block] = []
     for kind in ("head", "ffn"):
-        places = [place for place, unit in enumerate(units) if unit.kind == kind]
-        if not places:
+        indices = [index for index, unit in enumerate(units) if unit.kind == kind]
+        if not indices:
             continue
         base: dict[str, Any] = {
             "experiment": "ablate",
-            "task": task.task.task,
-            "shots": task.task.shots,
-            "split": task.task.split,
-            "document": np.tile(documents, len(places)),
+            "task": task.task,
+            "shots": task.shots,
+            "split": task.split,
+            "document": np.tile(documents, len(indices)),
             "kind": kind,
-            "layer": np.repeat([units[place].layer for place in places], len(documents)),
+            "layer": np.repeat([units[index].layer for index in indices], len(documents)),
         }
         if kind == "head":
-            base["head"] = np.repeat([units[place].head for place in places], len(documents))
-        blocks += [
-            base | {"metric": f"{name}_drop", "value": values[places].ravel()}
-            for name, values in lost.by_document.items()
+            base["head"] = np.repeat([units[index].head for index in indices], len(documents))
+        found += [
+            base | {"metric": f"{name}_drop", "value": values[indices].ravel()}
+            for name, values in drops.by_document.items()
             if not np.isnan(values).any()
         ]
-    return blocks
+    return found
 
 
-def estimated_drops(by_document: Values) -> tuple[Values, Values]:
-    """Return first-order estimates of the drop of gold log-probability and their standard errors, [U], from [N, U]."""
-    documents = len(by_document)
-    errors = np.full(by_document.shape[1], np.inf)
-    if documents > 1:
-        errors = by_document.std(0, ddof=1) / np.sqrt(documents)
-    return by_document.mean(0), errors
+@dataclass(frozen=True, eq=False)
+class Estimates:
+    """First-order estimates [U] of the drop of gold log-probability without each unit, with standard errors."""
+
+    value: Values
+    stderr: Values
+
+    @classmethod
+    def of_documents(cls, by_document: Values, clusters: Sequence[str]) -> "Estimates":
+        """Return the means over documents of estimates [N, U] with clustered errors, infinite for a single cluster."""
+        stderr = clustered_estimates(by_document.T, clusters).stderr
+        return cls(by_document.mean(0), np.where(np.isnan(stderr), np.inf, stderr))
 
 
-def screened(
-    estimates: Values, errors: Values, exact: int, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the places of the units to be ablated exactly, ascending, and which of them chance chose.
+def screened(estimates: Estimates, n_exact: int, seed: int) -> tuple[Indices, Indices]:
+    """Return the units to be ablated exactly, ascending, and which of them chance picked.
 
     Nine of ten are those whose effect could be largest: |estimate| + 2 standard errors. One of ten is drawn from all
     others, so that what screening leaves out is measured, too. With as many as there are units all are exact.
     """
-    units = len(estimates)
-    if exact >= units:
+    units = len(estimates.value)
+    if n_exact >= units:
         return np.arange(units), np.arange(0)
-    by_chance = exact // 10
-    order = np.argsort(-(np.abs(estimates) + 2 * errors), kind="stable")
-    chosen, rest = order[: exact - by_chance], order[exact - by_chance :]
+    by_chance = n_exact // DRAWN_SHARE
+    order = np.argsort(-(np.abs(estimates.value) + 2 * estimates.stderr), kind="stable")
+    largest, rest = order[: n_exact - by_chance], order[n_exact - by_chance :]
     drawn = np.random.default_rng(seed).choice(rest, by_chance, replace=False)
-    return np.sort(np.concatenate([chosen, drawn])), np.sort(drawn)
+    return np.sort(np.concatenate([largest, drawn])), np.sort(drawn)
 
 
-def estimate_columns(
-    task: TaskRows, units: Sequence[Unit], places: NDArray[np.int64], estimates: Values, errors: Values
-) -> list[dict[str, Any]]:
-    """Return blocks of result columns for the units that are only estimated, marked as not exact."""
-    value = estimates[places]
-    stderr = np.where(np.isfinite(errors[places]), errors[places], np.nan)
-    columns = {
-        "value": value, "stderr": stderr, "low": value - 1.96 * stderr, "high": value + 1.96 * stderr
-    }  # fmt: skip
-    return unit_columns(
-        task,
-        [units[place] for place in places],
-        columns,
-        method="attribution",
-        metric="gold_logprob_drop",
-        exact=False,
-    )
+def estimate_blocks(
+    task: TaskRows, units: Sequence[Unit], indices: Indices, estimates: Estimates
+) -> list[Block]:
+    """Return blocks of results for the units that are only estimated, marked as not exact."""
+    value = estimates.value[indices]
+    stderr = np.where(np.isfinite(estimates.stderr[indices]), estimates.stderr[indices], np.nan)
+    low, high = normal_bounds(value, stderr)
+    columns = {"value": value, "stderr": stderr, "low": low, "high": high}
+    same = single_fields(task) | {"method": "attribution", "exact": False}
+    return unit_blocks([units[index] for index in indices], columns, **same, metric="gold_logprob_drop")
 
 
-def agreement_rows(
-    task: PackedTask,
-    estimates: Values,
-    values: Values,
-    exact: NDArray[np.int64],
-    drawn: NDArray[np.int64],
-) -> Iterator[dict[str, Any]]:
-    """Yield how far estimates and exact drops [U] agree, over all exact units and over those that chance chose.
+def agreement_records(
+    task: TaskRows, estimates: Values, exact: Values, compared: Mapping[str, Indices]
+) -> Iterator[Block]:
+    """Yield how far estimates and exact drops [U] agree, over the units compared under each method's name.
 
-    estimate_spearman: their rank correlation; estimate_error: the mean of |estimate − exact| in nats. `k`: how many
-    units were compared; method `attribution` for all, `attribution-drawn` for those that stand for the units left out.
+    estimate_spearman: their rank correlation; estimate_error: the mean of |estimate − exact| in nats. `count`: how many
+    units were compared.
     """
-    for method, places in (("attribution", exact), ("attribution-drawn", drawn)):
-        base = {
-            "experiment": "ablate",
-            "task": task.task.task,
-            "shots": task.task.shots,
-            "split": task.task.split,
+    for method, indices in compared.items():
+        base = task_fields(task) | {
+            "procedure": "agreement",
             "method": method,
-            "other_task": task.task.task,
-            "other_shots": task.task.shots,
+            "other_task": task.task,
+            "other_shots": task.shots,
             "other_method": "ablation",
-            "k": len(places),
+            "count": len(indices),
             "exact": True,
-            "documents": len(task.task.documents),
         }
-        if len(places) > 1 and np.isfinite(rank := spearman(estimates[places], values[places])):
+        if len(indices) > 1 and np.isfinite(rank := spearman(estimates[indices], exact[indices])):
             yield base | {"metric": "estimate_spearman", "value": rank, "chance": 0.0}
-        if len(places):
-            error = float(np.abs(estimates[places] - values[places]).mean())
+        if len(indices):
+            error = float(np.abs(estimates[indices] - exact[indices]).mean())
             yield base | {"metric": "estimate_error", "value": error}

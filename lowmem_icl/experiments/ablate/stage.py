@@ -3,200 +3,301 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from lowmem_icl.engine.answers import Scores
-from lowmem_icl.experiments.ablate import claims as unit_claims
-from lowmem_icl.experiments.ablate import measure as ablate
+from lowmem_icl.experiments.ablate import claims, measure
+from lowmem_icl.experiments.importance.stage import ImportanceResult, ranked_settings
 from lowmem_icl.masks.mask import Mask, Unit
 from lowmem_icl.masks.rankings import RankingKey, mean_of_ranks, with_ties_broken
-from lowmem_icl.model.families import Skeleton
-from lowmem_icl.session.work import (
-    AGGREGATE,
-    Gathered,
-    OutOfTime,
-    Row,
-    Work,
-    doubling_chunks,
-    joined,
-    most_documents,
-)
+from lowmem_icl.protocols import AGGREGATE, in_domain
+from lowmem_icl.session.prepare import Prepared
+from lowmem_icl.session.result import Rankings, StageResult, Values, stamp
+from lowmem_icl.session.work import OutOfTime, SweepPart, Work, joined, masked_chunk, most_documents
 from lowmem_icl.statistics.resampling import DocumentRanking, DocumentScores
+from lowmem_icl.tables import blocks
+from lowmem_icl.tables.aggregate import over_tasks
 from lowmem_icl.tasks.loading import Document, TaskRows
-from lowmem_icl.tasks.sources import in_domain
 
+METHOD = "ablation"
 ICL_EFFECT = "icl_effect"
+LARGEST_CHUNK = 16
+# Of ablate's numbers, those that have a mean over tasks which is not computed from the tasks' means.
+NOT_AVERAGED = ("q_value",)
 
 
 @dataclass(frozen=True, eq=False)
-class _Choice:
-    """Which units of one task and shot count are ablated exactly, in the order of the masks, and what is known of all.
+class Selection:
+    """Which units of one task and shot count are ablated exactly, by their indices, and what is known of all.
 
-    estimates, errors: [U] over all units, None where nothing is screened; drawn: places of the units that chance chose.
+    estimates: None where nothing is screened; drawn: the units that chance picked.
     """
 
     exact: NDArray[np.int64]
     drawn: NDArray[np.int64]
-    estimates: NDArray[np.float64] | None = None
-    errors: NDArray[np.float64] | None = None
+    estimates: measure.Estimates | None = None
 
 
-def run_ablate(work: Work, gathered: Gathered) -> Iterator[None]:
-    """Remove every unit asked for alone, on the training documents; yields whenever there is more to show."""
-    skeleton, tasks = work.model.skeleton, work.prepared.train
-    units = ablate.ablated_units(skeleton.layers, skeleton.heads)
-    choices = [_choice(work, gathered, task, units) for task in tasks]
-    masks = [(Mask(), *(units[place].as_mask() for place in choice.exact)) for choice in choices]
-    done: list[list[Scores]] = [[] for _ in tasks]
+def parts(prepared: Prepared, importance: ImportanceResult | None) -> list[SweepPart]:
+    """Return the sweeps of the training documents, chunk by chunk, under every unit asked for alone."""
+    return _parts(prepared, selections(prepared, importance))
+
+
+def doubling_chunks(n_documents: int, largest: int = LARGEST_CHUNK) -> list[slice]:
+    """Return documents in chunks of 1, 1, 2, 4, 8, …: so that all units are measured early, and then better."""
+    chunks: list[slice] = []
+    start, size = 0, 1
+    while start < n_documents:
+        chunks.append(slice(start, min(n_documents, start + size)))
+        start, size = start + size, min(largest, max(1, start + size))
+    return chunks
+
+
+def _parts(prepared: Prepared, selected: Sequence[Selection]) -> list[SweepPart]:
+    tasks, units = prepared.train, _units(prepared)
+    masks = [(Mask(), *(units[index].as_mask() for index in selection.exact)) for selection in selected]
     chunks = doubling_chunks(most_documents(tasks))
-    for number, chunk in enumerate(chunks):
-        label = f"ablate, chunk {number + 1} of {len(chunks)}"
-        try:
-            by_place = work.sweep_chunk("ablate", "ablate", label, tasks, masks, chunk)
-        except OutOfTime:
-            gathered.left.append(_what_is_left(tasks, chunk.start))
-            break
-        for place, scores in by_place.items():
-            done[place].append(scores)
-        if number + 1 < len(chunks) and not work.parts.has(_next_part(chunks[number + 1])):
-            _gather(work, gathered, units, choices, done)
-            yield
-    _gather(work, gathered, units, choices, done)
-    yield
-
-
-def _next_part(chunk: slice) -> str:
-    return f"ablate-{chunk.start:06d}"
-
-
-def _what_is_left(tasks: Sequence[TaskRows], documents: int) -> str:
-    most = most_documents(tasks)
-    return f"ablate: the time was over after {documents} of {most} documents a task; the same command goes on"
-
-
-def _choice(work: Work, gathered: Gathered, task: TaskRows, units: Sequence[Unit]) -> _Choice:
-    everything = np.arange(len(units))
-    if work.options.screen is None:
-        return _Choice(everything, everything[:0])
-    scores = gathered.importance[task.task, task.shots]
-    by_document = np.concatenate(
-        [scores.attribution_heads.reshape(len(scores.attribution_heads), -1), scores.attribution_ffns], axis=1
-    )
-    estimates, errors = ablate.estimated_drops(by_document)
-    exact, drawn = ablate.screened(estimates, errors, work.options.chosen_exact, work.options.seed)
-    return _Choice(exact, drawn, estimates, errors)
-
-
-def _gather(
-    work: Work,
-    gathered: Gathered,
-    units: Sequence[Unit],
-    choices: Sequence[_Choice],
-    done: Sequence[Sequence[Scores]],
-) -> None:
-    """Turn what is scored so far into rows, and estimates into the rows of all other units."""
-    skeleton = work.model.skeleton
-    rows: list[Row] = []
-    columns: list[dict[str, Any]] = []
-    measured: list[unit_claims.Measured] = []
-    gathered.effects["ablate"] = []
-    for task, choice, chunks in zip(work.prepared.train, choices, done, strict=True):
-        values = np.full(len(units), np.nan) if choice.estimates is None else choice.estimates.copy()
-        if chunks:
-            scores = joined(chunks)
-            documents = _scored_documents(task, scores)
-            packed = work.prepared.pack(replace(task, documents=documents))
-            lost = ablate.drops(packed, scores.logprobs, scores.greedy)
-            exact = [units[place] for place in choice.exact]
-            columns += ablate.drop_columns(packed, exact, lost, work.options.seed)
-            gathered.effects["ablate"] += ablate.effect_columns(packed, exact, lost)
-            gold = lost.by_document["gold_logprob"]
-            values[choice.exact] = gold.mean(1)
-            one = unit_claims.Measured(packed.task, choice.exact, gold, lost.accuracy, lost.accuracy_clusters)
-            measured.append(one)
-            rows += unit_claims.top_drop_rows(units, one, work.options.seed)
-            _rank_documents(
-                gathered, skeleton, packed.task, "ablation", choice.exact, gold, packed.task.clusters
-            )
-            if choice.estimates is not None:
-                rows += ablate.agreement_rows(packed, choice.estimates, values, choice.exact, choice.drawn)
-        if choice.estimates is not None and choice.errors is not None:
-            estimated = np.setdiff1d(np.arange(len(units)), choice.exact if chunks else choice.exact[:0])
-            columns += ablate.estimate_columns(task, units, estimated, choice.estimates, choice.errors)
-        if chunks and len(np.intersect1d(choice.exact, _ffn_places(skeleton))) == skeleton.layers:
-            # The oracle: what removing each FFN alone costs in accuracy, ties told apart by probability.
-            ffns = np.searchsorted(choice.exact, _ffn_places(skeleton))
-            ranking = with_ties_broken(
-                lost.accuracy.mean(1)[ffns], lost.by_document["gold_prob"].mean(1)[ffns]
-            )
-            gathered.ffn_rankings[RankingKey(task.task, task.shots, "ablation")] = ranking
-        heads = values[: skeleton.layers * skeleton.heads]
-        if np.isfinite(heads).all():
-            key = RankingKey(task.task, task.shots, "ablation")
-            gathered.rankings[key] = heads.reshape(skeleton.layers, skeleton.heads)
-    columns += unit_claims.claim_columns(units, measured)
-    columns += _in_context(work, gathered, units, measured)
-    gathered.results["ablate"], gathered.columns["ablate"] = rows, columns
-
-
-def _in_context(
-    work: Work, gathered: Gathered, units: Sequence[Unit], measured: Sequence[unit_claims.Measured]
-) -> list[dict[str, Any]]:
-    """Return blocks of in-context effects at every shot count against none, and rank the heads by them."""
-    skeleton = work.model.skeleton
-    alone = {one.task.task: one for one in measured if one.task.shots == 0}
-    pairs = [
-        unit_claims.in_context(one, alone[one.task.task])
-        for one in measured
-        if one.task.shots and one.task.task in alone
+    return [
+        SweepPart(
+            f"ablate-{chunk.start:06d}",
+            f"ablate, chunk {number} of {len(chunks)}",
+            masked_chunk(tasks, masks, chunk),
+            documents=chunk.stop,
+        )
+        for number, chunk in enumerate(chunks, start=1)
     ]
-    effects = [effect for effect in pairs if effect is not None]
+
+
+def selections(prepared: Prepared, importance: ImportanceResult | None) -> list[Selection]:
+    """Return which units of every task are ablated exactly: all, or by screening those that estimates leave open.
+
+    Before there are estimates as many stand for them, spread over all layers.
+    """
+    options, n_units = prepared.options, len(_units(prepared))
+    everything = np.arange(n_units)
+    if options.screen is None:
+        return [Selection(everything, everything[:0])] * len(prepared.train)
+    assert importance is not None, "options check that a screen has its estimates"
+    if not importance.attribution:
+        spread = np.linspace(0, n_units - 1, min(options.resolved_exact, n_units)).round().astype(np.int64)
+        return [Selection(spread, spread[:0])] * len(prepared.train)
+    selected = []
+    for task in prepared.train:
+        by_document = importance.attribution[task.task, task.shots]
+        estimates = measure.Estimates.of_documents(by_document, _clusters_of(prepared, task))
+        exact, drawn = measure.screened(estimates, options.resolved_exact, options.seed)
+        selected.append(Selection(exact, drawn, estimates))
+    return selected
+
+
+def _clusters_of(prepared: Prepared, task: TaskRows) -> list[str]:
+    """Return the clusters of the documents that a task's estimates are of."""
+    return next(of.clusters for of in prepared.importance if (of.task, of.shots) == (task.task, task.shots))
+
+
+def expected(prepared: Prepared) -> StageResult:
+    """Return rankings by arbitrary scores, of what there will be exact rankings of."""
+    rng, skeleton = np.random.default_rng(1), prepared.skeleton
+    settings = [setting for setting in ranked_settings(prepared) if setting[0] != AGGREGATE]
+    keys = [RankingKey(*setting, METHOD) for setting in settings]
+    if prepared.options.screen is not None and prepared.options.resolved_exact < len(_units(prepared)):
+        # Which units are exact differs between tasks and leaves out heads of every one.
+        return StageResult()
+    shown = [
+        RankingKey(name, shots, ICL_EFFECT) for name, shots in settings if shots and (name, 0) in settings
+    ]
+    return StageResult(
+        rankings=Rankings(
+            {key: rng.random((skeleton.layers, skeleton.heads)) for key in keys + shown},
+            {key: rng.random(skeleton.layers) for key in keys},
+        )
+    )
+
+
+def run(work: Work, importance: ImportanceResult | None) -> Iterator[StageResult]:
+    """Remove every unit asked for alone, on the training documents; yields whenever there is more to show."""
+    tasks = work.prepared.train
+    if work.prepared.options.screen is not None and importance is None:
+        # What screens is not there yet.
+        raise OutOfTime
+    selected = selections(work.prepared, importance)
+    sweeps = _parts(work.prepared, selected)
+    done: list[list[Scores]] = [[] for _ in tasks]
+    for number, part in enumerate(sweeps):
+        try:
+            scores = work.sweep(part)
+        except OutOfTime:
+            reached = 0 if number == 0 else sweeps[number - 1].documents
+            sentence = (
+                f"ablate: the time was over after {reached} of {most_documents(tasks)} documents per task; "
+                "the same command continues"
+            )
+            yield replace(_result(work.prepared, selected, done), unfinished=sentence)
+            return
+        for job, score in zip(part.jobs, scores, strict=True):
+            done[next(index for index, task in enumerate(tasks) if task is job.task)].append(score)
+        if number + 1 < len(sweeps) and not work.parts.has(sweeps[number + 1].name):
+            yield _result(work.prepared, selected, done)
+    yield _result(work.prepared, selected, done)
+
+
+def _result(
+    prepared: Prepared, selected: Sequence[Selection], done: Sequence[Sequence[Scores]]
+) -> StageResult:
+    """Return what is scored so far as tables and rankings, with estimates for all other units."""
+    units, seed = _units(prepared), prepared.options.seed
+    found: list[blocks.Block] = []
+    effects: list[blocks.Block] = []
+    exact_drops: list[claims.ExactDrops] = []
+    rankings = Rankings()
+    for task, selection, chunks in zip(prepared.train, selected, done, strict=True):
+        estimated = np.arange(len(units))
+        if chunks:
+            scored = _scored(task, joined(chunks))
+            drops = measure.unit_drops(prepared.pack(scored), joined(chunks).logprobs, joined(chunks).greedy)
+            exact = [units[index] for index in selection.exact]
+            found += measure.drop_blocks(scored, exact, drops, seed)
+            effects += measure.effect_blocks(scored, exact, drops)
+            gold = drops.by_document["gold_logprob"]
+            own = claims.ExactDrops(scored, selection.exact, gold, drops.accuracy, drops.accuracy_clusters)
+            exact_drops.append(own)
+            found += claims.top_drop_records(units, own, seed)
+            found += _agreement(selection, scored, gold.mean(1))
+            rankings |= _rankings(prepared, selection, own, drops)
+            estimated = np.setdiff1d(estimated, selection.exact)
+        elif selection.estimates is not None:
+            rankings |= _head_ranking(prepared, task, METHOD, selection.estimates.value)
+        if selection.estimates is not None:
+            found += measure.estimate_blocks(task, units, estimated, selection.estimates)
+    found += claims.claim_blocks(units, exact_drops)
+    in_context = _in_context(exact_drops)
+    found += claims.in_context_blocks(units, in_context, seed)
+    results = blocks.frame("results", found, stamp(prepared, "ablate"))
+    return StageResult(
+        results=pl.concat([results, _means(results)]),
+        effects=blocks.frame("effects", effects),
+        rankings=rankings | _in_context_rankings(prepared, in_context),
+    )
+
+
+def _means(results: pl.DataFrame) -> pl.DataFrame:
+    """Return the means over tasks of the units' drops and in-context effects."""
+    of_units = pl.col("procedure").is_in(["single", "icl-effect"]) & ~pl.col("metric").is_in(NOT_AVERAGED)
+    per_task = results.filter(of_units & (pl.col("task") != AGGREGATE)).with_columns(method=pl.lit(METHOD))
+    # Which tasks there are differs between shot counts.
+    means = pl.concat(
+        [results.clear()]
+        + [over_tasks(members) for _, members in per_task.group_by("procedure", "shots", maintain_order=True)]
+    )
+    # A mean that has an estimate in it is an estimate.
+    method = pl.when(pl.col("exact")).then(pl.lit(METHOD)).otherwise(pl.lit("attribution"))
+    return means.with_columns(method=method)
+
+
+def _agreement(selection: Selection, task: TaskRows, exact_means: Values) -> Iterator[blocks.Block]:
+    """Yield how far a task's estimates agree with its exact drops, of all exact units and of those that chance picked."""
+    if selection.estimates is None:
+        return
+    exact = selection.estimates.value.copy()
+    exact[selection.exact] = exact_means
+    compared = {"attribution": selection.exact, "attribution-drawn": selection.drawn}
+    yield from measure.agreement_records(task, selection.estimates.value, exact, compared)
+
+
+def _rankings(
+    prepared: Prepared, selection: Selection, own: claims.ExactDrops, drops: measure.UnitDrops
+) -> Rankings:
+    """Return a task's rankings: of its heads, estimates standing for what was not removed, and of its FFNs."""
+    skeleton, task = prepared.skeleton, own.task
+    values = np.full(len(_units(prepared)), np.nan)
+    if selection.estimates is not None:
+        values = selection.estimates.value.copy()
+    values[selection.exact] = own.gold.mean(1)
+    rankings = _head_ranking(prepared, task, METHOD, values)
+    if _has_all_heads(prepared, own.indices):
+        rankings |= _document_ranking(prepared, task, METHOD, own.gold, task.clusters)
+    ffns = skeleton.layers * skeleton.heads + np.arange(skeleton.layers)
+    if len(np.intersect1d(selection.exact, ffns)) == skeleton.layers:
+        # The oracle: what removing each FFN alone costs in accuracy, ties told apart by probability.
+        at = np.searchsorted(selection.exact, ffns)
+        scores = with_ties_broken(drops.accuracy.mean(1)[at], drops.by_document["gold_prob"].mean(1)[at])
+        rankings |= Rankings(ffns={RankingKey(task.task, task.shots, METHOD): scores})
+    return rankings
+
+
+def _head_ranking(prepared: Prepared, task: TaskRows, method: str, values: Values) -> Rankings:
+    """Return a task's ranking of heads from values of all units [U]; none where some are missing."""
+    skeleton = prepared.skeleton
+    heads = values[: skeleton.layers * skeleton.heads]
+    if not np.isfinite(heads).all():
+        return Rankings()
+    return Rankings(
+        {RankingKey(task.task, task.shots, method): heads.reshape(skeleton.layers, skeleton.heads)}
+    )
+
+
+def _document_ranking(
+    prepared: Prepared, task: TaskRows, method: str, values: Values, clusters: Sequence[str]
+) -> Rankings:
+    """Return what each document adds to a ranking of heads, from values [U, N] of units of which all heads come first."""
+    heads = prepared.skeleton.layers * prepared.skeleton.heads
+    scores = DocumentScores.of_mean(task.task, values[:heads].T.astype(np.float32), clusters)
+    return Rankings(documents={RankingKey(task.task, task.shots, method): DocumentRanking((scores,))})
+
+
+def _has_all_heads(prepared: Prepared, indices: NDArray[np.int64]) -> bool:
+    heads = prepared.skeleton.layers * prepared.skeleton.heads
+    return np.array_equal(indices[:heads], np.arange(heads))
+
+
+def _in_context(drops: Sequence[claims.ExactDrops]) -> list[claims.InContextEffects]:
+    """Return the in-context effects at every shot count against none."""
+    alone = {own.task.task: own for own in drops if own.task.shots == 0}
+    pairs = [
+        claims.in_context(own, alone[own.task.task])
+        for own in drops
+        if own.task.shots and own.task.task in alone
+    ]
+    return [effects for effects in pairs if effects is not None]
+
+
+def _in_context_rankings(prepared: Prepared, effects: Sequence[claims.InContextEffects]) -> Rankings:
+    """Return the rankings of heads by their in-context effects, of every task and of all tasks together."""
+    rankings = Rankings()
     by_shots: dict[int, list[RankingKey]] = {}
-    for one in effects:
-        if _rank_documents(
-            gathered, skeleton, one.task, ICL_EFFECT, one.places, one.gold, one.clusters
-        ):  # fmt: skip
-            key = RankingKey(one.task.task, one.task.shots, ICL_EFFECT)
-            heads = one.gold[: skeleton.layers * skeleton.heads].mean(1)
-            gathered.rankings[key] = heads.reshape(skeleton.layers, skeleton.heads)
-            if in_domain(key.task):
-                by_shots.setdefault(key.shots, []).append(key)
+    for own in effects:
+        if not _has_all_heads(prepared, own.indices):
+            continue
+        rankings |= _document_ranking(prepared, own.task, ICL_EFFECT, own.gold, own.clusters)
+        rankings |= _head_ranking(prepared, own.task, ICL_EFFECT, own.gold.mean(1))
+        if in_domain(own.task.task):
+            by_shots.setdefault(own.task.shots, []).append(
+                RankingKey(own.task.task, own.task.shots, ICL_EFFECT)
+            )
     for shots, keys in by_shots.items():
         if len(keys) > 1:
-            key = RankingKey(AGGREGATE, shots, ICL_EFFECT)
-            gathered.rankings[key] = mean_of_ranks([gathered.rankings[member] for member in keys])
-            members = (gathered.document_rankings[member].members for member in keys)
-            gathered.document_rankings[key] = DocumentRanking(tuple(itertools.chain.from_iterable(members)))
-    return unit_claims.in_context_columns(units, effects, work.options.seed)
+            rankings |= _aggregate_ranking(rankings, shots, keys)
+    return rankings
 
 
-def _rank_documents(
-    gathered: Gathered,
-    skeleton: Skeleton,
-    task: TaskRows,
-    method: str,
-    places: NDArray[np.int64],
-    values: NDArray[np.float64],
-    clusters: Sequence[str],
-) -> bool:
-    """Keep what documents add to a ranking of heads, from values [U, N] of units at `places`; tell if all heads have them."""
-    heads = skeleton.layers * skeleton.heads
-    complete = np.array_equal(places[:heads], np.arange(heads))
-    if complete:
-        scores = DocumentScores.of_mean(task.task, values[:heads].T.astype(np.float32), clusters)
-        gathered.document_rankings[RankingKey(task.task, task.shots, method)] = DocumentRanking((scores,))
-    return complete
+def _aggregate_ranking(rankings: Rankings, shots: int, keys: Sequence[RankingKey]) -> Rankings:
+    key = RankingKey(AGGREGATE, shots, ICL_EFFECT)
+    members = itertools.chain.from_iterable(rankings.documents[member].members for member in keys)
+    return Rankings(
+        {key: mean_of_ranks([rankings.heads[member] for member in keys])},
+        documents={key: DocumentRanking(tuple(members))},
+    )
 
 
-def _ffn_places(skeleton: Skeleton) -> NDArray[np.int64]:
-    """Return the places of the FFNs among the ablated units."""
-    return skeleton.layers * skeleton.heads + np.arange(skeleton.layers)
-
-
-def _scored_documents(task: TaskRows, scores: Scores) -> tuple[Document, ...]:
-    """Return the documents, from the first on, whose options the scores are of."""
+def _scored(task: TaskRows, scores: Scores) -> TaskRows:
+    """Return the task with the documents, from the first on, whose options the scores are of."""
     ends = list(itertools.accumulate(len(document.options) for document in task.documents))
-    return task.documents[: ends.index(scores.logprobs.shape[1]) + 1]
+    documents: tuple[Document, ...] = task.documents[: ends.index(scores.logprobs.shape[1]) + 1]
+    return replace(task, documents=documents)
+
+
+def _units(prepared: Prepared) -> list[Unit]:
+    return measure.ablated_units(prepared.skeleton.layers, prepared.skeleton.heads)

@@ -1,13 +1,17 @@
 """Importance of heads and FFNs from one backward pass: the paper's score and a signed first-order estimate."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lowmem_icl.engine.unit_gradients import UnitGradients
+from lowmem_icl.session.result import task_fields
+from lowmem_icl.session.work import best_gold
+from lowmem_icl.statistics.intervals import clustered_estimates, normal_bounds
 from lowmem_icl.statistics.resampling import DocumentScores
+from lowmem_icl.tables.blocks import Block
 from lowmem_icl.tasks.packing import PackedTask
 
 Values = NDArray[np.float64]
@@ -32,60 +36,43 @@ class Importance:
     head_documents: DocumentScores
 
 
-def choose_gold(task: PackedTask, logprobs: Values) -> NDArray[np.bool_]:
-    """Return which options to differentiate, [O]: of every document the gold one that scores best."""
-    chosen = np.zeros(len(task.options), dtype=np.bool_)
-    for document, first in zip(task.task.documents, task.first_option, strict=True):
-        gold = [int(first) + place for place, is_gold in enumerate(document.gold) if is_gold]
-        chosen[max(gold, key=lambda number: (logprobs[number], -number))] = True
-    return chosen
-
-
 def importance(
-    task: PackedTask,
-    head_absolute: Values,
-    head_signed: Values,
-    ffn_absolute: Values,
-    ffn_signed: Values,
-    logprobs: Values,
-    *,
-    last_layer_by_continuation: bool = False,
+    task: PackedTask, gradients: UnitGradients, *, last_layer_by_continuation: bool = False
 ) -> Importance:
-    """Turn the unit gradients of a task's documents (engine.stream.UnitGradients) into scores.
+    """Turn the unit gradients of a task's documents into scores.
 
     `last_layer_by_continuation`: the last layer is divided by answer tokens, as in the paper's code.
     """
-    chosen = [task.options[number] for number in np.flatnonzero(choose_gold(task, logprobs))]
-    continuation = np.array([len(option.continuation) for option in chosen], dtype=np.float64)
+    selected = [task.options[option] for option in np.flatnonzero(best_gold(task, gradients.logprobs))]
+    continuation = np.array([len(option.continuation) for option in selected], dtype=np.float64)
     # A path is context and continuation without the last token: its length is N - 1.
-    lengths = np.array([len(option.path) for option in chosen], dtype=np.float64)
-    by_document = head_absolute / continuation[:, None, None]
+    lengths = np.array([len(option.path) for option in selected], dtype=np.float64)
+    by_document = gradients.head_absolute / continuation[:, None, None]
     # By document and layer what it is divided by, [N, L].
-    tokens = np.repeat(lengths[:, None], head_absolute.shape[1], axis=1)
+    n_layers, n_heads = by_document.shape[1:]
+    tokens = np.repeat(lengths[:, None], n_layers, axis=1)
     if last_layer_by_continuation:
         tokens[:, -1] = continuation
     return Importance(
         gradient_heads=by_document.sum(0) / tokens.sum(0)[:, None],
-        gradient_ffns=(ffn_absolute / continuation[:, None]).sum(0) / tokens.sum(0),
-        attribution_heads=head_signed,
-        attribution_ffns=ffn_signed,
+        gradient_ffns=(gradients.ffn_absolute / continuation[:, None]).sum(0) / tokens.sum(0),
+        attribution_heads=gradients.head_signed,
+        attribution_ffns=gradients.ffn_signed,
         head_documents=DocumentScores(
             task.task.task,
             by_document.reshape(len(by_document), -1).astype(np.float32),
             # A column for all units, unless layers differ: documents times units are many.
-            np.repeat(tokens, head_absolute.shape[2], axis=1)
-            if last_layer_by_continuation
-            else lengths[:, None],
+            np.repeat(tokens, n_heads, axis=1) if last_layer_by_continuation else lengths[:, None],
             tuple(task.task.clusters),
         ),
     )
 
 
-def unit_columns(
-    base: Mapping[str, Any], metric: str, heads: Mapping[str, Values], ffns: Mapping[str, Values]
-) -> list[dict[str, Any]]:
-    """Return two blocks of result columns, an entry a unit, from columns over heads [L, H] and over FFNs [L]."""
-    common = {"experiment": "importance", "method": metric, "metric": metric, "exact": True, **base}
+def unit_blocks(
+    base: Mapping[str, object], metric: str, heads: Mapping[str, Values], ffns: Mapping[str, Values]
+) -> list[Block]:
+    """Return two blocks of results, one record per unit, from columns over heads [L, H] and over FFNs [L]."""
+    common = {"method": metric, "metric": metric, "exact": True, **base}
     layer, head = np.indices(heads["value"].shape)
     return [
         common
@@ -95,27 +82,23 @@ def unit_columns(
     ]
 
 
-def importance_columns(task: PackedTask, scores: Importance) -> list[dict[str, Any]]:
-    """Return blocks of result columns of a task's scores; attribution, a mean over documents, with its standard error."""
-    base = {
-        "task": task.task.task,
-        "shots": task.task.shots,
-        "split": task.task.split,
-        "documents": len(task.task.documents),
-    }
-    gradient = unit_columns(
+def importance_blocks(task: PackedTask, scores: Importance) -> list[Block]:
+    """Return blocks of results of a task's scores; attribution, a mean over documents, with its clustered interval."""
+    base, clusters = task_fields(task.task), task.task.clusters
+    gradient = unit_blocks(
         base, "gradient", {"value": scores.gradient_heads}, {"value": scores.gradient_ffns}
     )
-    attribution = unit_columns(
-        base, "attribution", _mean(scores.attribution_heads), _mean(scores.attribution_ffns)
+    heads, ffns = (
+        mean_columns(by_document, clusters)
+        for by_document in (scores.attribution_heads, scores.attribution_ffns)
     )
-    return gradient + attribution
+    return gradient + unit_blocks(base, "attribution", heads, ffns)
 
 
-def _mean(by_document: Values) -> dict[str, Values]:
-    """Return columns of the mean over documents with its interval, by unit, from [N, ...]."""
-    documents, value = len(by_document), by_document.mean(0)
-    stderr = np.full(value.shape, np.nan)
-    if documents > 1:
-        stderr = by_document.std(0, ddof=1) / np.sqrt(documents)
-    return {"value": value, "stderr": stderr, "low": value - 1.96 * stderr, "high": value + 1.96 * stderr}
+def mean_columns(by_document: Values, clusters: Sequence[str]) -> dict[str, Values]:
+    """Return columns of the mean over documents with its interval, by unit, from [N, ...]; documents cluster."""
+    units = by_document.shape[1:]
+    value, stderr, _ = clustered_estimates(by_document.reshape(len(by_document), -1).T, clusters)
+    low, high = normal_bounds(value, stderr)
+    columns = {"value": by_document.mean(0), "stderr": stderr, "low": low, "high": high}
+    return {name: column.reshape(units) for name, column in columns.items()}

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowmem_icl.masks.mask import Mask
-from lowmem_icl.masks.rankings import ascending, highest_heads
+from lowmem_icl.masks.rankings import RankingKey, ascending, highest_heads
 from lowmem_icl.statistics.detection import Measure, area_under_curve, precision_at, rank_correlation
+from lowmem_icl.statistics.intervals import normal_bounds
+from lowmem_icl.tables.blocks import Block
 
 Values = NDArray[np.float64]
 
@@ -28,45 +30,31 @@ HEADS_MASK = "induction-heads"
 RANDOM_MASK = "induction-random"
 
 
-def score_columns(metric: str, method: str, by_sequence: Values) -> Iterator[dict[str, Any]]:
-    """Yield blocks of result columns of a score [S, L, H]: its mean over sequences, and their variance in a row of its own."""
-    sequences, layers, heads = by_sequence.shape
-    layer, head = np.indices((layers, heads))
-    base = {
-        "experiment": "induction",
-        "kind": "head",
-        "layer": layer.ravel(),
-        "head": head.ravel(),
-        "method": method,
-        "exact": True,
-        "documents": sequences,
-    }
-    value = by_sequence.mean(0).ravel()
-    variance = np.full(value.shape, np.nan)
-    if sequences > 1:
-        variance = by_sequence.var(0, ddof=1).ravel()
+def score_blocks(metric: str, method: str, by_sequence: Values) -> Iterator[Block]:
+    """Yield blocks of a score [S, L, H]: its mean over sequences, and their variance as a metric of its own."""
+    sequences = len(by_sequence)
+    value = by_sequence.mean(0)
+    variance = np.full(value.shape, np.nan) if sequences < 2 else by_sequence.var(0, ddof=1)
     stderr = np.sqrt(variance / sequences)
-    yield base | {
-        "metric": metric,
-        "value": value,
-        "stderr": stderr,
-        "low": value - 1.96 * stderr,
-        "high": value + 1.96 * stderr,
-    }
-    yield base | {"metric": f"{metric}_variance", "value": variance}
+    low, high = normal_bounds(value, stderr)
+    base = _head_fields(value) | {"method": method, "documents": sequences}
+    columns = {"value": value, "stderr": stderr, "low": low, "high": high}
+    yield base | {"metric": metric} | {name: column.ravel() for name, column in columns.items()}
+    yield base | {"metric": f"{metric}_variance", "value": variance.ravel()}
 
 
-def weight_columns(metric: str, method: str, values: Values) -> dict[str, Any]:
-    """Return a block of result columns of a score that is of the weights alone, [L, H]."""
+def weight_block(metric: str, method: str, values: Values) -> Block:
+    """Return a block of a score that is of the weights alone, [L, H]."""
+    return _head_fields(values) | {"method": method, "metric": metric, "value": values.ravel()}
+
+
+def _head_fields(values: Values) -> dict[str, Any]:
     layer, head = np.indices(values.shape)
     return {
-        "experiment": "induction",
+        "procedure": "scores",
         "kind": "head",
         "layer": layer.ravel(),
         "head": head.ravel(),
-        "method": method,
-        "metric": metric,
-        "value": values.ravel(),
         "exact": True,
     }
 
@@ -88,10 +76,10 @@ def retained(scores: Values, orders: NDArray[np.int64]) -> Values:
     return np.where(counts == orders.shape[-1], 0.0, 1 - gone[..., counts] / scores.sum())
 
 
-def capacity_columns(
-    capacity: str, scores: Values, ranked: Mapping[tuple[str, int, str], Values], seed: int
-) -> Iterator[dict[str, Any]]:
-    """Yield blocks of result columns: how much of a capacity [L, H] is left under every ranking [L, H], lowest first.
+def capacity_blocks(
+    capacity: str, scores: Values, ranked: Mapping[RankingKey, Values], seed: int
+) -> Iterator[Block]:
+    """Yield blocks: how much of a capacity [L, H] is left under every ranking [L, H], lowest first.
 
     ranked: by task, shot count and method. `chance` is what is left on average when heads go at random; a block of the
     method `random` has that with the band of 200 orders.
@@ -99,11 +87,11 @@ def capacity_columns(
     heads = scores.size
     counts = percents() * heads // 100
     base = {
-        "experiment": "induction",
+        "procedure": "capacity",
         "kind": "head",
         "metric": "capacity_retained",
         "other_method": capacity,
-        "k": percents(),
+        "percent": percents(),
         "heads_removed": counts,
         "chance": 1 - counts / heads,
         "exact": True,
@@ -123,11 +111,11 @@ def capacity_columns(
 
 
 def capacity_of_mask(capacity: str, scores: Values, removed: Mask) -> dict[str, Any]:
-    """Return a result row: how much of a capacity [L, H] a mask leaves, beside what a random one of its size would."""
+    """Return a record: how much of a capacity [L, H] a mask leaves, beside what a random one of its size would."""
     places = np.array(sorted(removed.heads), dtype=np.int64).reshape(-1, 2)
     gone = scores[places[:, 0], places[:, 1]].sum()
     return {
-        "experiment": "induction",
+        "procedure": "capacity",
         "kind": "head",
         "metric": "capacity_retained",
         "other_method": capacity,
@@ -139,20 +127,18 @@ def capacity_of_mask(capacity: str, scores: Values, removed: Mask) -> dict[str, 
     }
 
 
-def overlap_rows(
-    prefix_matching: Values, ranked: Mapping[tuple[str, int, str], Values]
-) -> Iterator[dict[str, Any]]:
+def important_heads_records(prefix_matching: Values, ranked: Mapping[RankingKey, Values]) -> Iterator[Block]:
     """Yield how far important heads are induction heads, under every ranking [L, H], with chance and interval.
 
     induction_spearman: rank correlation with prefix matching; induction_precision: the share of induction heads among the
-    `k` most important, k being how many there are; induction_auc: how often an induction head is the more important one.
+    `count` most important, as many as there are; induction_auc: how often an induction head is the more important one.
     """
     scores = prefix_matching.ravel()
     members = scores >= HEAD_SCORE
     count = int(members.sum())
     for (task, shots, method), ranking in ranked.items():
         base = {
-            "experiment": "induction",
+            "procedure": "important-heads",
             "kind": "head",
             "task": task,
             "shots": shots,
@@ -169,9 +155,9 @@ def overlap_rows(
                 "induction_precision": (count, precision_at(flat, members, count)),
                 "induction_auc": (count, area_under_curve(flat, members)),
             }
-        for metric, (k, measure) in measures.items():
+        for metric, (n_top, measure) in measures.items():
             if np.isfinite(measure.value):
-                yield base | {"metric": metric, "k": k} | measure._asdict()
+                yield base | {"metric": metric, "count": n_top} | measure._asdict()
 
 
 def top_induction_heads(prefix_matching: Values) -> Mask:
@@ -208,13 +194,13 @@ def random_draws(
     return masks
 
 
-def band_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def band_records(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield, for every task, shot count and metric, the median over random draws with the band of 95 % of them.
 
-    rows: result rows of all draws, method `random`; the median's row has the mask's name without a number.
+    records: those of all draws, method `random`; the median's record has the mask's name without a number.
     """
     grouped: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
+    for row in records:
         grouped.setdefault((row["task"], row["shots"], row["metric"]), []).append(row)
     for members in grouped.values():
         values = np.array([row["value"] for row in members])

@@ -1,52 +1,82 @@
 """Curves whose importance is computed again on the pruned model at every level, which the paper names but does not do."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
-import numpy as np
-
-from lowmem_icl.experiments.importance.stage import importance_of, unit_gradient_arrays
-from lowmem_icl.experiments.prune.curves import CLEAN, LEVELS, CurvePoint, Rankings
+from lowmem_icl.experiments.importance.stage import scores_of
+from lowmem_icl.experiments.prune.points import CLEAN, LEVELS, CurvePoint, CurveRankings, TaskShots
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import mask_name
 from lowmem_icl.masks.rankings import RankingKey, lowest_heads, removed_count
-from lowmem_icl.session.work import Work
+from lowmem_icl.session.prepare import Prepared
+from lowmem_icl.session.result import Values
+from lowmem_icl.session.work import GradientsPart, Work
 
 # After which levels importance is computed again: not after the last, and for the first the whole model's serves.
 RESCORED_LEVELS = LEVELS[1:-1]
 
 
-def rescoring_part(level: int) -> str:
-    """Return the name of the part that holds the importance after a level."""
-    return f"rescore-{level:02d}"
+def level_part(prepared: Prepared, level: int, masks: Sequence[Mask]) -> GradientsPart:
+    """Return the pass that scores all tasks' models again after a level, without the units of their masks."""
+    label = f"importance with {level} % of the heads removed"
+    return GradientsPart(f"rescore-{level:02d}", label, prepared.importance, tuple(masks))
 
 
-def rescored_points(work: Work, rankings: Rankings) -> list[list[CurvePoint]]:
+def rescored_points(work: Work, rankings: CurveRankings) -> list[list[CurvePoint]]:
     """Return, for every task and shot count, the levels of the curve that is scored again at each.
 
     A level removes the heads of the level before and, of the others, those least important to the model without these.
     All tasks share the two reads of every level.
     """
-    tasks, skeleton = work.prepared.importance, work.model.skeleton
-    masks = [Mask()] * len(tasks)
-    scores = [rankings.heads[RankingKey(task.task, task.shots, "gradient")].copy() for task in tasks]
-    points = [[CurvePoint(CLEAN, Mask(), "rescored", "head", 0)] for _ in tasks]
-    packed = [work.prepared.pack(task) for task in tasks]
+    prepared = work.prepared
+    packed = [prepared.pack(task) for task in prepared.importance]
+
+    def scores_after(level: int, masks: Sequence[Mask]) -> list[Values]:
+        # What is cached is of the whole model, or of the level before.
+        work.cache.clear()
+        gradients = work.gradients(level_part(prepared, level, masks))
+        return [
+            scores_of(prepared, task, task_gradients).gradient_heads
+            for task, task_gradients in zip(packed, gradients, strict=True)
+        ]
+
+    points = [[_point(prepared, index, 0, Mask())] for index in range(len(packed))]
+    scores, masks = _first_scores(prepared, rankings), [Mask()] * len(packed)
     for before, percent in pairwise(LEVELS):
         if before:
-            # What is cached is of the whole model, or of the level before.
-            work.cache.clear()
-            part, label = rescoring_part(before), f"importance with {before} % of the heads removed"
-            arrays = unit_gradient_arrays(work, "prune", part, label, masks)
-            scores = [
-                importance_of(work, task, number, arrays).gradient_heads for number, task in enumerate(packed)
-            ]
-        for place, task in enumerate(tasks):
-            for layer, head in masks[place].heads:
-                scores[place][layer, head] = -np.inf
-            masks[place] = lowest_heads(
-                scores[place], removed_count(percent, skeleton.layers * skeleton.heads)
-            )
-            name = mask_name(f"rescored-heads-{percent}", task.task, task.shots)
-            points[place].append(CurvePoint(name, masks[place], "rescored", "head", percent))
+            scores = scores_after(before, masks)
+        masks = [_next_mask(prepared, *of_task, percent) for of_task in zip(scores, masks, strict=True)]
+        for index, mask in enumerate(masks):
+            points[index].append(_point(prepared, index, percent, mask))
     work.cache.clear()
     return points
+
+
+def expected_points(prepared: Prepared, rankings: CurveRankings) -> list[list[CurvePoint]]:
+    """Return stand-ins for the points: as if every level's scores were the first one's."""
+    points = []
+    for index, scores in enumerate(_first_scores(prepared, rankings)):
+        masks = {percent: _next_mask(prepared, scores.copy(), Mask(), percent) for percent in LEVELS}
+        points.append([_point(prepared, index, percent, mask) for percent, mask in masks.items()])
+    return points
+
+
+def _first_scores(prepared: Prepared, rankings: CurveRankings) -> list[Values]:
+    return [
+        rankings.heads[RankingKey(task.task, task.shots, "gradient")].copy() for task in prepared.importance
+    ]
+
+
+def _next_mask(prepared: Prepared, scores: Values, removed: Mask, percent: int) -> Mask:
+    """Return the mask of a level: the heads removed before are its lowest."""
+    for layer, head in removed.heads:
+        scores[layer, head] = float("-inf")
+    n_heads = prepared.skeleton.layers * prepared.skeleton.heads
+    return lowest_heads(scores, removed_count(percent, n_heads))
+
+
+def _point(prepared: Prepared, index: int, percent: int, mask: Mask) -> CurvePoint:
+    task = prepared.importance[index]
+    donor = TaskShots(task.task, task.shots)
+    name = mask_name(f"rescored-heads-{percent}", *donor) if percent else CLEAN
+    return CurvePoint(name, mask, "rescored", "rescored", "head", percent, donor)

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from lowmem_icl.masks.mask import Mask, Unit
 
 Values = NDArray[np.float64]
+Half = Literal["choose", "check"]
 
 
 @dataclass(frozen=True)
 class Request:
     """Masks to score on one half of the training documents: `choose` decides the order, `check` the tolerance."""
 
-    half: Literal["choose", "check"]
+    half: Half
     masks: tuple[Mask, ...]
 
 

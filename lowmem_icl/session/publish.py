@@ -1,0 +1,95 @@
+"""What a run has so far, as files: tables, masks, record and page, written again whenever there is more."""
+
+import datetime
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from lowmem_icl import __version__
+from lowmem_icl.masks.files import MaskFile, write_mask
+from lowmem_icl.protocols import AGGREGATE
+from lowmem_icl.session.folder import RunFolder
+from lowmem_icl.session.prepare import Prepared
+from lowmem_icl.session.result import MadeMask, StageResult
+from lowmem_icl.tables.schema import TABLES, write_table
+
+SECONDS_BETWEEN_PAGES = 120.0
+
+
+class Publisher:
+    """Folds the stages' results, the newest of each, and writes them into the run folder.
+
+    `write_page` is given the folder once its tables are there.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        opened: RunFolder,
+        warnings: Sequence[str],
+        write_page: Callable[[Path], None],
+    ) -> None:
+        self._prepared, self._opened, self._write_page = prepared, opened, write_page
+        self._warnings = list(warnings)
+        self._published = time.monotonic()
+        self.results: dict[str, StageResult] = {}
+
+    def fold(self, experiment: str, result: StageResult) -> None:
+        """Take what a stage has found so far in place of what it had before."""
+        self.results[experiment] = result
+
+    @property
+    def unfinished(self) -> list[str]:
+        """What the time did not do for, a sentence per stage."""
+        return [result.unfinished for result in self.results.values() if result.unfinished]
+
+    @property
+    def warnings(self) -> list[str]:
+        """All there is to be warned of."""
+        found = itertools.chain.from_iterable(result.warnings for result in self.results.values())
+        return [*self._warnings, *found, *self.unfinished]
+
+    def write_record(self) -> None:
+        """Write run.json."""
+        fields = {name: value for result in self.results.values() for name, value in result.record.items()}
+        self._opened.write_record(warnings=self.warnings, fields=fields)
+
+    def publish(self) -> None:
+        """Write everything."""
+        folder, options = self._opened.path, self._prepared.options
+        for table in TABLES:
+            frames = [getattr(result, table) for result in self.results.values()]
+            if frames:
+                write_table(pl.concat(frames), table, folder / f"{table}.parquet")
+        for made in itertools.chain.from_iterable(result.masks for result in self.results.values()):
+            mask_file = self._mask_file(made)
+            for target in (folder / "masks", *([options.masks_dir] if options.masks_dir else [])):
+                write_mask(target / f"{made.name}.json", mask_file)
+        self.write_record()
+        self._write_page(folder)
+        self._published = time.monotonic()
+
+    def publish_if_due(self) -> None:
+        """Write everything, unless that was done a moment ago."""
+        if time.monotonic() - self._published >= SECONDS_BETWEEN_PAGES:
+            self.publish()
+
+    def _mask_file(self, made: MadeMask) -> MaskFile:
+        tasks = [made.task]
+        if made.task == AGGREGATE:
+            tasks = list(dict.fromkeys(task.task for task in self._prepared.train))
+        fields = {
+            "method": made.method,
+            "tasks": tasks,
+            "shots": [made.shots],
+            "documents": made.documents,
+            "seed": made.seed,
+            "protocol": self._prepared.options.protocol,
+            "version": __version__,
+            "date": datetime.date.today().isoformat(),
+        }
+        note = {"note": made.note} if made.note else {}
+        return MaskFile(made.name, made.mask, self._prepared.mask_model, fields | note, made.scores)
