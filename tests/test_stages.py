@@ -1,0 +1,176 @@
+"""A stage describes its work once: what the planner counts is what a run does, whatever the options."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lowmem_icl.engine.answers import Scores
+from lowmem_icl.engine.head_scores import HeadScores
+from lowmem_icl.engine.schedule import SweepLimits
+from lowmem_icl.engine.unit_gradients import UnitGradients
+from lowmem_icl.experiments.order import STAGES, run_stages
+from lowmem_icl.session.result import StageResult
+from lowmem_icl.options import RunOptions
+from lowmem_icl.planning.costs import planned_work
+from lowmem_icl.session.prepare import Prepared, prepare
+from lowmem_icl.session.work import GradientsPart, HeadScoresPart, OutOfTime, Part, SweepPart, Work
+
+ALL_CURVES = ("heads", "ffns", "combined", "transfer", "cross-shot", "random")
+SMALL = {"limit": 3, "train_limit": 3, "random_draws": 2, "shots": (0, 4)}
+
+
+@dataclass(frozen=True)
+class PlayedWork(Work):
+    """Work that answers every part with arbitrary numbers of the right shapes, and notes what it was asked."""
+
+    asked: list[Part] = field(default_factory=list)
+    finished: set[str] = field(default_factory=set)
+    allowed: int = 10**9
+
+    def _ask(self, part: Part) -> np.random.Generator:
+        if part.name not in self.finished:
+            if len(self.asked) >= self.allowed:
+                raise OutOfTime
+            self.asked.append(part)
+            self.finished.add(part.name)
+        return np.random.default_rng(sum(part.name.encode()))
+
+    def sweep(self, part: SweepPart) -> list[Scores]:
+        rng, scores = self._ask(part), []
+        for job in part.jobs:
+            shape = (len(job.masks), self.prepared.outline(job.task, job.documents).option_count)
+            scores.append(Scores(rng.normal(size=shape), rng.random(shape) < 0.5, np.ones(shape, dtype=np.bool_)))
+        return scores
+
+    def gradients(self, part: GradientsPart) -> list[UnitGradients]:
+        rng, skeleton = self._ask(part), self.prepared.skeleton
+        found = []
+        for task in part.tasks:
+            options = self.prepared.outline(task, gold_only=True).option_count
+            empty = UnitGradients.empty(len(task.documents), options, skeleton.layers, skeleton.heads)
+            values = {name: rng.random(array.shape) for name, array in empty.arrays().items() if name != "finished"}
+            found.append(replace(empty, **values))
+        return found
+
+    def head_scores(self, part: HeadScoresPart) -> HeadScores:
+        rng, skeleton = self._ask(part), self.prepared.skeleton
+        empty = HeadScores.empty(len(part.questions.base_tokens), skeleton.layers, skeleton.heads)
+        return replace(
+            empty, **{name: rng.random(a.shape) for name, a in empty.arrays().items() if name != "finished"}
+        )
+
+
+class _NoParts:
+    def has(self, name: str) -> bool:
+        return False
+
+
+def played(prepared: Prepared, **changes: Any) -> PlayedWork:
+    nothing: Any = None
+    parts: Any = _NoParts()
+    return PlayedWork(prepared, nothing, SweepLimits.of(1 << 30), nothing, parts, nothing, **changes)
+
+
+def prepared_for(**changes: Any) -> Prepared:
+    return prepare(RunOptions.model_validate({"tasks": ("recall", "knowledge", "repeat")} | SMALL | changes))
+
+
+def described(part: Part) -> tuple[Any, ...]:
+    """What a part is: its name, and for every job the documents and how many masks they are under."""
+    if isinstance(part, SweepPart):
+        jobs = [(job.task.task, job.task.shots, job.documents, len(job.masks)) for job in part.jobs]
+        return part.name, tuple(map(str, jobs))
+    if isinstance(part, GradientsPart):
+        return part.name, tuple((task.task, task.shots) for task in part.tasks)
+    return (part.name,)
+
+
+def documents_of(part: Part) -> tuple[Any, ...]:
+    """As `described`, without the number of masks."""
+    if isinstance(part, SweepPart):
+        return part.name, tuple(str((job.task.task, job.task.shots, job.documents)) for job in part.jobs)
+    return described(part)
+
+
+def is_search(part: Part) -> bool:
+    return part.name == "" or part.name.startswith(("prune-0", "prune-compared"))
+
+
+def all_options() -> Iterator[Mapping[str, Any]]:
+    for screen, protocol, curves in product((None, "attribution"), ("corrected", "reference"), ((), ALL_CURVES)):
+        yield {"screen": screen, "exact": 5 if screen else None, "protocol": protocol, "curves": curves}
+    yield {"rescore": True}
+    yield {"demonstrations": "shared", "demonstration_sets": 2}
+    yield {"experiments": ("evaluate",)}
+    yield {"experiments": ("importance", "prune")}
+    yield {"experiments": ("ablate", "prune", "overlap")}
+    yield {"experiments": ("induction",)}
+    yield {"tasks": ("recall",), "shots": (4,)}
+    yield {"direction": "up", "order": "joint"}
+
+
+@pytest.mark.parametrize("changes", all_options(), ids=str)
+def test_the_plan_describes_what_a_run_does(changes: Mapping[str, Any]) -> None:
+    prepared = prepared_for(**{name: value for name, value in changes.items() if value is not None})
+    planned = [part for work in planned_work(prepared) for part in work.parts]
+    work = played(prepared)
+    results: dict[str, StageResult] = {}
+    for stage, result, _ in run_stages(work, {}, frozenset()):
+        results[stage.name] = result
+    asked = [part for part in work.asked if not is_search(part)]
+    assert [documents_of(part) for part in planned if not is_search(part)] == [documents_of(part) for part in asked]
+    certain = ("evaluate-", "importance", "ablate-", "rescore-", "curves-ffns-")
+    for expected, actual in zip([part for part in planned if not is_search(part)], asked, strict=True):
+        if expected.name.startswith(certain):
+            assert described(expected) == described(actual)
+    # With the results of the stages before it, a stage describes exactly what it did.
+    for stage in STAGES:
+        if stage.name in results and not stage.rough:
+            again = [part for part in stage.parts(prepared, **stage.given(results)) if not is_search(part)]
+            names = {part.name for part in again}
+            assert [part for part in asked if part.name in names] == again or stage.name == "induction"
+
+
+def test_curves_are_counted_with_about_as_many_masks_as_there_are() -> None:
+    prepared = prepared_for(curves=ALL_CURVES, experiments=("importance", "ablate", "prune"))
+    work = played(prepared)
+    list(run_stages(work, {}, frozenset()))
+
+    def n_masks(parts: list[Part]) -> int:
+        return sum(
+            len(job.masks) for p in parts if isinstance(p, SweepPart) and p.name.startswith("curves") for job in p.jobs
+        )
+
+    planned = [part for stage in planned_work(prepared) for part in stage.parts]
+    # Rankings may happen to remove the same.
+    assert n_masks(planned) == pytest.approx(n_masks(work.asked), rel=0.1)
+
+
+def test_searches_are_counted_about_as_they_go() -> None:
+    prepared = prepared_for(experiments=("prune",), curves=())
+    work = played(prepared)
+    list(run_stages(work, {}, frozenset()))
+
+    def variants(parts: list[Part]) -> float:
+        return sum(
+            p.times * len(job.masks) for p in parts if isinstance(p, SweepPart) and is_search(p) for job in p.jobs
+        )
+
+    planned = [part for stage in planned_work(prepared) for part in stage.parts]
+    assert variants(work.asked) / 3 < variants(planned) < 3 * variants(work.asked)
+
+
+@pytest.mark.parametrize("allowed", [2, 4, 7])
+def test_a_run_that_was_cut_by_its_hours_continues_with_what_the_plan_says_is_left(allowed: int) -> None:
+    prepared = prepared_for(experiments=("evaluate", "importance", "ablate"), train_limit=6)
+    first = played(prepared, allowed=allowed)
+    unfinished = [result.unfinished for _, result, is_over in run_stages(first, {}, frozenset()) if is_over]
+    assert any(unfinished)
+    left = [part for stage in planned_work(prepared, lambda name: name in first.finished) for part in stage.parts]
+    second = played(prepared, finished=set(first.finished))
+    assert not any(result.unfinished for _, result, is_over in run_stages(second, {}, frozenset()) if is_over)
+    assert [described(part) for part in left] == [described(part) for part in second.asked]
