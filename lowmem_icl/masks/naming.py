@@ -36,7 +36,7 @@ def readable_slug(text: str) -> str:
 
 
 def task_slug(task: str) -> str:
-    """Return a task's name as part of a file's: itself where plain, else its slug and a digest of all of it."""
+    """Return a task's name for use in a file's: itself where plain, else its slug and a digest of it."""
     if _PLAIN.fullmatch(task) and len(task) <= LONGEST_SLUG and not _DIGEST.fullmatch(task):
         return task
     digest = hashlib.sha256(task.encode("utf-8", "surrogatepass")).hexdigest()
@@ -51,7 +51,7 @@ def mask_name(method: str, task: str, shots: int) -> str:
 
 
 def check_names(tasks: Iterable[str], masks: Iterable[str] = ()) -> None:
-    """Check that a run's files and table rows will tell its tasks and masks apart; raise InputError where not.
+    """Check that a run's files and tables will tell its tasks and masks apart; raise InputError where not.
 
     masks: names of mask files that are evaluated. To be called before the first sweep.
     """

@@ -15,6 +15,7 @@ from lowmem_icl.model.reading import PAGE_BYTES
 from lowmem_icl.model.store import OUTSIDE, Store
 from lowmem_icl.model.streamed import READ_ROWS, VOCABULARY_BLOCK
 from lowmem_icl.options import RunOptions
+from lowmem_icl.session.identity import run_folder
 from lowmem_icl.system.files import free_bytes
 
 FREE_SHARE = 0.8
@@ -70,11 +71,12 @@ def plan_memory(
     converted = {"int8": 0, "bfloat16": 2, "float32": 1}[store.manifest.weights]
     read_ahead = 2 * (store.layer_bytes + PAGE_BYTES)
     in_use = store.layer_bytes * (converted if device_bytes is None else 1 + converted)
-    spill = int(free_bytes(options.run_folder) * SPILL_SHARE)
+    folder = run_folder(options)
+    spill = int(free_bytes(folder) * SPILL_SHARE)
     if row_bytes * skeleton.layers > spill:
         needed = (row_bytes * skeleton.layers - spill) / SPILL_SHARE
         raise DoesNotFit(
-            f"--out {options.run_folder}: {spill / 1e9:.3g} GB of its disk may be used, and the activations of the "
+            f"--out {folder}: {spill / 1e9:.3g} GB of its disk may be used, and the activations of the "
             f"longest row alone take {row_bytes * skeleton.layers / 1e9:.3g} GB; free {needed / 1e9:.3g} GB there or "
             "choose another disk"
         )

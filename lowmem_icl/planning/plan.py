@@ -18,7 +18,7 @@ from lowmem_icl.planning.costs import Laid, planned_sweeps
 from lowmem_icl.planning.measure import Rates, measure
 from lowmem_icl.planning.memory import FREE_SHARE, MemoryPlan, plan_memory
 from lowmem_icl.session.prepare import Prepared
-from lowmem_icl.system.machine import chosen_device, device_allowance
+from lowmem_icl.system.machine import device_allowance, resolved_device
 
 # A stop loses the wave in work: longer ones are cut, unless reading would then take longer than computing.
 WAVE_SECONDS = 900.0
@@ -81,7 +81,7 @@ class Plan:
 
 def check_memory(options: RunOptions, prepared: Prepared, laid: Laid) -> MemoryPlan:
     """Return how memory is dealt out; raise InputError or DoesNotFit where a run cannot be held."""
-    device = chosen_device(options.device)
+    device = resolved_device(options.device)
     allowed = device_allowance(device, options.device_memory, FREE_SHARE)
     skeleton = prepared.store.skeleton
 
@@ -125,7 +125,7 @@ def make_plan(
         max(SHORTEST_MEASURED_ROW, laid.mean_tokens),
         memory.alive_bytes,
         memory.micro_batch_tokens,
-        chosen_device(options.device),
+        resolved_device(options.device),
         backward="importance" in options.experiments,
     )
     wave_tokens = _wave_tokens(store, rates, len(resident))

@@ -13,7 +13,7 @@ LONGEST_STEM_BYTES = 220
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; rename it to that on success, delete it on any error."""
+    """Yield a temporary path beside `path`; rename it to `path` on success, delete it on any error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.name
     if len(os.fsencode(name)) > LONGEST_STEM_BYTES:

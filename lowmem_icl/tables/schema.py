@@ -87,8 +87,11 @@ def write_table(frame: pl.DataFrame, table: str, path: Path) -> None:
 def read_table(path: Path, table: str) -> pl.DataFrame:
     """Read a table; raise InputError naming the file where it is another table or version."""
     try:
-        stated = json.loads(pl.read_parquet_metadata(path).get("lowmem_icl", "{}"))
-        frame = pl.read_parquet(path)
+        # Opened here: given a path, polars would take brackets and question marks in it for a pattern.
+        with path.open("rb") as opened:
+            stated = json.loads(pl.read_parquet_metadata(opened).get("lowmem_icl", "{}"))
+            opened.seek(0)
+            frame = pl.read_parquet(opened)
     except (OSError, ValueError, pl.exceptions.PolarsError) as error:
         raise InputError(f"{path}: cannot be read as a {table} table ({error})") from error
     expected = {"table": table, "schema_version": SCHEMA_VERSION}

@@ -9,6 +9,7 @@ from lowmem_icl.errors import InputError
 from lowmem_icl.masks.files import MaskFile, read_mask
 from lowmem_icl.options import RunOptions
 from lowmem_icl.run import Finished, run
+from lowmem_icl.session.identity import default_folder
 
 
 def evaluate_masks(options: RunOptions, paths: Sequence[Path], terminal: Terminal) -> Finished:
@@ -22,7 +23,7 @@ def evaluate_masks(options: RunOptions, paths: Sequence[Path], terminal: Termina
             raise InputError(f"--mask {path}: a mask named '{mask_file.name}' was given before; rename one")
         files[mask_file.name] = mask_file
     if options.out is None:
-        told = hashlib.sha256("".join(file.to_json() for file in files.values()).encode()).hexdigest()[:8]
-        folder = options.run_folder
-        options = options.model_copy(update={"out": folder.with_name(f"evaluate-{folder.name}-{told}")})
+        digest = hashlib.sha256("".join(file.to_json() for file in files.values()).encode()).hexdigest()[:8]
+        folder = default_folder(options, prefix="evaluate-", suffix=f"-{digest}")
+        options = options.model_copy(update={"out": folder})
     return run(options, terminal, files)
