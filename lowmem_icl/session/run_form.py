@@ -4,7 +4,7 @@ Whatever else stands in the file is kept as it is. The top level tells of the ne
 `started`, the first session's, and `stages`, the sum over all; `sessions` has a record per start, in order.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -81,6 +81,13 @@ class _GreedyCheck(_Form):
     check_loss: float
 
 
+class _Sequences(_Form):
+    sequences: int
+    base_tokens: Annotated[list[int], Field(min_length=2, max_length=2)]
+    base_tokens_wanted: Annotated[list[int], Field(min_length=2, max_length=2)]
+    drawable_ids_ordered_by: str
+
+
 class _Session(_Form):
     started: str
     finished: str | None
@@ -109,4 +116,4 @@ class RunRecord(_Form):
     warnings: list[str]
     sessions: Annotated[list[_Session], Field(min_length=1)]
     greedy: list[_GreedyCheck] = Field(default_factory=list)
-    induction: dict[str, Any] = Field(default_factory=dict)
+    induction: _Sequences | None = None
