@@ -172,19 +172,16 @@ class RunOptions(BaseModel):
         return min(self.curve_limit, self.limit or self.curve_limit)
 
     @property
-    def digest(self) -> str:
-        """Twelve hexadecimal digits over all options that results depend on."""
-        fields = self.model_dump(mode="json", exclude=set(WITHOUT_INFLUENCE))
-        fields["shots"], fields["train_limit"] = self.chosen_shots, self.chosen_train_limit
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+    def identity_values(self) -> dict[str, Any]:
+        """The plain JSON values of all options that results depend on; the device is not among them."""
+        values = self.model_dump(mode="json", exclude=set(WITHOUT_INFLUENCE))
+        return values | {"shots": list(self.chosen_shots), "train_limit": self.chosen_train_limit}
 
     @property
-    def run_folder(self) -> Path:
-        """Where the run's files go."""
-        if self.out is not None:
-            return self.out
-        name = Path(self.model.rstrip("/")).name if self.model != DEMO else DEMO
-        return Path("runs") / f"{name}-{self.digest}"
+    def digest(self) -> str:
+        """Twelve hexadecimal digits over `identity_values`."""
+        text = json.dumps(self.identity_values, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def chosen_store_dir(self) -> Path:
@@ -195,7 +192,7 @@ class RunOptions(BaseModel):
         return Path(cache) / "lowmem-icl" / "stores"
 
 
-WITHOUT_INFLUENCE = ("memory", "device_memory", "hours", "out", "masks_dir", "store_dir")
+WITHOUT_INFLUENCE = ("device", "memory", "device_memory", "hours", "out", "masks_dir", "store_dir")
 
 
 def read_config(path: Path) -> dict[str, Any]:

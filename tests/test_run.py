@@ -198,6 +198,7 @@ def test_continuing_changes_nothing_and_makes_nothing_again(
     assert parts["made"] >= 2
     result = run_small(copy, stores, "--masks-dir", finished.parent / "masks")
     assert json.loads((copy / "run.json").read_text())["parts"]["made"] == 0
+    assert len(json.loads((copy / "run.json").read_text())["sessions"]) == 3
 
 
 def test_a_stopped_run_says_so_and_goes_on(finished: Path, stores: Path, tmp_path: Path) -> None:
@@ -285,7 +286,7 @@ def test_the_folder_of_another_run_is_refused_and_kept(finished: Path, stores: P
     before = (finished / "results.parquet").read_bytes()
     result = run_small(finished, stores, "--tolerance", "0.2")
     assert result.exit_code == 2
-    assert "holds a run with other options" in result.stderr
+    assert "holds another run: --tolerance: 0.01 in the folder, 0.2 asked for" in result.stderr
     assert (finished / "results.parquet").read_bytes() == before
 
 

@@ -16,7 +16,7 @@ from lowmem_icl.report.numbers import (
     top_units,
     unit_name,
 )
-from lowmem_icl.session.record import run_record
+from lowmem_icl.session.folder import run_record
 from lowmem_icl.tables.schema import read_table
 
 

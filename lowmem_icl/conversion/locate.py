@@ -60,7 +60,11 @@ def _locate_on_hub(model: str, revision: str | None, weights: Weights, store_dir
         checkpoint = open_hub_checkpoint(model, revision)
     except InputError:
         # Neither the hub nor its cache: a store made earlier will do, if there is no doubt which.
-        made = [folder for folder in store_dir.glob(f"{name}-*-{weights}") if is_store(folder)]
+        made = [
+            folder
+            for folder in store_dir.glob("*")
+            if folder.name.startswith(f"{name}-") and folder.name.endswith(f"-{weights}") and is_store(folder)
+        ]
         if len(made) != 1 or revision is not None:
             raise
         return Located(model, open_store(made[0]).manifest.source.revision, None, made[0])

@@ -123,8 +123,10 @@ def read_mask(path: Path) -> MaskFile:
         raise InputError(f"mask {path}: cannot be read ({error.strerror}); give a mask file") from error
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "content"
-        raise InputError(f"mask {path}: {place}: {first['msg']}; see masks/README.md for the form") from error
+        field_name = ".".join(str(part) for part in first["loc"]) or "content"
+        raise InputError(
+            f"mask {path}: {field_name}: {first['msg']}; see masks/README.md for the form"
+        ) from error
     heads = [(int(layer), head) for layer, listed in content.removed.heads.items() for head in listed]
     ffns = content.removed.ffns
     if len(set(heads)) < len(heads) or len(set(ffns)) < len(ffns):

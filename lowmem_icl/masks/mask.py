@@ -1,7 +1,4 @@
-"""A mask is a set of removed units, and a file that a person can read, diff and reuse.
-
-The file's form is described in masks/README.md and by the JSON Schema `MASK_SCHEMA`.
-"""
+"""Units (heads and FFNs) and masks, sets of removed ones; both plain values."""
 
 import re
 from collections.abc import Iterator
@@ -85,7 +82,7 @@ def all_ffns(layers: int) -> list[Unit]:
     return [Unit("ffn", layer) for layer in range(layers)]
 
 
-def jaccard(one: Mask, other: Mask) -> float:
+def jaccard(left: Mask, right: Mask) -> float:
     """Return how far two masks agree: units in both over units in either; 1 for two empty masks."""
-    either = len(one | other)
-    return len(one & other) / either if either else 1.0
+    either = len(left | right)
+    return len(left & right) / either if either else 1.0

@@ -21,8 +21,8 @@ class RankingKey(NamedTuple):
 
 
 def ascending(scores: Values) -> list[int]:
-    """Return flat places of scores, least important first; of equals the lower layer and head comes first."""
-    return [int(place) for place in np.argsort(scores.ravel(), kind="stable")]
+    """Return flat indices of scores, least important first; of equals the lower layer and head first."""
+    return [int(index) for index in np.argsort(scores.ravel(), kind="stable")]
 
 
 def removed_count(percent: int, units: int) -> int:
@@ -33,14 +33,14 @@ def removed_count(percent: int, units: int) -> int:
 def lowest_heads(scores: Values, count: int) -> Mask:
     """Return the mask of the `count` heads with the lowest scores, [L, H]."""
     heads = scores.shape[1]
-    return Mask(heads=frozenset(divmod(place, heads) for place in ascending(scores)[:count]))
+    return Mask(heads=frozenset(divmod(index, heads) for index in ascending(scores)[:count]))
 
 
 def highest_heads(scores: Values, count: int) -> Mask:
     """Return the mask of the `count` heads with the highest scores, [L, H]."""
     heads = scores.shape[1]
     order = ascending(scores)
-    return Mask(heads=frozenset(divmod(place, heads) for place in order[len(order) - count :]))
+    return Mask(heads=frozenset(divmod(index, heads) for index in order[len(order) - count :]))
 
 
 def lowest_ffns(scores: Values, count: int) -> Mask:
@@ -53,13 +53,13 @@ def random_mask(layers: int, heads: int, head_count: int, ffn_count: int, seed: 
     rng = np.random.default_rng(seed)
     drawn, ffns = rng.permutation(layers * heads)[:head_count], rng.permutation(layers)[:ffn_count]
     return Mask(
-        frozenset(divmod(int(place), heads) for place in drawn), frozenset(int(layer) for layer in ffns)
+        frozenset(divmod(int(index), heads) for index in drawn), frozenset(int(layer) for layer in ffns)
     )
 
 
 def mean_of_ranks(scores: Sequence[Values]) -> Values:
     """Return the mean over rankings of every unit's rank, scaled to 0 (least) to 1 (most important)."""
-    ranks = [rankdata(one.ravel()).reshape(one.shape) for one in scores]
+    ranks = [rankdata(task.ravel()).reshape(task.shape) for task in scores]
     return (np.mean(ranks, axis=0) - 1) / max(1, scores[0].size - 1)
 
 
@@ -71,15 +71,17 @@ def mean_of_scores(scores: Sequence[Values]) -> Values:
 def mean_of_normalised(scores: Sequence[Values]) -> Values:
     """Return the mean over tasks of scores that sum to 1 in each: how large tasks' scores are does not weigh.
 
-    Raw gradient scores shrink with the prompt's length (paper.md §1.4), so that their mean belongs to the short prompts. A
-    task whose scores are all 0 counts as 0.
+    Raw gradient scores shrink with the prompt's length (paper.md §1.4), so that their mean belongs to the
+    short prompts. A task whose scores are all 0 counts as 0.
     """
-    sums = [float(one.sum()) for one in scores]
-    return np.mean([one / total if total else one for one, total in zip(scores, sums, strict=True)], axis=0)
+    sums = [float(task.sum()) for task in scores]
+    return np.mean(
+        [task / total if total else task for task, total in zip(scores, sums, strict=True)], axis=0
+    )
 
 
 def with_ties_broken(scores: Values, by: Values) -> Values:
-    """Return the places of scores [N] in ascending order, equal ones told apart by a second score [N]."""
-    places = np.empty(len(scores))
-    places[np.lexsort((np.arange(len(scores)), by, scores))] = np.arange(len(scores))
-    return places
+    """Return the ranks of scores [N], ascending from 0, equal ones told apart by a second score [N]."""
+    ranks = np.empty(len(scores))
+    ranks[np.lexsort((np.arange(len(scores)), by, scores))] = np.arange(len(scores))
+    return ranks

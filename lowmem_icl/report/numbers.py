@@ -5,7 +5,7 @@ from typing import Any
 
 import polars as pl
 
-from lowmem_icl.session.record import run_record
+from lowmem_icl.session.folder import run_record
 from lowmem_icl.tables.schema import read_table
 
 TOP_UNITS = 5

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from lowmem_icl.protocols import DIFFERENCES, REFERENCE
 from lowmem_icl.report import agreement, curves, figures, figures_induction
 from lowmem_icl.report.numbers import CLAIMED_Q, accuracy, claim_mark, pruned, top_units, unit_name
-from lowmem_icl.session.record import run_record
+from lowmem_icl.session.folder import run_record
 from lowmem_icl.system.files import write_text_atomic
 from lowmem_icl.tables.schema import read_table
 

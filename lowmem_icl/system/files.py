@@ -1,4 +1,4 @@
-"""Files that are whole or absent (everything is written beside its place and renamed), and the disks they are on."""
+"""Files that are whole or absent (written to a temporary file, then renamed), and the disks they are on."""
 
 import hashlib
 import os
@@ -7,25 +7,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LONGEST_STEM_BYTES = 220
+"""Of a file's name that a temporary file's repeats; what it adds then fits into 255 bytes too."""
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; rename it over `path` on success, delete it on any error."""
+    """Yield a temporary path beside `path`; rename it to `path` on success, delete it on any error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    name = path.name
+    if len(os.fsencode(name)) > LONGEST_STEM_BYTES:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    temporary = path.with_name(f".{name}.{os.getpid()}.partial")
     try:
-        yield beside
-        with beside.open("rb") as written:
+        yield temporary
+        with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Write UTF-8 text so that a reader sees the old file or the new one, never a part."""
-    with atomic_path(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def sha256_of_file(path: Path) -> str:
@@ -45,7 +51,7 @@ def forget_pages(path: Path) -> None:
 
 
 def existing_folder(folder: Path) -> Path:
-    """Return the folder, or the nearest above it that is there: it lies on the disk where the folder will be."""
+    """Return the folder, or the nearest above it that exists: on the disk where the folder will be."""
     while not folder.exists():
         folder = folder.absolute().parent
     return folder

@@ -1,0 +1,119 @@
+"""The form of run.json: the fields that are read back, by a later session or by the report, and their types.
+
+Whatever else stands in the file is kept as it is. The top level tells of the newest session, except for
+`started`, the first session's, and `stages`, the sum over all; `sessions` has a record per start, in order.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lowmem_icl.session.identity import Identity
+
+RUN_FORMAT = "lowmem-icl-run/2"
+State = Literal["running", "finished", "out of time", "stopped", "failed", "cut off"]
+"""Of a session: at work; all done; --hours over; stopped by the user; ended by an error; killed at work."""
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class StageActuals(BaseModel):
+    """What a stage took and what was planned for it, in one session or in all."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    seconds: float
+    planned_seconds: float
+    read_bytes: int
+    planned_read_bytes: int
+
+    def __add__(self, other: "StageActuals") -> "StageActuals":
+        return StageActuals(
+            seconds=round(self.seconds + other.seconds, 2),
+            planned_seconds=round(self.planned_seconds + other.planned_seconds, 2),
+            read_bytes=self.read_bytes + other.read_bytes,
+            planned_read_bytes=self.planned_read_bytes + other.planned_read_bytes,
+        )
+
+
+class _Options(_Form):
+    experiments: list[str]
+    protocol: str
+    objective: str
+    tolerance: float
+    seed: int
+
+
+class _Model(_Form):
+    id: str
+    digest: str
+    weights: str
+    layers: Annotated[int, Field(gt=0)]
+    heads: Annotated[int, Field(gt=0)]
+
+
+class _Task(_Form):
+    task: str
+    shots: int
+
+
+class _PlannedStage(_Form):
+    experiment: str
+    seconds: float
+
+
+class _Plan(_Form):
+    stages: list[_PlannedStage]
+
+
+class _Machine(_Form):
+    processor: str
+    threads: int
+    cuda: str | None
+
+
+class _GreedyCheck(_Form):
+    task: str
+    shots: int
+    method: str
+    check_loss: float
+
+
+class _Sequences(_Form):
+    sequences: int
+    base_tokens: Annotated[list[int], Field(min_length=2, max_length=2)]
+    base_tokens_wanted: Annotated[list[int], Field(min_length=2, max_length=2)]
+    drawable_ids_ordered_by: str
+
+
+class _Session(_Form):
+    started: str
+    finished: str | None
+    state: State
+    stages: dict[str, StageActuals]
+
+
+class RunRecord(_Form):
+    """The content of run.json, as far as anything reads it."""
+
+    format: Literal["lowmem-icl-run/2"]
+    state: State
+    started: str
+    finished: str | None
+    command: str
+    options: _Options
+    shots: list[int]
+    train_limit: int
+    identity: Identity
+    versions: dict[str, str]
+    model: _Model
+    tasks: list[_Task]
+    plan: _Plan
+    machine: _Machine
+    stages: dict[str, StageActuals]
+    warnings: list[str]
+    sessions: Annotated[list[_Session], Field(min_length=1)]
+    greedy: list[_GreedyCheck] = Field(default_factory=list)
+    induction: _Sequences | None = None
