@@ -9,9 +9,8 @@ import re
 from collections.abc import Iterable
 
 from lowmem_icl.errors import InputError
+from lowmem_icl.protocols import AGGREGATE
 
-AGGREGATE = "aggregate"
-"""The task of numbers and masks that are of all tasks together."""
 CLEAN = "clean"
 """The mask of the run that removes nothing."""
 

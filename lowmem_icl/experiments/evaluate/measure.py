@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.session.result import task_fields
 from lowmem_icl.statistics.intervals import mean_with_interval, normal_bounds
 from lowmem_icl.tables.blocks import Block
@@ -14,7 +15,6 @@ from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.packing import PackedTask
 from lowmem_icl.tasks.scoring import document_scores, task_metrics
 
-CLEAN = "clean"
 ACCURACIES = ("acc", "em")
 PER_DOCUMENT = ("gold_logprob", "gold_prob", "margin")
 

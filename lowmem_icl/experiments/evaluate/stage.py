@@ -6,6 +6,7 @@ import polars as pl
 
 from lowmem_icl.experiments.evaluate import measure
 from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import StageResult, stamp
 from lowmem_icl.session.work import SweepPart, Work, scores_by_task, sweep_in_chunks
@@ -43,7 +44,7 @@ def evaluated(
     """Return the records of all tasks clean and under masks, and blocks of their option scores."""
     prepared = work.prepared
     tasks = prepared.evaluate
-    named = {measure.CLEAN: Mask(), **masks}
+    named = {CLEAN: Mask(), **masks}
     scores = scores_by_task(tasks, sweeps, [work.sweep(part) for part in sweeps])
     found: list[blocks.Block] = []
     answers: list[blocks.Block] = []

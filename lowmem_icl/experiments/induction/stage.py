@@ -13,6 +13,7 @@ from lowmem_icl.experiments.ablate.measure import unit_drops
 from lowmem_icl.experiments.evaluate import measure as evaluation
 from lowmem_icl.experiments.induction import measure
 from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.options import RunOptions
 from lowmem_icl.rows import stem_of
 from lowmem_icl.session.prepare import Prepared
@@ -185,7 +186,7 @@ def _removal(work: Work, scores: HeadScores) -> StageResult:
         return StageResult(warnings=(NO_DEMONSTRATIONS,))
     draws = measure.random_draws(heads, prefix_matching, previous_token, seed)
     removed = [
-        _Removed(evaluation.CLEAN, Mask(), None, None),
+        _Removed(CLEAN, Mask(), None, None),
         _Removed(measure.HEADS_MASK, heads, "induction", seed),
         *(
             _Removed(f"{measure.RANDOM_MASK}-{number:02d}", mask, "random", seed)
@@ -196,7 +197,7 @@ def _removal(work: Work, scores: HeadScores) -> StageResult:
     results = pl.concat([results, over_tasks(results)])
     drawn = [record for record in results.iter_rows(named=True) if record["method"] == "random"]
     bands = blocks.frame("results", measure.band_records(drawn), stamp(prepared, "induction"))
-    clean = _accuracies(results, evaluation.CLEAN)
+    clean = _accuracies(results, CLEAN)
     masks = tuple(
         MadeMask(
             one.name,

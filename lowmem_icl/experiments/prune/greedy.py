@@ -13,7 +13,7 @@ from lowmem_icl.experiments.evaluate import measure as evaluation
 from lowmem_icl.experiments.evaluate import stage as evaluate
 from lowmem_icl.experiments.prune import search
 from lowmem_icl.masks.mask import Mask
-from lowmem_icl.masks.naming import mask_name
+from lowmem_icl.masks.naming import CLEAN, mask_name
 from lowmem_icl.masks.rankings import RankingKey, lowest_ffns, lowest_heads, random_mask
 from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.session.prepare import Prepared
@@ -137,7 +137,7 @@ def run(work: Work, rankings: Rankings) -> StageResult:
             made,
             scores={
                 "split": splits[made.name],
-                "before": before.get((made.task, made.shots, evaluation.CLEAN), {}),
+                "before": before.get((made.task, made.shots, CLEAN), {}),
                 "after": after.get((made.task, made.shots, made.name), {}),
             },
         )

@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowmem_icl.masks.mask import Kind, Mask
-from lowmem_icl.masks.naming import mask_name
+from lowmem_icl.masks.naming import CLEAN, mask_name
 from lowmem_icl.masks.rankings import RankingKey, lowest_ffns, lowest_heads, random_mask, removed_count
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.statistics.agreement import spearman
 
-CLEAN = "clean"
 LEVELS = tuple(range(0, 100, 10))
 TRANSFER_LEVELS = (10, 30, 50, 70, 90)
 GRID_HEADS = tuple(range(0, 80, 10))
