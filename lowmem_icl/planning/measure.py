@@ -49,13 +49,13 @@ class Rates:
     def seconds(self, cost: SweepCost, micro_batch_tokens: int) -> float:
         """Return how long this machine computes for a sweep of this cost."""
         # Whatever branches late makes batches that are not full: one more a layer.
-        calls = (cost.projected + cost.backward) / micro_batch_tokens + cost.layers_read
+        calls = (cost.projection_tokens + cost.backward_tokens) / micro_batch_tokens + cost.layers_read
         return (
             calls * self.call_seconds
-            + cost.attended * self.attended_seconds
-            + cost.projected * self.projected_seconds
-            + cost.fed * self.fed_seconds
-            + cost.backward * self.backward_seconds
+            + cost.attention_tokens * self.attended_seconds
+            + cost.projection_tokens * self.projected_seconds
+            + cost.ffn_tokens * self.fed_seconds
+            + cost.backward_tokens * self.backward_seconds
             + cost.answers * self.answer_seconds
         )
 
@@ -165,8 +165,9 @@ def _backward_seconds(
     segments = _plain_rows(row_tokens, rows, device)
 
     def back() -> None:
-        leaving, z, ffn = layer.run_captured(entering, segments)
-        torch.autograd.grad(leaving, (entering, z, ffn), torch.ones_like(leaving))
+        run = layer.run_captured(entering, segments)
+        assert run.ffn is not None
+        torch.autograd.grad(run.output, (entering, run.z, run.ffn), torch.ones_like(run.output))
 
     return _seconds_of(back, OTHER_SECONDS) / tokens
 

@@ -12,7 +12,7 @@ from lowmem_icl.engine.wave import KEPT_MASK_ELEMENTS
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.experiments.induction.stage import copying_form
 from lowmem_icl.model.reading import PAGE_BYTES
-from lowmem_icl.model.store import OUTSIDE, Store
+from lowmem_icl.model.store import NON_LAYER, Store
 from lowmem_icl.model.streamed import READ_ROWS, VOCABULARY_BLOCK
 from lowmem_icl.options import RunOptions
 from lowmem_icl.system.files import free_bytes
@@ -64,7 +64,7 @@ def plan_memory(
     """
     skeleton = store.skeleton
     allowance = options.memory or int(psutil.virtual_memory().available * FREE_SHARE)
-    outside = store.manifest.files[OUTSIDE].size_bytes
+    outside = store.manifest.files[NON_LAYER].size_bytes
     row_bytes = longest_tokens * skeleton.width * FLOAT_BYTES
     # Forms that compute in float32 hold the layer in use once more, converted.
     converted = {"int8": 0, "bfloat16": 2, "float32": 1}[store.manifest.weights]

@@ -164,9 +164,9 @@ def make_plan(
                 cost += _head_scores_cost(laid, prepared, limits, len(resident))
             if experiment in ("evaluate", "prune"):
                 laying_out = laid.evaluate_seconds
-        if not cost.attended:
+        if not cost.attention_tokens:
             continue
-        if not whole.attended:
+        if not whole.attention_tokens:
             # Resident layers are read once, by whichever experiment comes first.
             cost += SweepCost(layers_read=len(resident))
         whole += cost

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.engine.cost import SweepCost, operations, sweep_cost
-from lowmem_icl.engine.passes import sweep
+from lowmem_icl.engine.passes import PassSetup, sweep
 from lowmem_icl.engine.schedule import Job, SweepLimits
 from lowmem_icl.experiments.importance.measure import Importance
 from lowmem_icl.masks.mask import Mask
@@ -148,7 +148,7 @@ class Work:
         def make(draft: Draft) -> dict[str, NDArray[Any]]:
             self.check_time(experiment)
             wanted = jobs()
-            scores = [Scores.unmade(len(job.masks), job.packed.option_count) for job in wanted]
+            scores = [Scores.empty(len(job.masks), job.packed.option_count) for job in wanted]
             draft.begin(lambda: _arrays(scores))
 
             def after_wave() -> None:
@@ -157,22 +157,14 @@ class Work:
 
             cost = sweep_cost(wanted, skeleton.width, skeleton.layers, self.limits)
             with self.progress(label, operations(cost, skeleton), "operations") as advance:
-                sweep(
-                    self.model,
-                    wanted,
-                    limits=self.limits,
-                    cache=self.cache,
-                    keep_clean=keep_clean,
-                    scores=scores,
-                    after_wave=after_wave,
-                    account=self.account(advance),
-                )
+                setup = PassSetup(self.model, self.limits, self.cache, self.account(advance), after_wave)
+                sweep(setup, wanted, scores, keep_clean=keep_clean)
             return _arrays(scores)
 
         arrays = self.parts.get_or_make(name, make)
         return [
-            Scores(arrays[f"{number}.logprobs"], arrays[f"{number}.greedy"])
-            for number in range(len(arrays) // 2)
+            Scores(*(arrays[f"{number}.{name}"] for name in ("logprobs", "greedy", "scored")))
+            for number in range(len(arrays) // 3)
         ]
 
     def sweep_chunk(
@@ -225,12 +217,13 @@ def joined(chunks: Sequence[Scores]) -> Scores:
     return Scores(
         np.concatenate([score.logprobs for score in chunks], axis=1),
         np.concatenate([score.greedy for score in chunks], axis=1),
+        np.concatenate([score.scored for score in chunks], axis=1),
     )
 
 
 def _arrays(scores: Sequence[Scores]) -> dict[str, NDArray[Any]]:
-    arrays: dict[str, NDArray[Any]] = {}
-    for number, score in enumerate(scores):
-        # The marks of what is made stand in the log-probabilities: they come last.
-        arrays |= {f"{number}.greedy": score.greedy, f"{number}.logprobs": score.logprobs}
-    return arrays
+    return {
+        f"{number}.{name}": array
+        for number, score in enumerate(scores)
+        for name, array in score.arrays().items()
+    }

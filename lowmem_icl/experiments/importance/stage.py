@@ -7,7 +7,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from lowmem_icl.engine.cost import gradients_cost, operations
-from lowmem_icl.engine.passes import unit_gradients
+from lowmem_icl.engine.passes import GradientJob, PassSetup, unit_gradients
 from lowmem_icl.engine.unit_gradients import UnitGradients
 from lowmem_icl.experiments.importance import measure as importance
 from lowmem_icl.masks.mask import Mask
@@ -30,7 +30,7 @@ def unit_gradient_arrays(
     def make(draft: Draft) -> dict[str, NDArray[Any]]:
         packed = [work.prepared.pack(task, gold_only=True) for task in tasks]
         gradients = [
-            UnitGradients.unmade(
+            UnitGradients.empty(
                 len(task.task.documents), task.packed.option_count, skeleton.layers, skeleton.heads
             )
             for task in packed
@@ -50,17 +50,13 @@ def unit_gradient_arrays(
         draft.begin(arrays)
         total = operations(gradients_cost([task.packed for task in packed], skeleton.layers), skeleton)
         with work.progress(label, total, "operations") as advance:
-            unit_gradients(
-                work.model,
-                [task.packed.rows for task in packed],
-                [partial(importance.choose_gold, task) for task in packed],
-                gradients,
-                limits=work.limits,
-                cache=work.cache,
-                masks=masks,
-                after_block=after_block,
-                account=work.account(advance),
-            )
+            removed = [Mask()] * len(packed) if masks is None else masks
+            gradient_jobs = [
+                GradientJob(task.packed.rows, partial(importance.choose_gold, task), mask)
+                for task, mask in zip(packed, removed, strict=True)
+            ]
+            setup = PassSetup(work.model, work.limits, work.cache, work.account(advance), after_block)
+            unit_gradients(setup, gradient_jobs, gradients)
         return arrays()
 
     return work.parts.get_or_make(part, make)

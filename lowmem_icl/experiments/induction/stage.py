@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.copying import REFERENCE_COPYING, CopyingForm
 from lowmem_icl.engine.cost import SweepCost, operations
-from lowmem_icl.engine.head_scores import HeadQuestions, HeadScores, Journey, heads_cost
-from lowmem_icl.engine.passes import score_heads
+from lowmem_icl.engine.head_scores import HeadQuestions, HeadScores, PassCheckpoint, heads_cost
+from lowmem_icl.engine.passes import PassSetup, score_heads
 from lowmem_icl.engine.schedule import Job
 from lowmem_icl.experiments.ablate import measure as ablate
 from lowmem_icl.experiments.evaluate import measure as evaluate
@@ -82,20 +82,20 @@ def _scores(work: Work, questions: HeadQuestions) -> HeadScores:
 
     def make(draft: Draft) -> dict[str, NDArray[Any]]:
         work.check_time("induction")
-        scores = HeadScores.unmade(len(questions.base_tokens), skeleton.layers, skeleton.heads)
+        scores = HeadScores.empty(len(questions.base_tokens), skeleton.layers, skeleton.heads)
         draft.begin(scores.arrays)
         rows = Draft(work.parts.folder / f"{PART}-rows.begun.npz")
         # On another device the rows come back only at the end.
         keeps_rows = work.model.device.type == "cpu"
         kept = work.clock()
 
-        def begin(journey: Journey) -> None:
-            wanted = journey.places.copy()
+        def begin(checkpoint: PassCheckpoint) -> None:
+            wanted = checkpoint.row_indices.copy()
             if keeps_rows:
-                rows.begin(journey.arrays)
-            if not np.array_equal(journey.places, wanted):
+                rows.begin(checkpoint.arrays)
+            if not np.array_equal(checkpoint.row_indices, wanted):
                 # Other rows of the same length: they begin anew.
-                journey.places[:], journey.next_layer[:] = wanted, 0
+                checkpoint.row_indices[:], checkpoint.next_layer[:] = wanted, 0
 
         def after_layer() -> None:
             nonlocal kept
@@ -111,15 +111,8 @@ def _scores(work: Work, questions: HeadQuestions) -> HeadScores:
 
         total = _planned_operations(work, questions)
         with work.progress("induction", total, "operations") as advance:
-            score_heads(
-                work.model,
-                questions,
-                scores,
-                limits=limits,
-                begin=begin,
-                after_layer=after_layer,
-                account=work.account(advance),
-            )
+            setup = PassSetup(work.model, limits, work.cache, work.account(advance), after_layer)
+            score_heads(setup, questions, scores, begin=begin)
         rows.discard()
         return scores.arrays()
 
@@ -235,7 +228,7 @@ def _effect_rows(work: Work, tasks: Sequence[TaskRows], masks: Mapping[str, Mask
     some, more = swept[: len(tasks)], iter(swept[len(tasks) :])
     rows: list[Row] = []
     for task, score in zip(tasks, some, strict=True):
-        both = Scores(score.logprobs[:2], score.greedy[:2])
+        both = Scores(score.logprobs[:2], score.greedy[:2], score.scored[:2])
         if len(task.documents) > MORE_DOCUMENTS.start:
             both = joined([both, next(more)])
         everything = work.prepared.pack(task, slice(0, MORE_DOCUMENTS.stop))
