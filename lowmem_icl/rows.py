@@ -1,9 +1,9 @@
 """Packed rows of tokens: plain arrays between the tasks, which make them, and the engine, which runs them.
 
-A row is a forest of tokens in depth-first order. A token's position is its depth, and it sees its ancestors and
-itself only, so options can share their context and several documents can lie in one row without seeing each other.
-What many documents begin with (shared demonstrations, a passage) is a row of its own, their stem: it goes through a
-layer once, and all tokens of the rows that grow from it see all of it.
+A row is a forest of tokens in depth-first order. A token's position is its depth, and it sees only its
+ancestors and itself, so options can share their context and several documents can lie in one row without
+seeing each other. What many documents begin with (shared demonstrations, a passage) is a row of its own,
+their stem: it goes through a layer once, and all tokens of the rows that grow from it see all of it.
 """
 
 import hashlib
@@ -22,10 +22,11 @@ class Row:
     """One packed sequence of T tokens with A answers to read off it.
 
     tokens, positions: [T]; `ends` [T]: token j is an ancestor of i (or i itself) exactly when j <= i < ends[j].
-    Answer a is the log-probability of token `targets[a]` read at place `read_at[a]`; it counts to option
-    `options[a]` (a number the maker of the rows chose, unique over all rows of a task). `owners` [T]: the
-    document each token belongs to where a row shares none between documents, else the first that used it.
-    `stem`: the row whose tokens stand before all of these, or None; a stem has no answers and no stem.
+    Answer a is the log-probability of token `targets[a]` after the token at index `read_at[a]`; it counts
+    towards option `options[a]` (a number that whoever makes the rows chooses, unique over all rows of a task).
+    `owners` [T]: the document each token belongs to where a row shares none between documents, else the first
+    that used it. `stem`: the row whose tokens stand before all of these, or None; a stem has no answers and no
+    stem.
     """
 
     tokens: Integers
@@ -42,7 +43,7 @@ class Row:
 
     @cached_property
     def reads(self) -> Integers:
-        """The places where answers are read, ascending, each once: [R]."""
+        """The indices of the tokens after which answers are read, ascending, each once: [R]."""
         return np.unique(self.read_at)
 
     @cached_property
@@ -50,15 +51,25 @@ class Row:
         """The options that are read off this row, ascending, each once: [O]."""
         return np.unique(self.options)
 
-    @property
+    @cached_property
+    def residual_digest(self) -> str:
+        """SHA-256 over what a residual of this row depends on: tokens, positions, ends and the stem's."""
+        arrays = (self.tokens, self.positions, self.ends)
+        return _sha256(arrays, "" if self.stem is None else self.stem.residual_digest)
+
+    @cached_property
     def digest(self) -> str:
-        """SHA-256 over everything that the row's results depend on."""
-        summed = hashlib.sha256()
-        for array in (self.tokens, self.positions, self.ends, self.read_at, self.targets, self.options):
-            summed.update(len(array).to_bytes(8, "little") + np.ascontiguousarray(array).tobytes())
-        if self.stem is not None:
-            summed.update(self.stem.digest.encode())
-        return summed.hexdigest()
+        """SHA-256 over everything that the row's scores depend on: the above, and where which answers are read."""
+        arrays = (self.tokens, self.positions, self.ends, self.read_at, self.targets, self.options)
+        return _sha256(arrays, "" if self.stem is None else self.stem.digest)
+
+
+def _sha256(arrays: Sequence[Integers], suffix: str) -> str:
+    summed = hashlib.sha256()
+    for array in arrays:
+        summed.update(len(array).to_bytes(8, "little") + np.ascontiguousarray(array).tobytes())
+    summed.update(suffix.encode())
+    return summed.hexdigest()
 
 
 def stem_of(tokens: Sequence[int]) -> Row:

@@ -23,12 +23,12 @@ from transformers import OPTConfig
 
 from lowmem_icl.conversion.calibration import fixed_text
 from lowmem_icl.conversion.checkpoint import open_checkpoint
-from lowmem_icl.conversion.convert import convert
+from lowmem_icl.conversion.convert import Conversion, convert
 from lowmem_icl.conversion.locate import load_tokenizer, tokeniser
 from lowmem_icl.model.families import Skeleton
 from lowmem_icl.model.store import (
     MANIFEST,
-    OUTSIDE,
+    NON_LAYER,
     STORE_FORMAT,
     Manifest,
     Source,
@@ -83,12 +83,12 @@ def random_store(
     write_text_atomic(folder / "tokenizer" / "config.json", json.dumps(config.to_dict()))
     skeleton = Skeleton(config)
     generator = torch.Generator().manual_seed(0)
-    outside = {
+    non_layer = {
         name: torch.empty(shape, dtype=torch.float16).normal_(0, 0.02, generator=generator)
-        for name, shape in skeleton.outside_parameters().items()
+        for name, shape in skeleton.non_layer_parameters().items()
     }
-    save_file(outside, folder / OUTSIDE)
-    files = {OUTSIDE: _stored(folder / OUTSIDE)}
+    save_file(non_layer, folder / NON_LAYER)
+    files = {NON_LAYER: _stored(folder / NON_LAYER)}
     for layer in range(skeleton.layers):
         path = folder / layer_file(layer)
         if layer < distinct_layers:
@@ -151,11 +151,7 @@ def converted(checkpoint: Path, folder: Path, weights: str) -> Store:
     if is_store(folder):
         return open_store(folder)
     return convert(
-        open_checkpoint(checkpoint),
-        folder,
-        weights,  # type: ignore[arg-type]
-        source_id="random",
-        revision=None,
+        Conversion(open_checkpoint(checkpoint), folder, weights, "random"),  # type: ignore[arg-type]
         tokenise=tokeniser(checkpoint),
         fixed_text=fixed_text(),
     )

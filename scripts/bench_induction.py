@@ -17,8 +17,9 @@ import torch
 import typer
 from bench_common import OPT_66B, SHARED, in_child, opt_config, random_store
 
+from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.engine.head_scores import HeadScores
-from lowmem_icl.engine.passes import score_heads
+from lowmem_icl.engine.passes import PassSetup, score_heads
 from lowmem_icl.experiments.induction.stage import head_questions
 from lowmem_icl.model.store import open_store
 from lowmem_icl.model.streamed import StreamedModel
@@ -44,11 +45,12 @@ def score(folder: Path, own_task: Path, memory: str, sequences: int) -> dict[str
     store = open_store(folder)
     dealt = plan_memory(options, store, max(len(row) for row in asked.rows))
     skeleton = store.skeleton
-    scores = HeadScores.unmade(sequences, skeleton.layers, skeleton.heads)
+    scores = HeadScores.empty(sequences, skeleton.layers, skeleton.heads)
     before = peak_resident_bytes()
     with StreamedModel(store, device=torch.device("cpu"), resident_bytes=dealt.resident_bytes) as model:
         start = time.perf_counter()
-        score_heads(model, asked, scores, limits=dealt.limits())
+        setup = PassSetup(model, dealt.limits(), CleanCache(dealt.cache_bytes, dealt.spill_bytes))
+        score_heads(setup, asked, scores)
         seconds = time.perf_counter() - start
         read_bytes = model.read_bytes
     return {

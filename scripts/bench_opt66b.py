@@ -44,7 +44,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowmem_icl.engine.cache import CleanCache
-from lowmem_icl.engine.passes import sweep
+from lowmem_icl.engine.passes import PassSetup, sweep
 from lowmem_icl.engine.schedule import Job, SweepLimits
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.layer import DecoderLayer
@@ -113,7 +113,7 @@ def score_opt66b(folder: Path, data_dir: Path, tokenizer: Path) -> dict[str, Any
     with ProbedModel(store, device=torch.device("cpu"), resident_bytes=0) as model:
         model.products = products = Products(store, tokens)
         start = time.perf_counter()
-        (scores,) = sweep(model, [job], limits=PLENTY, cache=CleanCache(0))
+        (scores,) = sweep(PassSetup(model, PLENTY, CleanCache(PLENTY.cache_bytes)), [job])
         seconds = time.perf_counter() - start - model.paused
         read_bytes = model.read_bytes
     if not np.isfinite(scores.logprobs).all():
@@ -160,7 +160,10 @@ def pass_of_ours(folder: Path, data_dir: Path, tokenizer: Path) -> dict[str, Any
     with StreamedModel(open_store(folder), device=torch.device("cpu"), resident_bytes=0) as model:
         job = Job(PackedRows((row,), PEER_ANSWERS), (Mask(),))
         return _timed_pass(
-            folder, lambda: sweep(model, [job], limits=PLENTY, cache=CleanCache(0))[0].logprobs[0].tolist()
+            folder,
+            lambda: (
+                sweep(PassSetup(model, PLENTY, CleanCache(PLENTY.cache_bytes)), [job])[0].logprobs[0].tolist()
+            ),
         )
 
 

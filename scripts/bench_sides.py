@@ -23,12 +23,12 @@ from bench_peers import DiskOffload, HuggingFace, LmEval, TransformerLens
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.engine.cost import SweepCost, operations, sweep_cost
-from lowmem_icl.engine.passes import sweep
-from lowmem_icl.engine.schedule import BlockRow, Job, SweepLimits, Variant
+from lowmem_icl.engine.passes import PassSetup, sweep
+from lowmem_icl.engine.schedule import BlockRow, Job, PlannedWave, SweepLimits, Variant
 from lowmem_icl.engine.wave import Wave
 from lowmem_icl.experiments.ablate.measure import ablation_masks
 from lowmem_icl.masks.mask import Mask
-from lowmem_icl.model.store import OUTSIDE, open_store
+from lowmem_icl.model.store import NON_LAYER, open_store
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.rows import PackedRows
 from lowmem_icl.system.machine import peak_resident_bytes
@@ -114,8 +114,8 @@ def arithmetic(inputs: Inputs, name: str, shots: int, masks: Sequence[Mask]) -> 
     task = inputs.task(name, skeleton.width, DOCUMENTS, shots)
     tokens = sum(len(option.path) for option in task.options)
     answers = sum(len(option.continuation) for option in task.options)
-    attended = tokens * skeleton.layers
-    whole = SweepCost(attended=attended, projected=attended, fed=attended, answers=answers) * len(masks)
+    through = tokens * skeleton.layers
+    whole = SweepCost(through, through, through, answers=answers) * len(masks)
     ours = sweep_cost([Job(task.packed, tuple(masks))], skeleton.width, skeleton.layers, PLENTY)
     return operations(whole, skeleton), operations(ours, skeleton)
 
@@ -133,7 +133,7 @@ def our_scores(
         start = time.perf_counter()
         job = Job(task.packed, tuple(masks))
         with CleanCache(PLENTY.cache_bytes) as cache_of_clean:
-            (scores,) = sweep(model, [job], limits=PLENTY, cache=cache_of_clean)
+            (scores,) = sweep(PassSetup(model, PLENTY, cache_of_clean), [job])
         return time.perf_counter() - start, scores.logprobs.tolist()
 
 
@@ -147,15 +147,15 @@ def our_pass_from_disk(inputs: Inputs, name: str, documents: int, masks: Sequenc
     slots = -(-(len(masks) + 1) // WAVES)
     limits = SweepLimits(4 * width * task.packed.token_count * slots, cache_bytes=1 << 30)
     # Embeddings are read once, by pages, when rows are embedded and answers read.
-    outside = store.manifest.files[OUTSIDE].size_bytes
-    planned = sweep_cost([job], width, layers, limits).layers_read * store.layer_bytes + outside
+    embeddings = store.manifest.files[NON_LAYER].size_bytes
+    planned = sweep_cost([job], width, layers, limits).layers_read * store.layer_bytes + embeddings
     with (
         StreamedModel(store, device=CPU, resident_bytes=0) as model,
         CleanCache(limits.cache_bytes) as cache_of_clean,
     ):
         drop_from_cache(store.folder)
         before, start = bytes_from_disk(), time.perf_counter()
-        (scores,) = sweep(model, [job], limits=limits, cache=cache_of_clean)
+        (scores,) = sweep(PassSetup(model, limits, cache_of_clean), [job])
         seconds = time.perf_counter() - start
         read = bytes_from_disk() - before
     return {
@@ -198,18 +198,9 @@ def one_layer_of_66b(inputs: Inputs) -> Row:
     products = Products(store, PLENTY.micro_batch_tokens)
     products.measure()
     with StreamedModel(store, device=CPU, resident_bytes=0) as model, torch.no_grad():
-        wave = Wave(
-            model,
-            [job],
-            [BlockRow(0, row)],
-            [Variant(0, place, 0) for place in range(len(masks))],
-            clean_layers=0,
-            keep_at=frozenset(),
-            cache=CleanCache(0),
-            limits=PLENTY,
-            scores=[Scores.unmade(len(masks), 8)],
-            account=costs.append,
-        )
+        setup = PassSetup(model, PLENTY, CleanCache(PLENTY.cache_bytes), costs.append)
+        plan = PlannedWave(0, frozenset(), tuple(Variant(0, index, 0) for index in range(len(masks))))
+        wave = Wave(setup, [job], [Scores.empty(len(masks), 8)], (BlockRow(0, row),), plan)
         start = time.perf_counter()
         for number, layer in model.layers(range(2)):
             wave.step(number, layer)
@@ -233,5 +224,5 @@ def growth_point(inputs: Inputs, layers: int, documents: int, ablations: int) ->
         for _ in model.layers(range(layers)):
             pass
         before, start = peak_resident_bytes(), time.perf_counter()
-        sweep(model, [job], limits=PLENTY, cache=cache_of_clean)
+        sweep(PassSetup(model, PLENTY, cache_of_clean), [job])
         return {"seconds": time.perf_counter() - start, "bytes": peak_resident_bytes() - before}

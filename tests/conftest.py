@@ -17,7 +17,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from lowmem_icl.conversion.calibration import fixed_text
 from lowmem_icl.conversion.checkpoint import open_checkpoint
-from lowmem_icl.conversion.convert import convert
+from lowmem_icl.conversion.convert import Conversion, convert
 from lowmem_icl.model.store import Store
 
 # Machines are noisy: a slow example is no failure. CI draws the same examples every time.
@@ -91,11 +91,7 @@ def reference_model(folder: Path) -> OPTForCausalLM:
 
 def make_store(checkpoint_folder: Path, folder: Path, weights: str) -> Store:
     return convert(
-        open_checkpoint(checkpoint_folder),
-        folder,
-        weights,  # type: ignore[arg-type]
-        source_id=str(checkpoint_folder),
-        revision=None,
+        Conversion(open_checkpoint(checkpoint_folder), folder, weights, str(checkpoint_folder)),  # type: ignore[arg-type]
         tokenise=byte_tokens,
         fixed_text=fixed_text(),
     )

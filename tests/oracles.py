@@ -54,7 +54,7 @@ def unit_gradients(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Σ_t |⟨z, g⟩| and Σ_t ⟨z, g⟩ by head [L, H] and FFN [L], from the whole graph of one example at once.
 
-    Under a mask z is what a head gives before it is removed, so its terms are 0.
+    Under a mask z is what a head gives before it is removed, so its terms are 0; likewise an FFN's output.
     """
     heads = model.config.num_attention_heads
     kept: dict[tuple[str, int], Tensor] = {}
@@ -81,7 +81,9 @@ def unit_gradients(
     for number in range(layers):
         z, ffn = kept["z", number], kept["ffn", number]
         by_head.append((z * z.grad)[0].view(len(path), heads, -1).sum(-1).detach().numpy())
-        by_ffn.append((ffn * ffn.grad).view(len(path), -1).sum(-1).detach().numpy())
+        # A removed FFN's output leads nowhere.
+        gradient = torch.zeros_like(ffn) if ffn.grad is None else ffn.grad
+        by_ffn.append((ffn * gradient).view(len(path), -1).sum(-1).detach().numpy())
     head, ffn_terms = np.stack(by_head), np.stack(by_ffn)
     return np.abs(head).sum(1), head.sum(1), np.abs(ffn_terms).sum(1), ffn_terms.sum(1)
 

@@ -21,17 +21,17 @@ def test_every_variant_goes_once_in_order_and_batches_are_bounded(
     lengths = [length for length, _ in block]
     work = [(place, slots) for place, (_, slots) in enumerate(block)]
     batches = list(micro_batches(work, lengths, MICRO_BATCH_TOKENS))
-    seen = [(piece.place, slot) for batch in batches for piece in batch for slot in piece.slots]
+    seen = [(piece.index, slot) for batch in batches for piece in batch for slot in piece.slots]
     assert seen == [(place, slot) for place, slots in work for slot in slots]
     for batch in batches:
-        tokens = sum(lengths[piece.place] * len(piece.slots) for piece in batch)
+        tokens = sum(lengths[piece.index] * len(piece.slots) for piece in batch)
         assert tokens <= MICRO_BATCH_TOKENS or (len(batch) == 1 and len(batch[0].slots) == 1)
 
 
 def test_slots_side_by_side_are_taken_as_a_slice_and_others_as_they_are() -> None:
     values = np.arange(10)
     for slots, kind in (([3, 4, 5], slice), ([3, 5], np.ndarray), ([7], slice)):
-        index = Piece(0, np.array(slots)).index
+        index = Piece(0, np.array(slots)).selection
         assert isinstance(index, kind)
         assert values[index].tolist() == slots
 
@@ -40,11 +40,11 @@ def test_slots_side_by_side_are_taken_as_a_slice_and_others_as_they_are() -> Non
 def test_groups_hold_every_row_once_and_stems_with_theirs(seed: int, shared: int, most: int) -> None:
     rows = with_stems([*random_rows(seed, shared), *random_rows(seed + 1, 0)])
     groups = row_groups(rows, most)
-    seen = [place for group in groups for place in group.places]
+    seen = [place for group in groups for place in group.members]
     stems = [group.stem for group in groups if group.stem is not None]
     assert sorted(seen + stems) == list(range(len(rows)))
     for group in groups:
         stem = None if group.stem is None else rows[group.stem]
-        assert all(rows[place].stem is stem for place in group.places)
+        assert all(rows[place].stem is stem for place in group.members)
         if stem is None:
-            assert len(group.places) == 1 or sum(len(rows[place]) for place in group.places) <= most
+            assert len(group.members) == 1 or sum(len(rows[place]) for place in group.members) <= most

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lowmem_icl.cli.app import app
 from lowmem_icl.conversion.locate import ensure_store, locate
 from lowmem_icl.engine.cache import CleanCache
-from lowmem_icl.engine.passes import sweep
+from lowmem_icl.engine.passes import PassSetup, sweep
 from lowmem_icl.engine.schedule import Job, SweepLimits
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.rankings import highest_heads, lowest_heads, removed_count
@@ -90,9 +90,8 @@ def accuracy(tmp_path_factory: pytest.TempPathFactory, tokenizer):
         rows = open_task(task, None).rows(shots=shots, part="evaluate", limit=None)
         packed = pack(rows, lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"], limits)
         with StreamedModel(store, device=torch.device("cpu"), resident_bytes=1 << 30) as model:
-            (scores,) = sweep(
-                model, [Job(packed.packed, masks or (Mask(),))], limits=PLENTY, cache=CleanCache(1 << 28)
-            )
+            setup = PassSetup(model, PLENTY, CleanCache(1 << 28))
+            (scores,) = sweep(setup, [Job(packed.packed, masks or (Mask(),))])
         return document_scores(rows, scores.logprobs, scores.greedy)["acc"].mean(1).tolist()
 
     return measure
@@ -114,9 +113,8 @@ def test_int8_says_what_float32_says(tmp_path: Path, tokenizer) -> None:
         accuracies = []
         for weights, store in stores.items():
             with StreamedModel(store, device=torch.device("cpu"), resident_bytes=1 << 30) as model:
-                (scores,) = sweep(
-                    model, [Job(packed.packed, (Mask(),))], limits=PLENTY, cache=CleanCache(1 << 28)
-                )
+                setup = PassSetup(model, PLENTY, CleanCache(1 << 28))
+                (scores,) = sweep(setup, [Job(packed.packed, (Mask(),))])
             measured = document_scores(rows, scores.logprobs[0], scores.greedy[0])
             accuracies.append(measured["acc"].mean())
             gold[weights].append(measured["gold_logprob"])

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.engine.cost import SweepCost, sweep_cost
-from lowmem_icl.engine.passes import sweep, unit_gradients
-from lowmem_icl.engine.schedule import Job, SweepLimits, planned_waves
+from lowmem_icl.engine.passes import GradientJob, PassSetup, sweep, unit_gradients
+from lowmem_icl.engine.schedule import Job, SweepLimits, schedule
 from lowmem_icl.engine.unit_gradients import UnitGradients
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.experiments.ablate.measure import ablation_masks
@@ -82,7 +82,7 @@ def swept(
     spill: Path | None = None,
 ):
     with StreamedModel(store, device=CPU, resident_bytes=resident) as model, cache_of(limits, spill) as cache:
-        return sweep(model, jobs, limits=limits, cache=cache)
+        return sweep(PassSetup(model, limits, cache), jobs)
 
 
 def cache_of(limits: SweepLimits, spill: Path | None = None) -> CleanCache:
@@ -195,17 +195,11 @@ def test_an_all_zero_layer_is_finite_in_int8(int8_store: Store) -> None:
 
 def gradients(store: Store, task: PackedTask, limits: SweepLimits = PLENTY, mask: Mask = Mask()):
     chosen = np.array([gold for document in task.task.documents for gold in document.gold])
-    result = UnitGradients.unmade(len(task.task.documents), task.packed.option_count, 3, 4)
+    result = UnitGradients.empty(len(task.task.documents), task.packed.option_count, 3, 4)
     with StreamedModel(store, device=CPU, resident_bytes=0) as model, cache_of(limits) as cache:
-        unit_gradients(
-            model,
-            [task.packed.rows],
-            [lambda logprobs: chosen],
-            [result],
-            limits=limits,
-            cache=cache,
-            masks=[mask],
-        )
+        job = GradientJob(task.packed.rows, lambda logprobs: chosen, mask)
+        unit_gradients(PassSetup(model, limits, cache), [job], [result])
+        assert not len(cache)
     assert result.finished.all()
     return result
 
@@ -254,7 +248,7 @@ def test_work_and_reads_are_as_planned(float_store: Store) -> None:
     ):
         done: list[SweepCost] = []
         with StreamedModel(float_store, device=CPU, resident_bytes=0) as model, cache_of(limits) as cache:
-            sweep(model, jobs, limits=limits, cache=cache, account=done.append)
+            sweep(PassSetup(model, limits, cache, done.append), jobs)
             reads = model.read_bytes / float_store.layer_bytes
         planned = sweep_cost(jobs, 32, 3, limits)
         assert reads == planned.layers_read
@@ -273,30 +267,31 @@ def test_variants_take_their_own_layer_from_the_clean_run_and_end_where_answers_
     tokens, reads = packed.token_count, sum(len(row.reads) for row in packed.rows)
     head, ffn = Mask(heads=frozenset([(1, 0)])), Mask(ffns=frozenset([1]))
     clean = sweep_cost([Job(packed, (Mask(),))], 32, 3, PLENTY)
-    assert (clean.attended, clean.fed) == (3 * tokens, 2 * tokens + reads)
+    assert (clean.attention_tokens, clean.ffn_tokens) == (3 * tokens, 2 * tokens + reads)
     with_head = sweep_cost([Job(packed, (Mask(), head))], 32, 3, PLENTY)
-    assert with_head.attended - clean.attended == tokens, "one layer of attention, not two"
-    assert with_head.fed - clean.fed == tokens + reads
+    assert with_head.attention_tokens - clean.attention_tokens == tokens, "one layer of attention, not two"
+    assert with_head.ffn_tokens - clean.ffn_tokens == tokens + reads
     with_ffn = sweep_cost([Job(packed, (Mask(), ffn))], 32, 3, PLENTY)
-    assert with_ffn.fed - clean.fed == reads, "a removed FFN is not computed"
+    assert with_ffn.ffn_tokens - clean.ffn_tokens == reads, "a removed FFN is not computed"
 
 
 def test_waves_start_as_late_as_they_can() -> None:
     jobs = [Job(packed_task(1).packed, ablation_masks(3, 4))]
     one_variant = jobs[0].packed.token_count * 32 * 4
-    _, planned = planned_waves(jobs, 32, 3, SweepLimits(one_variant * 6, 1 << 20))
+    (block,) = schedule(jobs, 32, 3, SweepLimits(one_variant * 6, 1 << 20))
+    planned = block.waves
     firsts = [variant.first_layer for wave in planned for variant in wave.variants]
     assert firsts == sorted(firsts)
     assert len(firsts) == 15
     assert [len(wave.variants) for wave in planned] == [5, 6, 4], (
         "the first wave leaves room for the clean run"
     )
-    assert [wave.clean for wave in planned] == [True, False, False]
+    assert [wave.clean_layers for wave in planned] == [3, None, None]
 
 
 def test_a_row_that_does_not_fit_is_told_with_the_memory_it_needs() -> None:
     with pytest.raises(DoesNotFit, match="give more --memory"):
-        planned_waves([Job(packed_task(1).packed, (Mask(),))], 32, 3, SweepLimits.of(1000))
+        list(schedule([Job(packed_task(1).packed, (Mask(),))], 32, 3, SweepLimits.of(1000)))
 
 
 def test_cache_gives_back_what_it_kept_from_memory_and_from_disk(tmp_path: Path) -> None:
@@ -328,9 +323,9 @@ def test_later_sweeps_of_the_same_rows_start_where_variants_branch(int8_store: S
     packed = packed_task(1).packed
     masks = tuple(Mask(heads=frozenset([(2, head)])) for head in range(4))
     with StreamedModel(int8_store, device=CPU, resident_bytes=0) as model, cache_of(PLENTY) as cache:
-        (first,) = sweep(model, [Job(packed, masks[:2])], limits=PLENTY, cache=cache, keep_clean=True)
+        (first,) = sweep(PassSetup(model, PLENTY, cache), [Job(packed, masks[:2])], keep_clean=True)
         read = model.read_bytes
-        (second,) = sweep(model, [Job(packed, masks[2:])], limits=PLENTY, cache=cache, keep_clean=True)
+        (second,) = sweep(PassSetup(model, PLENTY, cache), [Job(packed, masks[2:])], keep_clean=True)
         assert read == pytest.approx(3 * int8_store.layer_bytes, rel=0.01)
         assert model.read_bytes - read == pytest.approx(int8_store.layer_bytes, rel=0.01)
     assert sweep_cost([Job(packed, masks[2:])], 32, 3, PLENTY, cached=True).layers_read == 1
@@ -344,7 +339,7 @@ def test_a_sweep_stopped_between_waves_goes_on_where_it_was(int8_store: Store) -
 
     jobs = [Job(packed_task(seed).packed, ablation_masks(3, 4)) for seed in (1, 2)]
     limits = SweepLimits(1 << 30, 1 << 20, wave_tokens=900)
-    scores = [Scores.unmade(len(job.masks), job.packed.option_count) for job in jobs]
+    scores = [Scores.empty(len(job.masks), job.packed.option_count) for job in jobs]
     waves = 0
 
     def stop() -> None:
@@ -358,15 +353,7 @@ def test_a_sweep_stopped_between_waves_goes_on_where_it_was(int8_store: Store) -
         for _ in range(50):
             try:
                 with cache_of(limits) as cache:
-                    sweep(
-                        model,
-                        jobs,
-                        limits=limits,
-                        cache=cache,
-                        scores=scores,
-                        after_wave=stop,
-                        account=done.append,
-                    )
+                    sweep(PassSetup(model, limits, cache, done.append, stop), jobs, scores)
                 break
             except Stopped:
                 continue

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from lowmem_icl.cli.app import app
 from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.engine.copying import DEFAULT_COPYING, REFERENCE_COPYING, CopyingForm
-from lowmem_icl.engine.head_scores import HeadQuestions, HeadScores, Journey
-from lowmem_icl.engine.passes import score_heads, sweep
+from lowmem_icl.engine.head_scores import HeadQuestions, HeadScores, PassCheckpoint
+from lowmem_icl.engine.passes import PassSetup, score_heads, sweep
 from lowmem_icl.engine.patterns import pattern_scores, patterns, query_blocks
 from lowmem_icl.engine.schedule import Job, SweepLimits
 from lowmem_icl.errors import InputError
@@ -53,10 +53,14 @@ def scored(
     store: Store, asked: HeadQuestions, limits: SweepLimits = PLENTY, resident_bytes: int = 1 << 30
 ) -> HeadScores:
     skeleton = store.skeleton
-    scores = HeadScores.unmade(len(asked.base_tokens), skeleton.layers, skeleton.heads)
+    scores = HeadScores.empty(len(asked.base_tokens), skeleton.layers, skeleton.heads)
     with StreamedModel(store, device=torch.device("cpu"), resident_bytes=resident_bytes) as model:
-        score_heads(model, asked, scores, limits=limits)
+        score_heads(setup_of(model, limits), asked, scores)
     return scores
+
+
+def setup_of(model: StreamedModel, limits: SweepLimits = PLENTY) -> PassSetup:
+    return PassSetup(model, limits, CleanCache(limits.cache_bytes, limits.disk_bytes))
 
 
 def eager(checkpoint: Path) -> OPTForCausalLM:
@@ -109,11 +113,10 @@ def test_attention_is_what_hugging_face_gives(checkpoint: Path, float_store: Sto
     expected = reference(tokens[None], output_attentions=True, output_hidden_states=True)
     row = stem_of(tokens.tolist())
     with StreamedModel(float_store, device=torch.device("cpu"), resident_bytes=0) as model, torch.no_grad():
-        from lowmem_icl.engine.schedule import BlockRow
-        from lowmem_icl.engine.unit_gradients import embedded, plain_segments
+        from lowmem_icl.engine.plain_rows import embedded, plain_segments
 
         residual = embedded(model, row)
-        segments = plain_segments(model, [BlockRow(0, row)])
+        segments = plain_segments(model, [row])
         for number, layer in model.layers(range(3)):
             torch.testing.assert_close(residual, expected.hidden_states[number][0], atol=2e-5, rtol=1e-4)
             attended = layer.attend(residual, segments, with_queries=True)
@@ -208,14 +211,14 @@ def test_memory_and_micro_batches_change_nothing(int8_store: Store, form: Copyin
 def test_weights_are_read_once(int8_store: Store) -> None:
     asked = questions()
     with StreamedModel(int8_store, device=torch.device("cpu"), resident_bytes=0) as model:
-        score_heads(model, asked, HeadScores.unmade(3, 3, 4), limits=PLENTY)
+        score_heads(setup_of(model), asked, HeadScores.empty(3, 3, 4))
         assert model.read_bytes == sum(path.stat().st_size for path in int8_store.layer_paths)
 
 
 def test_a_stopped_pass_goes_on_at_its_layer(int8_store: Store) -> None:
     asked, expected = questions(), scored(int8_store, questions())
-    scores = HeadScores.unmade(3, 3, 4)
-    journeys: list[Journey] = []
+    scores = HeadScores.empty(3, 3, 4)
+    checkpoints: list[PassCheckpoint] = []
     layers = 0
 
     def stop() -> None:
@@ -226,15 +229,15 @@ def test_a_stopped_pass_goes_on_at_its_layer(int8_store: Store) -> None:
 
     with StreamedModel(int8_store, device=torch.device("cpu"), resident_bytes=0) as model:
         with pytest.raises(KeyboardInterrupt):
-            score_heads(model, asked, scores, limits=PLENTY, begin=journeys.append, after_layer=stop)
-        left = replace(journeys[0])
+            score_heads(replace(setup_of(model), after_step=stop), asked, scores, begin=checkpoints.append)
+        left = replace(checkpoints[0])
         before = model.read_bytes
 
-        def go_on(journey: Journey) -> None:
-            for name, array in journey.arrays().items():
+        def go_on(checkpoint: PassCheckpoint) -> None:
+            for name, array in checkpoint.arrays().items():
                 array[...] = left.arrays()[name]
 
-        score_heads(model, asked, scores, limits=PLENTY, begin=go_on)
+        score_heads(setup_of(model), asked, scores, begin=go_on)
         assert model.read_bytes - before == int8_store.layer_paths[2].stat().st_size
     for name, array in scores.arrays().items():
         np.testing.assert_array_equal(array, expected.arrays()[name], err_msg=name)
@@ -410,9 +413,7 @@ def test_the_demos_induction_heads_are_what_recall_needs(demo: Prepared, demo_sc
     masks = (Mask(), removed, *induction.random_draws(removed, prefix, previous, seed=42))
     assert len(masks) == 22
     with StreamedModel(demo.store, device=torch.device("cpu"), resident_bytes=1 << 30) as model:
-        (scores,) = sweep(
-            model, [Job(demo.pack(task).packed, masks)], limits=PLENTY, cache=CleanCache(1 << 28)
-        )
+        (scores,) = sweep(setup_of(model), [Job(demo.pack(task).packed, masks)])
     clean, without, *random = document_scores(task, scores.logprobs, scores.greedy)["acc"].mean(1)
     assert abs(without - task.chance) <= 0.05
     assert clean - np.median(random) < 0.1

@@ -8,11 +8,11 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from accelerate.utils import set_module_tensor_to_device
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from lowmem_icl.model.families import Skeleton
 from lowmem_icl.model.int8 import OUTLIER_THRESHOLD, quantise_rows
 from lowmem_icl.model.store import (
     MANIFEST,
-    OUTSIDE,
+    NON_LAYER,
     STORE_FORMAT,
     Manifest,
     OutlierReport,
@@ -56,20 +56,20 @@ def planned_store(checkpoint: Checkpoint, folder: Path, weights: Weights) -> Sto
     """
     skeleton = Skeleton.from_dict(checkpoint.config)
     linears = {f"{name}.weight" for name in skeleton.linear_names()}
-    inside, layer = 0, 0
+    layer_elements, layer_size = 0, 0
     for name, shape in skeleton.layer_parameters().items():
         elements = torch.Size(shape).numel()
-        inside += elements
+        layer_elements += elements
         if name not in linears:
-            layer += FLOAT_BYTES * elements
+            layer_size += FLOAT_BYTES * elements
         else:
-            layer += BYTES_PER_ELEMENT[weights] * elements
-            layer += FLOAT_BYTES * shape[0] if weights == "int8" else 0
-    outside = sum(torch.Size(shape).numel() for shape in skeleton.outside_parameters().values())
-    parameters = outside + skeleton.layers * inside
+            layer_size += BYTES_PER_ELEMENT[weights] * elements
+            layer_size += FLOAT_BYTES * shape[0] if weights == "int8" else 0
+    non_layer = sum(torch.Size(shape).numel() for shape in skeleton.non_layer_parameters().values())
+    parameters = non_layer + skeleton.layers * layer_elements
     # A checkpoint may hold a tied unembedding twice, so its bytes tell the precision only about.
     element = FLOAT_BYTES if checkpoint.size_bytes > 3 * parameters else FLOAT_BYTES // 2
-    sizes = {OUTSIDE: outside * element} | {layer_file(n): layer for n in range(skeleton.layers)}
+    sizes = {NON_LAYER: non_layer * element} | {layer_file(n): layer_size for n in range(skeleton.layers)}
     manifest = Manifest(
         format=STORE_FORMAT,
         weights=weights,
@@ -93,51 +93,68 @@ def check_room(folder: Path, size_bytes: int) -> int:
     return free
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """What is to become which store: a checkpoint, its folder and form, and what the source is called."""
+
+    checkpoint: Checkpoint
+    folder: Path
+    weights: Weights
+    source_id: str
+    revision: str | None = None
+
+
 def convert(
-    checkpoint: Checkpoint,
-    folder: Path,
-    weights: Weights,
-    *,
-    source_id: str,
-    revision: str | None,
-    tokenise: Tokenise,
-    fixed_text: str,
-    progress: Progress = unseen,
+    conversion: Conversion, *, tokenise: Tokenise, fixed_text: str, progress: Progress = unseen
 ) -> Store:
     """Write a checkpoint as a store, check its bytes and return it opened.
 
     Shards are asked for one after the other, and released after the last layer that needs them. Raises InputError
     naming a parameter that is missing or of another shape, or a folder that holds a store of another source.
     """
+    checkpoint, folder = conversion.checkpoint, conversion.folder
     skeleton = Skeleton.from_dict(checkpoint.config)
-    claim = _Claim(folder, checkpoint, weights, source_id, revision)
+    claim = _Claim(conversion)
     _copy_tokenizer(checkpoint, folder / "tokenizer")
-    steps = _Steps(checkpoint, skeleton, folder, weights)
-    if OUTSIDE not in claim.files:
-        claim.write(OUTSIDE, *steps.tensors(None))
-    digests = source_digests(folder / OUTSIDE)
+    steps = _Steps(checkpoint, skeleton, folder, conversion.weights)
+    if NON_LAYER not in claim.files:
+        claim.write(NON_LAYER, *steps.tensors(None))
+    digests = source_digests(folder / NON_LAYER)
     calibration = None
-    if weights == "int8":
-        calibration = _start_calibration(skeleton, folder / OUTSIDE, tokenise(fixed_text))
+    if conversion.weights == "int8":
+        calibration = _start_calibration(skeleton, folder / NON_LAYER, tokenise(fixed_text))
     with progress("converting", skeleton.layers, "layers") as advance:
         for layer in range(skeleton.layers):
             _convert_layer(layer, claim, steps, calibration)
             digests |= source_digests(folder / layer_file(layer))
             advance(1)
     checkpoint.shards.clean()
-    files = dict(claim.files)
-    for path in sorted((folder / "tokenizer").iterdir()):
-        size, digest = path.stat().st_size, sha256_of_file(path)
-        files[f"tokenizer/{path.name}"] = StoredFile(size_bytes=size, sha256=digest)
     manifest = Manifest(
         format=STORE_FORMAT,
-        weights=weights,
+        weights=conversion.weights,
         config=checkpoint.config,
-        source=Source(id=source_id, revision=revision, digest=_combined(digests)),
-        files=files,
+        source=Source(id=conversion.source_id, revision=conversion.revision, digest=_combined(digests)),
+        files=claim.files | _tokenizer_files(folder),
         outliers=None if calibration is None else _outlier_report(calibration.counts),
     )
-    with progress("verifying", sum(file.size_bytes for file in files.values()), "bytes") as advance:
+    _verify(folder, manifest, progress)
+    write_text_atomic(folder / MANIFEST, json.dumps(manifest.model_dump(), indent=1) + "\n")
+    claim.path.unlink()
+    return open_store(folder)
+
+
+def _tokenizer_files(folder: Path) -> dict[str, StoredFile]:
+    """Return the sizes and digests of the tokenizer's files in a store."""
+    return {
+        f"tokenizer/{path.name}": StoredFile(size_bytes=path.stat().st_size, sha256=sha256_of_file(path))
+        for path in sorted((folder / "tokenizer").iterdir())
+    }
+
+
+def _verify(folder: Path, manifest: Manifest, progress: Progress) -> None:
+    """Compare what the disk has with what was written; delete files that differ, and raise InputError naming one."""
+    total = sum(file.size_bytes for file in manifest.files.values())
+    with progress("verifying", total, "bytes") as advance:
         altered = list(altered_files(folder, manifest, advance))
     for name in altered:
         (folder / name).unlink()
@@ -146,20 +163,15 @@ def convert(
             f"{folder / altered[0]} does not hold what was written: the disk may be failing; it is deleted, "
             "run the same command again to make it anew, or choose another disk"
         )
-    write_text_atomic(folder / MANIFEST, json.dumps(manifest.model_dump(), indent=1) + "\n")
-    claim.path.unlink()
-    return open_store(folder)
 
 
-def _start_calibration(skeleton: Skeleton, outside: Path, tokens: Sequence[int]) -> CalibrationPass:
+def _start_calibration(skeleton: Skeleton, non_layer: Path, tokens: Sequence[int]) -> CalibrationPass:
     if max(tokens) >= skeleton.vocabulary:
         raise InputError(
-            f"the tokenizer beside the weights knows token {max(tokens)}, the model only {skeleton.vocabulary} tokens; "
-            "they do not belong together"
+            f"the tokenizer beside the weights knows token {max(tokens)}, the model only {skeleton.vocabulary} "
+            "tokens; they do not belong together"
         )
-    for name, tensor in load_file(outside).items():
-        value = tensor if tensor.shape[0] == skeleton.vocabulary else tensor.float()
-        set_module_tensor_to_device(skeleton.model, name, "cpu", value=value, dtype=value.dtype)
+    skeleton.fill_non_layer(load_file(non_layer), torch.device("cpu"))
     return CalibrationPass.start(skeleton, text_rows(tokens, skeleton.context_tokens))
 
 
@@ -180,26 +192,25 @@ def _convert_layer(layer: int, claim: "_Claim", steps: "_Steps", calibration: Ca
 class _Claim:
     """Marks a folder as one conversion's, and keeps what is finished: names, sizes and digests of files."""
 
-    def __init__(
-        self, folder: Path, checkpoint: Checkpoint, weights: Weights, source_id: str, revision: str | None
-    ) -> None:
+    def __init__(self, conversion: Conversion) -> None:
+        folder = conversion.folder
         self.folder, self.path = folder, folder / "converting.json"
         self.files: dict[str, StoredFile] = {}
-        self._told = {
-            "source": source_id,
-            "revision": revision,
-            "weights": weights,
-            "config": checkpoint.config,
-            "source_bytes": checkpoint.size_bytes,
+        self._identity = {
+            "source": conversion.source_id,
+            "revision": conversion.revision,
+            "weights": conversion.weights,
+            "config": conversion.checkpoint.config,
+            "source_bytes": conversion.checkpoint.size_bytes,
         }
         if self.path.is_file():
             kept = read_json(self.path)
-            if {name: kept.get(name) for name in self._told} != json.loads(json.dumps(self._told)):
+            if {name: kept.get(name) for name in self._identity} != json.loads(json.dumps(self._identity)):
                 raise InputError(
                     f"{folder} holds an unfinished conversion of something else; delete it or choose another STORE"
                 )
-            for name, told in kept.get("files", {}).items():
-                file = StoredFile.model_validate(told)
+            for name, fields in kept.get("files", {}).items():
+                file = StoredFile.model_validate(fields)
                 if (folder / name).is_file() and (folder / name).stat().st_size == file.size_bytes:
                     self.files[name] = file
         elif folder.exists() and any(folder.iterdir()):
@@ -216,12 +227,12 @@ class _Claim:
 
     def _save(self) -> None:
         files = {name: file.model_dump() for name, file in self.files.items()}
-        write_text_atomic(self.path, json.dumps(self._told | {"files": files}, indent=1) + "\n")
+        write_text_atomic(self.path, json.dumps(self._identity | {"files": files}, indent=1) + "\n")
 
 
 def finished_bytes(folder: Path) -> int:
     """Return how many bytes of a store an earlier, stopped conversion has written."""
-    written = [folder / OUTSIDE, *folder.glob("layers/*.safetensors")]
+    written = [folder / NON_LAYER, *folder.glob("layers/*.safetensors")]
     return sum(path.stat().st_size for path in written if path.is_file())
 
 
@@ -239,7 +250,7 @@ class _Steps:
     def _parameters(self, layer: int | None) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return the name in the store and the shape of every parameter of a layer, or of what lies outside."""
         if layer is None:
-            return {name: (name, shape) for name, shape in self._skeleton.outside_parameters().items()}
+            return {name: (name, shape) for name, shape in self._skeleton.non_layer_parameters().items()}
         blocks = self._skeleton.blocks_name
         return {
             f"{blocks}.{layer}.{name}": (name, shape)

@@ -10,7 +10,14 @@ from typing import Any
 
 from lowmem_icl.conversion.calibration import fixed_text
 from lowmem_icl.conversion.checkpoint import Checkpoint, open_checkpoint
-from lowmem_icl.conversion.convert import Tokenise, check_room, convert, finished_bytes, planned_store
+from lowmem_icl.conversion.convert import (
+    Conversion,
+    Tokenise,
+    check_room,
+    convert,
+    finished_bytes,
+    planned_store,
+)
 from lowmem_icl.errors import InputError
 from lowmem_icl.model.store import Store, Weights, is_store, open_store
 from lowmem_icl.system.files import existing_folder
@@ -129,11 +136,7 @@ def ensure_store(
         f"{left / 1e9:.3g} GB to {located.store_folder} ({free / 1e9:.3g} GB free)"
     )
     return convert(
-        checkpoint,
-        located.store_folder,
-        weights,
-        source_id=located.source_id,
-        revision=located.revision,
+        Conversion(checkpoint, located.store_folder, weights, located.source_id, located.revision),
         tokenise=tokeniser(checkpoint.folder),
         fixed_text=fixed_text(),
         progress=progress,

@@ -1,7 +1,7 @@
 """Places where answers are read, of many rows and variants, for few large calls of the unembedding."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -9,54 +9,62 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowmem_icl.model.streamed import READ_ROWS, StreamedModel
-from lowmem_icl.rows import Row
+from lowmem_icl.rows import Integers, Row
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Option scores of one job: logprobs [M, O] in nats, summed in float64; greedy [M, O], for M masks, O options.
+    """Option scores of one job under M masks, O options: what is scored, and what is still to be.
 
-    A score that is still to be made is NaN.
+    logprobs [M, O]: nats, summed in float64; greedy [M, O]: whether an option is what the model would write;
+    scored [M, O]: which of both are made. A NaN that the model gives is a score like any other.
     """
 
     logprobs: NDArray[np.float64]
     greedy: NDArray[np.bool_]
+    scored: NDArray[np.bool_]
 
     @classmethod
-    def unmade(cls, masks: int, options: int) -> "Scores":
-        """Return scores that are all still to be made."""
-        return cls(np.full((masks, options), np.nan), np.zeros((masks, options), dtype=np.bool_))
+    def empty(cls, masks: int, options: int) -> "Scores":
+        """Return scores of which none is made."""
+        shape = (masks, options)
+        return cls(np.full(shape, np.nan), np.zeros(shape, dtype=np.bool_), np.zeros(shape, dtype=np.bool_))
 
     def missing(self, row: Row) -> NDArray[np.bool_]:
         """Return under which masks [M] the row is still to be scored."""
-        return np.asarray(np.isnan(self.logprobs[:, row.answered]).any(1))
+        return np.asarray(~self.scored[:, row.answered].all(1))
+
+    def arrays(self) -> dict[str, NDArray[np.generic]]:
+        """Return the arrays by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True, eq=False)
-class _Waiting:
-    """Hidden states [V, R, D] of a row under `masks` [V]."""
+class PendingAnswers:
+    """Hidden states [V, R, D] of a row under `masks` [V], indices in its job's list, not scored yet."""
 
     scores: Scores
-    masks: NDArray[np.int64]
+    masks: Integers
     row: Row
     hidden: Tensor
 
     @property
     def reads(self) -> int:
-        """Places of one variant."""
+        """Places that are read per variant."""
         return self.hidden.shape[1]
 
     @property
-    def places(self) -> int:
-        """Places of all variants."""
+    def all_reads(self) -> int:
+        """Places that are read in all."""
         return self.hidden.shape[0] * self.hidden.shape[1]
 
-    def split(self, variants: int) -> tuple["_Waiting", "_Waiting"]:
+    def split(self, variants: int) -> tuple["PendingAnswers", "PendingAnswers"]:
         """Return the first so many variants, and the others."""
-        return tuple(
+        first, rest = (
             replace(self, masks=self.masks[part], hidden=self.hidden[part])
             for part in (slice(None, variants), slice(variants, None))
-        )  # type: ignore[return-value]
+        )
+        return first, rest
 
 
 class AnswerReader:
@@ -64,37 +72,37 @@ class AnswerReader:
 
     def __init__(self, model: StreamedModel) -> None:
         self._model = model
-        self._waiting: list[_Waiting] = []
-        self._places = 0
+        self._pending: list[PendingAnswers] = []
+        self._reads = 0
 
-    def add(self, scores: Scores, masks: NDArray[np.int64], row: Row, hidden: Tensor) -> None:
-        """Take a row's hidden states [V, R, D] under `masks` [V], places in the job's list; they count to `scores`."""
-        self._waiting.append(_Waiting(scores, masks, row, hidden))
-        self._places += self._waiting[-1].places
-        if self._places >= READ_ROWS:
-            # A whole number of products of the unembedding; a variant is never split.
-            self._read(self._first(self._places // self._model.head_rows * self._model.head_rows))
+    def add(self, pending: PendingAnswers) -> None:
+        """Take a row's hidden states, and score what fills whole products of the unembedding."""
+        self._pending.append(pending)
+        self._reads += pending.all_reads
+        if self._reads >= READ_ROWS:
+            # A variant is never split.
+            self._read(self._take(self._reads // self._model.head_rows * self._model.head_rows))
 
     def flush(self) -> None:
-        """Turn all that is waiting into option scores."""
-        self._read(self._first(self._places))
+        """Score all that is pending."""
+        self._read(self._take(self._reads))
 
-    def _first(self, most: int) -> list[_Waiting]:
+    def _take(self, most: int) -> list[PendingAnswers]:
         """Take away the first variants, of at most so many places together."""
-        taken: list[_Waiting] = []
-        while self._waiting:
-            first = self._waiting[0]
+        taken: list[PendingAnswers] = []
+        while self._pending:
+            first = self._pending[0]
             fitting = min(len(first.masks), most // first.reads)
             if fitting < len(first.masks):
-                head, self._waiting[0] = first.split(fitting)
+                head, self._pending[0] = first.split(fitting)
                 taken += [head] if fitting else []
                 break
-            taken.append(self._waiting.pop(0))
-            most -= first.places
-        self._places -= sum(waiting.places for waiting in taken)
+            taken.append(self._pending.pop(0))
+            most -= first.all_reads
+        self._reads -= sum(pending.all_reads for pending in taken)
         return taken
 
-    def _read(self, members: Sequence[_Waiting]) -> None:
+    def _read(self, members: Sequence[PendingAnswers]) -> None:
         if not members:
             return
         read_at, targets, ends = _questions(members)
@@ -102,28 +110,28 @@ class AnswerReader:
         logprobs, greedy = self._model.log_probabilities(
             hidden, torch.from_numpy(read_at).to(hidden.device), torch.from_numpy(targets).to(hidden.device)
         )
-        of_rows = np.split(logprobs.double().cpu().numpy(), ends)
-        greedy_of_rows = np.split(greedy.cpu().numpy(), ends)
-        for member, values, flags in zip(members, of_rows, greedy_of_rows, strict=True):
+        row_logprobs = np.split(logprobs.double().cpu().numpy(), ends)
+        row_greedy = np.split(greedy.cpu().numpy(), ends)
+        for member, values, flags in zip(members, row_logprobs, row_greedy, strict=True):
             shape = (len(member.masks), -1)
             # An option's answers stand together; of every option the first.
             starts = np.unique(member.row.options, return_index=True)[1]
-            place = np.ix_(member.masks, member.row.answered)
-            member.scores.greedy[place] = np.logical_and.reduceat(flags.reshape(shape), starts, axis=1)
-            # Last: that it is a number says that the score is made.
-            member.scores.logprobs[place] = np.add.reduceat(values.reshape(shape), starts, axis=1)
+            where = np.ix_(member.masks, member.row.answered)
+            scores = member.scores
+            scores.greedy[where] = np.logical_and.reduceat(flags.reshape(shape), starts, axis=1)
+            scores.logprobs[where] = np.add.reduceat(values.reshape(shape), starts, axis=1)
+            # Last: a stop before this line makes the row again.
+            scores.scored[where] = True
 
 
-def _questions(
-    members: Sequence[_Waiting],
-) -> tuple[NDArray[np.int64], NDArray[np.int64], Sequence[int]]:
+def _questions(members: Sequence[PendingAnswers]) -> tuple[Integers, Integers, Sequence[int]]:
     """Return for all answers the place read and the token asked for, and where each row's answers end."""
-    places, targets, first = [], [], 0
+    read_at, targets, first = [], [], 0
     for member in members:
         variants = len(member.masks)
-        of_answer = np.searchsorted(member.row.reads, member.row.read_at)
-        places.append((first + np.arange(variants)[:, None] * member.reads + of_answer).ravel())
+        read = np.searchsorted(member.row.reads, member.row.read_at)
+        read_at.append((first + np.arange(variants)[:, None] * member.reads + read).ravel())
         targets.append(np.tile(member.row.targets, variants))
-        first += member.places
-    ends = np.cumsum([len(of_row) for of_row in places])[:-1]
-    return np.concatenate(places), np.concatenate(targets), ends.tolist()
+        first += member.all_reads
+    ends = np.cumsum([len(row_reads) for row_reads in read_at])[:-1]
+    return np.concatenate(read_at), np.concatenate(targets), ends.tolist()

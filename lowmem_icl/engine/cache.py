@@ -1,8 +1,9 @@
-"""Clean residuals at layer inputs, kept between waves and between sweeps of the same rows."""
+"""Residuals at layer inputs, kept between the waves of a block and, where asked for, between sweeps of equal rows."""
 
 import tempfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,34 +12,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowmem_icl.masks.mask import Mask
 from lowmem_icl.rows import Row
 
-Key = tuple[Row, int]
+Key = tuple[str, Mask, int]
+WHOLE_MODEL = Mask()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Kept:
-    """Where a residual is: in memory, or in a file of this shape."""
+    """Where a residual [T, D] is: `held` in memory, or in the file at `path`; `last_use` grows with time."""
 
-    size_bytes: int
-    held: Tensor | None
-    path: Path | None
     shape: torch.Size
+    size_bytes: int
+    last_use: int
+    held: Tensor | None = None
+    path: Path | None = None
 
 
 class CleanCache:
-    """Keeps residuals [T, D] by row and layer: in memory up to an allowance, in files of a temporary folder up to another.
+    """Keeps residuals [T, D] of one model's clean run by row and layer, in memory and then in temporary files.
 
-    What was used longest ago goes first. Use as a context manager: the files go when it is left.
+    A residual is found by a digest of what it depends on (`Row.residual_digest`), so rows that are packed twice
+    share it. A pass over a pruned model names its mask; its residuals are never taken for the clean run's.
+
+    What the block in work needs is never given up (see `holding`). Of all else the least recently used goes
+    first: out of memory into a file, in the place of what is there and older still, or away. So memory holds what
+    is worked on. Use as a context manager: the files go when it is left.
     """
 
     def __init__(self, memory_bytes: int, disk_bytes: int = 0, spill_folder: Path | None = None) -> None:
-        self._memory_bytes, self._disk_bytes = memory_bytes, disk_bytes
-        self._held_bytes = self._written_bytes = 0
-        self._kept: OrderedDict[Key, _Kept] = OrderedDict()
+        self.memory_bytes, self.disk_bytes = memory_bytes, disk_bytes
+        # Both from the least to the most recently used.
+        self._in_memory: OrderedDict[Key, _Kept] = OrderedDict()
+        self._on_disk: OrderedDict[Key, _Kept] = OrderedDict()
+        self._held_bytes = self._written_bytes = self._uses = 0
+        self._in_work: frozenset[str] = frozenset()
         self._spill_folder = spill_folder
         self._files: tempfile.TemporaryDirectory[str] | None = None
-        self._written = 0
+        self._file_count = 0
 
     def __enter__(self) -> "CleanCache":
         return self
@@ -46,61 +58,131 @@ class CleanCache:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._kept.clear()
+        self.clear()
         if self._files is not None:
             self._files.cleanup()
 
+    def __len__(self) -> int:
+        return len(self._in_memory) + len(self._on_disk)
+
+    @contextmanager
+    def holding(self, rows: Sequence[Row], *, keep: bool = False) -> Iterator[None]:
+        """Give up nothing of these rows inside the context; forget them at its end, however it ends, unless `keep`."""
+        before, self._in_work = self._in_work, frozenset(row.residual_digest for row in rows)
+        # All of theirs stand behind all others from now on, so that looking for what can go ends at once.
+        for store in (self._in_memory, self._on_disk):
+            for key in [key for key in store if key[0] in self._in_work]:
+                store.move_to_end(key)
+        try:
+            yield
+        finally:
+            self._in_work = before
+            if not keep:
+                self.forget(rows)
+
     def clear(self) -> None:
-        """Forget everything: other rows, or the same under a mask, come next."""
-        while self._kept:
-            self._forget(next(iter(self._kept)))
+        """Forget everything."""
+        for key in [*self._in_memory, *self._on_disk]:
+            self._remove(key)
 
-    def has(self, rows: Sequence[Row], layer: int) -> bool:
+    def forget(self, rows: Sequence[Row]) -> None:
+        """Forget all residuals of these rows, under every mask."""
+        digests = {row.residual_digest for row in rows}
+        for key in [key for key in (*self._in_memory, *self._on_disk) if key[0] in digests]:
+            self._remove(key)
+
+    def has(self, rows: Sequence[Row], layer: int, mask: Mask = WHOLE_MODEL) -> bool:
         """Tell whether the residuals of all these rows at the input of a layer are there."""
-        return all((row, layer) in self._kept for row in rows)
+        keys = ((row.residual_digest, mask, layer) for row in rows)
+        return all(key in self._in_memory or key in self._on_disk for key in keys)
 
-    def keep(self, row: Row, layer: int, residual: Tensor) -> None:
-        """Keep a copy of a clean residual at the input of a layer; what does not fit at all is not kept."""
-        size = residual.numel() * residual.element_size()
-        if (row, layer) in self._kept or size > max(self._memory_bytes, self._disk_bytes):
+    def held_rows(self) -> frozenset[str]:
+        """Return the digests of the rows that have residuals in memory."""
+        return frozenset(digest for digest, _, _ in self._in_memory)
+
+    def keep(self, row: Row, layer: int, residual: Tensor, mask: Mask = WHOLE_MODEL) -> None:
+        """Keep a copy of a residual at the input of a layer; what does not fit is not kept."""
+        key = (row.residual_digest, mask, layer)
+        if key in self._in_memory or key in self._on_disk:
             return
-        while not self._fits(size):
-            self._forget(next(iter(self._kept)))
-        if self._held_bytes + size <= self._memory_bytes:
+        size = residual.numel() * residual.element_size()
+        if self._make_room_in_memory(size):
             # Kept in the machine's memory, wherever the sweep computes.
-            entry = _Kept(size, residual.to("cpu", copy=True), None, residual.shape)
+            self._in_memory[key] = _Kept(residual.shape, size, self._use(), residual.to("cpu", copy=True))
             self._held_bytes += size
-        else:
-            path = self._new_path()
-            residual.cpu().numpy().tofile(path)
-            entry = _Kept(size, None, path, residual.shape)
-            self._written_bytes += size
-        self._kept[row, layer] = entry
+        elif self._make_room_on_disk(size, self._use()):
+            self._write(key, residual.cpu(), self._uses)
 
-    def get(self, row: Row, layer: int, device: torch.device) -> Tensor:
+    def get(self, row: Row, layer: int, device: torch.device, mask: Mask = WHOLE_MODEL) -> Tensor:
         """Return the residual that was kept; bitwise the same from memory and from a file."""
-        entry = self._kept[row, layer]
-        self._kept.move_to_end((row, layer))
+        key = (row.residual_digest, mask, layer)
+        store = self._in_memory if key in self._in_memory else self._on_disk
+        entry = store[key]
+        entry.last_use = self._use()
+        store.move_to_end(key)
         if entry.held is not None:
             return entry.held.to(device)
         assert entry.path is not None
         return torch.from_numpy(np.fromfile(entry.path, dtype=np.float32)).view(entry.shape).to(device)
 
-    def _fits(self, size: int) -> bool:
-        return self._held_bytes + size <= self._memory_bytes or self._written_bytes + size <= self._disk_bytes
+    def _use(self) -> int:
+        self._uses += 1
+        return self._uses
 
-    def _forget(self, key: Key) -> None:
-        entry = self._kept.pop(key)
-        if entry.path is None:
-            self._held_bytes -= entry.size_bytes
-        else:
-            self._written_bytes -= entry.size_bytes
-            entry.path.unlink()
+    def _make_room_in_memory(self, size: int) -> bool:
+        free = self.memory_bytes - self._held_bytes
+        leaving = self._first_idle(self._in_memory, size - free, self._uses + 1)
+        if leaving is None:
+            return False
+        for key in leaving:
+            entry = self._in_memory[key]
+            assert entry.held is not None
+            self._remove(key)
+            if self._make_room_on_disk(entry.size_bytes, entry.last_use):
+                self._write(key, entry.held, entry.last_use)
+        return True
 
-    def _new_path(self) -> Path:
+    def _make_room_on_disk(self, size: int, last_use: int) -> bool:
+        free = self.disk_bytes - self._written_bytes
+        leaving = self._first_idle(self._on_disk, size - free, last_use)
+        if leaving is None:
+            return False
+        for key in leaving:
+            self._remove(key)
+        return True
+
+    def _first_idle(
+        self, store: "OrderedDict[Key, _Kept]", wanted_bytes: int, used_before: int
+    ) -> list[Key] | None:
+        """Return the least recently used entries that free so many bytes; None where there are none.
+
+        Only entries of rows that are not in work, last used before the time given.
+        """
+        leaving: list[Key] = []
+        for key, entry in store.items():
+            if wanted_bytes <= 0 or key[0] in self._in_work or entry.last_use >= used_before:
+                break
+            leaving.append(key)
+            wanted_bytes -= entry.size_bytes
+        return leaving if wanted_bytes <= 0 else None
+
+    def _remove(self, key: Key) -> None:
+        if key in self._in_memory:
+            self._held_bytes -= self._in_memory.pop(key).size_bytes
+            return
+        entry = self._on_disk.pop(key)
+        self._written_bytes -= entry.size_bytes
+        assert entry.path is not None
+        entry.path.unlink()
+
+    def _write(self, key: Key, residual: Tensor, last_use: int) -> None:
         if self._files is None:
             if self._spill_folder is not None:
                 self._spill_folder.mkdir(parents=True, exist_ok=True)
             self._files = tempfile.TemporaryDirectory(prefix="residuals-", dir=self._spill_folder)
-        self._written += 1
-        return Path(self._files.name) / f"{self._written}.f32"
+        self._file_count += 1
+        path = Path(self._files.name) / f"{self._file_count}.f32"
+        residual.numpy().tofile(path)
+        size = residual.numel() * residual.element_size()
+        self._on_disk[key] = _Kept(residual.shape, size, last_use, path=path)
+        self._written_bytes += size

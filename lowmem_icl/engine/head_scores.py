@@ -31,9 +31,10 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class HeadQuestions:
-    """Rows to score heads on: sequence s has `base_tokens[s]` different tokens four times over, and a row without repeats.
+    """Rows to score heads on: of every sequence one with repeats and one without.
 
-    `form`: how copying is scored; `spurious`: with the reference code's extra entries of prefix matching.
+    Sequence s has `base_tokens[s]` different tokens, four times over in its repeated row. `form`: how copying is
+    scored; `spurious`: with the reference code's extra entries of prefix matching.
     """
 
     repeated: tuple[Row, ...]
@@ -47,16 +48,17 @@ class HeadQuestions:
         """All rows: the repeated ones, then the others."""
         return self.repeated + self.unrepeated
 
-    def goes_on(self, place: int) -> bool:
+    def continues(self, index: int) -> bool:
         """Tell whether a row changes from layer to layer; the reference's copying feeds every layer the embeddings."""
-        return place < len(self.repeated) or not self.form.own_token
+        return index < len(self.repeated) or not self.form.own_token
 
 
 @dataclass(frozen=True, eq=False)
 class HeadScores:
-    """Scores by sequence, [S, L, H], and of the weights alone, [L, H]; NaN where still to be made.
+    """Scores by sequence, [S, L, H], and of the weights alone, [L, H].
 
-    `finished` [2S]: which rows are.
+    `finished` [2S]: which rows are scored in all layers; `weights_scored` [L]: which layers have their
+    copying_eigenvalues. What is not made yet is NaN, but a NaN that the model gives is a score like any other.
     """
 
     prefix_matching: Values
@@ -65,14 +67,16 @@ class HeadScores:
     copying: Values
     copying_eigenvalues: Values
     finished: NDArray[np.bool_]
+    weights_scored: NDArray[np.bool_]
 
     @classmethod
-    def unmade(cls, sequences: int, layers: int, heads: int) -> "HeadScores":
-        """Return scores that are all still to be made."""
+    def empty(cls, sequences: int, layers: int, heads: int) -> "HeadScores":
+        """Return scores of which none is made."""
         by_sequence = (sequences, layers, heads)
         return cls(
             np.full(by_sequence, np.nan), np.full(by_sequence, np.nan), np.full(by_sequence, np.nan),
-            np.full(by_sequence, np.nan), np.full((layers, heads), np.nan), np.zeros(2 * sequences, dtype=np.bool_),
+            np.full(by_sequence, np.nan), np.full((layers, heads), np.nan),
+            np.zeros(2 * sequences, dtype=np.bool_), np.zeros(layers, dtype=np.bool_),
         )  # fmt: skip
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
@@ -81,16 +85,19 @@ class HeadScores:
 
 
 @dataclass(frozen=True, eq=False)
-class Journey:
-    """Rows on their way: places [R] among all rows, residuals [N, D] one row after the other, the next layer as [1]."""
+class PassCheckpoint:
+    """Rows between two layers, from which a stopped pass continues.
 
-    places: NDArray[np.int64]
+    row_indices [R]: which of all rows they are; residuals [N, D], one row after the other; next_layer [1].
+    """
+
+    row_indices: NDArray[np.int64]
     residuals: NDArray[np.float32]
     next_layer: NDArray[np.int64]
 
     @classmethod
-    def of(cls, block: Sequence[BlockRow], width: int) -> "Journey":
-        """Return the journey of a block of rows before it begins; a row's place stands as its job."""
+    def of(cls, block: Sequence[BlockRow], width: int) -> "PassCheckpoint":
+        """Return the checkpoint of a block of rows before the first layer; a row's index stands as its job."""
         tokens = sum(len(member.row) for member in block)
         return cls(
             np.array([member.job for member in block], dtype=np.int64),
@@ -104,29 +111,33 @@ class Journey:
 
 
 class HeadReader:
-    """Turns what the attention of one layer after the other saw into scores."""
+    """Turns what the attention of one layer after the other saw into scores; `layer` is the one it is at."""
 
     def __init__(self, model: StreamedModel, questions: HeadQuestions, results: HeadScores) -> None:
-        self._model, self._questions, self._results = model, questions, results
+        self.questions = questions
+        self._model, self._results = model, results
         self._products: Tensor | None = None
         self._logits: HeadLogits | None = None
 
     def enter(self, number: int, layer: DecoderLayer) -> None:
         """Take up a layer's weights; must come before its rows."""
+        self.number, self.layer = number, layer
         # The last layer's go before this one's are made.
         self._logits = None
-        scores = self._results.copying_eigenvalues[number]
-        if np.isnan(scores).any():
+        results = self._results
+        if not results.weights_scored[number]:
             if self._products is None:
                 self._products = self._model.token_products()
-            scores[:] = copying_eigenvalues(layer, self._products, len(scores)).numpy()
-        self._logits = HeadLogits(self._model, layer, self._questions.form)
+            heads = self._model.skeleton.heads
+            results.copying_eigenvalues[number] = copying_eigenvalues(layer, self._products, heads).numpy()
+            results.weights_scored[number] = True
+        self._logits = HeadLogits(self._model, layer, self.questions.form)
 
-    def read(self, number: int, members: Sequence[BlockRow], attended: Attended) -> None:
-        """Score the rows of a micro-batch, whose places stand as their jobs, in the layer taken up last."""
+    def read(self, members: Sequence[BlockRow], attended: Attended) -> None:
+        """Score the rows of a micro-batch, whose indices stand as their jobs, in the layer it is at."""
         assert attended.queries is not None
         assert self._logits is not None
-        sequences, form = len(self._questions.base_tokens), self._questions.form
+        sequences, form = len(self.questions.base_tokens), self.questions.form
         outputs = attended.values if form.own_token else self._by_head(attended.z)
         start, copied = 0, []
         for member in members:
@@ -134,24 +145,24 @@ class HeadReader:
             start = here.stop
             queries, keys = attended.queries[:, here], attended.keys[:, here]
             if member.job < sequences:
-                self._score_patterns(number, member.job, queries, keys)
+                self._score_patterns(member.job, queries, keys)
             else:
                 copied.append((member, queries, keys, outputs[:, here]))
         totals: Sequence[Tensor | None] = [None] * len(copied)
         if form.softmax and copied:
-            totals = self._logits.totals([of_row for _, _, _, of_row in copied])
-        for (member, queries, keys, of_row), total in zip(copied, totals, strict=True):
+            totals = self._logits.totals([row_outputs for _, _, _, row_outputs in copied])
+        for (member, queries, keys, row_outputs), total in zip(copied, totals, strict=True):
             directions = self._model.token_outputs(torch.from_numpy(member.row.tokens))
-            scores = copying_scores(self._logits, directions, queries, keys, of_row, total)
-            self._results.copying[member.job - sequences, number] = scores.cpu().numpy()
+            scores = copying_scores(self._logits, directions, queries, keys, row_outputs, total)
+            self._results.copying[member.job - sequences, self.number] = scores.cpu().numpy()
 
-    def _score_patterns(self, number: int, sequence: int, queries: Tensor, keys: Tensor) -> None:
-        questions, results = self._questions, self._results
+    def _score_patterns(self, sequence: int, queries: Tensor, keys: Tensor) -> None:
+        questions, results = self.questions, self._results
         scores = pattern_scores(
             patterns(queries, keys), questions.base_tokens[sequence], spurious=questions.spurious
         )
         for name, values in scores._asdict().items():
-            getattr(results, name)[sequence, number] = values.cpu().numpy()
+            getattr(results, name)[sequence, self.number] = values.cpu().numpy()
 
     def _by_head(self, z: Tensor) -> Tensor:
         """Return z [N, D] as [H, N, d]."""
@@ -181,12 +192,12 @@ def heads_cost(
 
 
 def reading_bytes(skeleton: Skeleton, longest_tokens: int, form: CopyingForm) -> int:
-    """Return what scoring heads holds at the widest moment, beside a micro-batch's queries, keys, values and z."""
+    """Return the bytes that scoring heads holds at its peak, above a micro-batch's queries, keys, values and z."""
     width, heads = skeleton.width, skeleton.heads
     # The output projection and what is made of it, the values' projection, the vocabulary's products.
     weights = 5 * width * width + 2 * VOCABULARY_BLOCK * width
     # A row's candidates through the projection; scores of a block of queries and what is made of them.
-    of_row = 4 * longest_tokens * width + 5 * QUERY_ROWS * heads * longest_tokens
+    row = 4 * longest_tokens * width + 5 * QUERY_ROWS * heads * longest_tokens
     if form.softmax:
-        of_row += 4 * QUERY_ROWS * heads * VOCABULARY_BLOCK + 2 * VOCABULARY_BLOCK * width
-    return FLOAT_BYTES * (weights + of_row)
+        row += 4 * QUERY_ROWS * heads * VOCABULARY_BLOCK + 2 * VOCABULARY_BLOCK * width
+    return FLOAT_BYTES * (weights + row)

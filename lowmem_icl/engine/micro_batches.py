@@ -1,4 +1,4 @@
-"""Micro-batches: rows and their variants together through a layer, as many tokens as are worth multiplying at once.
+"""Micro-batches: rows and their variants go through a layer together, as many tokens as are worth multiplying at once.
 
 Axis letters: V variants, T tokens of a row.
 """
@@ -18,14 +18,14 @@ Slots = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Some variants of the row at `place` of a block; `slots` [V]: which of the row's residuals they are."""
+    """Some variants of the row at `index` of a block; `slots` [V]: which of the row's residuals they are."""
 
-    place: int
+    index: int
     slots: Slots
 
     @property
-    def index(self) -> slice | Slots:
-        """The slots as an index: a slice, which copies nothing, where they stand side by side."""
+    def selection(self) -> slice | Slots:
+        """What selects the slots: a slice, which copies nothing, where they stand side by side."""
         first, count = int(self.slots[0]), len(self.slots)
         return slice(first, first + count) if int(self.slots[-1]) - first == count - 1 else self.slots
 
@@ -33,32 +33,41 @@ class Piece:
 def micro_batches(
     work: Iterable[tuple[int, Slots]], lengths: Sequence[int], most_tokens: int
 ) -> Iterator[list[Piece]]:
-    """Deal variants of rows over micro-batches, in order; `lengths` are the tokens of the rows by place.
+    """Deal variants of rows over micro-batches, in order; `work`: indices of rows and slots of each.
 
-    A micro-batch has at most `most_tokens`, or a single variant that is longer. Slots of a row must ascend.
+    A micro-batch has at most `most_tokens`, or a single variant that is longer; `lengths` are the tokens of all
+    rows. Slots of a row must ascend.
     """
     batch: list[Piece] = []
     room = most_tokens
-    for place, slots in work:
-        length, first = max(1, lengths[place]), 0
+    for index, slots in work:
+        length, first = max(1, lengths[index]), 0
         while first < len(slots):
             if batch and room < length:
                 yield batch
                 batch, room = [], most_tokens
             taken = min(len(slots) - first, max(1, room // length))
-            batch.append(Piece(place, slots[first : first + taken]))
+            batch.append(Piece(index, slots[first : first + taken]))
             room -= taken * length
             first += taken
     if batch:
         yield batch
 
 
+def row_batches(rows: Sequence[Row], most_tokens: int) -> Iterator[list[int]]:
+    """Deal rows under one mask each over micro-batches: yields the indices of the rows that go together."""
+    slot = np.zeros(1, dtype=np.int64)
+    work = ((index, slot) for index in range(len(rows)))
+    for pieces in micro_batches(work, [len(row) for row in rows], most_tokens):
+        yield [piece.index for piece in pieces]
+
+
 @dataclass(frozen=True)
 class RowGroup:
-    """Places of a block whose rows go through a layer one after the other: those of one stem, or a few plain ones."""
+    """Rows of a block, by index, that go through a layer one after the other: those of one stem, or a few plain ones."""
 
     stem: int | None
-    places: tuple[int, ...]
+    members: tuple[int, ...]
 
 
 def row_groups(rows: Sequence[Row], most_tokens: int) -> list[RowGroup]:
@@ -70,20 +79,20 @@ def row_groups(rows: Sequence[Row], most_tokens: int) -> list[RowGroup]:
     groups: list[RowGroup] = []
     plain: list[int] = []
     stems = {row.stem for row in rows} - {None}
-    place_of = {row: place for place, row in enumerate(rows) if row in stems}
-    grown: dict[int, list[int]] = {place: [] for place in place_of.values()}
+    index_of = {row: index for index, row in enumerate(rows) if row in stems}
+    grown: dict[int, list[int]] = {index: [] for index in index_of.values()}
     room = most_tokens
-    for place, row in enumerate(rows):
-        if row in place_of:
+    for index, row in enumerate(rows):
+        if row in index_of:
             continue
         if row.stem is not None:
-            grown[place_of[row.stem]].append(place)
+            grown[index_of[row.stem]].append(index)
             continue
         if plain and room < len(row):
             groups.append(RowGroup(None, tuple(plain)))
             plain, room = [], most_tokens
-        plain.append(place)
+        plain.append(index)
         room -= len(row)
     if plain:
         groups.append(RowGroup(None, tuple(plain)))
-    return groups + [RowGroup(stem, tuple(places)) for stem, places in grown.items()]
+    return groups + [RowGroup(stem, tuple(members)) for stem, members in grown.items()]

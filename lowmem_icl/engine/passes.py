@@ -4,262 +4,217 @@ Loop order is layers outside, rows inside, variants of a row in micro-batches in
 for all that is alive at it. Axis letters: T tokens, D width, H heads, L layers, N owners.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from lowmem_icl.engine.answers import Scores
-from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.engine.cost import SweepCost
-from lowmem_icl.engine.head_scores import HeadQuestions, HeadReader, HeadScores, Journey
-from lowmem_icl.engine.micro_batches import micro_batches
+from lowmem_icl.engine.head_scores import HeadQuestions, HeadReader, HeadScores, PassCheckpoint
+from lowmem_icl.engine.micro_batches import row_batches
+from lowmem_icl.engine.plain_rows import embedded, plain_segments
 from lowmem_icl.engine.schedule import (
     FLOAT_BYTES,
     Block,
     BlockRow,
+    EarlierWork,
     Job,
+    PlannedBlock,
     SweepLimits,
-    block_tokens,
-    has_variants,
     head_blocks,
-    next_wave,
     row_blocks,
-    variants_of,
+    schedule,
 )
+from lowmem_icl.engine.setup import PassSetup
 from lowmem_icl.engine.unit_gradients import (
-    Choose,
+    GradientJob,
+    LayerCuts,
     UnitGradients,
     add_by_owner,
     answer_gradients,
-    cut_of,
-    embedded,
-    forward_step,
     one_layer_back,
-    plain_segments,
 )
-from lowmem_icl.engine.wave import Account, Wave
+from lowmem_icl.engine.wave import Wave
 from lowmem_icl.errors import DoesNotFit
-from lowmem_icl.masks.mask import Mask
-from lowmem_icl.model.streamed import StreamedModel
-from lowmem_icl.rows import Row
 
-AfterPiece = Callable[[], None]
+__all__ = ["GradientJob", "PassSetup", "score_heads", "sweep", "unit_gradients"]
 
 
 def sweep(
-    model: StreamedModel,
-    jobs: Sequence[Job],
-    *,
-    limits: SweepLimits,
-    cache: CleanCache,
-    keep_clean: bool = False,
-    scores: Sequence[Scores] | None = None,
-    after_wave: AfterPiece = lambda: None,
-    account: Account = lambda cost: None,
+    setup: PassSetup, jobs: Sequence[Job], scores: Sequence[Scores] | None = None, *, keep_clean: bool = False
 ) -> list[Scores]:
     """Score every job's options under every one of its masks, sharing each read of the weights.
 
-    The result does not depend on `limits`, nor on which jobs and masks are swept together, nor on what `cache` holds
-    from earlier sweeps of the same rows; with `keep_clean` later ones find there what these variants branched from.
-    `scores`: what an earlier call left unfinished; what is made is not made again. They are filled in place, and
-    `after_wave` is called whenever a wave is whole. `account` is told what was done. Raises DoesNotFit where one row
-    exceeds the memory.
+    The result does not depend on the limits, nor on which jobs and masks are swept together, nor on what the cache
+    holds from earlier sweeps of equal rows; with `keep_clean` later ones find there what these variants branched
+    from. `scores`: what an earlier call left; what is scored is not scored again. They are filled in place and
+    returned. Raises DoesNotFit where one row exceeds the memory.
     """
-    results = (
-        list(scores) if scores else [Scores.unmade(len(job.masks), job.packed.option_count) for job in jobs]
-    )
-    missing = {
-        BlockRow(number, row): flags
-        for number, (job, result) in enumerate(zip(jobs, results, strict=True))
-        for row in job.packed.rows
-        if (flags := result.missing(row)).any()
-    }
-    width, layers = model.skeleton.width, model.skeleton.layers
-    # Rows that were stopped on their way go first and by themselves: others would repeat what they have.
-    begun = [member for member, flags in missing.items() if not flags.all()]
-    untouched = [member for member, flags in missing.items() if flags.all()]
-    keeps_clean = has_variants(jobs)
-    for block in [
-        *row_blocks(begun, width, layers, limits, keeps_clean=keeps_clean),
-        *row_blocks(untouched, width, layers, limits, keeps_clean=keeps_clean),
-    ]:
-        wanted: dict[int, NDArray[np.bool_]] = {}
-        for member in block:
-            if member in missing:
-                flags = missing[member]
-                wanted[member.job] = wanted.get(member.job, np.zeros_like(flags)) | flags
-        for wave in _waves_of(model, jobs, block, wanted, limits, cache, keep_clean, results, account):
-            for number, layer in model.layers(range(wave.first_layer, layers)):
-                wave.step(number, layer)
-            wave.finish()
-            after_wave()
+    skeleton = setup.model.skeleton
+    results = [Scores.empty(len(job.masks), job.packed.option_count) for job in jobs]
+    if scores is not None:
+        results = list(scores)
+    earlier = EarlierWork(lambda job, row: results[job].missing(row), setup.cache.has)
+    for block in schedule(
+        jobs, skeleton.width, skeleton.layers, setup.limits, earlier, keep_clean=keep_clean
+    ):
+        with setup.cache.holding([member.row for member in block.rows], keep=keep_clean):
+            _run_waves(setup, jobs, results, block)
     return results
 
 
-def _waves_of(
-    model: StreamedModel,
-    jobs: Sequence[Job],
-    block: Block,
-    wanted: dict[int, NDArray[np.bool_]],
-    limits: SweepLimits,
-    cache: CleanCache,
-    keep_clean: bool,
-    results: Sequence[Scores],
-    account: Account,
-) -> Iterator[Wave]:
-    """Yield the waves of a block; the clean run goes with one that asks for it or lacks what it starts from."""
-    tokens, rows = block_tokens(block), [member.row for member in block]
-    layers = model.skeleton.layers
-    left = variants_of(jobs, wanted)
-    asked = any(
-        mask.first_layer is None
-        for job, flags in wanted.items()
-        for mask, flag in zip(jobs[job].masks, flags, strict=True)
-        if flag
-    )
-    while left or asked:
-        needed = {variant.first_layer for variant in left}
-        clean = asked or not all(cache.has(rows, layer) for layer in needed)
-        count = next_wave(left, tokens, model.skeleton.width, layers, limits, clean=clean)
-        clean_layers = layers if asked else max(needed) if clean else None
-        taken, left = left[:count], left[count:]
-        later = needed if keep_clean else {variant.first_layer for variant in left}
-        yield Wave(
-            model,
-            jobs,
-            block,
-            taken,
-            clean_layers=clean_layers,
-            keep_at=frozenset(later),
-            cache=cache,
-            limits=limits,
-            scores=results,
-            account=account,
-        )
-        asked = False
+def _run_waves(setup: PassSetup, jobs: Sequence[Job], results: Sequence[Scores], block: PlannedBlock) -> None:
+    """Run the waves of a block one after the other."""
+    for plan in block.waves:
+        wave = Wave(setup, jobs, results, block.rows, plan)
+        for number, layer in setup.model.layers(range(plan.first_layer, setup.model.skeleton.layers)):
+            wave.step(number, layer)
+        wave.finish()
+        setup.after_step()
 
 
-def unit_gradients(
-    model: StreamedModel,
-    jobs: Sequence[Sequence[Row]],
-    choose: Sequence[Choose],
-    results: Sequence[UnitGradients],
-    *,
-    limits: SweepLimits,
-    cache: CleanCache,
-    masks: Sequence[Mask] | None = None,
-    after_block: AfterPiece = lambda: None,
-    account: Account = lambda cost: None,
-) -> None:
+def unit_gradients(setup: PassSetup, jobs: Sequence[GradientJob], results: Sequence[UnitGradients]) -> None:
     """Fill in the gradients of all jobs from two reads of the weights: forward with a cache, then backward.
 
-    No gradient of a weight is ever made: going back, one layer is run again from its cached input. A row's tokens
-    must each belong to one owner, an owner's tokens lie in one row, and rows have no stem. `choose[j]` maps option
-    log-probabilities [O] to which options [O] to differentiate; it is asked once all rows of a block are scored.
-    Rows whose owners are finished are left out; `after_block` is called when a block's are. With `masks`, one a job,
-    the model runs without their heads, whose own terms are then 0; the cache must hold no other run of these rows.
+    No gradient of a weight is ever made: going back, one layer is run again from its cached input. Rows whose
+    owners are finished are left out. Raises DoesNotFit where one row's residuals at all layers exceed the cache.
     """
-    removed = [Mask()] * len(jobs) if masks is None else masks
-    width, layers = model.skeleton.width, model.skeleton.layers
+    width, layers = setup.model.skeleton.width, setup.model.skeleton.layers
     members = [
-        BlockRow(number, row)
-        for number, rows in enumerate(jobs)
-        for row in rows
-        if not results[number].finished[row.owners].all()
+        BlockRow(index, row)
+        for index, job in enumerate(jobs)
+        for row in job.rows
+        if not results[index].finished[row.owners].all()
     ]
-    longest = max((len(member.row) for member in members), default=0)
-    if longest * layers * width * FLOAT_BYTES > limits.cache_bytes + limits.disk_bytes:
-        raise DoesNotFit(
-            f"the activations of a row of {longest} tokens take {longest * layers * width * FLOAT_BYTES} bytes, "
-            f"{limits.cache_bytes + limits.disk_bytes} of memory and disk are left; give more --memory or free the disk"
-        )
-    for block in row_blocks(members, width, layers, limits, keeps_clean=True):
-        batches = list(_batches_of(block, limits))
-        with torch.no_grad():
-            residuals = [embedded(model, member.row) for member in block]
-            for number, layer in model.layers(range(layers)):
-                for member, residual in zip(block, residuals, strict=True):
-                    cache.keep(member.row, number, residual)
-                for places in batches:
-                    here = [block[place] for place in places]
-                    cut = cut_of(removed, here, number, model)
-                    forward_step(model, layer, here, residuals, places, cut)
-                    tokens = sum(len(block[place].row) for place in places)
-                    account(SweepCost(tokens, tokens, tokens))
-        gradients = answer_gradients(model, block, residuals, results, choose)
-        del residuals
-        for number, layer in model.layers(range(layers - 1, -1, -1)):
-            for places in batches:
-                here = [block[place] for place in places]
-                entering = torch.cat([cache.get(member.row, number, model.device) for member in here])
-                leaving = torch.cat([gradients[place] for place in places])
-                cut = cut_of(removed, here, number, model)
-                before, terms = one_layer_back(model, layer, here, entering, leaving, cut)
-                add_by_owner(results, here, number, terms)
-                for place, part in zip(places, before.split([len(m.row) for m in here]), strict=True):
-                    gradients[place] = part
-                account(SweepCost(backward=len(before)))
+    _check_cache(members, width, layers, setup.limits)
+    cuts = LayerCuts(setup.model, jobs)
+    for block in row_blocks(members, width, layers, setup.limits, keeps_clean=True):
+        with setup.cache.holding([member.row for member in block]):
+            residuals = _forward(setup, jobs, block, cuts)
+            gradients = answer_gradients(setup.model, jobs, block, residuals, results)
+            del residuals
+            _backward(setup, jobs, block, cuts, gradients, results)
         for member in block:
             results[member.job].finished[member.row.owners] = True
-        after_block()
+        setup.after_step()
+
+
+def _check_cache(members: Sequence[BlockRow], width: int, layers: int, limits: SweepLimits) -> None:
+    """Raise DoesNotFit where the cache does not hold the longest row at every layer."""
+    longest = max((len(member.row) for member in members), default=0)
+    row_bytes = max(1, longest * width * FLOAT_BYTES)
+    if limits.cache_bytes // row_bytes + limits.disk_bytes // row_bytes < layers:
+        raise DoesNotFit(
+            f"the activations of a row of {longest} tokens take {row_bytes * layers} bytes, "
+            f"{limits.cache_bytes + limits.disk_bytes} of memory and disk are left; "
+            "give more --memory or free the disk"
+        )
+
+
+def _forward(setup: PassSetup, jobs: Sequence[GradientJob], block: Block, cuts: LayerCuts) -> list[Tensor]:
+    """Take a block's rows through all layers, keeping every layer's input; return the last residuals, [T, D] each."""
+    model, rows = setup.model, [member.row for member in block]
+    batches = list(row_batches(rows, setup.limits.micro_batch_tokens))
+    with torch.no_grad():
+        residuals = [embedded(model, row) for row in rows]
+        for number, layer in model.layers(range(model.skeleton.layers)):
+            for member, residual in zip(block, residuals, strict=True):
+                setup.cache.keep(member.row, number, residual, jobs[member.job].mask)
+            for batch in batches:
+                for part, cut in cuts.groups(number, block, batch):
+                    entering = torch.cat([residuals[index] for index in part])
+                    leaving = layer.run(entering, plain_segments(model, [rows[i] for i in part]), cut)
+                    for index, residual in zip(
+                        part, leaving.split([len(rows[i]) for i in part]), strict=True
+                    ):
+                        residuals[index] = residual
+                    tokens = len(entering)
+                    setup.account(SweepCost(tokens, tokens, 0 if cut.without_ffn else tokens))
+    return residuals
+
+
+def _backward(
+    setup: PassSetup,
+    jobs: Sequence[GradientJob],
+    block: Block,
+    cuts: LayerCuts,
+    gradients: list[Tensor],
+    results: Sequence[UnitGradients],
+) -> None:
+    """Take the gradients [T, D] of a block's rows back through all layers, adding up the terms of its units."""
+    model, rows = setup.model, [member.row for member in block]
+    batches = list(row_batches(rows, setup.limits.micro_batch_tokens))
+    for number, layer in model.layers(range(model.skeleton.layers - 1, -1, -1)):
+        for batch in batches:
+            for part, cut in cuts.groups(number, block, batch):
+                here = [block[index] for index in part]
+                entering = torch.cat(
+                    [setup.cache.get(m.row, number, model.device, jobs[m.job].mask) for m in here]
+                )
+                leaving = torch.cat([gradients[index] for index in part])
+                before, terms = one_layer_back(
+                    model, layer, [member.row for member in here], cut, entering, leaving
+                )
+                add_by_owner(results, here, number, terms)
+                for index, gradient in zip(part, before.split([len(m.row) for m in here]), strict=True):
+                    gradients[index] = gradient
+                setup.account(SweepCost(backward_tokens=len(before)))
+
+
+def _begin_anew(checkpoint: PassCheckpoint) -> None:
+    pass
 
 
 def score_heads(
-    model: StreamedModel,
+    setup: PassSetup,
     questions: HeadQuestions,
     results: HeadScores,
     *,
-    limits: SweepLimits,
-    begin: Callable[[Journey], None] = lambda journey: None,
-    after_layer: AfterPiece = lambda: None,
-    account: Account = lambda cost: None,
+    begin: Callable[[PassCheckpoint], None] = _begin_anew,
 ) -> None:
     """Fill in the scores of all heads from one read of the weights, or as many as there are blocks of rows that fit.
 
-    The rows go on as the clean run does. Rows that are finished are left out. `begin` is told of every block before it
-    starts, and may put in the place of its arrays what an earlier run left; on the CPU they always are what there is when
-    `after_layer` is called.
+    The rows continue as in the clean run. Rows that are finished are left out. `begin` is given the checkpoint of
+    every block before it starts, and may put into its arrays what an earlier run left; on the CPU they always are
+    what there is when `after_step` is called.
     """
-    layers = model.skeleton.layers
+    model = setup.model
+    left = [BlockRow(index, row) for index, row in enumerate(questions.rows) if not results.finished[index]]
     reader = HeadReader(model, questions, results)
-    left = [BlockRow(place, row) for place, row in enumerate(questions.rows) if not results.finished[place]]
-    for block in head_blocks(left, model.skeleton.width, layers, limits):
-        journey = Journey.of(block, model.skeleton.width)
-        begin(journey)
-        residuals = torch.from_numpy(journey.residuals).to(model.device)
+    for block in head_blocks(left, model.skeleton.width, model.skeleton.layers, setup.limits):
+        checkpoint = PassCheckpoint.of(block, model.skeleton.width)
+        begin(checkpoint)
+        residuals = torch.from_numpy(checkpoint.residuals).to(model.device)
         parts = residuals.split([len(member.row) for member in block])
-        first = int(journey.next_layer[0])
+        first = int(checkpoint.next_layer[0])
         if first == 0:
             for member, part in zip(block, parts, strict=True):
                 part.copy_(embedded(model, member.row))
-        for number, layer in model.layers(range(first, layers)):
+        for number, layer in model.layers(range(first, model.skeleton.layers)):
             with torch.no_grad():
                 reader.enter(number, layer)
-                for places in _batches_of(block, limits):
-                    here = [block[place] for place in places]
-                    entering = torch.cat([parts[place] for place in places])
-                    attended = layer.attend(entering, plain_segments(model, here), with_queries=True)
-                    reader.read(number, here, attended)
-                    account(SweepCost(attended=len(entering)))
-                    going_on = [place for place in places if questions.goes_on(block[place].job)]
-                    if number + 1 == layers or not going_on:
-                        continue
-                    leaving = layer.finish(entering, attended.z)
-                    account(SweepCost(projected=len(entering), fed=len(entering)))
-                    for place, part in zip(places, leaving.split([len(m.row) for m in here]), strict=True):
-                        if place in going_on:
-                            parts[place].copy_(part)
-            journey.next_layer[0] = number + 1
-            after_layer()
-        results.finished[journey.places] = True
+                _look_at_heads(setup, reader, block, parts)
+            checkpoint.next_layer[0] = number + 1
+            setup.after_step()
+        results.finished[checkpoint.row_indices] = True
 
 
-def _batches_of(block: Block, limits: SweepLimits) -> Iterator[list[int]]:
-    """Yield the places of a block that go through a layer together."""
-    one = np.zeros(1, dtype=np.int64)
-    work = ((place, one) for place in range(len(block)))
-    lengths = [len(member.row) for member in block]
-    for pieces in micro_batches(work, lengths, limits.micro_batch_tokens):
-        yield [piece.place for piece in pieces]
+def _look_at_heads(setup: PassSetup, reader: HeadReader, block: Block, residuals: Sequence[Tensor]) -> None:
+    """Score the heads of the layer that the reader is at on a block's rows [T, D], and take the rows through it."""
+    model, rows = setup.model, [member.row for member in block]
+    for batch in row_batches(rows, setup.limits.micro_batch_tokens):
+        here = [block[index] for index in batch]
+        entering = torch.cat([residuals[index] for index in batch])
+        segments = plain_segments(model, [rows[index] for index in batch])
+        attended = reader.layer.attend(entering, segments, with_queries=True)
+        reader.read(here, attended)
+        setup.account(SweepCost(attention_tokens=len(entering)))
+        continuing = [index for index in batch if reader.questions.continues(block[index].job)]
+        if reader.number + 1 == model.skeleton.layers or not continuing:
+            continue
+        leaving = reader.layer.finish(entering, attended.z)
+        setup.account(SweepCost(projection_tokens=len(entering), ffn_tokens=len(entering)))
+        for index, part in zip(batch, leaving.split([len(member.row) for member in here]), strict=True):
+            if index in continuing:
+                residuals[index].copy_(part)

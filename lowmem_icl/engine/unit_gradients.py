@@ -1,6 +1,6 @@
 """Gradients of units' outputs: what one layer gives on the way back, summed by the document that tokens belong to.
 
-Axis letters: N owners (documents), T tokens, L layers, H heads, O options, D width.
+Axis letters: N owners (documents), T tokens of a micro-batch, L layers, H heads, O options, D width.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,14 +11,31 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lowmem_icl.engine.cache import WHOLE_MODEL
+from lowmem_icl.engine.plain_rows import plain_segments
+from lowmem_icl.engine.removed_units import RemovedUnits
 from lowmem_icl.engine.schedule import BlockRow
 from lowmem_icl.masks.mask import Mask
-from lowmem_icl.model.layer import Cut, DecoderLayer, Segment, attention_mask
+from lowmem_icl.model.layer import DecoderLayer, LayerCut
 from lowmem_icl.model.streamed import StreamedModel
-from lowmem_icl.rows import Row
+from lowmem_icl.rows import Integers, Row
 
 Values = NDArray[np.float64]
 Choose = Callable[[Values], NDArray[np.bool_]]
+
+
+@dataclass(frozen=True, eq=False)
+class GradientJob:
+    """Rows of one task and what their gradients are taken of.
+
+    A row's tokens must each belong to one owner, an owner's tokens lie in one row, and rows have no stem.
+    `choose` maps option log-probabilities [O] to which options [O] to differentiate; it is asked once all rows of
+    a block are scored. `mask`: heads and FFNs that the model lacks; their own terms are 0.
+    """
+
+    rows: Sequence[Row]
+    choose: Choose
+    mask: Mask = WHOLE_MODEL
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +57,11 @@ class UnitGradients:
     finished: NDArray[np.bool_]
 
     @classmethod
-    def unmade(cls, owners: int, options: int, layers: int, heads: int) -> "UnitGradients":
-        """Return gradients that are all still to be made."""
-        of_heads, of_ffns = (owners, layers, heads), (owners, layers)
+    def empty(cls, owners: int, options: int, layers: int, heads: int) -> "UnitGradients":
+        """Return gradients of which none is made."""
+        by_head, by_ffn = (owners, layers, heads), (owners, layers)
         return cls(
-            np.zeros(of_heads), np.zeros(of_heads), np.zeros(of_ffns), np.zeros(of_ffns), np.zeros(options),
+            np.zeros(by_head), np.zeros(by_head), np.zeros(by_ffn), np.zeros(by_ffn), np.zeros(options),
             np.zeros(owners, dtype=np.bool_),
         )  # fmt: skip
 
@@ -53,94 +70,97 @@ class UnitGradients:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def embedded(model: StreamedModel, row: Row) -> Tensor:
-    """Return a row's residual at the first layer's input, [T, D]."""
-    return model.embed(torch.from_numpy(row.tokens), torch.from_numpy(row.positions))
+class LayerCuts:
+    """What each layer of each job's model lacks."""
 
+    def __init__(self, model: StreamedModel, jobs: Sequence[GradientJob]) -> None:
+        self._model = model
+        self._removed = RemovedUnits([job.mask for job in jobs])
 
-def plain_segments(model: StreamedModel, members: Sequence[BlockRow]) -> list[Segment]:
-    """Return the segments of rows without stems, each under one mask."""
-    return [
-        Segment(1, len(member.row), attention_mask(torch.from_numpy(member.row.ends).to(model.device)))
-        for member in members
-    ]
+    def groups(
+        self, number: int, block: Sequence[BlockRow], indices: Sequence[int]
+    ) -> list[tuple[list[int], LayerCut]]:
+        """Split rows of a block, by index, into those that have this layer's FFN and those that lack it.
 
-
-def forward_step(
-    model: StreamedModel,
-    layer: DecoderLayer,
-    members: Sequence[BlockRow],
-    residuals: list[Tensor],
-    places: Sequence[int],
-    cut: Cut,
-) -> None:
-    """Take rows, whose residuals [T, D] stand at `places`, through a layer together; `cut` removes heads from z."""
-    after = layer.run(torch.cat([residuals[place] for place in places]), plain_segments(model, members), cut)
-    for place, part in zip(places, after.split([len(member.row) for member in members]), strict=True):
-        residuals[place] = part
+        Each part comes with what its rows lack of the layer; a part without rows is left out.
+        """
+        heads = self._model.skeleton.heads
+        keep_heads, keep_ffn = self._removed.keep_tensors(number, heads)
+        groups = []
+        for has_ffn in (True, False):
+            part = [index for index in indices if keep_ffn[block[index].job] == has_ffn]
+            if not part:
+                continue
+            keep: Tensor | None = None
+            jobs = [block[index].job for index in part]
+            if keep_heads is not None and not keep_heads[jobs].all():
+                lengths = [len(block[index].row) for index in part]
+                keep = torch.from_numpy(np.repeat(keep_heads[jobs], lengths, axis=0)).to(self._model.device)
+            groups.append((part, LayerCut(keep, without_ffn=not has_ffn)))
+        return groups
 
 
 def answer_gradients(
     model: StreamedModel,
+    jobs: Sequence[GradientJob],
     block: Sequence[BlockRow],
     residuals: Sequence[Tensor],
     results: Sequence[UnitGradients],
-    choose: Sequence[Choose],
 ) -> list[Tensor]:
-    """Score a block's rows and return the gradients of the chosen log-probabilities at the last residuals, [T, D] each.
+    """Score a block's rows; return the gradients of the chosen log-probabilities at the last residuals, [T, D] each.
 
-    All rows go through the vocabulary together: its products have one size, however few places a row is read at.
+    All rows go through the vocabulary together: its products have one size, however few tokens a row is read at.
     """
     rows = [member.row for member in block]
     reads = [row.reads for row in rows]
-    at = [np.searchsorted(row.reads, row.read_at) for row in rows]
+    read_at = [np.searchsorted(row.reads, row.read_at) for row in rows]
     logprobs, _ = model.log_probabilities(
-        _at_places(model, residuals, reads), *_questions(model, reads, at, [row.targets for row in rows])
+        _at_reads(model, residuals, reads), *_questions(model, reads, read_at, [row.targets for row in rows])
     )
     ends = np.cumsum([len(row.targets) for row in rows])[:-1]
     for member, values in zip(block, np.split(logprobs.double().cpu().numpy(), ends), strict=True):
-        of_job = results[member.job].logprobs
-        of_job[member.row.answered] = 0
-        np.add.at(of_job, member.row.options, values)
-    chosen = {job: choose[job](results[job].logprobs) for job in {member.job for member in block}}
+        job_logprobs = results[member.job].logprobs
+        job_logprobs[member.row.answered] = 0
+        np.add.at(job_logprobs, member.row.options, values)
+    chosen = {job: jobs[job].choose(results[job].logprobs) for job in {member.job for member in block}}
     wanted = [chosen[member.job][member.row.options] for member in block]
     unique = [
         np.unique(row.read_at[flags], return_inverse=True) for row, flags in zip(rows, wanted, strict=True)
     ]
-    reads, at = [list(one) for one in zip(*unique, strict=True)]
+    reads, read_at = [list(part) for part in zip(*unique, strict=True)]
     targets = [row.targets[flags] for row, flags in zip(rows, wanted, strict=True)]
     gradients = [torch.zeros_like(residual) for residual in residuals]
     if sum(map(len, reads)):
         found = model.answer_gradient(
-            _at_places(model, residuals, reads), *_questions(model, reads, at, targets)
+            _at_reads(model, residuals, reads), *_questions(model, reads, read_at, targets)
         )
-        for gradient, places, part in zip(
-            gradients, reads, found.split([len(one) for one in reads]), strict=True
-        ):
-            gradient[torch.from_numpy(places).to(model.device)] = part
+        parts = found.split([len(row_reads) for row_reads in reads])
+        for gradient, row_reads, part in zip(gradients, reads, parts, strict=True):
+            gradient[torch.from_numpy(row_reads).to(model.device)] = part
     return gradients
 
 
-Places = NDArray[np.int64]
-
-
-def _at_places(model: StreamedModel, residuals: Sequence[Tensor], places: Sequence[Places]) -> Tensor:
-    """Return the residuals [T, D] of all rows at some places each, one after the other."""
+def _at_reads(model: StreamedModel, residuals: Sequence[Tensor], reads: Sequence[Integers]) -> Tensor:
+    """Return the residuals [T, D] of all rows at some tokens each, one row after the other."""
     return torch.cat(
         [
-            residual[torch.from_numpy(of_row).to(model.device)]
-            for residual, of_row in zip(residuals, places, strict=True)
+            residual[torch.from_numpy(row_reads).to(model.device)]
+            for residual, row_reads in zip(residuals, reads, strict=True)
         ]
     )
 
 
 def _questions(
-    model: StreamedModel, reads: Sequence[Places], at: Sequence[Places], targets: Sequence[Places]
+    model: StreamedModel,
+    reads: Sequence[Integers],
+    read_at: Sequence[Integers],
+    targets: Sequence[Integers],
 ) -> tuple[Tensor, Tensor]:
-    """Return where all rows' answers are read, counted through the places read of all rows, and their tokens."""
-    starts = np.cumsum([0, *(len(one) for one in reads)])[:-1]
-    read_at = np.concatenate([one + start for one, start in zip(at, starts, strict=True)])
-    return tuple(torch.from_numpy(array).to(model.device) for array in (read_at, np.concatenate(targets)))  # type: ignore[return-value]
+    """Return where all rows' answers are read, counted through the reads of all rows, and their tokens."""
+    starts = np.cumsum([0, *(len(row_reads) for row_reads in reads)])[:-1]
+    counted = np.concatenate([row + start for row, start in zip(read_at, starts, strict=True)])
+    on_device = [torch.from_numpy(array).to(model.device) for array in (counted, np.concatenate(targets))]
+    return on_device[0], on_device[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,36 +174,27 @@ class LayerTerms:
 def one_layer_back(
     model: StreamedModel,
     layer: DecoderLayer,
-    members: Sequence[BlockRow],
-    residual: Tensor,
+    rows: Sequence[Row],
+    cut: LayerCut,
+    entering: Tensor,
     gradient: Tensor,
-    cut: Cut,
 ) -> tuple[Tensor, LayerTerms]:
-    """Run a layer again with its graph, from residuals [T, D] and the gradient at its output, [T, D].
+    """Run a layer again with its graph, from the residual at its input and the gradient at its output, [T, D] each.
 
     Returns the gradient at its input, [T, D], and the terms of its units.
     """
     with torch.enable_grad():
-        entering = residual.requires_grad_()
-        leaving, z, ffn = layer.run_captured(entering, plain_segments(model, members), cut)
-        before, of_z, of_ffn = torch.autograd.grad(leaving, (entering, z, ffn), gradient)
+        residual = entering.requires_grad_()
+        run = layer.run_captured(residual, plain_segments(model, rows), cut)
+        wanted = [residual, run.z] if run.ffn is None else [residual, run.z, run.ffn]
+        before, z_gradient, *ffn_gradient = torch.autograd.grad(run.output, wanted, gradient)
     with torch.no_grad():
-        by_head = (z * of_z).unflatten(-1, (model.skeleton.heads, -1)).sum(-1).double().cpu().numpy()
-        by_ffn = (ffn * of_ffn).sum(-1).double().cpu().numpy()
+        heads = model.skeleton.heads
+        by_head = (run.z * z_gradient).unflatten(-1, (heads, -1)).sum(-1).double().cpu().numpy()
+        by_ffn = np.zeros(len(entering))
+        if run.ffn is not None:
+            by_ffn = (run.ffn * ffn_gradient[0]).sum(-1).double().cpu().numpy()
     return before, LayerTerms(by_head, by_ffn)
-
-
-def cut_of(masks: Sequence[Mask], members: Sequence[BlockRow], number: int, model: StreamedModel) -> Cut:
-    """Return what removes, in one layer, the heads of each row's job from z; `masks` are by job."""
-    heads = model.skeleton.heads
-    keep = np.ones((len(members), heads), dtype=np.float32)
-    for place, member in enumerate(members):
-        keep[place, list(masks[member.job].heads_in(number))] = 0
-    if keep.all():
-        return lambda z: z
-    of_tokens = torch.from_numpy(np.repeat(keep, [len(member.row) for member in members], axis=0))
-    on_device = of_tokens.to(model.device)
-    return lambda z: (z.unflatten(-1, (heads, -1)) * on_device[..., None]).flatten(-2)
 
 
 def add_by_owner(
@@ -195,8 +206,8 @@ def add_by_owner(
         result, row = results[member.job], member.row
         # An owner's tokens stand together; of every owner the first.
         owners, starts = np.unique(row.owners, return_index=True)
-        places = slice(start, start + len(row))
-        heads, ffn = terms.by_head[places], terms.by_ffn[places]
+        tokens = slice(start, start + len(row))
+        heads, ffn = terms.by_head[tokens], terms.by_ffn[tokens]
         result.head_signed[owners, number] = np.add.reduceat(heads, starts, axis=0)
         result.head_absolute[owners, number] = np.add.reduceat(np.abs(heads), starts, axis=0)
         result.ffn_signed[owners, number] = np.add.reduceat(ffn, starts)

@@ -6,13 +6,14 @@ empty by accelerate. No other module names a field of one architecture.
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
 from optimum.gptq.utils import get_block_name_with_pattern
 from optimum.utils import NormalizedConfigManager
 from torch import Tensor, nn
@@ -186,7 +187,15 @@ class Skeleton:
         """Width of a row of the unembedding."""
         return int(cast(Any, self.model).get_output_embeddings().weight.shape[1])
 
-    def outside_parameters(self) -> dict[str, tuple[int, ...]]:
+    def fill_non_layer(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Give the parameters outside the layers their weights; from then on `model` can embed and unembed."""
+        for name, tensor in tensors.items():
+            # The two vocabulary tables keep the source's precision, the rest is small and computes in float32.
+            value = tensor if tensor.shape[0] == self.vocabulary else tensor.float()
+            set_module_tensor_to_device(self.model, name, device, value=value, dtype=value.dtype)
+        self.model.tie_weights()
+
+    def non_layer_parameters(self) -> dict[str, tuple[int, ...]]:
         """Return names and shapes of all parameters outside the layers; a tied unembedding is not named again."""
         return {
             name: tuple(value.shape)

@@ -10,7 +10,7 @@ Axis letters: N tokens of a micro-batch, V variants (a row under one mask each),
 stem, D width, H heads, d head width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -109,11 +109,33 @@ class _RowAttention:
         self.values: Tensor | None = None
 
 
-Cut = Callable[[Tensor], Tensor]
+@dataclass(frozen=True, eq=False)
+class LayerCut:
+    """What a layer lacks: keep_heads [N, H] of 0 and 1 by token, None where all are there; and its FFN."""
+
+    keep_heads: Tensor | None = None
+    without_ffn: bool = False
+
+    def apply(self, z: Tensor) -> Tensor:
+        """Return z [N, D] without the slices of removed heads."""
+        if self.keep_heads is None:
+            return z
+        return (z.unflatten(-1, (self.keep_heads.shape[1], -1)) * self.keep_heads[..., None]).flatten(-2)
 
 
-def _uncut(z: Tensor) -> Tensor:
-    return z
+WHOLE = LayerCut()
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedRun:
+    """A layer's output, z before any head is cut, and the FFN's output, [N, D] each, parts of one autograd graph.
+
+    ffn: None where the FFN is removed.
+    """
+
+    output: Tensor
+    z: Tensor
+    ffn: Tensor | None
 
 
 class DecoderLayer:
@@ -219,28 +241,29 @@ class DecoderLayer:
         module = self._without_ffn if without_ffn else self._finishing
         return module(residual[None], attention_mask=z[None])[0]
 
-    def run(self, residual: Tensor, segments: Sequence[Segment], cut: Cut = _uncut) -> Tensor:
-        """Return the output of the whole layer, [N, D]; `cut` maps z to what is left of it."""
-        return self.finish(residual, cut(self.attend(residual, segments).z))
+    def run(self, residual: Tensor, segments: Sequence[Segment], cut: LayerCut = WHOLE) -> Tensor:
+        """Return the output of the whole layer, [N, D], without what is cut."""
+        z = self.attend(residual, segments).z
+        return self.finish(residual, cut.apply(z), without_ffn=cut.without_ffn)
 
     def run_captured(
-        self, residual: Tensor, segments: Sequence[Segment], cut: Cut = _uncut
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the output, z before it is cut and the FFN's output, [N, D] each, as parts of one autograd graph."""
-        seen: list[Tensor] = []
+        self, residual: Tensor, segments: Sequence[Segment], cut: LayerCut = WHOLE
+    ) -> CapturedRun:
+        """Run the whole layer, [N, D], without what is cut, and keep its units' outputs for gradients."""
+        captured: list[Tensor] = []
 
         def keep_ffn(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
             # The reshaped tensor goes on into the graph, so that gradients reach what was captured.
-            seen.append(output.view(residual.shape))
-            return seen[-1].view(output.shape)
+            captured.append(output.view(residual.shape))
+            return captured[-1].view(output.shape)
 
         handle = self._ffn_output.register_forward_hook(keep_ffn)
         try:
             z = self.attend(residual, segments).z
-            output = self.finish(residual, cut(z))
+            output = self.finish(residual, cut.apply(z), without_ffn=cut.without_ffn)
         finally:
             handle.remove()
-        return output, z, seen[0]
+        return CapturedRun(output, z, captured[0] if captured else None)
 
 
 def _with_stand_ins(layer: nn.Module, stand_ins: Mapping[str, nn.Module]) -> nn.Module:
@@ -273,6 +296,27 @@ def cut_heads(z: Tensor, keep_heads: Tensor) -> Tensor:
     return (by_head * keep_heads[:, None, :, None]).flatten(-2)
 
 
+# Arguments of attention functions that change nothing here, and why.
+HARMLESS_ARGUMENTS = {
+    "position_ids": "positions are in the queries and keys, or in the residual, before attention is called",
+    "cache_position": "no keys are cached between calls",
+    "use_cache": "no keys are cached between calls",
+    "output_attentions": "the weights are given as None, which a layer hands through unread",
+    "is_causal": "the mask of each row says what its tokens see",
+}
+
+
+def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
+    """Raise NotImplementedError naming an argument that means something and that is not handled."""
+    for name, value in arguments.items():
+        if value is None or name in HARMLESS_ARGUMENTS or (name == "dropout" and not value):
+            continue
+        raise NotImplementedError(
+            f"attention argument '{name}' = {value!r:.80}: this layer asks for an attention that is not implemented; "
+            f"implement it in {__name__}, or list it among its harmless arguments with the reason"
+        )
+
+
 def _attention_by_row(
     module: nn.Module,
     query: Tensor,
@@ -281,22 +325,22 @@ def _attention_by_row(
     attention_mask: _RowAttention,
     *,
     scaling: float,
-    dropout: float = 0.0,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attend within every row of a micro-batch: query, key, value [1, H, N, d] to [1, N, H, d].
 
     What a row gets does not depend on the other segments: it is one call of torch's attention on its own tokens.
     """
+    _refuse_unknown(others)
     attention_mask.keys, attention_mask.values = key[0], value[0]
     if attention_mask.with_queries:
         attention_mask.queries = query[0] * scaling
     outputs = []
     start = 0
     for segment in attention_mask.segments:
-        places = slice(start, start + segment.size)
+        part = slice(start, start + segment.size)
         q, k, v = (
-            states[0, :, places].unflatten(1, (segment.variants, segment.tokens)).transpose(0, 1)
+            states[0, :, part].unflatten(1, (segment.variants, segment.tokens)).transpose(0, 1)
             for states in (query, key, value)
         )
         queries, keys = segment.mask.shape

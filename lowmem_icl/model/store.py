@@ -27,7 +27,8 @@ from lowmem_icl.system.progress import Advance
 
 STORE_FORMAT: Literal["lowmem-icl-store/1"] = "lowmem-icl-store/1"
 MANIFEST = "manifest.json"
-OUTSIDE = "outside.safetensors"
+NON_LAYER = "outside.safetensors"
+"""What lies outside the layers; the file keeps the name of older stores, so that these stay readable."""
 
 Weights = Literal["int8", "bfloat16", "float32"]
 
@@ -141,7 +142,7 @@ def open_store(folder: Path) -> Store:
             f"{folder / MANIFEST}: field '{place}': {first['msg']}; expected a store of format {STORE_FORMAT}"
         ) from error
     store = Store(folder, manifest, folder / "tokenizer")
-    expected = {layer_file(layer) for layer in range(store.skeleton.layers)} | {OUTSIDE}
+    expected = {layer_file(layer) for layer in range(store.skeleton.layers)} | {NON_LAYER}
     for name in sorted(expected - manifest.files.keys()):
         raise InputError(f"{folder / MANIFEST}: file '{name}' is not listed; convert again")
     for name, file in manifest.files.items():

@@ -1,17 +1,18 @@
 """A model whose layers come from a store one after the other; what lies outside the layers stays in memory."""
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
-from accelerate.utils import set_module_tensor_to_device
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from lowmem_icl.model.families import Skeleton
 from lowmem_icl.model.int8 import FIXED_ROWS, matmul_in_fixed_rows
 from lowmem_icl.model.layer import DecoderLayer
 from lowmem_icl.model.reading import LayerReader
-from lowmem_icl.model.store import OUTSIDE, Store
+from lowmem_icl.model.store import NON_LAYER, Store
 from lowmem_icl.system.allocator import keep_freed_memory
 
 VOCABULARY_BLOCK = 2048
@@ -29,15 +30,12 @@ class StreamedModel:
     def __init__(self, store: Store, *, device: torch.device, resident_bytes: int) -> None:
         keep_freed_memory()
         self.store = store
-        self.skeleton = store.skeleton
+        # Its own, since it holds weights: a store, and another model of it, are never written to.
+        self.skeleton = Skeleton(copy.deepcopy(store.skeleton.config))
         self.device = device
         self._layer = DecoderLayer(self.skeleton, store.manifest.weights, device)
         self._reader = LayerReader(store.layer_paths, resident_layers(store, resident_bytes), device)
-        for name, tensor in load_file(store.folder / OUTSIDE).items():
-            # The two vocabulary tables keep the source's precision, the rest is small and computes in float32.
-            value = tensor if tensor.shape[0] == self.skeleton.vocabulary else tensor.float()
-            set_module_tensor_to_device(self.skeleton.model, name, device, value=value, dtype=value.dtype)
-        self.skeleton.model.tie_weights()
+        self.skeleton.fill_non_layer(load_file(store.folder / NON_LAYER), device)
         self._unembedding: Tensor = self.skeleton.model.get_output_embeddings().weight.detach()
 
     def __enter__(self) -> "StreamedModel":

@@ -1,0 +1,44 @@
+"""What every pass over the layers works with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lowmem_icl.engine.cache import CleanCache
+from lowmem_icl.engine.cost import SweepCost
+from lowmem_icl.engine.schedule import SweepLimits
+from lowmem_icl.model.streamed import StreamedModel
+
+Account = Callable[[SweepCost], None]
+AfterStep = Callable[[], None]
+
+
+def _ignore_cost(cost: SweepCost) -> None:
+    pass
+
+
+def _go_on() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class PassSetup:
+    """The model, what a pass may use, and who hears of it.
+
+    `cache` must hold as much as `limits` say: schedules rely on it. `account` is told of everything that is
+    computed, `after_step` called when a wave (sweeps), a block (gradients) or a layer (scores of heads) is whole;
+    an error that it raises stops the pass, and what is whole by then stays.
+    """
+
+    model: StreamedModel
+    limits: SweepLimits
+    cache: CleanCache
+    account: Account = _ignore_cost
+    after_step: AfterStep = _go_on
+
+    def __post_init__(self) -> None:
+        promised = (self.limits.cache_bytes, self.limits.disk_bytes)
+        given = (self.cache.memory_bytes, self.cache.disk_bytes)
+        if given[0] < promised[0] or given[1] < promised[1]:
+            raise ValueError(
+                f"cache: expected one of at least {promised} bytes of memory and disk as the limits say, got {given}"
+            )
