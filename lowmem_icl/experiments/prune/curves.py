@@ -10,7 +10,6 @@ from lowmem_icl.engine.answers import Scores
 from lowmem_icl.experiments.evaluate.stage import CHUNK
 from lowmem_icl.experiments.prune import measure, rescoring
 from lowmem_icl.experiments.prune.points import (
-    CLEAN,
     CurveOptions,
     CurvePoint,
     CurveRankings,
@@ -18,6 +17,7 @@ from lowmem_icl.experiments.prune.points import (
     curve_points,
 )
 from lowmem_icl.masks.mask import Mask, all_ffns
+from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.masks.rankings import RankingKey, mean_of_ranks
 from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.session.prepare import Prepared

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowmem_icl.experiments.prune.points import CLEAN, CurvePoint, TaskShots
+from lowmem_icl.experiments.prune.points import CurvePoint, TaskShots
+from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.session.result import task_fields
 from lowmem_icl.statistics.intervals import means_with_intervals
 from lowmem_icl.tables.blocks import Block

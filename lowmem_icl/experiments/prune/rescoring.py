@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from lowmem_icl.experiments.importance.stage import scores_of
-from lowmem_icl.experiments.prune.points import CLEAN, LEVELS, CurvePoint, CurveRankings, TaskShots
+from lowmem_icl.experiments.prune.points import LEVELS, CurvePoint, CurveRankings, TaskShots
 from lowmem_icl.masks.mask import Mask
-from lowmem_icl.masks.naming import mask_name
+from lowmem_icl.masks.naming import CLEAN, mask_name
 from lowmem_icl.masks.rankings import RankingKey, lowest_heads, removed_count
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import Values
