@@ -12,7 +12,8 @@ from typing import Any
 import polars as pl
 
 from lowmem_icl import __version__
-from lowmem_icl.cli.terminal import Terminal, show_plan
+from lowmem_icl.cli.plan import show_plan
+from lowmem_icl.cli.terminal import Terminal
 from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.experiments.order import run_stages
 from lowmem_icl.masks.files import MaskFile, check_fits, write_mask

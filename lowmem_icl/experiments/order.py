@@ -64,7 +64,7 @@ def run_importance(work: Work, gathered: Gathered) -> None:
             ):
                 base = {"task": AGGREGATE, "shots": shots, "split": "train", "documents": documents}
                 columns += importance.unit_columns(base, metric, {"value": of_heads}, {"value": of_ffns})
-            raw = work.options.choices.aggregate_of_raw_scores
+            raw = work.options.protocol_choices.aggregate_of_raw_scores
             key = RankingKey(AGGREGATE, shots, "gradient")
             gathered.rankings[key] = mean_of_scores(heads) if raw else ranks
             gathered.ffn_rankings[key] = mean_of_scores(ffns) if raw else ffn_ranks

@@ -154,9 +154,9 @@ def planned_sweeps(
             yield PlannedSweep([Job(rows, (Mask(), *masks)) for rows in chunk.rows.values()], part=part)
     elif experiment == "ablate":
         every = ablation_masks(layers, heads)
-        if options.screen is not None and options.chosen_exact < len(every) - 1:
+        if options.screen is not None and options.resolved_exact < len(every) - 1:
             # Which ones is not known yet: as many, spread over all layers.
-            places = np.linspace(1, len(every) - 1, options.chosen_exact).round().astype(int)
+            places = np.linspace(1, len(every) - 1, options.resolved_exact).round().astype(int)
             every = (Mask(), *(every[place] for place in places))
         for chunk in laid.ablate:
             part = f"ablate-{chunk.documents.start:06d}"
@@ -202,7 +202,7 @@ def _curve_sweeps(options: RunOptions, prepared: Prepared, laid: Laid) -> Iterat
     keys = [
         RankingKey(name, shots, method)
         for name in names
-        for shots in options.chosen_shots
+        for shots in options.resolved_shots
         for method in ("gradient", "ablation")
     ]
     rng = np.random.default_rng(0)

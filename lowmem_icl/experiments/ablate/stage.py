@@ -86,7 +86,7 @@ def _choice(work: Work, gathered: Gathered, task: TaskRows, units: Sequence[Unit
         [scores.attribution_heads.reshape(len(scores.attribution_heads), -1), scores.attribution_ffns], axis=1
     )
     estimates, errors = ablate.estimated_drops(by_document)
-    exact, drawn = ablate.screened(estimates, errors, work.options.chosen_exact, work.options.seed)
+    exact, drawn = ablate.screened(estimates, errors, work.options.resolved_exact, work.options.seed)
     return _Choice(exact, drawn, estimates, errors)
 
 

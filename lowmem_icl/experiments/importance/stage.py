@@ -73,5 +73,5 @@ def importance_of(
     return importance.importance(
         task,
         *(arrays[f"{number}.{name}"] for name in FIELDS),
-        last_layer_by_continuation=work.options.choices.last_layer_by_continuation,
+        last_layer_by_continuation=work.options.protocol_choices.last_layer_by_continuation,
     )

@@ -39,7 +39,7 @@ SEQUENCES_NAME = "random-sequences"
 
 def copying_form(options: RunOptions) -> CopyingForm:
     """Return how copying is scored."""
-    if options.choices.copying_of_own_token:
+    if options.protocol_choices.copying_of_own_token:
         return REFERENCE_COPYING
     chosen = options.copying_with
     return CopyingForm("norm" in chosen, "softmax" in chosen, "bias" in chosen)
@@ -53,7 +53,7 @@ def head_questions(options: RunOptions, prepared: Prepared) -> HeadQuestions:
         tuple(stem_of(tokens.tolist()) for tokens in sequences.unrepeated),
         sequences.base_tokens,
         copying_form(options),
-        spurious=options.choices.spurious_prefix_entries,
+        spurious=options.protocol_choices.spurious_prefix_entries,
     )
 
 

@@ -52,7 +52,7 @@ def points_of(options: RunOptions, tasks: Sequence[TaskRows], rankings: Rankings
                 TaskShots(task.task, task.shots),
                 options.curves,
                 rankings,
-                options.chosen_shots,
+                options.resolved_shots,
                 options.random_draws,
                 options.seed,
             )
@@ -84,11 +84,11 @@ def _with_means(rows: list[Row]) -> list[Row]:
 def _rankings(work: Work, gathered: Gathered) -> Rankings:
     """Return what there is to prune by; FFNs by the oracle where each was removed alone, else by their gradients."""
     exact = {key: scores for key, scores in gathered.ffn_rankings.items() if key.method == "ablation"}
-    if work.options.choices.ffns_by_evaluation and exact:
+    if work.options.protocol_choices.ffns_by_evaluation and exact:
         exact = _ffns_by_evaluation(work)
     ffns = dict(gathered.ffn_rankings) | exact
     method = "ablation" if exact else "gradient"
-    for shots in work.options.chosen_shots if exact else ():
+    for shots in work.options.resolved_shots if exact else ():
         members = [scores for key, scores in exact.items() if key.shots == shots and in_domain(key.task)]
         if len(members) > 1:
             ffns[RankingKey(AGGREGATE, shots, method)] = mean_of_ranks(members)
@@ -146,7 +146,7 @@ def _made_masks(
     train = {(task.task, task.shots): len(task.documents) for task in work.prepared.train}
     documents = {
         shots: sum(count for (_, of), count in train.items() if of == shots)
-        for shots in work.options.chosen_shots
+        for shots in work.options.resolved_shots
     }
     made: dict[str, MadeMask] = {}
     for task, of_task in zip(work.prepared.curves, points, strict=True):

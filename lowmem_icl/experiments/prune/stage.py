@@ -100,7 +100,7 @@ def _search_masks(work: Work, gathered: Gathered) -> tuple[list[MadeMask], list[
     groups: dict[str, tuple[str, int, list[int]]] = {}
     for place, task in enumerate(tasks):
         groups[mask_name("greedy", task.task, task.shots)] = (task.task, task.shots, [place])
-    for shots in options.chosen_shots:
+    for shots in options.resolved_shots:
         places = [place for place, task in enumerate(tasks) if task.shots == shots and in_domain(task.task)]
         if len(places) > 1:
             groups[mask_name("greedy", AGGREGATE, shots)] = (AGGREGATE, shots, places)
