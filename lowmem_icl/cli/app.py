@@ -1,6 +1,7 @@
 """Flags to options to calls: the commands, their help and their exit codes; no logic of its own.
 
-torch and transformers are imported by the commands that need them, so that `--help` stays quick.
+torch and transformers are imported by the commands that need them, so that `--help` stays quick, and after the
+options were checked, so that a mistyped one is reported at once.
 """
 
 import json
@@ -71,13 +72,14 @@ def run(given: GivenOptions, quiet: QuietOption = False, as_json: JsonOption = F
 
     lowmem-icl run --model facebook/opt-1.3b --tasks piqa,copa --limit 64
     """
+    options = given.checked()
     from lowmem_icl.cli.tables import show_summary
     from lowmem_icl.cli.terminal import Terminal
     from lowmem_icl.report.numbers import summary
     from lowmem_icl.run import run as run_everything
 
     terminal = Terminal(quiet)
-    finished = run_everything(given.checked(), terminal)
+    finished = run_everything(options, terminal)
     if as_json:
         _print_json(summary(finished.folder))
     else:
@@ -94,6 +96,7 @@ def plan(given: GivenOptions, quiet: QuietOption = False, as_json: JsonOption = 
 
     lowmem-icl plan --model facebook/opt-66b --memory 12GB
     """
+    options = given.checked()
     from lowmem_icl.cli.plan import show_plan
     from lowmem_icl.cli.terminal import Terminal
     from lowmem_icl.planning.costs import lay_out
@@ -101,7 +104,6 @@ def plan(given: GivenOptions, quiet: QuietOption = False, as_json: JsonOption = 
     from lowmem_icl.session.prepare import prepare
 
     terminal = Terminal(quiet)
-    options = given.checked()
     prepared = prepare(options)
     planned = make_plan(options, prepared, lay_out(options, prepared), hours=options.hours)
     if as_json:
@@ -139,6 +141,7 @@ def convert(
 
     lowmem-icl convert facebook/opt-66b --delete-shards
     """
+    options = given.checked(model=source)
     from lowmem_icl.cli.convert import convert_model, verify_files
     from lowmem_icl.cli.terminal import Terminal
 
@@ -146,7 +149,7 @@ def convert(
     if verify:
         verify_files(Path(source), terminal)
     else:
-        convert_model(given.checked(model=source), store, terminal, delete_shards=delete_shards)
+        convert_model(options, store, terminal, delete_shards=delete_shards)
 
 
 @app.command()
@@ -162,15 +165,16 @@ def evaluate(
 ) -> None:
     """Score the tasks clean and under each --mask, in a run folder of its own.
 
-    lowmem-icl evaluate --mask masks/greedy-recall-16shot.json --tasks recall
+    lowmem-icl evaluate --mask masks/demo/greedy-recall-16shot.json --shots 16
     """
+    options = given.checked(experiments=("evaluate",))
     from lowmem_icl.cli.tables import show_evaluation
     from lowmem_icl.cli.terminal import Terminal
     from lowmem_icl.experiments.evaluate.masks_given import evaluate_masks
     from lowmem_icl.report.numbers import summary
 
     terminal = Terminal(quiet)
-    finished = evaluate_masks(given.checked(experiments=("evaluate",)), mask, terminal)
+    finished = evaluate_masks(options, mask, terminal)
     if as_json:
         _print_json(summary(finished.folder))
     else:
@@ -208,8 +212,11 @@ def prompts(
         typer.Argument(help="A task's name, lm-eval:NAME, or a path to JSON lines.", show_default=False),
     ],
     shots: Annotated[
-        int, typer.Option(help="Number of demonstrations.", metavar="N", min=0, rich_help_panel=Group.TASKS)
-    ] = 0,
+        str,
+        typer.Option(
+            help="Numbers of demonstrations, comma-separated.", metavar="LIST", rich_help_panel=Group.TASKS
+        ),
+    ] = "0",
     count: Annotated[int, typer.Option(help="How many documents to show.", metavar="N", min=1)] = 2,
     as_json: JsonOption = False,
 ) -> None:
@@ -217,10 +224,11 @@ def prompts(
 
     lowmem-icl prompts wsc --model facebook/opt-1.3b --shots 1
     """
+    options = given.checked(tasks=(task,), shots=shots)
     from lowmem_icl.cli.prompts import prompt_entries, show_prompts
     from lowmem_icl.cli.terminal import plain_console
 
-    entries = prompt_entries(given.checked(tasks=(task,), shots=(shots,)), count)
+    entries = prompt_entries(options, count)
     if as_json:
         _print_json(entries)
     else:

@@ -1,7 +1,7 @@
 """The options of a run: every option once, checked in one way, whether given by a flag or in a TOML file.
 
-`fields` holds the options, `forms` what values they take, in checks and in words; `reading` goes from what was
-given to checked options.
+`fields` holds the options, `forms` what values they take, in checks and in words; `reading` merges and checks
+what was given.
 """
 
 from lowmem_icl.options.fields import (

@@ -37,7 +37,8 @@ def run_options(
     """Return checked options: those of flags, else of a TOML file, else the defaults.
 
     Flags that are None were not given. known: the options that a command takes; others in the file are for
-    other commands. Raises InputError naming the first bad option, what was expected, what was got and what to do.
+    other commands. Raises InputError naming the first bad option, what was expected, what was got and what
+    to do.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     configured = {} if config is None else read_config(config)
