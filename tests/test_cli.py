@@ -227,6 +227,25 @@ def test_names_are_never_markup_in_prompts(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out.count(NAME) == 3
 
 
+def test_prompts_show_the_first_documents_of_the_run_that_takes_the_same_options(tmp_path: Path) -> None:
+    shared = [
+        "--shots",
+        "0,4",
+        "--demonstrations",
+        "shared",
+        "--limit",
+        12,
+        "--store-dir",
+        tmp_path,
+        "--json",
+    ]
+    few, whole = (
+        json.loads(invoke("prompts", "recall", "--count", count, *shared).stdout) for count in (3, 12)
+    )
+    assert [entry["shots"] for entry in few] == [0, 0, 0, 4, 4, 4]
+    assert few == whole[:3] + whole[12:15]
+
+
 def write_masks(folder: Path) -> tuple[Path, Path]:
     model = MaskModel(id=NAME, model_type="opt", layers=2, heads=3, digest="d")
     masks = {"left": Mask(frozenset({(0, 1), (1, 2)})), "right": Mask(frozenset({(0, 1)}), frozenset({1}))}
@@ -287,23 +306,30 @@ def test_mask_commands_report_errors_as_all_commands_do(tmp_path: Path) -> None:
 
 
 def test_options_reach_a_command_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen: list[tuple[RunOptions, tuple[Path, ...]]] = []
+    seen: list[RunOptions] = []
 
-    def record(options: RunOptions, masks: list[Path], *_: Any, **__: Any) -> SimpleNamespace:
-        seen.append((options, tuple(masks)))
+    def record(options: RunOptions, *_: Any, **__: Any) -> SimpleNamespace:
+        seen.append(options)
         return SimpleNamespace(folder=tmp_path)
 
-    monkeypatch.setattr("lowmem_icl.experiments.evaluate.masks_given.evaluate_masks", record)
+    monkeypatch.setattr("lowmem_icl.run.run", record)
     monkeypatch.setattr("lowmem_icl.report.numbers.summary", lambda folder: {"folder": str(folder)})
     config = tmp_path / "paper.toml"
     config.write_text("limit = 8\nrescore = true\nbos = true\nseed = 5\n")
-    result = invoke(
-        "evaluate", "--mask", "a.json", "--mask", "b.json", "--config", config, "--no-bos", "--json"
-    )
+    left, right = write_masks(tmp_path / "masks")
+    arguments = ["--mask", left, "--mask", right, "--config", config, "--no-bos"]
+    result = invoke("evaluate", *arguments, "--json")
     assert result.exit_code == 0, result.output
-    options, masks = seen[0]
-    assert options == RunOptions(experiments=("evaluate",), limit=8, bos=False, seed=5)
-    assert masks == (Path("a.json"), Path("b.json"))
+    assert invoke("evaluate", *arguments, "--out", tmp_path / "own", "--json").exit_code == 0
+    default, named = seen
+    assert default.out is not None
+    assert default.out.name.startswith("evaluate-demo-")
+    expected = RunOptions(experiments=("evaluate",), limit=8, bos=False, seed=5)
+    assert default.model_copy(update={"out": None}) == expected
+    assert named == expected.model_copy(update={"out": tmp_path / "own"})
+    twice = invoke("evaluate", "--mask", left, "--mask", left)
+    assert twice.exit_code == 2
+    assert "another mask is named 'left' too" in twice.stderr
 
 
 def test_amounts_are_short() -> None:

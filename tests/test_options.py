@@ -75,7 +75,8 @@ def test_options_that_do_not_go_together_are_refused_by_their_flags() -> None:
 def test_text_and_toml_values_are_the_same_options(tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     config.write_text(
-        'tasks = ["recall", "a,b"]\nshots = [4, 0]\ntrain-limit = 8\nmemory = "2GB"\nbos = false\nout = "~/run"\n'
+        'tasks = ["recall", "a,b"]\nshots = [4, 0]\ntrain-limit = 8\n'
+        'memory = "2GB"\nbos = false\nout = "~/run"\n'
     )
     options = run_options({"limit": "16", "curves": "", "tolerance": "0.5"}, config)
     assert options.tasks == ("recall", "a,b")

@@ -1,7 +1,7 @@
 """Flags to options to calls: the commands, their help and their exit codes; no logic of its own.
 
-torch and transformers are imported by the commands that need them, so that `--help` stays quick, and after the
-options were checked, so that a mistyped one is reported at once.
+torch and transformers are imported by the commands that need them, so that `--help` stays quick, and after
+the options were checked, so that a mistyped one is reported at once.
 """
 
 import json
@@ -168,13 +168,16 @@ def evaluate(
     lowmem-icl evaluate --mask masks/demo/greedy-recall-16shot.json --shots 16
     """
     options = given.checked(experiments=("evaluate",))
+    from lowmem_icl.cli.evaluate import read_masks, with_folder
+
+    mask_files = read_masks(mask)
     from lowmem_icl.cli.tables import show_evaluation
     from lowmem_icl.cli.terminal import Terminal
-    from lowmem_icl.experiments.evaluate.masks_given import evaluate_masks
     from lowmem_icl.report.numbers import summary
+    from lowmem_icl.run import run as run_everything
 
     terminal = Terminal(quiet)
-    finished = evaluate_masks(options, mask, terminal)
+    finished = run_everything(with_folder(options, mask_files), terminal, mask_files)
     if as_json:
         _print_json(summary(finished.folder))
     else:
