@@ -273,6 +273,16 @@ def test_mask_commands_print_names_as_they_are(tmp_path: Path) -> None:
     assert "0.333" in invoke("masks", "compare", left, right).stdout
 
 
+def test_names_that_are_not_utf8_are_printed_escaped(tmp_path: Path) -> None:
+    folder = tmp_path / "masks \udcff"
+    left, right = write_masks(folder)
+    told = invoke("masks", "show", left)
+    assert told.exit_code == 0, told.output
+    assert "masks \\udcff" in told.stdout
+    assert "masks \\udcff" in invoke("masks", "list", folder, "--json").stdout
+    assert invoke("masks", "combine", left, right, "--out", folder / "both.json").exit_code == 0
+
+
 def test_masks_are_combined_into_files_that_can_be_read(tmp_path: Path) -> None:
     left, right = write_masks(tmp_path)
     for operation, heads, ffns in (("union", 2, 1), ("intersection", 1, 0), ("difference", 1, 0)):

@@ -1,5 +1,6 @@
 """What becomes of errors and stops on the command line: one line for people, an exit code for scripts."""
 
+import io
 import logging
 import os
 import signal
@@ -39,6 +40,7 @@ def _reporting(command: Callable[P, R], stopped: str) -> Callable[P, R]:
     @wraps(command)
     def wrapped(*arguments: P.args, **named: P.kwargs) -> R:
         _quiet_libraries()
+        _print_any_name()
         try:
             with _sigterm_raises():
                 return command(*arguments, **named)
@@ -70,6 +72,12 @@ def _sigterm_raises() -> Iterator[None]:
 def _fail(message: str, code: int) -> NoReturn:
     print("lowmem-icl: " + message.replace("\n", " "), file=sys.stderr)
     raise typer.Exit(code)
+
+
+def _print_any_name() -> None:
+    """Let stdout print names of files that are not UTF-8, escaped, as stderr does."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _quiet_libraries() -> None:
