@@ -1,18 +1,24 @@
 """The whole story of a run in order: check, plan, stages, tables, masks, page; continued where it stopped."""
 
-import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+<<<<<<< HEAD
+=======
+import polars as pl
+
+from lowmem_icl import __version__
+from lowmem_icl.cli.plan import show_plan
+from lowmem_icl.cli.terminal import Terminal
+>>>>>>> wt-B
 from lowmem_icl.engine.cache import CleanCache
-from lowmem_icl.errors import InputError
 from lowmem_icl.experiments.order import run_stages
-from lowmem_icl.masks.files import MaskFile, check_fits, read_mask
+from lowmem_icl.masks.files import MaskFile, check_fits
 from lowmem_icl.masks.naming import check_names
 from lowmem_icl.model.int8 import slow_product_note
 from lowmem_icl.model.streamed import StreamedModel
@@ -20,7 +26,7 @@ from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.plan import Plan, check_memory, make_plan
 from lowmem_icl.report.page import write_report
 from lowmem_icl.session.folder import RunFolder, check_output, open_folder
-from lowmem_icl.session.identity import identity_of, run_folder
+from lowmem_icl.session.identity import identity_of
 from lowmem_icl.session.prepare import Prepared, prepare, with_store
 from lowmem_icl.session.publish import Publisher
 from lowmem_icl.session.result import StageResult
@@ -120,26 +126,3 @@ def _run_stages(
                 publisher.write_record()
                 started, read_bytes = time.monotonic(), model.read_bytes
             publisher.publish_if_due()
-
-
-def evaluate_masks(options: RunOptions, paths: Sequence[Path], audience: Audience = Audience()) -> RunOutcome:
-    """Score the tasks clean and under every mask file, in a run folder of its own.
-
-    Raises InputError where a file is no mask, is given twice, or is for another shape of model.
-    """
-    if not paths:
-        raise InputError("--mask: expected at least one mask file")
-    files: dict[str, MaskFile] = {}
-    for path in paths:
-        mask_file = read_mask(path)
-        if mask_file.name in files:
-            raise InputError(f"--mask {path}: a mask named '{mask_file.name}' was given before; rename one")
-        files[mask_file.name] = mask_file
-    if options.out is None:
-        texts = "".join(mask_file.to_json() for mask_file in files.values())
-        fingerprint = hashlib.sha256(texts.encode()).hexdigest()[:8]
-        folder = run_folder(options)
-        options = options.model_copy(
-            update={"out": folder.with_name(f"evaluate-{folder.name}-{fingerprint}")}
-        )
-    return run(options, audience, files)

@@ -18,7 +18,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 @pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.toml")), ids=lambda path: path.name)
 def test_every_config_is_one_that_a_run_takes(path: Path) -> None:
     options = run_options({"model": "facebook/opt-125m"}, path)
-    assert options.chosen_shots == (0, 1, 5)
+    assert options.resolved_shots == (0, 1, 5)
     told = tomllib.loads(path.read_text(encoding="utf-8"))
     assert {"tasks", "curves"} <= told.keys()
 

@@ -1,16 +1,21 @@
 """`lowmem-icl masks`: look at mask files, compare and combine them, write them out for other tools."""
 
 import json
+import operator
+import re
+from collections.abc import Callable
 from enum import StrEnum
+from functools import reduce
+from itertools import combinations
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from lowmem_icl.errors import InputError, LowmemIclError
-from lowmem_icl.masks.files import MaskFile, read_mask, write_mask
+from lowmem_icl.cli.errors import reports_errors
+from lowmem_icl.cli.parameters import JsonOption
+from lowmem_icl.errors import InputError
+from lowmem_icl.masks.files import NAME_PATTERN, MaskFile, read_mask, write_mask
 from lowmem_icl.masks.mask import Mask, jaccard
 
 masks_app = typer.Typer(
@@ -19,8 +24,8 @@ masks_app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Files = Annotated[list[Path], typer.Argument(help="Mask files.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+OneFile = Annotated[Path, typer.Argument(help="Mask file.", show_default=False)]
+Files = Annotated[list[Path], typer.Argument(help="Mask files.", show_default=False)]
 
 
 class Operation(StrEnum):
@@ -31,20 +36,14 @@ class Operation(StrEnum):
     difference = "difference"
 
 
-def _read(path: Path) -> MaskFile:
-    try:
-        return read_mask(path)
-    except LowmemIclError as error:
-        typer.echo(f"lowmem-icl: {error}", err=True)
-        raise typer.Exit(error.exit_code) from error
+OPERATIONS: dict[Operation, Callable[[Mask, Mask], Mask]] = {
+    Operation.union: operator.or_,
+    Operation.intersection: operator.and_,
+    Operation.difference: operator.sub,
+}
 
 
-def _stop(error: InputError) -> None:
-    typer.echo(f"lowmem-icl: {error}", err=True)
-    raise typer.Exit(error.exit_code)
-
-
-def _line(path: Path, mask_file: MaskFile) -> dict[str, object]:
+def _summary(path: Path, mask_file: MaskFile) -> dict[str, Any]:
     model = mask_file.model
     return {
         "file": str(path),
@@ -53,118 +52,134 @@ def _line(path: Path, mask_file: MaskFile) -> dict[str, object]:
         "tasks": mask_file.made.get("tasks", []),
         "shots": mask_file.made.get("shots", []),
         "heads_removed": len(mask_file.mask.heads),
-        "of_heads": model.layers * model.heads,
+        "model_heads": model.layers * model.heads,
         "ffns_removed": len(mask_file.mask.ffns),
-        "of_ffns": model.layers,
+        "model_ffns": model.layers,
         "model": model.id,
     }
 
 
 @masks_app.command("list")
+@reports_errors
 def list_masks(
     folder: Annotated[Path, typer.Argument(help="Folder of mask files.")] = Path("masks"),
     as_json: JsonOption = False,
 ) -> None:
     """List the masks of a folder."""
     if not folder.is_dir():
-        _stop(InputError(f"{folder} is no folder; give one that holds mask files"))
-    lines = [_line(path, _read(path)) for path in sorted(folder.glob("*.json")) if path.name != "schema.json"]
+        raise InputError(f"{folder} is no folder; give one that holds mask files")
+    paths = sorted(path for path in folder.glob("*.json") if path.name != "schema.json")
+    masks = [_summary(path, read_mask(path)) for path in paths]
     if as_json:
-        typer.echo(json.dumps(lines, indent=1))
+        typer.echo(json.dumps(masks, indent=1))
         return
-    table = Table()
-    for column in ("name", "method", "heads", "FFNs", "model"):
-        table.add_column(column)
-    for line in lines:
-        table.add_row(
-            str(line["name"]),
-            str(line["method"]),
-            f"{line['heads_removed']}/{line['of_heads']}",
-            f"{line['ffns_removed']}/{line['of_ffns']}",
-            str(line["model"]),
+    rows = [
+        (
+            mask["name"],
+            mask["method"],
+            f"{mask['heads_removed']}/{mask['model_heads']}",
+            f"{mask['ffns_removed']}/{mask['model_ffns']}",
+            mask["model"],
         )
-    Console().print(table)
+        for mask in masks
+    ]
+    _print_table(("name", "method", "heads removed", "FFNs removed", "model"), rows)
 
 
 @masks_app.command()
-def show(path: Annotated[Path, typer.Argument(help="Mask file.")]) -> None:
-    """Draw a mask: a line a layer, x for a removed head, and whether the FFN is removed."""
-    mask_file = _read(path)
-    for name, value in _line(path, mask_file).items():
+@reports_errors
+def show(path: OneFile) -> None:
+    """Draw a mask: a line per layer, x for a removed head, and whether the FFN is removed."""
+    mask_file = read_mask(path)
+    for name, value in _summary(path, mask_file).items():
         typer.echo(f"{name}: {value}")
     for layer in range(mask_file.model.layers - 1, -1, -1):
         removed = mask_file.mask.heads_in(layer)
-        drawn = "".join("x" if head in removed else "." for head in range(mask_file.model.heads))
-        typer.echo(f"L{layer:<3} {drawn} {'FFN removed' if layer in mask_file.mask.ffns else ''}".rstrip())
+        heads = "".join("x" if head in removed else "." for head in range(mask_file.model.heads))
+        ffn = " FFN removed" if layer in mask_file.mask.ffns else ""
+        typer.echo(f"L{layer:<3} {heads}{ffn}")
 
 
 @masks_app.command()
+@reports_errors
 def compare(paths: Files, as_json: JsonOption = False) -> None:
     """Compare every pair: units in both, in one only, and their Jaccard index."""
-    read = [_read(path) for path in paths]
-    if len(read) < 2:
-        _stop(InputError("masks compare: expected at least two files"))
+    if len(paths) < 2:
+        raise InputError(f"masks compare: expected two files or more, got {len(paths)}; add another")
     pairs = [
         {
-            "one": one.name,
-            "other": other.name,
-            "both": len(one.mask & other.mask),
-            "only_one": len(one.mask - other.mask),
-            "only_other": len(other.mask - one.mask),
-            "jaccard": jaccard(one.mask, other.mask),
+            "left": left.name,
+            "right": right.name,
+            "both": len(left.mask & right.mask),
+            "only_left": len(left.mask - right.mask),
+            "only_right": len(right.mask - left.mask),
+            "jaccard": jaccard(left.mask, right.mask),
         }
-        for place, one in enumerate(read)
-        for other in read[place + 1 :]
+        for left, right in combinations([read_mask(path) for path in paths], 2)
     ]
     if as_json:
         typer.echo(json.dumps(pairs, indent=1))
         return
-    table = Table(*pairs[0])
-    for pair in pairs:
-        table.add_row(
-            *(f"{value:.3f}" if isinstance(value, float) else str(value) for value in pair.values())
-        )
-    Console().print(table)
+    rows = [(*list(pair.values())[:-1], f"{pair['jaccard']:.3f}") for pair in pairs]
+    _print_table(("left", "right", "in both", "only left", "only right", "Jaccard"), rows)
 
 
 @masks_app.command()
+@reports_errors
 def combine(
     paths: Files,
-    out: Annotated[Path, typer.Option(help="File of the new mask; its stem is the name.")],
+    out: Annotated[
+        Path, typer.Option(help="File of the new mask; its stem is the name.", show_default=False)
+    ],
     operation: Annotated[
         Operation, typer.Option(help="Removed in any, in all, or in the first only.")
     ] = Operation.union,
 ) -> None:
     """Make one mask of several for the same shape of model."""
-    read = [_read(path) for path in paths]
-    if any(other.model.shape != read[0].model.shape for other in read):
-        _stop(InputError("masks combine: the masks are for models of different shapes"))
+    if out.suffix != ".json" or not re.fullmatch(NAME_PATTERN, out.stem):
+        raise InputError(
+            f"--out {out}: expected NAME.json, NAME of at most 200 letters, digits and . _ + - and beginning "
+            "with a letter or digit; choose another name"
+        )
     if out.exists():
-        _stop(InputError(f"--out {out} exists; choose another file"))
-    mask: Mask = read[0].mask
-    for other in read[1:]:
-        if operation is Operation.union:
-            mask = mask | other.mask
-        elif operation is Operation.intersection:
-            mask = mask & other.mask
-        else:
-            mask = mask - other.mask
-    made = {"method": str(operation), "from": [mask_file.name for mask_file in read]}
-    write_mask(out, MaskFile(out.stem, mask, read[0].model, made))
+        raise InputError(f"--out {out} exists; choose another file")
+    masks = [read_mask(path) for path in paths]
+    for path, mask_file in zip(paths, masks, strict=True):
+        if mask_file.model.shape != masks[0].model.shape:
+            raise InputError(
+                f"masks combine: {path} and {paths[0]} are for models of different shapes; leave one out"
+            )
+    mask = reduce(OPERATIONS[operation], [mask_file.mask for mask_file in masks])
+    made = {"method": str(operation), "from": [mask_file.name for mask_file in masks]}
+    write_mask(out, MaskFile(out.stem, mask, masks[0].model, made))
     typer.echo(f"{out}: {len(mask.heads)} heads and {len(mask.ffns)} FFNs removed")
 
 
 @masks_app.command()
+@reports_errors
 def export(
-    path: Annotated[Path, typer.Argument(help="Mask file.")],
+    path: OneFile,
     as_json: Annotated[
         bool, typer.Option("--json", help="JSON lists of [layer, head] and of layers.")
     ] = False,
 ) -> None:
-    """Print the removed units for other tools: a unit a line, or JSON."""
-    mask = _read(path).mask
+    """Print the removed units for other tools: one per line, or as JSON."""
+    mask = read_mask(path).mask
     if as_json:
         typer.echo(json.dumps({"heads": sorted(map(list, mask.heads)), "ffns": sorted(mask.ffns)}))
         return
     for unit in mask.units():
         typer.echo(str(unit))
+
+
+def _print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    from rich.table import Table
+
+    from lowmem_icl.cli.terminal import plain_console
+
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    plain_console().print(table)

@@ -1,5 +1,6 @@
 """`lowmem-icl prompts`: the exact texts and tokens of a task's documents."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,59 +10,62 @@ from rich.text import Text
 from lowmem_icl.conversion.locate import plan_store
 from lowmem_icl.options import RunOptions
 from lowmem_icl.session.prepare import documents, find_model, open_tasks, packing_limits
-from lowmem_icl.tasks.packing import fit_context, tokenise_options
+from lowmem_icl.tasks.loading import Document, TaskRows
+from lowmem_icl.tasks.packing import OptionTokens, fit_context, tokenise_options
 
 
-def prompt_entries(options: RunOptions) -> list[dict[str, Any]]:
-    """Return each document's options: context, continuation, token ids, and whether tokens were lost on the left."""
+def prompt_entries(options: RunOptions, count: int) -> list[dict[str, Any]]:
+    """Return the first `count` documents of every task and shot count, with what the model gets.
+
+    Of every option: context, continuation, token ids, and whether tokens were lost on the left. Where
+    demonstrations are shared, how many a set keeps depends on all of the run's documents, so all are read.
+    """
     located = find_model(options)
     limits, tokenise = packing_limits(options, plan_store(located, options.weights))
     fits = partial(fit_context, tokenise=tokenise, limits=limits)
-    (task,) = documents(options, open_tasks(options), "evaluate", options.limit, fits)
+    limit = options.limit if options.demonstrations == "shared" else min(count, options.limit or count)
     entries = []
-    tokenised = tokenise_options(task.documents, tokenise, limits, task.task)
-    for document, options_tokens in zip(task.documents, tokenised, strict=True):
-        listed = []
-        for (context, continuation), tokens, gold in zip(
-            document.options, options_tokens, document.gold, strict=True
-        ):
-            ids = [*tokens.path, tokens.continuation[-1]]
-            listed.append(
-                {
-                    "context": context,
-                    "continuation": continuation,
-                    "gold": gold,
-                    "context_ids": ids[: tokens.context_tokens],
-                    "continuation_ids": list(tokens.continuation),
-                    "truncated": tokens.truncated,
-                }
-            )
-        entries.append(
-            {
-                "task": task.task,
-                "shots": task.shots,
-                "split": task.split,
-                "document": document.index,
-                "demonstrations": list(document.demonstrations),
-                "options": listed,
-            }
-        )
+    for task in documents(options, open_tasks(options), "evaluate", limit, fits):
+        first = task.documents[:count]
+        tokenised = tokenise_options(first, tokenise, limits, task.task)
+        for document, options_tokens in zip(first, tokenised, strict=True):
+            entries.append(_entry(task, document, options_tokens))
     return entries
 
 
-def show_prompts(entries: list[dict[str, Any]]) -> None:
+def _entry(task: TaskRows, document: Document, tokenised: Sequence[OptionTokens]) -> dict[str, Any]:
+    return {
+        "task": task.task,
+        "shots": task.shots,
+        "split": task.split,
+        "document": document.index,
+        "demonstrations": list(document.demonstrations),
+        "options": [
+            {
+                "context": context,
+                "continuation": continuation,
+                "gold": gold,
+                "context_ids": [*tokens.path, tokens.continuation[-1]][: tokens.context_tokens],
+                "continuation_ids": list(tokens.continuation),
+                "truncated": tokens.truncated,
+            }
+            for (context, continuation), tokens, gold in zip(
+                document.options, tokenised, document.gold, strict=True
+            )
+        ],
+    }
+
+
+def show_prompts(entries: list[dict[str, Any]], console: Console) -> None:
     """Print prompts for reading: a context once, its options below, the right one marked."""
-    console = Console()
     for entry in entries:
-        console.rule(
-            f"{entry['task']}, {entry['shots']} shots, {entry['split']} document {entry['document']}"
-        )
-        shown = None
+        console.rule(f"{entry['task']}, {entry['shots']}-shot, {entry['split']} document {entry['document']}")
+        last_context = None
         for option in entry["options"]:
-            if option["context"] != shown:
-                shown = option["context"]
+            if option["context"] != last_context:
+                last_context = option["context"]
                 cut = " (tokens lost on the left)" if option["truncated"] else ""
-                console.print(Text(shown))
+                console.print(Text(last_context))
                 console.print(
                     Text(f"{len(option['context_ids'])} tokens{cut}: {option['context_ids']}", "dim")
                 )

@@ -1,4 +1,7 @@
-"""What a person sees while a run goes on: plan, progress with rate and time left, and tables."""
+"""What a person sees: messages and progress on stderr, results on stdout, and amounts as short texts.
+
+Every console of the tool is made here and prints texts as they are: a name or path is never markup.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -6,16 +9,13 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
-
-from lowmem_icl.planning.plan import Plan, StagePlan
 
 SECONDS_BETWEEN_LINES = 15.0
 
 
 class _Rate(ProgressColumn):
-    """What is done a second, in its own unit."""
+    """What is done per second, in its own unit."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()
@@ -27,26 +27,31 @@ class _Rate(ProgressColumn):
         return Text("-" if speed is None else rate_text(speed, self._unit), style="progress.data.speed")
 
 
+def plain_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """Return a console that prints every text as it is, without markup, emoji codes or colours of its own."""
+    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
+
+
 class Terminal:
     """Progress and messages on stderr, results on stdout; `quiet` leaves out all but results and errors."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.out = Console()
-        self.err = Console(stderr=True, quiet=quiet)
+        self.out = plain_console()
+        self.err = plain_console(stderr=True, quiet=quiet)
         self._last_line = time.monotonic()
 
     def say(self, text: str) -> None:
         """Print a message for people."""
-        self.err.print(text, highlight=False, soft_wrap=True)
+        self.err.print(text, soft_wrap=True)
 
     @contextmanager
     def progress(self, label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        """Show how far work is done: a bar, or, where nobody sees one, a line now and then."""
+        """Show how much of some work is done: a bar, or, where stderr is no terminal, a line now and then."""
         if not self.err.is_terminal:
             yield self._lines(label, total, unit)
             return
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             TextColumn("{task.percentage:>3.0f} %"),
             _Rate(unit),
@@ -68,55 +73,9 @@ class Terminal:
             self._last_line = now
             rate = done / max(now - started, 1e-3)
             left = duration((total - done) / rate)
-            self.say(f"{label}: {done / total:.0%}, {rate_text(rate, unit)}, {left} left")
+            self.say(f"{label}: {done / max(total, 1):.0%}, {rate_text(rate, unit)}, {left} left")
 
         return advance
-
-
-def show_plan(plan: Plan, console: Console) -> None:
-    """Print what a run will hold, read and compute, and what this machine does."""
-    memory, rates = plan.memory, plan.rates
-    lines = [
-        f"on disk: store {size(plan.store_bytes)}"
-        + (f", made first from {size(plan.convert_bytes)}" if plan.convert_bytes else "")
-        + f"; activations that memory cannot hold, at most {size(memory.spill_bytes)}",
-        f"memory {size(memory.allowance_bytes)}"
-        + (f", on the device {size(memory.device_bytes)}" if memory.device_bytes else "")
-        + f": embeddings {size(memory.outside_bytes)}, "
-        f"layers in use {size(memory.streaming_bytes)}, working space {size(memory.working_bytes)}, "
-        f"layers kept {size(memory.resident_bytes)}, residuals {size(memory.alive_bytes)}, their cache {size(memory.cache_bytes)}",
-        f"measured here: {size(rates.disk_bytes_per_second)}/s from disk, "
-        f"{1 / (rates.attended_seconds + rates.projected_seconds + rates.fed_seconds):,.0f} tokens/s through a layer, "
-        f"{1 / rates.answer_seconds:,.0f}/s through the vocabulary",
-    ]
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
-    console.print(plan_table(plan))
-
-
-def plan_table(plan: Plan) -> Table:
-    """Return the plan's experiments as a table."""
-    hours = "" if plan.hours is None else f" for {plan.hours:.3g} hours"
-    table = Table(title=f"plan{hours}", title_justify="left")
-    for column in ("experiment", "operations", "layers read", "from disk", "expected"):
-        table.add_column(column, justify="left" if column == "experiment" else "right")
-    for stage in plan.stages:
-        about = "~" if stage.rough else ""
-        table.add_row(
-            stage.experiment,
-            f"{about}{count(stage.operations)}",
-            f"{about}{count(stage.layers_read)}",
-            size(stage.read_bytes),
-            f"{about}{_expected(stage)}",
-        )
-    return table
-
-
-def _expected(stage: StagePlan) -> str:
-    if stage.skipped:
-        return f"{duration(stage.seconds)}: waits for another run"
-    if stage.documents is not None:
-        return f"{duration(stage.seconds)}: {stage.documents} documents a task"
-    return duration(stage.seconds)
 
 
 def rate_text(rate: float, unit: str) -> str:

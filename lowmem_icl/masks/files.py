@@ -17,6 +17,7 @@ from lowmem_icl.system.files import write_text_atomic
 
 MASK_FORMAT = "lowmem-icl-mask/1"
 LARGEST_FILE_BYTES = 16 << 20
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,199}$"
 
 
 Index = Annotated[int, Field(ge=0, lt=10_000)]
@@ -62,7 +63,7 @@ class _Made(_File):
 
 class _Content(_File):
     format: Literal["lowmem-icl-mask/1"]
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,199}$")]
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
     ablation: Literal["zero"]
     model: MaskModel
     removed: _Removed

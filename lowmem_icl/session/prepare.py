@@ -102,16 +102,21 @@ def documents(
     how = Demonstrations(options.demonstrations, options.demonstration_sets)
     return tuple(
         task.rows(
-            shots=shots, part=part, limit=limit, demonstrations=how, protocol=options.choices, fits=fits
+            shots=shots,
+            part=part,
+            limit=limit,
+            demonstrations=how,
+            protocol=options.protocol_choices,
+            fits=fits,
         )
         for task in tasks
-        for shots in options.chosen_shots
+        for shots in options.resolved_shots
     )
 
 
 def find_model(options: RunOptions) -> Located:
     """Find the model, without converting it."""
-    return locate(options.model, options.revision, options.weights, options.chosen_store_dir)
+    return locate(options.model, options.revision, options.weights, options.resolved_store_dir)
 
 
 def packing_limits(options: RunOptions, store: Store) -> tuple[PackingLimits, Tokenise]:
@@ -144,10 +149,10 @@ def prepare(options: RunOptions) -> Prepared:
     tasks = open_tasks(options)
     fits = partial(fit_context, tokenise=tokenise, limits=limits)
     evaluate = documents(options, tasks, "evaluate", options.limit, fits)
-    train = documents(options, tasks, "train", options.chosen_train_limit, fits)
-    importance = documents(options, tasks, "train", options.chosen_importance_limit, fits)
-    importance = tuple(gradient_documents(task, options.choices) for task in importance)
-    curves = documents(options, tasks, "evaluate", options.chosen_curve_limit, fits)
+    train = documents(options, tasks, "train", options.resolved_train_limit, fits)
+    importance = documents(options, tasks, "train", options.resolved_importance_limit, fits)
+    importance = tuple(gradient_documents(task, options.protocol_choices) for task in importance)
+    curves = documents(options, tasks, "evaluate", options.resolved_curve_limit, fits)
     for task in (*evaluate, *train, *importance):
         # An option that does not fit is told now, not in the night.
         tokenise_options(task.documents, tokenise, limits, task.task)

@@ -1,0 +1,10 @@
+"""What a run tells the terminal: its messages, progress and plan."""
+
+from lowmem_icl.cli.plan import show_plan
+from lowmem_icl.cli.terminal import Terminal
+from lowmem_icl.run import Audience
+
+
+def audience_of(terminal: Terminal) -> Audience:
+    """Return the terminal as whom a run tells what it does."""
+    return Audience(terminal.say, terminal.progress, lambda plan: show_plan(plan, terminal.err))

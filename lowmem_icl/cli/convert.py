@@ -1,0 +1,43 @@
+"""`lowmem-icl convert`: a store made or verified, and what is said about it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import typer
+
+from lowmem_icl.cli.terminal import Terminal, size
+from lowmem_icl.conversion.locate import ensure_store, locate
+from lowmem_icl.model.store import open_store, verify_store
+from lowmem_icl.options import RunOptions
+
+
+def verify_files(folder: Path, terminal: Terminal) -> None:
+    """Compare every byte of a store with its digest; raise InputError where one differs."""
+    store = open_store(folder)
+    with terminal.progress("verifying", store.size_bytes, "bytes") as advance:
+        verify_store(store, advance)
+    typer.echo(f"{folder}: {len(store.manifest.files)} files, {size(store.size_bytes)}, all as written")
+
+
+def convert_model(
+    options: RunOptions, folder: Path | None, terminal: Terminal, *, delete_shards: bool
+) -> None:
+    """Convert `options.model` to a store in a folder, or where runs look for it; print the store's folder."""
+    location = locate(options.model, options.revision, options.weights, options.resolved_store_dir)
+    if folder is not None:
+        location = replace(location, store_folder=folder)
+    store = ensure_store(
+        location,
+        options.weights,
+        delete_shards=delete_shards,
+        announce=terminal.say,
+        progress=terminal.progress,
+    )
+    outliers = store.manifest.outliers
+    if outliers is not None:
+        share = outliers.beyond_outside / max(1, outliers.activations)
+        terminal.say(
+            f"outlier columns: {outliers.columns}; activations of {outliers.threshold:g} or more outside "
+            f"them: {share:.2g}"
+        )
+    typer.echo(str(store.folder))

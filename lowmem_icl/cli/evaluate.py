@@ -1,0 +1,30 @@
+"""`lowmem-icl evaluate`: the mask files that were given, and the folder of a run under them."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lowmem_icl.errors import InputError
+from lowmem_icl.masks.files import MaskFile, read_mask
+from lowmem_icl.options import RunOptions
+from lowmem_icl.session.identity import default_folder
+
+
+def read_masks(paths: Sequence[Path]) -> dict[str, MaskFile]:
+    """Return mask files by their names; raise InputError where two have one name."""
+    mask_files: dict[str, MaskFile] = {}
+    for path in paths:
+        mask_file = read_mask(path)
+        if mask_file.name in mask_files:
+            raise InputError(f"--mask {path}: another mask is named '{mask_file.name}' too; rename one")
+        mask_files[mask_file.name] = mask_file
+    return mask_files
+
+
+def with_folder(options: RunOptions, mask_files: Mapping[str, MaskFile]) -> RunOptions:
+    """Return the options with a folder for these masks where --out names none."""
+    if options.out is not None:
+        return options
+    text = "".join(mask_file.to_json() for mask_file in mask_files.values())
+    suffix = f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return options.model_copy(update={"out": default_folder(options, prefix="evaluate-", suffix=suffix)})

@@ -1,0 +1,112 @@
+"""From the fields of `RunOptions` to the flags of commands: typer reads signatures, written here."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from lowmem_icl.options import (
+    FLAGS,
+    Group,
+    RunOptions,
+    default_text,
+    flag_name,
+    form_of,
+    names_of,
+    run_options,
+)
+
+ALL_OPTIONS = tuple(FLAGS)
+EVALUATE_OPTIONS = (
+    *names_of(Group.MODEL),
+    *(name for name in names_of(Group.TASKS) if name not in ("train_limit", "importance_limit")),
+    *("seed", "memory", "device_memory", "device", "out"),
+)
+PROMPT_OPTIONS = (
+    *names_of(Group.MODEL),
+    *("data_dir", "limit", "demonstrations", "demonstration_sets", "protocol", "bos"),
+)
+
+QuietOption = Annotated[
+    bool,
+    typer.Option("--quiet", help="No progress and no messages on stderr.", rich_help_panel=Group.OUTPUT),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel=Group.OUTPUT)
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML file with any of a run's options; the command line wins.",
+        metavar="FILE",
+        rich_help_panel=Group.OUTPUT,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class GivenOptions:
+    """What a command was given of a run's options: its flags, None where one was left out, and --config."""
+
+    flags: Mapping[str, Any]
+    config: Path | None
+
+    def checked(self, **settled: Any) -> RunOptions:
+        """Return the options, checked and completed; `settled` are those that the command itself decides."""
+        return run_options({**self.flags, **settled}, self.config, known=tuple(self.flags))
+
+
+def takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags of these options, and --config; its first parameter receives GivenOptions."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(command).parameters.values())[1:]
+        flags = [_parameter(name) for name in names]
+        config = inspect.Parameter("config", _KEYWORD, default=None, annotation=ConfigOption)
+
+        @wraps(command)
+        def wrapped(**given: Any) -> None:
+            options = GivenOptions({name: given.pop(name) for name in names}, given.pop("config"))
+            command(options, **given)
+
+        signature = inspect.Signature([*flags, config, *(one.replace(kind=_KEYWORD) for one in own)])
+        wrapped.__signature__ = signature  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}
+        return wrapped
+
+    return decorate
+
+
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    """Return the parameter of an option: a text, or a switch and its opposite; None where not given."""
+    form = form_of(name)
+    switch = not form.placeholder
+    declared = flag_name(name)
+    if switch:
+        declared += f"/--no-{declared.removeprefix('--')}"
+    option = typer.Option(
+        declared,
+        help=_help(name),
+        metavar=form.placeholder or None,
+        show_default=False,
+        rich_help_panel=FLAGS[name].group,
+    )
+    kind = bool if switch else str
+    return inspect.Parameter(name, _KEYWORD, default=None, annotation=Annotated[kind | None, option])
+
+
+def _help(name: str) -> str:
+    """Return an option's help with its choices and its default, in typer's markup."""
+    form, text, default = form_of(name), FLAGS[name].help, default_text(name)
+    if len(form.choices) > 1:
+        choices = f"{', '.join(form.choices[:-1])} or {form.choices[-1]}"
+        text += f" {'Any of' if form.placeholder == 'LIST' else 'One of'} {choices}."
+    return escape(text) + (f" [dim]{escape(f'[default: {default}]')}[/dim]" if default else "")

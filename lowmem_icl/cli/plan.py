@@ -1,0 +1,55 @@
+"""A plan for people: what a run will hold, read and compute, and how fast this machine is."""
+
+from rich.console import Console
+from rich.table import Table
+
+from lowmem_icl.cli.terminal import count, duration, size
+from lowmem_icl.planning.plan import Plan, StagePlan
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Print what a run will hold, read and compute, and what was measured of this machine."""
+    memory, rates = plan.memory, plan.rates
+    layer_seconds = rates.attended_seconds + rates.projected_seconds + rates.fed_seconds
+    lines = [
+        f"on disk: store {size(plan.store_bytes)}"
+        + (f", made first from {size(plan.convert_bytes)}" if plan.convert_bytes else "")
+        + f"; activations that memory cannot hold, at most {size(memory.spill_bytes)}",
+        f"memory {size(memory.allowance_bytes)}"
+        + (f", on the device {size(memory.device_bytes)}" if memory.device_bytes else "")
+        + f": embeddings {size(memory.outside_bytes)}, "
+        f"layers in use {size(memory.streaming_bytes)}, working space {size(memory.working_bytes)}, "
+        f"layers kept {size(memory.resident_bytes)}, residuals {size(memory.alive_bytes)}, "
+        f"their cache {size(memory.cache_bytes)}",
+        f"measured here: {size(rates.disk_bytes_per_second)}/s from disk, "
+        f"{1 / layer_seconds:,.0f} tokens/s through a layer, "
+        f"{1 / rates.answer_seconds:,.0f}/s through the vocabulary",
+    ]
+    console.print("\n".join(lines), soft_wrap=True)
+    console.print(plan_table(plan))
+
+
+def plan_table(plan: Plan) -> Table:
+    """Return the plan's experiments as a table."""
+    hours = "" if plan.hours is None else f" for {plan.hours:.3g} hours"
+    table = Table(title=f"plan{hours}", title_justify="left")
+    for column in ("experiment", "operations", "layers read", "from disk", "expected"):
+        table.add_column(column, justify="left" if column == "experiment" else "right")
+    for stage in plan.stages:
+        about = "~" if stage.rough else ""
+        table.add_row(
+            stage.experiment,
+            f"{about}{count(stage.operations)}",
+            f"{about}{count(stage.layers_read)}",
+            size(stage.read_bytes),
+            f"{about}{_expected(stage)}",
+        )
+    return table
+
+
+def _expected(stage: StagePlan) -> str:
+    if stage.skipped:
+        return f"{duration(stage.seconds)}: waits for another run"
+    if stage.documents is not None:
+        return f"{duration(stage.seconds)}: {stage.documents} documents a task"
+    return duration(stage.seconds)

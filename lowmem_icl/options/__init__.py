@@ -1,0 +1,49 @@
+"""The options of a run: every option once, checked in one way, whether given by a flag or in a TOML file.
+
+`fields` holds the options, `forms` what values they take, in checks and in words; `reading` merges and checks
+what was given.
+"""
+
+from lowmem_icl.options.fields import (
+    CURVES,
+    DEFAULT_CURVES,
+    DEFAULT_EXACT,
+    DEFAULT_TRAIN_LIMIT,
+    DEMO,
+    EXPERIMENTS,
+    FLAGS,
+    Curve,
+    Experiment,
+    Flag,
+    Group,
+    RunOptions,
+    default_text,
+    flag_name,
+    form_of,
+    names_of,
+)
+from lowmem_icl.options.forms import Form, parse_size
+from lowmem_icl.options.reading import read_config, run_options
+
+__all__ = [
+    "CURVES",
+    "DEFAULT_CURVES",
+    "DEFAULT_EXACT",
+    "DEFAULT_TRAIN_LIMIT",
+    "DEMO",
+    "EXPERIMENTS",
+    "FLAGS",
+    "Curve",
+    "Experiment",
+    "Flag",
+    "Form",
+    "Group",
+    "RunOptions",
+    "default_text",
+    "flag_name",
+    "form_of",
+    "names_of",
+    "parse_size",
+    "read_config",
+    "run_options",
+]

@@ -1,0 +1,362 @@
+"""The options of a run, each once: its type, check and default, and what `--help` says about it.
+
+The command line and TOML files take their options from the fields of `RunOptions`.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
+
+from lowmem_icl.options.forms import (
+    AnyPath,
+    Count,
+    Device,
+    Form,
+    Listed,
+    NotEmpty,
+    Size,
+    SmallCount,
+    describe_form,
+)
+from lowmem_icl.protocols import PROTOCOLS, Protocol, ProtocolName
+
+Experiment = Literal["evaluate", "importance", "ablate", "prune", "induction", "overlap"]
+EXPERIMENTS: tuple[Experiment, ...] = get_args(Experiment)
+Curve = Literal["heads", "ffns", "combined", "transfer", "cross-shot", "random"]
+CURVES: tuple[Curve, ...] = get_args(Curve)
+Copying = Literal["norm", "softmax", "bias"]
+DEFAULT_CURVES: tuple[Curve, ...] = ("heads", "ffns")
+DEMO = "demo"
+DEFAULT_SHOTS, DEMO_SHOTS = (0, 1, 5), (0, 4, 16)
+DEFAULT_TRAIN_LIMIT = 32
+DEFAULT_EXACT = 500
+
+
+class Group(StrEnum):
+    """Where `--help` lists an option."""
+
+    MODEL = "Model"
+    TASKS = "Tasks"
+    EXPERIMENTS = "Experiments"
+    RESOURCES = "Resources"
+    OUTPUT = "Output"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What is said about an option beside its type and its check.
+
+    default: the text of a default that its value does not say, such as one that depends on other options.
+    changes_results: whether anything measured depends on it; those that do make up a run's identity.
+    """
+
+    group: Group
+    help: str
+    default: str = ""
+    changes_results: bool = True
+
+
+class RunOptions(BaseModel):
+    """Every option of `lowmem-icl run`; a field's name is its TOML key and, with dashes, its flag."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Annotated[
+        str, NotEmpty, Flag(Group.MODEL, "demo, a store, a checkpoint folder, or a model's id on the hub.")
+    ] = DEMO
+    revision: Annotated[
+        Annotated[str, NotEmpty] | None,
+        Flag(Group.MODEL, "Branch, tag or commit of a model on the hub.", "the newest"),
+    ] = None
+    weights: Annotated[
+        Literal["int8", "bfloat16", "float32"], Flag(Group.MODEL, "The form that linear weights are kept in.")
+    ] = "int8"
+    store_dir: Annotated[
+        AnyPath | None,
+        Flag(Group.MODEL, "Folder for converted checkpoints.", "in your cache folder", changes_results=False),
+    ] = None
+
+    tasks: Annotated[
+        Annotated[
+            tuple[str, ...], *Listed, NotEmpty, Form("LIST", "a comma-separated list of tasks, none twice")
+        ]
+        | None,
+        Flag(
+            Group.TASKS,
+            "Comma-separated: names, lm-eval:NAME, or JSON-lines files with context, options, gold.",
+            "the demo's, or the paper's 14",
+        ),
+    ] = None
+    data_dir: Annotated[
+        AnyPath | None,
+        Flag(
+            Group.TASKS,
+            "Folder of TASK/train.jsonl, validation.jsonl and test.jsonl, in the hub's field names.",
+            "the hub",
+        ),
+    ] = None
+    shots: Annotated[
+        Annotated[tuple[Annotated[int, Field(ge=0, le=1000)], ...], *Listed, NotEmpty] | None,
+        Flag(Group.TASKS, "Numbers of demonstrations, comma-separated.", "0,1,5; the demo's 0,4,16"),
+    ] = None
+    limit: Annotated[
+        Count | None, Flag(Group.TASKS, "Evaluation documents per task (MultiRC: questions).", "all")
+    ] = None
+    train_limit: Annotated[
+        Count | None,
+        Flag(
+            Group.TASKS,
+            "Training documents per task, for importance, ablations and pruning.",
+            "32, or --limit",
+        ),
+    ] = None
+    importance_limit: Annotated[
+        Count | None,
+        Flag(
+            Group.TASKS, "Training documents per task for gradients; the paper used 2,500.", "--train-limit"
+        ),
+    ] = None
+    demonstrations: Annotated[
+        Literal["per-document", "shared"],
+        Flag(
+            Group.TASKS,
+            "Each document draws its own demonstrations, as in the paper; or all share a few sets: cheaper.",
+        ),
+    ] = "per-document"
+    demonstration_sets: Annotated[
+        SmallCount, Flag(Group.TASKS, "How many sets are shared; intervals cluster by set.")
+    ] = 8
+    protocol: Annotated[
+        ProtocolName,
+        Flag(
+            Group.TASKS, "This tool's choices, or those of the paper's code, so that numbers can be compared."
+        ),
+    ] = "corrected"
+    bos: Annotated[
+        bool | None,
+        Flag(
+            Group.TASKS,
+            "Put the beginning-of-sequence token before every context.",
+            "as the family does; OPT: no",
+        ),
+    ] = None
+
+    experiments: Annotated[
+        tuple[Experiment, ...], *Listed, NotEmpty, Flag(Group.EXPERIMENTS, "What to measure.", "all")
+    ] = EXPERIMENTS
+    screen: Annotated[
+        Literal["attribution"] | None,
+        Flag(
+            Group.EXPERIMENTS,
+            "Ablate exactly only those units whose estimated effect is largest or least certain.",
+            "every unit is ablated exactly",
+        ),
+    ] = None
+    exact: Annotated[
+        Count | None,
+        Flag(
+            Group.EXPERIMENTS,
+            "Units ablated exactly per task and shot count, with --screen.",
+            str(DEFAULT_EXACT),
+        ),
+    ] = None
+    objective: Annotated[
+        Literal["gold_prob", "gold_logprob", "acc"],
+        Flag(Group.EXPERIMENTS, "What the greedy pruner preserves."),
+    ] = "gold_prob"
+    tolerance: Annotated[
+        float,
+        Field(gt=0, lt=1),
+        Flag(Group.EXPERIMENTS, "How much of the objective the greedy pruner may lose in all."),
+    ] = 0.01
+    direction: Annotated[
+        Literal["down", "up"],
+        Flag(Group.EXPERIMENTS, "Prune greedily from the last layer down, or from the first up."),
+    ] = "down"
+    order: Annotated[
+        Literal["heads-first", "joint"],
+        Flag(Group.EXPERIMENTS, "Prune heads and then FFNs, or both together by loss per parameter."),
+    ] = "heads-first"
+    curves: Annotated[
+        tuple[Curve, ...], *Listed, Flag(Group.EXPERIMENTS, "Which pruning curves to draw; '' for none.")
+    ] = DEFAULT_CURVES
+    curve_limit: Annotated[
+        Count, Flag(Group.EXPERIMENTS, "Evaluation documents per task for pruning curves, at most --limit.")
+    ] = 64
+    random_draws: Annotated[SmallCount, Flag(Group.EXPERIMENTS, "Draws of the random curves.")] = 10
+    rescore: Annotated[
+        bool,
+        Flag(
+            Group.EXPERIMENTS,
+            "Also a curve whose importance is computed anew on the pruned model at every level.",
+        ),
+    ] = False
+    copying_with: Annotated[
+        tuple[Copying, ...],
+        *Listed,
+        Flag(
+            Group.EXPERIMENTS,
+            "What heads' outputs pass through before copying is scored.",
+            "none: raw logits",
+        ),
+    ] = ()
+    seed: Annotated[
+        int,
+        Field(ge=0, lt=2**32),
+        Flag(
+            Group.EXPERIMENTS,
+            "Seed of random controls and bootstraps; documents are always drawn by Random(42).",
+        ),
+    ] = 42
+
+    memory: Annotated[
+        Size | None,
+        Flag(
+            Group.RESOURCES,
+            "Memory for weights, rows and caches, such as 6GB.",
+            "80 % of what is free",
+            changes_results=False,
+        ),
+    ] = None
+    device_memory: Annotated[
+        Size | None,
+        Flag(
+            Group.RESOURCES,
+            "GPU memory for layers and rows, such as 20GB.",
+            "80 % of what is free",
+            changes_results=False,
+        ),
+    ] = None
+    device: Annotated[
+        Device,
+        # What `auto` is depends on the machine: the run's folder compares the device itself.
+        Flag(Group.RESOURCES, "Where to compute: auto, cpu, cuda or cuda:N.", changes_results=False),
+    ] = "auto"
+    hours: Annotated[
+        Annotated[float, Field(gt=0, le=10_000)] | None,
+        Flag(
+            Group.RESOURCES,
+            "Stop after so many hours; the same command continues from there.",
+            "until all is done",
+            changes_results=False,
+        ),
+    ] = None
+
+    out: Annotated[
+        AnyPath | None,
+        Flag(
+            Group.OUTPUT,
+            "Run folder; the same command continues its own.",
+            "runs/MODEL-DIGEST of the options",
+            changes_results=False,
+        ),
+    ] = None
+    masks_dir: Annotated[
+        AnyPath | None,
+        Flag(Group.OUTPUT, "Folder that gets a copy of every mask.", "none", changes_results=False),
+    ] = None
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "RunOptions":
+        experiments = set(self.experiments)
+        if self.exact is not None and self.screen is None:
+            raise ValueError(
+                "--exact: expected with --screen attribution, which says what is left out; add it"
+            )
+        if self.screen is not None and "ablate" in experiments and "importance" not in experiments:
+            raise ValueError("--screen: its estimates come from importance; add that to --experiments")
+        if self.rescore and not {"importance", "prune"} <= experiments:
+            raise ValueError("--rescore: expected importance and prune among --experiments; add them")
+        return self
+
+    @property
+    def resolved_exact(self) -> int:
+        """Units ablated exactly where ablations are screened."""
+        return self.exact or DEFAULT_EXACT
+
+    @property
+    def protocol_choices(self) -> Protocol:
+        """The protocol's choices."""
+        return PROTOCOLS[self.protocol]
+
+    @property
+    def resolved_shots(self) -> tuple[int, ...]:
+        """The shot counts, ascending."""
+        default = DEMO_SHOTS if self.model == DEMO else DEFAULT_SHOTS
+        return tuple(sorted(self.shots if self.shots is not None else default))
+
+    @property
+    def resolved_train_limit(self) -> int:
+        """Training documents per task."""
+        return self.train_limit or self.limit or DEFAULT_TRAIN_LIMIT
+
+    @property
+    def resolved_importance_limit(self) -> int:
+        """Training documents per task whose gradients are taken."""
+        return self.importance_limit or self.resolved_train_limit
+
+    @property
+    def resolved_curve_limit(self) -> int:
+        """Evaluation documents per task that curves are judged on."""
+        return min(self.curve_limit, self.limit or self.curve_limit)
+
+    @property
+    def resolved_store_dir(self) -> Path:
+        """Folder of converted checkpoints: --store-dir, or one in the user's cache folder (XDG)."""
+        if self.store_dir is not None:
+            return self.store_dir
+        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        return Path(cache) / "lowmem-icl" / "stores"
+
+    @property
+    def identity_values(self) -> dict[str, Any]:
+        """The plain JSON values of all options that results depend on; the device is not among them."""
+        values = self.model_dump(mode="json", include={name for name in FLAGS if FLAGS[name].changes_results})
+        return values | {"shots": list(self.resolved_shots), "train_limit": self.resolved_train_limit}
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits over `identity_values`."""
+        text = json.dumps(self.identity_values, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _flag(field: FieldInfo) -> Flag:
+    (flag,) = (item for item in field.metadata if isinstance(item, Flag))
+    return flag
+
+
+FLAGS: dict[str, Flag] = {name: _flag(field) for name, field in RunOptions.model_fields.items()}
+
+
+def names_of(*groups: Group) -> tuple[str, ...]:
+    """Return the names of the options in some groups, in the order in which `--help` lists them."""
+    return tuple(name for name, flag in FLAGS.items() if flag.group in groups)
+
+
+def flag_name(name: str) -> str:
+    """Return the flag of an option."""
+    return f"--{name.replace('_', '-')}"
+
+
+def default_text(name: str) -> str:
+    """Return an option's default as a person reads it; empty for a switch that is off."""
+    if FLAGS[name].default:
+        return FLAGS[name].default
+    value = RunOptions.model_fields[name].default
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return "" if value is False else str(value)
+
+
+def form_of(name: str) -> Form:
+    """Return what values an option takes, read from its type and its check."""
+    field = RunOptions.model_fields[name]
+    return describe_form(field.annotation, field.metadata)

@@ -1,0 +1,105 @@
+"""What values options take: how they are read, checked and put in words, wherever they were given."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic.fields import FieldInfo
+
+SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+              "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Form:
+    """What values an option takes: a placeholder, what is expected in words, and any named choices."""
+
+    placeholder: str
+    expected: str
+    choices: tuple[str, ...] = ()
+
+
+def parse_size(value: Any) -> Any:
+    """Return bytes from a number or a text such as 6GB or 500MiB; other values pass on to be refused."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().upper()
+    digits = text.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    unit = text[len(digits) :].strip()
+    try:
+        return int(float(digits) * SIZE_UNITS[unit])
+    except (KeyError, OverflowError) as error:
+        raise ValueError("not a size") from error
+
+
+def _split_list(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _without_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("an item is listed twice")
+    return values
+
+
+def _parse_path(value: Any) -> Any:
+    """Return a path, `~` being the user's home; refuse an empty one, which would be the current folder."""
+    if not isinstance(value, str):
+        return value
+    if not value or "\0" in value:
+        raise ValueError("not a path")
+    return Path(value).expanduser()
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0), Form("SIZE", "a size such as 6GB or 500MiB")]
+AnyPath = Annotated[Path, BeforeValidator(_parse_path), Form("PATH", "a path")]
+Device = Annotated[
+    str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), Form("DEVICE", "auto, cpu, cuda or cuda:N")
+]
+Count = Annotated[int, Field(ge=1)]
+SmallCount = Annotated[int, Field(ge=1, le=1000)]
+Listed = BeforeValidator(_split_list), AfterValidator(_without_repeats)
+NotEmpty = Field(min_length=1)
+
+
+def describe_form(annotation: Any, metadata: list[Any]) -> Form:
+    """Return what values a type takes under the checks beside it; a `Form` among those has the last word."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return describe_form(arguments[0], [*metadata, *arguments[1:]])
+    if origin in (Union, UnionType):
+        return describe_form(next(kind for kind in arguments if kind is not NoneType), metadata)
+    for item in metadata:
+        if isinstance(item, Form):
+            return item
+    if origin is Literal:
+        if len(arguments) == 1:
+            return Form(arguments[0], arguments[0], arguments)
+        return Form("NAME", f"one of {', '.join(arguments)}", arguments)
+    if origin is tuple:
+        item = describe_form(arguments[0], [])
+        return Form(
+            "LIST", f"a comma-separated list without repeats, each item {item.expected}", item.choices
+        )
+    if annotation is bool:
+        return Form("", "true or false")
+    return Form("TEXT", "a text") if annotation is str else _number_form(annotation, metadata)
+
+
+def _number_form(kind: type, metadata: list[Any]) -> Form:
+    """Return the form of a number, its bounds in words."""
+    constraints = [
+        part for item in metadata for part in (item.metadata if isinstance(item, FieldInfo) else [item])
+    ]
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    bounds = [
+        f"{word} {getattr(constraint, name)}"
+        for constraint in constraints
+        for name, word in words.items()
+        if hasattr(constraint, name)
+    ]
+    noun, placeholder = ("whole number", "N") if kind is int else ("number", "X")
+    within = " and ".join(bounds)
+    return Form(placeholder, f"a {noun} {'of ' if within.startswith('at') else ''}{within}")

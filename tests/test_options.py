@@ -1,0 +1,119 @@
+"""Every option once: what it takes, what is said of it, and one way to check it wherever it was given."""
+
+from pathlib import Path
+
+import pytest
+
+from lowmem_icl.errors import InputError
+from lowmem_icl.options import FLAGS, Group, RunOptions, default_text, flag_name, form_of, run_options
+
+BAD = {
+    "limit": ("0", "a whole number of at least 1"),
+    "train_limit": ("many", "a whole number of at least 1"),
+    "shots": ("0,-1", "a comma-separated list without repeats, each item a whole number of at least 0"),
+    "weights": ("int4", "one of int8, bfloat16, float32"),
+    "tolerance": ("2", "a number above 0 and below 1"),
+    "memory": ("lots", "a size such as 6GB or 500MiB"),
+    "device_memory": ("-1GB", "a size such as 6GB or 500MiB"),
+    "hours": ("nan", "a number above 0 and at most 10000"),
+    "experiments": ("guess", "each item one of evaluate, importance"),
+    "curves": ("heads,heads", "a comma-separated list without repeats"),
+    "screen": ("gradient", "expected attribution, got 'gradient'"),
+    "device": ("tpu", "auto, cpu, cuda or cuda:N"),
+    "tasks": ("", "a comma-separated list of tasks, none twice"),
+    "out": ("", "a path"),
+    "model": ("", "a text"),
+    "seed": ("1.5", "a whole number of at least 0"),
+}
+
+
+def refusal(flags: dict[str, object], config: Path | None = None) -> str:
+    with pytest.raises(InputError) as raised:
+        run_options(flags, config)
+    return str(raised.value)
+
+
+def test_every_option_says_what_it_is_and_groups_stand_together() -> None:
+    assert list(FLAGS) == list(RunOptions.model_fields)
+    for name, flag in FLAGS.items():
+        assert flag.help.endswith("."), name
+        assert default_text(name) or RunOptions.model_fields[name].default is False, name
+        assert form_of(name).expected, name
+    groups = [flag.group for flag in FLAGS.values()]
+    assert groups == sorted(groups, key=list(Group).index)
+
+
+def test_defaults_are_read_from_the_fields() -> None:
+    assert default_text("weights") == "int8"
+    assert default_text("curves") == "heads,ffns"
+    assert default_text("tolerance") == "0.01"
+    assert default_text("rescore") == ""
+    assert form_of("weights").choices == ("int8", "bfloat16", "float32")
+    assert form_of("experiments").choices[-1] == "overlap"
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_value_is_refused_in_the_same_words_on_the_command_line_and_in_a_file(
+    name: str, tmp_path: Path
+) -> None:
+    value, expected = BAD[name]
+    told = refusal({name: value})
+    assert told.startswith(f"{flag_name(name)}: expected ")
+    assert expected in told
+    assert f"got {value!r}; correct it or leave it out (default: {default_text(name)})" in told
+    config = tmp_path / "run.toml"
+    config.write_text(f"{name.replace('_', '-')} = '{value}'\n")
+    assert refusal({}, config) == told.replace(":", f" in {config}:", 1)
+
+
+def test_options_that_do_not_go_together_are_refused_by_their_flags() -> None:
+    assert refusal({"exact": "5"}).startswith("--exact: expected with --screen attribution")
+    assert refusal({"screen": "attribution", "experiments": "ablate"}).startswith("--screen: ")
+    assert refusal({"rescore": True, "experiments": "evaluate"}).startswith("--rescore: ")
+
+
+def test_text_and_toml_values_are_the_same_options(tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(
+        'tasks = ["recall", "a,b"]\nshots = [4, 0]\ntrain-limit = 8\n'
+        'memory = "2GB"\nbos = false\nout = "~/run"\n'
+    )
+    options = run_options({"limit": "16", "curves": "", "tolerance": "0.5"}, config)
+    assert options.tasks == ("recall", "a,b")
+    assert options.resolved_shots == (0, 4)
+    assert (options.limit, options.train_limit, options.memory) == (16, 8, 2 * 10**9)
+    assert (options.curves, options.tolerance, options.bos) == ((), 0.5, False)
+    assert options.out == Path.home() / "run"
+    assert run_options({"shots": "1"}, config).resolved_shots == (1,)
+
+
+def test_a_file_serves_commands_that_take_fewer_options_but_holds_no_others(tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text('limit = 8\nrescore = true\nscreen = "attribution"\n')
+    options = run_options({"experiments": ("evaluate",)}, config, known=("limit", "experiments"))
+    assert (options.limit, options.rescore, options.screen) == (8, False, None)
+    config.write_text("trian-limit = 8\n")
+    assert refusal({}, config).endswith(": 'trian-limit' is no option of a run; did you mean 'train-limit'?")
+    config.write_text("limit = \n")
+    assert "cannot be read as TOML" in refusal({}, config)
+    assert "cannot be read as TOML" in refusal({}, tmp_path / "none.toml")
+
+
+def test_the_digest_is_of_what_results_depend_on() -> None:
+    digest = RunOptions().digest
+    for name in ("out", "masks_dir", "store_dir", "hours", "memory", "device_memory", "device"):
+        value = {"hours": 1, "memory": 1, "device_memory": 1, "device": "cpu"}.get(name, "x")
+        assert RunOptions.model_validate({name: value}).digest == digest, name
+    changed = [{"seed": 1}, {"limit": 5}, {"tolerance": 0.5}, {"device": "cpu", "bos": True}, {"shots": (0,)}]
+    digests = {RunOptions.model_validate(change).digest for change in changed}
+    assert len(digests | {digest}) == len(changed) + 1
+    assert RunOptions(shots=(16, 4, 0), train_limit=32).digest == digest
+
+
+def test_limits_are_resolved_in_turn() -> None:
+    assert RunOptions().resolved_importance_limit == RunOptions().resolved_train_limit == 32
+    options = RunOptions(limit=7)
+    assert (options.resolved_train_limit, options.resolved_importance_limit) == (7, 7)
+    assert (options.resolved_curve_limit, RunOptions().resolved_curve_limit) == (7, 64)
+    assert RunOptions(model="facebook/opt-125m").resolved_shots == (0, 1, 5)
+    assert RunOptions().resolved_exact == 500
