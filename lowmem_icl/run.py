@@ -8,14 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-=======
-import polars as pl
-
-from lowmem_icl import __version__
-from lowmem_icl.cli.plan import show_plan
-from lowmem_icl.cli.terminal import Terminal
->>>>>>> wt-B
 from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.experiments.order import run_stages
 from lowmem_icl.masks.files import MaskFile, check_fits

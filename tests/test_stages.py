@@ -113,7 +113,7 @@ def all_options() -> Iterator[Mapping[str, Any]]:
     yield {"direction": "up", "order": "joint"}
 
 
-@pytest.mark.parametrize("changes", all_options(), ids=str)
+@pytest.mark.parametrize("changes", tuple(all_options()), ids=str)
 def test_the_plan_describes_what_a_run_does(changes: Mapping[str, Any]) -> None:
     prepared = prepared_for(**{name: value for name, value in changes.items() if value is not None})
     planned = [part for work in planned_work(prepared) for part in work.parts]

@@ -10,14 +10,14 @@ from lowmem_icl.planning.plan import Plan, StagePlan
 def show_plan(plan: Plan, console: Console) -> None:
     """Print what a run will hold, read and compute, and what was measured of this machine."""
     memory, rates = plan.memory, plan.rates
-    layer_seconds = rates.attended_seconds + rates.projected_seconds + rates.fed_seconds
+    layer_seconds = rates.attention_seconds + rates.projection_seconds + rates.ffn_seconds
     lines = [
         f"on disk: store {size(plan.store_bytes)}"
         + (f", made first from {size(plan.convert_bytes)}" if plan.convert_bytes else "")
         + f"; activations that memory cannot hold, at most {size(memory.spill_bytes)}",
         f"memory {size(memory.allowance_bytes)}"
         + (f", on the device {size(memory.device_bytes)}" if memory.device_bytes else "")
-        + f": embeddings {size(memory.outside_bytes)}, "
+        + f": embeddings {size(memory.non_layer_bytes)}, "
         f"layers in use {size(memory.streaming_bytes)}, working space {size(memory.working_bytes)}, "
         f"layers kept {size(memory.resident_bytes)}, residuals {size(memory.alive_bytes)}, "
         f"their cache {size(memory.cache_bytes)}",
@@ -48,8 +48,8 @@ def plan_table(plan: Plan) -> Table:
 
 
 def _expected(stage: StagePlan) -> str:
-    if stage.skipped:
+    if stage.postponed:
         return f"{duration(stage.seconds)}: waits for another run"
     if stage.documents is not None:
-        return f"{duration(stage.seconds)}: {stage.documents} documents a task"
+        return f"{duration(stage.seconds)}: {stage.documents} documents per task"
     return duration(stage.seconds)

@@ -224,12 +224,12 @@ class _RowsOnTheWay:
 
     def begin(self, checkpoint: PassCheckpoint) -> None:
         """Put what an earlier run left in place of a block's rows, where it is of the same rows."""
-        expected = checkpoint.indices.copy()
+        expected = checkpoint.row_indices.copy()
         if self._keeps_rows:
             self._rows.resume(checkpoint.arrays)
-        if not np.array_equal(checkpoint.indices, expected):
+        if not np.array_equal(checkpoint.row_indices, expected):
             # Other rows of the same length: these start from the first layer.
-            checkpoint.indices[:], checkpoint.next_layer[:] = expected, 0
+            checkpoint.row_indices[:], checkpoint.next_layer[:] = expected, 0
 
     def after_layer(self) -> None:
         """Save from time to time, and when the time is over."""

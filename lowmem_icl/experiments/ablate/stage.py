@@ -60,7 +60,6 @@ def _parts(prepared: Prepared, selected: Sequence[Selection]) -> list[SweepPart]
     tasks, units = prepared.train, _units(prepared)
     masks = [(Mask(), *(units[index].as_mask() for index in selection.exact)) for selection in selected]
     chunks = doubling_chunks(most_documents(tasks))
-<<<<<<< HEAD
     return [
         SweepPart(
             f"ablate-{chunk.start:06d}",
@@ -69,108 +68,6 @@ def _parts(prepared: Prepared, selected: Sequence[Selection]) -> list[SweepPart]
             documents=chunk.stop,
         )
         for number, chunk in enumerate(chunks, start=1)
-=======
-    for number, chunk in enumerate(chunks):
-        label = f"ablate, chunk {number + 1} of {len(chunks)}"
-        try:
-            by_place = work.sweep_chunk("ablate", "ablate", label, tasks, masks, chunk)
-        except OutOfTime:
-            gathered.left.append(_what_is_left(tasks, chunk.start))
-            break
-        for place, scores in by_place.items():
-            done[place].append(scores)
-        if number + 1 < len(chunks) and not work.parts.has(_next_part(chunks[number + 1])):
-            _gather(work, gathered, units, choices, done)
-            yield
-    _gather(work, gathered, units, choices, done)
-    yield
-
-
-def _next_part(chunk: slice) -> str:
-    return f"ablate-{chunk.start:06d}"
-
-
-def _what_is_left(tasks: Sequence[TaskRows], documents: int) -> str:
-    most = most_documents(tasks)
-    return f"ablate: the time was over after {documents} of {most} documents a task; the same command goes on"
-
-
-def _choice(work: Work, gathered: Gathered, task: TaskRows, units: Sequence[Unit]) -> _Choice:
-    everything = np.arange(len(units))
-    if work.options.screen is None:
-        return _Choice(everything, everything[:0])
-    scores = gathered.importance[task.task, task.shots]
-    by_document = np.concatenate(
-        [scores.attribution_heads.reshape(len(scores.attribution_heads), -1), scores.attribution_ffns], axis=1
-    )
-    estimates, errors = ablate.estimated_drops(by_document)
-    exact, drawn = ablate.screened(estimates, errors, work.options.resolved_exact, work.options.seed)
-    return _Choice(exact, drawn, estimates, errors)
-
-
-def _gather(
-    work: Work,
-    gathered: Gathered,
-    units: Sequence[Unit],
-    choices: Sequence[_Choice],
-    done: Sequence[Sequence[Scores]],
-) -> None:
-    """Turn what is scored so far into rows, and estimates into the rows of all other units."""
-    skeleton = work.model.skeleton
-    rows: list[Row] = []
-    columns: list[dict[str, Any]] = []
-    measured: list[unit_claims.Measured] = []
-    gathered.effects["ablate"] = []
-    for task, choice, chunks in zip(work.prepared.train, choices, done, strict=True):
-        values = np.full(len(units), np.nan) if choice.estimates is None else choice.estimates.copy()
-        if chunks:
-            scores = joined(chunks)
-            documents = _scored_documents(task, scores)
-            packed = work.prepared.pack(replace(task, documents=documents))
-            lost = ablate.drops(packed, scores.logprobs, scores.greedy)
-            exact = [units[place] for place in choice.exact]
-            columns += ablate.drop_columns(packed, exact, lost, work.options.seed)
-            gathered.effects["ablate"] += ablate.effect_columns(packed, exact, lost)
-            gold = lost.by_document["gold_logprob"]
-            values[choice.exact] = gold.mean(1)
-            one = unit_claims.Measured(packed.task, choice.exact, gold, lost.accuracy, lost.accuracy_clusters)
-            measured.append(one)
-            rows += unit_claims.top_drop_rows(units, one, work.options.seed)
-            _rank_documents(
-                gathered, skeleton, packed.task, "ablation", choice.exact, gold, packed.task.clusters
-            )
-            if choice.estimates is not None:
-                rows += ablate.agreement_rows(packed, choice.estimates, values, choice.exact, choice.drawn)
-        if choice.estimates is not None and choice.errors is not None:
-            estimated = np.setdiff1d(np.arange(len(units)), choice.exact if chunks else choice.exact[:0])
-            columns += ablate.estimate_columns(task, units, estimated, choice.estimates, choice.errors)
-        if chunks and len(np.intersect1d(choice.exact, _ffn_places(skeleton))) == skeleton.layers:
-            # The oracle: what removing each FFN alone costs in accuracy, ties told apart by probability.
-            ffns = np.searchsorted(choice.exact, _ffn_places(skeleton))
-            ranking = with_ties_broken(
-                lost.accuracy.mean(1)[ffns], lost.by_document["gold_prob"].mean(1)[ffns]
-            )
-            gathered.ffn_rankings[RankingKey(task.task, task.shots, "ablation")] = ranking
-        heads = values[: skeleton.layers * skeleton.heads]
-        if np.isfinite(heads).all():
-            key = RankingKey(task.task, task.shots, "ablation")
-            gathered.rankings[key] = heads.reshape(skeleton.layers, skeleton.heads)
-    columns += unit_claims.claim_columns(units, measured)
-    columns += _in_context(work, gathered, units, measured)
-    gathered.results["ablate"], gathered.columns["ablate"] = rows, columns
-
-
-def _in_context(
-    work: Work, gathered: Gathered, units: Sequence[Unit], measured: Sequence[unit_claims.Measured]
-) -> list[dict[str, Any]]:
-    """Return blocks of in-context effects at every shot count against none, and rank the heads by them."""
-    skeleton = work.model.skeleton
-    alone = {one.task.task: one for one in measured if one.task.shots == 0}
-    pairs = [
-        unit_claims.in_context(one, alone[one.task.task])
-        for one in measured
-        if one.task.shots and one.task.task in alone
->>>>>>> wt-B
     ]
 
 

@@ -56,52 +56,8 @@ def run(work: Work) -> Iterator[ImportanceResult]:
                 [score.attribution_heads.reshape(len(score.attribution_heads), -1), score.attribution_ffns],
                 axis=1,
             )
-<<<<<<< HEAD
             for task, score in zip(tasks, scores, strict=True)
         },
-=======
-            for task in packed
-        ]
-
-        def arrays() -> dict[str, NDArray[Any]]:
-            return {
-                f"{number}.{name}": array
-                for number, gradient in enumerate(gradients)
-                for name, array in gradient.arrays().items()
-            }
-
-        def after_block() -> None:
-            draft.now_and_then()
-            work.check_time(experiment)
-
-        draft.begin(arrays)
-        total = operations(gradients_cost([task.packed for task in packed], skeleton.layers), skeleton)
-        with work.progress(label, total, "operations") as advance:
-            unit_gradients(
-                work.model,
-                [task.packed.rows for task in packed],
-                [partial(importance.choose_gold, task) for task in packed],
-                gradients,
-                limits=work.limits,
-                cache=work.cache,
-                masks=masks,
-                after_block=after_block,
-                account=work.account(advance),
-            )
-        return arrays()
-
-    return work.parts.get_or_make(part, make)
-
-
-def importance_of(
-    work: Work, task: PackedTask, number: int, arrays: Mapping[str, NDArray[Any]]
-) -> importance.Importance:
-    """Return the scores of the task at a place from what `unit_gradient_arrays` returned."""
-    return importance.importance(
-        task,
-        *(arrays[f"{number}.{name}"] for name in FIELDS),
-        last_layer_by_continuation=work.options.protocol_choices.last_layer_by_continuation,
->>>>>>> wt-B
     )
 
 
