@@ -32,8 +32,6 @@ def rescored_points(work: Work, rankings: CurveRankings) -> list[list[CurvePoint
     packed = [prepared.pack(task) for task in prepared.importance]
 
     def scores_after(level: int, masks: Sequence[Mask]) -> list[Values]:
-        # What is cached is of the whole model, or of the level before.
-        work.cache.clear()
         gradients = work.gradients(level_part(prepared, level, masks))
         return [
             scores_of(prepared, task, task_gradients).gradient_heads
@@ -48,7 +46,6 @@ def rescored_points(work: Work, rankings: CurveRankings) -> list[list[CurvePoint
         masks = [_next_mask(prepared, *of_task, percent) for of_task in zip(scores, masks, strict=True)]
         for index, mask in enumerate(masks):
             points[index].append(_point(prepared, index, percent, mask))
-    work.cache.clear()
     return points
 
 
