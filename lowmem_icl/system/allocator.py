@@ -1,8 +1,8 @@
 """Makes the C library keep freed memory for the next tensor instead of giving it back at once.
 
-A layer's intermediate tensors are tens to hundreds of megabytes, which glibc maps anew from the kernel for every
-allocation: the page faults cost more than the arithmetic on them (a ReLU on [1024, 36864] took 147 ms, with kept
-memory 9 ms). Other C libraries are left alone.
+A layer's intermediate tensors are tens to hundreds of megabytes, which glibc maps anew from the kernel for
+every allocation: the page faults cost more than the arithmetic on them (a ReLU on [1024, 36864] took 147 ms,
+with kept memory 9 ms). Other C libraries are left alone.
 """
 
 import ctypes
