@@ -162,7 +162,7 @@ def _verify(folder: Path, manifest: Manifest, progress: Progress) -> None:
     if altered:
         raise InputError(
             f"{folder / altered[0]} does not hold what was written: the disk may be failing; it is deleted, "
-            "run the same command again to write it again, or choose another disk"
+            "run the same command again, or choose another disk"
         )
 
 

@@ -69,7 +69,7 @@ class HeadLogits:
         return _Readers(by_head, offset, shift)
 
     def deviations(self, outputs: Tensor) -> Tensor | None:
-        """Return the reciprocal deviation [H, T] of what heads write from outputs [H, T, d]; None: no norm."""
+        """Return the reciprocal deviation [H, T] of what heads write from outputs [H, T, d]; None: none."""
         if self._scale is None:
             return None
         variance = ((outputs @ self._squares) * outputs).sum(-1) + self._bias_square

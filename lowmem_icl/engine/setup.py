@@ -24,7 +24,7 @@ def _go_on() -> None:
 class PassSetup:
     """The model, what a pass may use, and who hears of it.
 
-    `cache` must hold as much as `limits` say: schedules rely on it. `account` is told of everything that is
+    `cache` must hold as much as `limits` say: schedules rely on it. `account` hears of everything that is
     computed, `after_step` called when a wave (sweeps), a block (gradients) or a layer (scores of heads) is
     whole; an error that it raises stops the pass, and what is whole by then stays.
     """

@@ -164,7 +164,7 @@ def open_store(folder: Path) -> Store:
 def verify_store(store: Store, advance: Advance = lambda checked: None) -> None:
     """Compare every file's bytes with its digest; raise InputError naming the first that differs.
 
-    `advance` is told the bytes of each file.
+    `advance` is called with the bytes of each file.
     """
     for name in altered_files(store.folder, store.manifest, advance):
         raise InputError(f"{store.folder / name}: its bytes differ from the manifest's digest; convert again")
