@@ -21,12 +21,12 @@ Integers = NDArray[np.int64]
 class Row:
     """One packed sequence of T tokens with A answers to read off it.
 
-    tokens, positions: [T]; `ends` [T]: token j is an ancestor of i (or i itself) exactly when j <= i < ends[j].
-    Answer a is the log-probability of token `targets[a]` after the token at index `read_at[a]`; it counts
-    towards option `options[a]` (a number that whoever makes the rows chooses, unique over all rows of a task).
-    `owners` [T]: the document each token belongs to where a row shares none between documents, else the first
-    that used it. `stem`: the row whose tokens stand before all of these, or None; a stem has no answers and no
-    stem.
+    tokens, positions: [T]; `ends` [T]: token j is an ancestor of i (or i itself) exactly when j <= i <
+    ends[j]. Answer a is the log-probability of token `targets[a]` after the token at index `read_at[a]`; it
+    counts towards option `options[a]` (a number that whoever makes the rows chooses, unique over all rows of
+    a task). `owners` [T]: the document each token belongs to where a row shares none between documents, else
+    the first that used it. `stem`: the row whose tokens stand before all of these, or None; a stem has no
+    answers and no stem.
     """
 
     tokens: Integers
@@ -59,7 +59,7 @@ class Row:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over everything that the row's scores depend on: the above, and where which answers are read."""
+        """SHA-256 over everything that the row's scores depend on: the above, and its answers."""
         arrays = (self.tokens, self.positions, self.ends, self.read_at, self.targets, self.options)
         return _sha256(arrays, "" if self.stem is None else self.stem.digest)
 

@@ -1,7 +1,8 @@
 """Outlier columns of a store's int8 linears, found once by a clean pass over a fixed text.
 
 The first half of the text decides which input columns are outliers; the second half measures how many large
-activations lie outside them. The text goes through the layers as they are converted, so no weight is read twice.
+activations lie outside them. The text goes through the layers as they are converted, so no weight is read
+twice.
 """
 
 from collections import Counter
@@ -46,16 +47,17 @@ class CalibrationPass:
 
     @classmethod
     def start(cls, skeleton: Skeleton, rows: Sequence[Tensor]) -> "CalibrationPass":
-        """Embed the rows; the skeleton's outside must be filled."""
+        """Embed the rows; the skeleton's non-layer parameters must be filled."""
         with torch.no_grad():
             residuals = [skeleton.family.embed(skeleton.model, row, torch.arange(len(row))) for row in rows]
         return cls(DecoderLayer(skeleton, "int8", torch.device("cpu")), residuals)
 
     def columns_of(self, tensors: Mapping[str, Tensor], *, decide: bool) -> dict[str, Tensor]:
-        """Run the text through the next layer; return the outlier columns of its linears under their names in a store.
+        """Run the text through the next layer; return the outlier columns of its linears under their names in
+        a store.
 
-        With `decide` they are found from the text's first half; else those among the layer's tensors stay. The second
-        half counts what lies outside them.
+        With `decide` they are found from the text's first half; else those among the layer's tensors stay.
+        The second half counts what lies outside them.
         """
         linears = self.layer.int8_linears
         none = {f"{name}.outlier_columns": torch.empty(0, dtype=torch.int64) for name in linears}

@@ -90,7 +90,7 @@ class Checkpoint:
 
     @cached_property
     def shard_of(self) -> dict[str, str]:
-        """The weight file of every parameter; the only file of a checkpoint without index is opened for it."""
+        """The weight file of every parameter; without an index, the only file is opened to know."""
         if self.index is not None:
             return self.index
         (single,) = self.shards.sizes
@@ -120,7 +120,7 @@ class Checkpoint:
         self.shards.release(shard)
 
     def source_name(self, name: str) -> str:
-        """Return the checkpoint's own name of a model parameter: older OPT files lack the leading `model.`."""
+        """Return the checkpoint's own name of a parameter: older OPT files lack the leading `model.`."""
         short = name.split(".", 1)[1] if "." in name else name
         return short if name not in self.shard_of and short in self.shard_of else name
 

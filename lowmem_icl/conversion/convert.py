@@ -1,7 +1,7 @@
-"""A checkpoint into a store, layer by layer; a stopped conversion goes on at the layer where it was.
+"""A checkpoint into a store, layer by layer; a stopped conversion continues at the layer where it was.
 
-In memory at any time: one layer in the source's precision and as converted, the open shard's pages, the embeddings
-(int8 only) and the fixed text's residuals.
+In memory at any time: one layer in the source's precision and as converted, the open shard's pages, the
+embeddings (int8 only) and the fixed text's residuals.
 """
 
 import hashlib
@@ -87,8 +87,8 @@ def check_room(folder: Path, size_bytes: int) -> int:
     if size_bytes + MARGIN_BYTES > free:
         raise DoesNotFit(
             f"{size_bytes / 1e9:.3g} GB are needed in {folder}, {free / 1e9:.3g} GB are free; "
-            "free some space, choose another folder with --store-dir, or, for a hub id, convert it first with "
-            "lowmem-icl convert --delete-shards"
+            "free some space, choose another folder with --store-dir, or, for a hub id, convert it first "
+            "with lowmem-icl convert --delete-shards"
         )
     return free
 
@@ -109,8 +109,9 @@ def convert(
 ) -> Store:
     """Write a checkpoint as a store, check its bytes and return it opened.
 
-    Shards are asked for one after the other, and released after the last layer that needs them. Raises InputError
-    naming a parameter that is missing or of another shape, or a folder that holds a store of another source.
+    Shards are asked for one after the other, and released after the last layer that needs them. Raises
+    InputError naming a parameter that is missing or of another shape, or a folder that holds a store of
+    another source.
     """
     checkpoint, folder = conversion.checkpoint, conversion.folder
     skeleton = Skeleton.from_dict(checkpoint.config)
@@ -152,7 +153,7 @@ def _tokenizer_files(folder: Path) -> dict[str, StoredFile]:
 
 
 def _verify(folder: Path, manifest: Manifest, progress: Progress) -> None:
-    """Compare what the disk has with what was written; delete files that differ, and raise InputError naming one."""
+    """Compare the disk with what was written; delete what differs and raise InputError naming a file."""
     total = sum(file.size_bytes for file in manifest.files.values())
     with progress("verifying", total, "bytes") as advance:
         altered = list(altered_files(folder, manifest, advance))
@@ -161,15 +162,15 @@ def _verify(folder: Path, manifest: Manifest, progress: Progress) -> None:
     if altered:
         raise InputError(
             f"{folder / altered[0]} does not hold what was written: the disk may be failing; it is deleted, "
-            "run the same command again to make it anew, or choose another disk"
+            "run the same command again, or choose another disk"
         )
 
 
 def _start_calibration(skeleton: Skeleton, non_layer: Path, tokens: Sequence[int]) -> CalibrationPass:
     if max(tokens) >= skeleton.vocabulary:
         raise InputError(
-            f"the tokenizer beside the weights knows token {max(tokens)}, the model only {skeleton.vocabulary} "
-            "tokens; they do not belong together"
+            f"the tokenizer next to the weights knows token {max(tokens)}, the model only "
+            f"{skeleton.vocabulary} tokens; they do not belong together"
         )
     skeleton.fill_non_layer(load_file(non_layer), torch.device("cpu"))
     return CalibrationPass.start(skeleton, text_rows(tokens, skeleton.context_tokens))
@@ -207,7 +208,8 @@ class _Claim:
             kept = read_json(self.path)
             if {name: kept.get(name) for name in self._identity} != json.loads(json.dumps(self._identity)):
                 raise InputError(
-                    f"{folder} holds an unfinished conversion of something else; delete it or choose another STORE"
+                    f"{folder} holds an unfinished conversion of something else; delete it or choose "
+                    "another STORE"
                 )
             for name, fields in kept.get("files", {}).items():
                 file = StoredFile.model_validate(fields)
@@ -219,7 +221,7 @@ class _Claim:
             self._save()
 
     def write(self, name: str, tensors: dict[str, Tensor], digests: dict[str, str]) -> None:
-        """Write a file of the store; its digest is that of the bytes in memory, not of what the disk gives back."""
+        """Write a file of the store; its digest is of the bytes in memory, not of what the disk returns."""
         path = self.folder / name
         save_tensors(path, tensors, digests)
         self.files[name] = StoredFile(size_bytes=path.stat().st_size, sha256=sha256_of_tensors(path, tensors))
@@ -237,7 +239,7 @@ def finished_bytes(folder: Path) -> int:
 
 
 class _Steps:
-    """Takes parameters out of the shards in the order of the layers, what lies outside them first.
+    """Takes parameters out of the shards in the order of the layers, those outside them first.
 
     Before a fetched shard is deleted, what it held of an unfinished layer is kept as a piece.
     """
@@ -248,7 +250,7 @@ class _Steps:
         self._linears = {f"{name}.weight" for name in skeleton.linear_names()}
 
     def _parameters(self, layer: int | None) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Return the name in the store and the shape of every parameter of a layer, or of what lies outside."""
+        """Return stored name and shape of every parameter of a layer; None: of those outside the layers."""
         if layer is None:
             return {name: (name, shape) for name, shape in self._skeleton.non_layer_parameters().items()}
         blocks = self._skeleton.blocks_name
@@ -262,7 +264,7 @@ class _Steps:
 
     @cached_property
     def _last_use(self) -> dict[str, int]:
-        """The last layer that needs a shard; -1 where only what lies outside does."""
+        """The last layer that needs a shard; -1 where only those outside do."""
         last = {self._shard(name): -1 for name in self._parameters(None)}
         for layer in range(self._skeleton.layers):
             last |= {self._shard(name): layer for name in self._parameters(layer)}
@@ -276,7 +278,7 @@ class _Steps:
         self._piece(layer).unlink(missing_ok=True)
 
     def tensors(self, layer: int | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return a layer's tensors in the store's form and their source digests; None: what lies outside."""
+        """Return a layer's tensors in the store's form and their source digests; None: those outside."""
         tensors: dict[str, Tensor] = {}
         digests: dict[str, str] = {}
         if layer is not None and self._piece(layer).is_file():
@@ -316,8 +318,8 @@ def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         if (checkpoint.folder / name).is_file():
-            with atomic_path(folder / name) as beside:
-                shutil.copyfile(checkpoint.folder / name, beside)
+            with atomic_path(folder / name) as temporary:
+                shutil.copyfile(checkpoint.folder / name, temporary)
     # AutoTokenizer looks up the tokenizer's class by the model's config.
     write_text_atomic(folder / "config.json", json.dumps(checkpoint.config, indent=1) + "\n")
 

@@ -21,8 +21,9 @@ _UNREACHABLE = (LocalEntryNotFoundError, _HTTP_ERROR, OSError)
 class HubShards:
     """Weight files of one commit of a repository.
 
-    Files go to the hub's own cache and stay there. With `delete_into` a file that is not in the cache yet is fetched
-    into that folder instead and deleted when it is released: only what was fetched here is ever deleted.
+    Files go to the hub's own cache and stay there. With `delete_into` a file that is not in the cache yet is
+    fetched into that folder instead and deleted when it is released: only what was fetched here is ever
+    deleted.
     """
 
     repository: str
@@ -36,7 +37,7 @@ class HubShards:
         """Whether released files are deleted."""
         return self.delete_into is not None
 
-    def here(self, name: str) -> Path | None:
+    def local_path(self, name: str) -> Path | None:
         """Return a file that the hub's cache holds already, or that was fetched to be deleted."""
         if self.delete_into is not None and (self.delete_into / name).is_file():
             return self.delete_into / name
@@ -46,13 +47,13 @@ class HubShards:
     @property
     def fetch_bytes(self) -> int:
         """Bytes of all files that are still to be fetched."""
-        return sum(size for name, size in self.sizes.items() if self.here(name) is None)
+        return sum(size for name, size in self.sizes.items() if self.local_path(name) is None)
 
     def path(self, name: str) -> Path:
         """Fetch a file where it is not here yet; raise InputError where that fails."""
-        here = self.here(name)
-        if here is not None:
-            return here
+        local = self.local_path(name)
+        if local is not None:
+            return local
         number = sorted(self.sizes).index(name) + 1
         self.announce(f"fetching {name} ({number} of {len(self.sizes)}, {self.sizes[name] / 1e9:.3g} GB)")
         try:
@@ -62,7 +63,7 @@ class HubShards:
         except _UNREACHABLE as error:
             raise InputError(
                 f"{self.repository}: {name} could not be fetched ({type(error).__name__}: {error}); "
-                "check the network and run the same command again: it goes on where it was"
+                "check the network and run the same command again: it continues where it was"
             ) from error
 
     def release(self, name: str) -> None:
@@ -88,7 +89,8 @@ def open_hub_checkpoint(model: str, revision: str | None) -> Checkpoint:
     except (HFValidationError, *_UNREACHABLE) as error:
         raise InputError(
             f"--model: '{model}' is no folder here and could not be fetched from the hub "
-            f"({type(error).__name__}); give a checkpoint folder or check the name, --revision and the network"
+            f"({type(error).__name__}); give a checkpoint folder or check the name, --revision and the "
+            "network"
         ) from error
     if "config.json" not in folders:
         raise InputError(

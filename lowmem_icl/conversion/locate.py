@@ -27,7 +27,7 @@ DEMO = "demo"
 
 
 @dataclass(frozen=True)
-class Located:
+class ModelLocation:
     """Where a model is: a finished store, or a checkpoint and the folder its store belongs in."""
 
     source_id: str
@@ -36,8 +36,8 @@ class Located:
     store_folder: Path
 
 
-def locate(model: str, revision: str | None, weights: Weights, store_dir: Path) -> Located:
-    """Find a model; of a hub id the small files are fetched. Raises InputError saying what was looked for and where."""
+def locate(model: str, revision: str | None, weights: Weights, store_dir: Path) -> ModelLocation:
+    """Find a model; of a hub id the small files are fetched. Raises InputError saying what was looked for."""
     folder = Path(model).expanduser()
     if model == DEMO:
         folder = Path(str(files("lowmem_icl"))) / "demo"
@@ -48,18 +48,19 @@ def locate(model: str, revision: str | None, weights: Weights, store_dir: Path) 
                 f"--weights {weights}: the store {folder} holds {store.manifest.weights}; "
                 f"give --weights {store.manifest.weights} or the checkpoint it was made from"
             )
-        return Located(store.manifest.source.id, store.manifest.source.revision, None, folder)
+        return ModelLocation(store.manifest.source.id, store.manifest.source.revision, None, folder)
     elif not folder.exists():
         if model.startswith((".", "/", "~")) or model.count("/") > 1:
             raise InputError(f"--model: folder {model} does not exist")
         return _locate_on_hub(model, revision, weights, store_dir)
     checkpoint = open_checkpoint(folder)
     stats = [(name, (folder / name).stat()) for name in sorted(checkpoint.shards.sizes)]
-    told = [checkpoint.config, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]
-    return Located(model, revision, checkpoint, store_dir / f"{folder.name}-{_eight_digits(told)}-{weights}")
+    identity = [checkpoint.config, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]
+    store_folder = store_dir / f"{folder.name}-{_eight_digits(identity)}-{weights}"
+    return ModelLocation(model, revision, checkpoint, store_folder)
 
 
-def _locate_on_hub(model: str, revision: str | None, weights: Weights, store_dir: Path) -> Located:
+def _locate_on_hub(model: str, revision: str | None, weights: Weights, store_dir: Path) -> ModelLocation:
     from lowmem_icl.conversion.hub import HubShards, open_hub_checkpoint
 
     name = model.replace("/", "--")
@@ -67,23 +68,23 @@ def _locate_on_hub(model: str, revision: str | None, weights: Weights, store_dir
         checkpoint = open_hub_checkpoint(model, revision)
     except InputError:
         # Neither the hub nor its cache: a store made earlier will do, if there is no doubt which.
-        made = [
+        existing = [
             folder
             for folder in store_dir.glob("*")
             if folder.name.startswith(f"{name}-") and folder.name.endswith(f"-{weights}") and is_store(folder)
         ]
-        if len(made) != 1 or revision is not None:
+        if len(existing) != 1 or revision is not None:
             raise
-        return Located(model, open_store(made[0]).manifest.source.revision, None, made[0])
+        return ModelLocation(model, open_store(existing[0]).manifest.source.revision, None, existing[0])
     assert isinstance(checkpoint.shards, HubShards)
     commit = checkpoint.shards.commit
     folder = store_dir / f"{name}-{_eight_digits([model, commit])}-{weights}"
-    return Located(model, commit, checkpoint, folder)
+    return ModelLocation(model, commit, checkpoint, folder)
 
 
-def _eight_digits(told: Any) -> str:
-    """Return eight hexadecimal digits that change with what is told."""
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+def _eight_digits(identity: Any) -> str:
+    """Return eight hexadecimal digits that change with an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def tokeniser(folder: Path) -> Tokenise:
@@ -100,11 +101,11 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"{folder}: no tokenizer could be loaded ({error}); put its files beside the weights"
+            f"{folder}: no tokenizer could be loaded ({error}); put its files next to the weights"
         ) from error
 
 
-def plan_store(located: Located, weights: Weights) -> Store:
+def plan_store(located: ModelLocation, weights: Weights) -> Store:
     """Return a located model's store if it is there, else what it would be."""
     if located.checkpoint is None or is_store(located.store_folder):
         return open_store(located.store_folder)
@@ -112,7 +113,7 @@ def plan_store(located: Located, weights: Weights) -> Store:
 
 
 def ensure_store(
-    located: Located,
+    located: ModelLocation,
     weights: Weights,
     *,
     delete_shards: bool = False,
@@ -121,8 +122,8 @@ def ensure_store(
 ) -> Store:
     """Return the store of a located model, converting and verifying it first where that has not been done.
 
-    Says what will be fetched, read and written before the first byte; raises DoesNotFit where the disk has no room.
-    `delete_shards`: weight files fetched from the hub are deleted as soon as they are converted.
+    Says what will be fetched, read and written before the first byte; raises DoesNotFit where the disk has no
+    room. `delete_shards`: weight files fetched from the hub are deleted as soon as they are converted.
     """
     if located.checkpoint is None or is_store(located.store_folder):
         return open_store(located.store_folder)
@@ -132,8 +133,8 @@ def ensure_store(
     left = max(0, planned.size_bytes - finished_bytes(located.store_folder))
     free = check_room(located.store_folder, left + fetched)
     announce(
-        f"converting {located.source_id} to {weights}: reads {checkpoint.size_bytes / 1e9:.3g} GB, writes about "
-        f"{left / 1e9:.3g} GB to {located.store_folder} ({free / 1e9:.3g} GB free)"
+        f"converting {located.source_id} to {weights}: reads {checkpoint.size_bytes / 1e9:.3g} GB, writes "
+        f"about {left / 1e9:.3g} GB to {located.store_folder} ({free / 1e9:.3g} GB free)"
     )
     return convert(
         Conversion(checkpoint, located.store_folder, weights, located.source_id, located.revision),
@@ -144,7 +145,7 @@ def ensure_store(
 
 
 def _prepare_fetching(
-    checkpoint: Checkpoint, located: Located, delete_shards: bool, announce: Callable[[str], None]
+    checkpoint: Checkpoint, located: ModelLocation, delete_shards: bool, announce: Callable[[str], None]
 ) -> int:
     """Set where shards go; return how many bytes of them the store's disk must take at once."""
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -155,8 +156,8 @@ def _prepare_fetching(
     if not isinstance(shards, HubShards):
         if delete_shards:
             raise InputError(
-                f"--delete-shards: {located.source_id} is a folder, and only what was fetched from the hub is "
-                "ever deleted; leave the option out"
+                f"--delete-shards: {located.source_id} is a folder, and only what was fetched from the hub "
+                "is ever deleted; leave the option out"
             )
         return 0
     shards.announce = announce
@@ -164,7 +165,8 @@ def _prepare_fetching(
         shards.delete_into = located.store_folder / "fetched"
         return max(shards.sizes.values())
     announce(
-        f"fetching {shards.fetch_bytes / 1e9:.3g} GB into the hub's cache; --delete-shards keeps one file at a time"
+        f"fetching {shards.fetch_bytes / 1e9:.3g} GB into the hub's cache; --delete-shards keeps one file "
+        "at a time"
     )
     cache = Path(HF_HUB_CACHE)
     check_room(cache, shards.fetch_bytes)

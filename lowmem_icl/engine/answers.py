@@ -1,4 +1,4 @@
-"""Places where answers are read, of many rows and variants, for few large calls of the unembedding."""
+"""Answers of many rows and variants, read together in few large calls of the unembedding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -50,12 +50,12 @@ class PendingAnswers:
 
     @property
     def reads(self) -> int:
-        """Places that are read per variant."""
+        """How many tokens are read per variant."""
         return self.hidden.shape[1]
 
     @property
     def all_reads(self) -> int:
-        """Places that are read in all."""
+        """How many tokens are read in all."""
         return self.hidden.shape[0] * self.hidden.shape[1]
 
     def split(self, variants: int) -> tuple["PendingAnswers", "PendingAnswers"]:
@@ -68,7 +68,7 @@ class PendingAnswers:
 
 
 class AnswerReader:
-    """Collects hidden states at the places where rows are read, and turns them into scores, many at a time."""
+    """Collects hidden states where rows are read, and turns them into scores, many at a time."""
 
     def __init__(self, model: StreamedModel) -> None:
         self._model = model
@@ -88,7 +88,7 @@ class AnswerReader:
         self._read(self._take(self._reads))
 
     def _take(self, most: int) -> list[PendingAnswers]:
-        """Take away the first variants, of at most so many places together."""
+        """Take away the first variants, of read at most so often together."""
         taken: list[PendingAnswers] = []
         while self._pending:
             first = self._pending[0]
@@ -125,7 +125,7 @@ class AnswerReader:
 
 
 def _questions(members: Sequence[PendingAnswers]) -> tuple[Integers, Integers, Sequence[int]]:
-    """Return for all answers the place read and the token asked for, and where each row's answers end."""
+    """Return where all answers are read, the tokens asked for, and where each row's answers end."""
     read_at, targets, first = [], [], 0
     for member in members:
         variants = len(member.masks)

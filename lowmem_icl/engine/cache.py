@@ -1,4 +1,4 @@
-"""Residuals at layer inputs, kept between the waves of a block and, where asked for, between sweeps of equal rows."""
+"""Residuals at layer inputs, kept between the waves of a block and, on request, between sweeps."""
 
 import tempfile
 from collections import OrderedDict
@@ -31,14 +31,16 @@ class _Kept:
 
 
 class CleanCache:
-    """Keeps residuals [T, D] of one model's clean run by row and layer, in memory and then in temporary files.
+    """Keeps residuals [T, D] of one model's clean run by row and layer, in memory and then in temporary
+    files.
 
-    A residual is found by a digest of what it depends on (`Row.residual_digest`), so rows that are packed twice
-    share it. A pass over a pruned model names its mask; its residuals are never taken for the clean run's.
+    A residual is found by a digest of what it depends on (`Row.residual_digest`), so rows that are packed
+    twice share it. A pass over a pruned model names its mask; its residuals are never taken for the clean
+    run's.
 
     What the block in work needs is never given up (see `holding`). Of all else the least recently used goes
-    first: out of memory into a file, in the place of what is there and older still, or away. So memory holds what
-    is worked on. Use as a context manager: the files go when it is left.
+    first: out of memory into a file, replacing what is older there, or away. So memory holds
+    what is worked on. Use as a context manager: the files go when it is left.
     """
 
     def __init__(self, memory_bytes: int, disk_bytes: int = 0, spill_folder: Path | None = None) -> None:
@@ -67,7 +69,7 @@ class CleanCache:
 
     @contextmanager
     def holding(self, rows: Sequence[Row], *, keep: bool = False) -> Iterator[None]:
-        """Give up nothing of these rows inside the context; forget them at its end, however it ends, unless `keep`."""
+        """Give up nothing of these rows inside the context; at its end forget them unless `keep`."""
         before, self._in_work = self._in_work, frozenset(row.residual_digest for row in rows)
         # All of theirs stand behind all others from now on, so that looking for what can go ends at once.
         for store in (self._in_memory, self._on_disk):

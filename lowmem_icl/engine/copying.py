@@ -1,7 +1,7 @@
-"""Copying: whether what a head writes makes the token that it attends to more likely; and the same from weights alone.
+"""Copying: whether what a head writes makes the token it attends to more likely; and from weights alone.
 
-Axis letters: H heads, T tokens of a row, Q queries of a block, K tokens up to a place, C tokens asked for, d head width,
-D width.
+Axis letters: H heads, T tokens of a row, Q queries of a block, K tokens up to a query, C tokens asked for, d
+head width, D width.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,10 @@ from lowmem_icl.model.streamed import LOWEST_EXPONENT, StreamedModel
 class CopyingForm:
     """How a head's output becomes scores of tokens.
 
-    final_norm: through the model's last norm, as if it stood alone; softmax: over the whole vocabulary, before the mean is
-    taken off; bias: with the whole bias of the output projection; own_token: the reference code's: what the head makes of
-    the token at a place itself instead of what it attends to there, and embeddings fed to every layer.
+    final_norm: through the model's last norm, as if it stood alone; softmax: over the whole vocabulary,
+    before the mean is taken off; bias: with the whole bias of the output projection; own_token: the reference
+    code's: what the head makes of the token at a position itself instead of what it attends to there, and
+    embeddings fed to every layer.
     """
 
     final_norm: bool = False
@@ -35,7 +36,7 @@ REFERENCE_COPYING = CopyingForm(softmax=True, bias=True, own_token=True)
 
 
 class HeadLogits:
-    """What the heads of one layer write, as logits of tokens: z or values by head, through the output projection."""
+    """What the heads of one layer write, as logits of tokens: z or values, through the output projection."""
 
     def __init__(self, model: StreamedModel, layer: DecoderLayer, form: CopyingForm) -> None:
         self._model, self._form = model, form
@@ -60,7 +61,7 @@ class HeadLogits:
                 self._bias_square = float(self._bias.square().mean())
 
     def readers(self, directions: Tensor) -> "_Readers":
-        """Return what maps outputs by head to the logits of tokens, from what reads these off a residual, [C, D]."""
+        """Return what maps heads' outputs to logits of tokens; directions: [C, D], what reads these off."""
         scaled = directions if self._scale is None else directions * self._scale
         by_head = (scaled @ self._weight.flatten(1)).unflatten(1, self._weight.shape[1:]).permute(1, 2, 0)
         offset = None if self._bias is None else scaled @ self._bias
@@ -68,7 +69,7 @@ class HeadLogits:
         return _Readers(by_head, offset, shift)
 
     def deviations(self, outputs: Tensor) -> Tensor | None:
-        """Return the reciprocal standard deviation of what heads write from outputs [H, T, d]: [H, T]; None without norm."""
+        """Return the reciprocal deviation [H, T] of what heads write from outputs [H, T, d]; None: none."""
         if self._scale is None:
             return None
         variance = ((outputs @ self._squares) * outputs).sum(-1) + self._bias_square
@@ -77,7 +78,8 @@ class HeadLogits:
         return (variance + self._epsilon).rsqrt_()
 
     def totals(self, rows: Sequence[Tensor]) -> list[Tensor]:
-        """Return the logarithm of the exponentials of all tokens' logits summed, [H, T], of outputs [H, T, d] each.
+        """Return the logarithm of the exponentials of all tokens' logits summed, [H, T], of outputs [H, T, d]
+        each.
 
         The vocabulary goes by in blocks, all rows under each.
         """
@@ -87,12 +89,12 @@ class HeadLogits:
         for directions in self._model.vocabulary_outputs():
             readers = self.readers(directions)
             for outputs, deviation, high, total in zip(rows, deviations, largest, summed, strict=True):
-                for places in query_blocks(outputs.shape[1]):
-                    logits = readers.logits(outputs[:, places], _part(deviation, places))
-                    higher = torch.maximum(high[:, places], logits.amax(-1))
+                for span in query_blocks(outputs.shape[1]):
+                    logits = readers.logits(outputs[:, span], _part(deviation, span))
+                    higher = torch.maximum(high[:, span], logits.amax(-1))
                     powers = logits.sub_(higher[..., None]).clamp_(min=LOWEST_EXPONENT).exp_().sum(-1)
-                    total[:, places] = total[:, places] * (high[:, places] - higher).exp_() + powers
-                    high[:, places] = higher
+                    total[:, span] = total[:, span] * (high[:, span] - higher).exp_() + powers
+                    high[:, span] = higher
         return [high + total.log() for high, total in zip(largest, summed, strict=True)]
 
 
@@ -116,8 +118,8 @@ class _Readers:
         return logits
 
 
-def _part(values: Tensor | None, places: slice) -> Tensor | None:
-    return None if values is None else values[:, places]
+def _part(values: Tensor | None, span: slice) -> Tensor | None:
+    return None if values is None else values[:, span]
 
 
 def copying_scores(
@@ -130,38 +132,39 @@ def copying_scores(
 ) -> Tensor:
     """Return how much each head copies on a row of different tokens, [H] in float64; 0 to 1.
 
-    At place j the tokens up to it are candidates. Their logits u, off what the head writes there, become
-    ReLU(u − mean u), and the score is the share of the token that the head attends to most; 0 where nothing is above the
-    mean. Averaged over j ≥ 1 (Bansal et al. 2023, appendix A.4, algorithm 2).
+    At position j the tokens up to it are candidates. Their logits u, off what the head writes there, become
+    ReLU(u − mean u), and the score is the share of the token that the head attends to most; 0 where nothing
+    is above the mean. Averaged over j ≥ 1 (Bansal et al. 2023, appendix A.4, algorithm 2).
 
-    directions: [T, D], what reads the row's tokens off a residual; queries (scaled), keys: [H, T, d]; outputs [H, T, d]: z
-    by head; totals [H, T]: of `HeadLogits.totals`, where u are to be probabilities.
+    directions: [T, D], what reads the row's tokens off a residual; queries (scaled), keys: [H, T, d]; outputs
+    [H, T, d]: z by head; totals [H, T]: of `HeadLogits.totals`, where u are to be probabilities.
     """
     readers = head_logits.readers(directions)
     deviation = head_logits.deviations(outputs)
     tokens = outputs.shape[1]
     total = torch.zeros(len(outputs), dtype=torch.float64, device=outputs.device)
-    for places in query_blocks(tokens):
-        attended = masked_products(queries, keys, places).argmax(-1, keepdim=True)
-        scores = readers.logits(outputs[:, places], _part(deviation, places), places.stop)
+    for span in query_blocks(tokens):
+        attended = masked_products(queries, keys, span).argmax(-1, keepdim=True)
+        scores = readers.logits(outputs[:, span], _part(deviation, span), span.stop)
         if totals is not None:
-            scores.sub_(totals[:, places, None]).exp_()
-        candidates = torch.arange(places.start + 1, places.stop + 1, device=scores.device)
-        # Candidates of a query end at its own place.
-        mean = scores.tril_(places.start).sum(-1, keepdim=True) / candidates[:, None]
-        above = scores.sub_(mean).relu_().tril_(places.start)
+            scores.sub_(totals[:, span, None]).exp_()
+        candidates = torch.arange(span.start + 1, span.stop + 1, device=scores.device)
+        # Candidates of a query end at its own position.
+        mean = scores.tril_(span.start).sum(-1, keepdim=True) / candidates[:, None]
+        above = scores.sub_(mean).relu_().tril_(span.start)
         share = above.gather(-1, attended)[..., 0] / above.sum(-1)
         share = share.double().nan_to_num_(nan=0.0)
-        total += share[:, 1:].sum(1) if places.start == 0 else share.sum(1)
+        total += share[:, 1:].sum(1) if span.start == 0 else share.sum(1)
     return total / (tokens - 1)
 
 
 def copying_eigenvalues(layer: DecoderLayer, token_products: Tensor, heads: int) -> Tensor:
-    """Return Σ Re λ / Σ |λ| over the eigenvalues λ of every head's circuit from tokens to logits, [H] in float64.
+    """Return Σ Re λ / Σ |λ| over the eigenvalues λ of every head's circuit from tokens to logits, [H] in
+    float64.
 
-    1 where a token raises its own logit whatever is mixed, −1 where it lowers it (Elhage et al. 2021; Olsson et al. 2022).
-    The circuit U W_O W_V Eᵀ is vocabulary by vocabulary; its eigenvalues other than 0 are those of W_V (Eᵀ U) W_O,
-    [d, d]. Weights alone, without norms. token_products: Eᵀ U, [D, D].
+    1 where a token raises its own logit whatever is mixed, −1 where it lowers it (Elhage et al. 2021; Olsson
+    et al. 2022). The circuit U W_O W_V Eᵀ is vocabulary by vocabulary; its eigenvalues other than 0 are those
+    of W_V (Eᵀ U) W_O, [d, d]. Weights alone, without norms. token_products: Eᵀ U, [D, D].
     """
     entering = (layer.value_weight @ token_products).unflatten(0, (heads, -1))
     leaving = layer.output_weight.unflatten(1, (heads, -1)).permute(1, 0, 2)

@@ -12,11 +12,12 @@ from lowmem_icl.rows import PackedRows
 
 @dataclass(frozen=True)
 class SweepCost:
-    """What passes take: tokens times layers through each part of a layer, answers, layers read from the store.
+    """What passes take: tokens times layers through each part of a layer, answers, layers read from the
+    store.
 
-    `attention_tokens`: through the inputs of the attention and the attention itself; `projection_tokens`: through
-    its output projection; `ffn_tokens`: through the FFN; `backward_tokens`: through a layer with its graph and
-    back; `answers`: how often the vocabulary is read, once per place that is read off and mask.
+    `attention_tokens`: through the inputs of the attention and the attention itself; `projection_tokens`:
+    through its output projection; `ffn_tokens`: through the FFN; `backward_tokens`: through a layer with its
+    graph and back; `answers`: how often the vocabulary is read, once per token that is read and mask.
     """
 
     attention_tokens: float = 0
@@ -86,7 +87,7 @@ def _block_cost(jobs: Sequence[Job], block: PlannedBlock, layers: int) -> SweepC
 
 
 def _tokens_and_reads(block: PlannedBlock) -> dict[int, tuple[int, int]]:
-    """Return, by job, the tokens of a block's rows and the places at which they are read."""
+    """Return, by job, how many tokens a block's rows have and how many of these are read."""
     sizes: dict[int, tuple[int, int]] = {}
     for member in block.rows:
         tokens, reads = sizes.get(member.job, (0, 0))

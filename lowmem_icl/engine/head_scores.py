@@ -1,6 +1,7 @@
-"""Scores of every head from one pass over random sequences: what is asked, what is kept, and one layer's part of it.
+"""Scores of every head from one pass over random sequences: what is asked, kept, and done per layer.
 
-Axis letters: S sequences, L layers, H heads, N tokens of a micro-batch, T tokens of a row, D width, d head width.
+Axis letters: S sequences, L layers, H heads, N tokens of a micro-batch, T tokens of a row, D width, d head
+width.
 """
 
 from collections.abc import Sequence
@@ -33,8 +34,8 @@ Values = NDArray[np.float64]
 class HeadQuestions:
     """Rows to score heads on: of every sequence one with repeats and one without.
 
-    Sequence s has `base_tokens[s]` different tokens, four times over in its repeated row. `form`: how copying is
-    scored; `spurious`: with the reference code's extra entries of prefix matching.
+    Sequence s has `base_tokens[s]` different tokens, four times over in its repeated row. `form`: how copying
+    is scored; `spurious`: with the reference code's extra entries of prefix matching.
     """
 
     repeated: tuple[Row, ...]
@@ -49,7 +50,7 @@ class HeadQuestions:
         return self.repeated + self.unrepeated
 
     def continues(self, index: int) -> bool:
-        """Tell whether a row changes from layer to layer; the reference's copying feeds every layer the embeddings."""
+        """Tell whether a row goes through the layers; else each layer is fed its embeddings."""
         return index < len(self.repeated) or not self.form.own_token
 
 
@@ -58,7 +59,8 @@ class HeadScores:
     """Scores by sequence, [S, L, H], and of the weights alone, [L, H].
 
     `finished` [2S]: which rows are scored in all layers; `weights_scored` [L]: which layers have their
-    copying_eigenvalues. What is not made yet is NaN, but a NaN that the model gives is a score like any other.
+    copying_eigenvalues. What is not made yet is NaN, but a NaN that the model gives is a score like any
+    other.
     """
 
     prefix_matching: Values
@@ -97,7 +99,7 @@ class PassCheckpoint:
 
     @classmethod
     def of(cls, block: Sequence[BlockRow], width: int) -> "PassCheckpoint":
-        """Return the checkpoint of a block of rows before the first layer; a row's index stands as its job."""
+        """Return the checkpoint of a block before the first layer; a row's index stands as its job."""
         tokens = sum(len(member.row) for member in block)
         return cls(
             np.array([member.job for member in block], dtype=np.int64),
@@ -179,11 +181,11 @@ def heads_cost(
 ) -> SweepCost:
     """Return what scoring heads takes on so many tokens, of which so many stand in rows without repeats.
 
-    Products in floating point count as places at which the vocabulary is read.
+    Products in floating point count as answers, at which the vocabulary is read.
     """
     layers, width, vocabulary = skeleton.layers, skeleton.width, skeleton.vocabulary
     per_product = width * width / (vocabulary * skeleton.embedding_width)
-    # Every candidate through the output projection; the eigenvalues' products; the vocabulary's with itself, once.
+    # Candidates through the output projection; the eigenvalues' products; the vocabulary with itself.
     answers = per_product * (layers * (copied + 2 * width) + vocabulary)
     if form.softmax:
         answers += layers * copied * (1 + width / micro_batch_tokens)
@@ -192,7 +194,7 @@ def heads_cost(
 
 
 def reading_bytes(skeleton: Skeleton, longest_tokens: int, form: CopyingForm) -> int:
-    """Return the bytes that scoring heads holds at its peak, above a micro-batch's queries, keys, values and z."""
+    """Return the bytes that scoring heads holds at its peak, on top of a micro-batch's q, k, v and z."""
     width, heads = skeleton.width, skeleton.heads
     # The output projection and what is made of it, the values' projection, the vocabulary's products.
     weights = 5 * width * width + 2 * VOCABULARY_BLOCK * width

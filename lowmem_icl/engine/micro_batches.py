@@ -1,4 +1,4 @@
-"""Micro-batches: rows and their variants go through a layer together, as many tokens as are worth multiplying at once.
+"""Micro-batches: rows and their variants through a layer together, as many tokens as pay off.
 
 Axis letters: V variants, T tokens of a row.
 """
@@ -35,8 +35,8 @@ def micro_batches(
 ) -> Iterator[list[Piece]]:
     """Deal variants of rows over micro-batches, in order; `work`: indices of rows and slots of each.
 
-    A micro-batch has at most `most_tokens`, or a single variant that is longer; `lengths` are the tokens of all
-    rows. Slots of a row must ascend.
+    A micro-batch has at most `most_tokens`, or a single variant that is longer; `lengths` are the tokens of
+    all rows. Slots of a row must ascend.
     """
     batch: list[Piece] = []
     room = most_tokens
@@ -64,7 +64,7 @@ def row_batches(rows: Sequence[Row], most_tokens: int) -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows of a block, by index, that go through a layer one after the other: those of one stem, or a few plain ones."""
+    """Rows of a block, by index, that go through a layer in turn: those of one stem, or a few plain ones."""
 
     stem: int | None
     members: tuple[int, ...]
@@ -73,8 +73,8 @@ class RowGroup:
 def row_groups(rows: Sequence[Row], most_tokens: int) -> list[RowGroup]:
     """Deal a block's rows, every stem before those that grow from it, over groups.
 
-    Plain rows go together up to about `most_tokens`, so that the clean z of a group stays small; rows of one stem
-    all go together, since they need its keys and values.
+    Plain rows go together up to about `most_tokens`, so that the clean z of a group stays small; rows of one
+    stem all go together, since they need its keys and values.
     """
     groups: list[RowGroup] = []
     plain: list[int] = []

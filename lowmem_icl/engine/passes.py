@@ -1,4 +1,4 @@
-"""The only loops over layers: sweeps forward under many masks, one pass back for gradients, one to look at heads.
+"""The only loops over layers: sweeps under many masks, a pass back for gradients, one to look at heads.
 
 Loop order is layers outside, rows inside, variants of a row in micro-batches innermost: a layer is read once
 for all that is alive at it. Axis letters: T tokens, D width, H heads, L layers, N owners.
@@ -46,10 +46,10 @@ def sweep(
 ) -> list[Scores]:
     """Score every job's options under every one of its masks, sharing each read of the weights.
 
-    The result does not depend on the limits, nor on which jobs and masks are swept together, nor on what the cache
-    holds from earlier sweeps of equal rows; with `keep_clean` later ones find there what these variants branched
-    from. `scores`: what an earlier call left; what is scored is not scored again. They are filled in place and
-    returned. Raises DoesNotFit where one row exceeds the memory.
+    The result does not depend on the limits, nor on which jobs and masks are swept together, nor on what the
+    cache holds from earlier sweeps of equal rows; with `keep_clean` later ones find there what these variants
+    branched from. `scores`: what an earlier call left; what is scored is not scored again. They are filled in
+    place and returned. Raises DoesNotFit where one row exceeds the memory.
     """
     skeleton = setup.model.skeleton
     results = [Scores.empty(len(job.masks), job.packed.option_count) for job in jobs]
@@ -78,7 +78,8 @@ def unit_gradients(setup: PassSetup, jobs: Sequence[GradientJob], results: Seque
     """Fill in the gradients of all jobs from two reads of the weights: forward with a cache, then backward.
 
     No gradient of a weight is ever made: going back, one layer is run again from its cached input. Rows whose
-    owners are finished are left out. Raises DoesNotFit where one row's residuals at all layers exceed the cache.
+    owners are finished are left out. Raises DoesNotFit where one row's residuals at all layers exceed the
+    cache.
     """
     width, layers = setup.model.skeleton.width, setup.model.skeleton.layers
     members = [
@@ -113,7 +114,7 @@ def _check_cache(members: Sequence[BlockRow], width: int, layers: int, limits: S
 
 
 def _forward(setup: PassSetup, jobs: Sequence[GradientJob], block: Block, cuts: LayerCuts) -> list[Tensor]:
-    """Take a block's rows through all layers, keeping every layer's input; return the last residuals, [T, D] each."""
+    """Take a block's rows through all layers, keeping their inputs; return the last residuals [T, D]."""
     model, rows = setup.model, [member.row for member in block]
     batches = list(row_batches(rows, setup.limits.micro_batch_tokens))
     with torch.no_grad():
@@ -142,7 +143,7 @@ def _backward(
     gradients: list[Tensor],
     results: Sequence[UnitGradients],
 ) -> None:
-    """Take the gradients [T, D] of a block's rows back through all layers, adding up the terms of its units."""
+    """Take the gradients [T, D] of a block's rows back through all layers, adding up its units' terms."""
     model, rows = setup.model, [member.row for member in block]
     batches = list(row_batches(rows, setup.limits.micro_batch_tokens))
     for number, layer in model.layers(range(model.skeleton.layers - 1, -1, -1)):
@@ -173,11 +174,12 @@ def score_heads(
     *,
     begin: Callable[[PassCheckpoint], None] = _begin_anew,
 ) -> None:
-    """Fill in the scores of all heads from one read of the weights, or as many as there are blocks of rows that fit.
+    """Fill in the scores of all heads from one read of the weights, or as many as there are blocks of rows
+    that fit.
 
-    The rows continue as in the clean run. Rows that are finished are left out. `begin` is given the checkpoint of
-    every block before it starts, and may put into its arrays what an earlier run left; on the CPU they always are
-    what there is when `after_step` is called.
+    The rows continue as in the clean run. Rows that are finished are left out. `begin` is given the
+    checkpoint of every block before it starts, and may put into its arrays what an earlier run left; on the
+    CPU they always are what there is when `after_step` is called.
     """
     model = setup.model
     left = [BlockRow(index, row) for index, row in enumerate(questions.rows) if not results.finished[index]]
@@ -201,7 +203,7 @@ def score_heads(
 
 
 def _look_at_heads(setup: PassSetup, reader: HeadReader, block: Block, residuals: Sequence[Tensor]) -> None:
-    """Score the heads of the layer that the reader is at on a block's rows [T, D], and take the rows through it."""
+    """Score the heads of the reader's layer on a block's rows [T, D], and take the rows through it."""
     model, rows = setup.model, [member.row for member in block]
     for batch in row_batches(rows, setup.limits.micro_batch_tokens):
         here = [block[index] for index in batch]

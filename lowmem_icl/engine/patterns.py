@@ -1,6 +1,7 @@
 """Attention patterns, a few queries at a time, and what they say of heads on repeated sequences.
 
-Axis letters: H heads, T tokens of a row, Q queries of a block, K keys they may see, d head width, B base tokens.
+Axis letters: H heads, T tokens of a row, Q queries of a block, K keys they may see, d head width, B base
+tokens.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,8 @@ COPIES = 4
 
 class PatternScores(NamedTuple):
     """Of every head, [H] in float64: mean attention to what followed earlier occurrences of the query's token
-    (prefix_matching), to the token before (previous_token), and to the earlier occurrences themselves (duplicate_token).
+    (prefix_matching), to the token before (previous_token), and to the earlier occurrences themselves
+    (duplicate_token).
     """
 
     prefix_matching: Tensor
@@ -24,48 +26,49 @@ class PatternScores(NamedTuple):
 
 
 def query_blocks(tokens: int, query_rows: int = QUERY_ROWS) -> Iterator[slice]:
-    """Yield a row's places, so many queries at a time: always the same cuts, so that results are the same, too."""
+    """Yield spans of so many queries of a row: always the same cuts, so that results are the same, too."""
     for start in range(0, tokens, query_rows):
         yield slice(start, min(tokens, start + query_rows))
 
 
-def masked_products(queries: Tensor, keys: Tensor, places: slice) -> Tensor:
-    """Return the products of the queries at `places` with all keys up to the last of them, -inf for later ones.
+def masked_products(queries: Tensor, keys: Tensor, span: slice) -> Tensor:
+    """Return the products of the queries in `span` with all keys up to the last of them, -inf for later ones.
 
-    queries (scaled), keys: [H, T, d]; returns [H, Q, K], K = places.stop.
+    queries (scaled), keys: [H, T, d]; returns [H, Q, K], K = span.stop.
     """
-    products = queries[:, places] @ keys[:, : places.stop].transpose(1, 2)
-    own = products[:, :, places.start :]
+    products = queries[:, span] @ keys[:, : span.stop].transpose(1, 2)
+    own = products[:, :, span.start :]
     own.masked_fill_(torch.ones(own.shape[1:], dtype=torch.bool, device=own.device).triu_(1), float("-inf"))
     return products
 
 
 def patterns(queries: Tensor, keys: Tensor, query_rows: int = QUERY_ROWS) -> Iterator[tuple[slice, Tensor]]:
-    """Yield a row's attention probabilities by blocks of queries: places, and [H, Q, K] in float32."""
-    for places in query_blocks(queries.shape[1], query_rows):
-        yield places, masked_products(queries, keys, places).softmax(-1)
+    """Yield a row's attention probabilities by blocks of queries: their span, and [H, Q, K] in float32."""
+    for span in query_blocks(queries.shape[1], query_rows):
+        yield span, masked_products(queries, keys, span).softmax(-1)
 
 
 def pattern_scores(
     blocks: Iterable[tuple[slice, Tensor]], base_tokens: int, *, spurious: bool = False
 ) -> PatternScores:
-    """Score the attention on a sequence of B different tokens four times over behind a BOS, given by blocks of queries.
+    """Score the attention on a sequence of B different tokens four times over behind a BOS, given by blocks
+    of queries.
 
-    Prefix matching (Bansal et al. 2023, appendix A.4): for every query j = B + 1 … 4B the attention to j − mB + 1, the
-    places after earlier occurrences of its token, summed over m and averaged over the 3B queries; 0 to 1. `spurious` adds
-    the three entries of the reference code that are none: from 2B, 3B and 4B to place 1. Duplicate token: likewise to
-    j − mB. Previous token: to j − 1, averaged over j = 2 … 4B.
+    Prefix matching (Bansal et al. 2023, appendix A.4): for every query j = B + 1 … 4B the attention to j − mB
+    + 1, the positions after earlier occurrences of its token, summed over m and averaged over the 3B queries;
+    0 to 1. `spurious` adds the three entries of the reference code that are none: from 2B, 3B and 4B to place
+    1. Duplicate token: likewise to j − mB. Previous token: to j − 1, averaged over j = 2 … 4B.
     """
     last = COPIES * base_tokens
     total: Tensor | None = None
-    for places, pattern in blocks:
-        query = torch.arange(places.start, places.stop, device=pattern.device)[:, None]
+    for span, pattern in blocks:
+        query = torch.arange(span.start, span.stop, device=pattern.device)[:, None]
         earlier = query - base_tokens * torch.arange(1, COPIES, device=pattern.device)
         occurs = (earlier >= 1) & (query <= last)
         before = query - 1
         first = torch.ones_like(query)
         counted = (query % base_tokens == 0) & (query > base_tokens) if spurious else first < 0
-        # Three places after, three occurrences, the token before, and the reference's own.
+        # Three positions after, three occurrences, the token before, and the reference's own.
         columns = torch.cat([earlier + 1, earlier, before, first], 1)
         wanted = torch.cat([occurs, occurs, before >= 1, counted], 1)
         rows = torch.arange(len(query), device=pattern.device)[:, None]

@@ -1,7 +1,7 @@
-"""Which variants are alive together: blocks of rows and the waves of each, as data that a pass runs and a plan counts.
+"""Which variants are alive together: blocks and waves, as data that a pass runs and a plan counts.
 
-A variant is a job's rows under one mask; it starts at the first layer its mask touches. Variants are sorted by
-that layer and each wave takes as many as fit, so every wave starts as late as it can: no other choice of
+A variant is a job's rows under one mask; it starts at the first layer its mask touches. Variants are sorted
+by that layer and each wave takes as many as fit, so every wave starts as late as it can: no other choice of
 boundaries reads less. The clean run goes with the first wave that needs it.
 """
 
@@ -44,7 +44,7 @@ class SweepLimits:
         return cls(total_bytes - cache, cache, disk_bytes)
 
     def kept_tokens(self, width: int, longest_row_tokens: int) -> int:
-        """Return how many tokens' residuals [D] the cache surely holds, in whole rows of at most this length."""
+        """Return of how many tokens the cache surely holds residuals, in rows of at most this length."""
         # Where memory ends and the disk begins, almost a row may stay unused.
         unused = longest_row_tokens if self.disk_bytes else 0
         return (self.cache_bytes + self.disk_bytes) // (width * FLOAT_BYTES) - unused
@@ -60,7 +60,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Variant:
-    """One mask of a job, `mask` its index in the job's list, and the first layer where it leaves the clean run."""
+    """One mask of a job, by its index in the job's list, and the layer where it leaves the clean run."""
 
     job: int
     mask: int
@@ -82,10 +82,10 @@ Block = tuple[BlockRow, ...]
 class PlannedWave:
     """A wave before it runs: what goes through the layers together, and what is kept of it for later ones.
 
-    `clean_layers`: how many layers the clean run passes whole with this wave, None where it is not in it; in the
-    layer after these it goes as far as z, from which variants branch there. `kept_layers`: the layers at whose
-    input its residual is kept. `variants`, by first layer, branch from the clean run or from what an earlier
-    wave kept of it.
+    `clean_layers`: how many layers the clean run passes whole with this wave, None where it is not in it; in
+    the layer after these it goes as far as z, from which variants branch there. `kept_layers`: the layers at
+    whose input its residual is kept. `variants`, by first layer, branch from the clean run or from what an
+    earlier wave kept of it.
     """
 
     clean_layers: int | None
@@ -114,8 +114,9 @@ def _nothing_cached(rows: Sequence[Row], layer: int) -> bool:
 class EarlierWork:
     """What a sweep finds done, so that it need not be done again.
 
-    `missing` tells for a row of the job at an index under which masks [M] it is still to be scored; None: under
-    all. `is_cached` tells whether the clean residuals of rows at the input of a layer are there to start from.
+    `missing` tells for a row of the job at an index under which masks [M] it is still to be scored; None:
+    under all. `is_cached` tells whether the clean residuals of rows at the input of a layer are there to
+    start from.
     """
 
     missing: Callable[[int, Row], Flags] | None = None
@@ -136,9 +137,9 @@ def schedule(
 ) -> Iterator[PlannedBlock]:
     """Yield the blocks of a sweep with their waves, for a model of so many layers of this width.
 
-    What is cached is asked for when a block is asked for, so that a block can rely on what those before it left.
-    With `keep_clean` clean residuals are kept at every layer where variants branch, not only for later waves.
-    Raises DoesNotFit naming the smallest allowance where a single row does not fit.
+    What is cached is asked for when a block is asked for, so that a block can rely on what those before it
+    left. With `keep_clean` clean residuals are kept at every layer where variants branch, not only for later
+    waves. Raises DoesNotFit naming the smallest allowance where a single row does not fit.
     """
     everything = [np.ones(len(job.masks), dtype=np.bool_) for job in jobs]
     missing = {
@@ -201,7 +202,7 @@ class _Waves:
             asked = False
 
     def _next_wave(self, variants: Sequence[Variant], tokens: Mapping[int, int], *, clean: bool) -> int:
-        """Return how many of the variants, in their order, fit in the next wave: one at least beside no clean run."""
+        """Return how many variants, in order, fit in the next wave: at least one without the clean run."""
         limits = self.limits
         bytes_of = {job: count * self.width * FLOAT_BYTES for job, count in tokens.items()}
         held = sum(bytes_of.values()) if clean else 0
@@ -235,9 +236,9 @@ def row_blocks(
 ) -> list[Block]:
     """Cut rows into blocks so that the clean run and one variant of a block fit in memory.
 
-    Blocks are as large as that and `wave_tokens` allow: total reads grow with their number. Where the clean run
-    is kept (`keeps_clean`), all layers of a block must also fit the cache. A stem goes into every block that has
-    rows of it. Raises DoesNotFit naming the smallest allowance where a single row does not fit.
+    Blocks are as large as that and `wave_tokens` allow: total reads grow with their number. Where the clean
+    run is kept (`keeps_clean`), all layers of a block must also fit the cache. A stem goes into every block
+    that has rows of it. Raises DoesNotFit naming the smallest allowance where a single row does not fit.
     """
     most = limits.alive_bytes // (2 * width * FLOAT_BYTES)
     if limits.wave_tokens is not None:
@@ -270,7 +271,8 @@ def row_blocks(
 
 
 def head_blocks(rows: Sequence[BlockRow], width: int, layers: int, limits: SweepLimits) -> list[Block]:
-    """Cut the rows that heads are scored on into as few blocks as fit the memory: each is one read of the weights.
+    """Cut the rows that heads are scored on into as few blocks as fit the memory: each is one read of the
+    weights.
 
     What a stop loses is a layer, not a block, so that nothing else bounds them.
     """

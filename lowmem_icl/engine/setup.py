@@ -24,9 +24,9 @@ def _go_on() -> None:
 class PassSetup:
     """The model, what a pass may use, and who hears of it.
 
-    `cache` must hold as much as `limits` say: schedules rely on it. `account` is told of everything that is
-    computed, `after_step` called when a wave (sweeps), a block (gradients) or a layer (scores of heads) is whole;
-    an error that it raises stops the pass, and what is whole by then stays.
+    `cache` must hold as much as `limits` say: schedules rely on it. `account` hears of everything that is
+    computed, `after_step` called when a wave (sweeps), a block (gradients) or a layer (scores of heads) is
+    whole; an error that it raises stops the pass, and what is whole by then stays.
     """
 
     model: StreamedModel
@@ -40,5 +40,5 @@ class PassSetup:
         given = (self.cache.memory_bytes, self.cache.disk_bytes)
         if given[0] < promised[0] or given[1] < promised[1]:
             raise ValueError(
-                f"cache: expected one of at least {promised} bytes of memory and disk as the limits say, got {given}"
+                f"cache: expected at least {promised} bytes of memory and disk as the limits say, got {given}"
             )

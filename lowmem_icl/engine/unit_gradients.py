@@ -1,4 +1,4 @@
-"""Gradients of units' outputs: what one layer gives on the way back, summed by the document that tokens belong to.
+"""Gradients of units' outputs: one layer's part of the way back, summed by document.
 
 Axis letters: N owners (documents), T tokens of a micro-batch, L layers, H heads, O options, D width.
 """
@@ -29,8 +29,8 @@ class GradientJob:
     """Rows of one task and what their gradients are taken of.
 
     A row's tokens must each belong to one owner, an owner's tokens lie in one row, and rows have no stem.
-    `choose` maps option log-probabilities [O] to which options [O] to differentiate; it is asked once all rows of
-    a block are scored. `mask`: heads and FFNs that the model lacks; their own terms are 0.
+    `choose` maps option log-probabilities [O] to which options [O] to differentiate; it is asked once all
+    rows of a block are scored. `mask`: heads and FFNs that the model lacks; their own terms are 0.
     """
 
     rows: Sequence[Row]
@@ -107,9 +107,11 @@ def answer_gradients(
     residuals: Sequence[Tensor],
     results: Sequence[UnitGradients],
 ) -> list[Tensor]:
-    """Score a block's rows; return the gradients of the chosen log-probabilities at the last residuals, [T, D] each.
+    """Score a block's rows; return the gradients of the chosen log-probabilities at the last residuals, [T,
+    D] each.
 
-    All rows go through the vocabulary together: its products have one size, however few tokens a row is read at.
+    All rows go through the vocabulary together: its products have one size, however few tokens a row is read
+    at.
     """
     rows = [member.row for member in block]
     reads = [row.reads for row in rows]
@@ -179,7 +181,8 @@ def one_layer_back(
     entering: Tensor,
     gradient: Tensor,
 ) -> tuple[Tensor, LayerTerms]:
-    """Run a layer again with its graph, from the residual at its input and the gradient at its output, [T, D] each.
+    """Run a layer again with its graph, from the residual at its input and the gradient at its output, [T, D]
+    each.
 
     Returns the gradient at its input, [T, D], and the terms of its units.
     """

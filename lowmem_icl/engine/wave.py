@@ -1,7 +1,7 @@
 """One wave: the residuals of the variants alive together, and how they go through one layer.
 
 Axis letters: S slots of a job (the clean run, then its variants by first layer), V variants of a micro-batch,
-T tokens of a row, P of its stem, R places of a row where answers are read, D width, H heads, d head width.
+T tokens of a row, P of its stem, R tokens of a row that are read, D width, H heads, d head width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,8 @@ KEPT_MASK_ELEMENTS = 1 << 21
 class _LayerSlots:
     """What a layer means for a job's slots: which branch there and which continue, and what each keeps.
 
-    keep_heads: [S, H] of 0 and 1, None where no head is removed. The second of each pair have their FFN removed.
+    keep_heads: [S, H] of 0 and 1, None where no head is removed. The second of each pair have their FFN
+    removed.
     """
 
     branching: tuple[Slots, Slots]
@@ -138,7 +139,7 @@ class Wave:
     def _clean_rows(
         self, number: int, layer: DecoderLayer, members: Sequence[int], stem: Attended | None
     ) -> Attended:
-        """Take some clean rows, and the variants that branch from them, through a layer; return what they attended."""
+        """Take some clean rows, and what branches from them, through a layer; return what they attended."""
         sources = [self._source(index, number) for index in members]
         flat = torch.cat(sources)
         attended = layer.attend(flat, [self._segment(index, 1, stem) for index in members])
@@ -230,7 +231,7 @@ class Wave:
         zs: Sequence[Tensor],
         without_ffn: bool,
     ) -> None:
-        """Take [V, T, D] each, or in the last layer [V, R, D], through the second half and to where they belong."""
+        """Take [V, T, D] each, in the last layer [V, R, D], through the second half to where they belong."""
         shapes = [residual.shape for residual in residuals]
         tokens = sum(shape[0] * shape[1] for shape in shapes)
         if not tokens:
@@ -256,7 +257,7 @@ class Wave:
             self._reader.add(PendingAnswers(self._scores[member.job], masks, member.row, hidden))
 
     def _at_reads(self, states: Tensor, index: int) -> Tensor:
-        """Return a row's states [..., T, D] that matter: all, or in the last layer those read, [..., R, D]."""
+        """Return a row's states [..., T, D] that matter: all, in the last layer those read, [..., R, D]."""
         reads = self._reads[index]
         return states if reads is None else states.index_select(-2, reads)
 

@@ -1,6 +1,6 @@
 """What differs between architectures: a row here is all that another model family needs.
 
-Sizes and the place of the decoder blocks come from optimum; the layers themselves are Hugging Face's, built
+Sizes and the name of the decoder blocks come from optimum; the layers themselves are Hugging Face's, built
 empty by accelerate. No other module names a field of one architecture.
 """
 
@@ -27,10 +27,11 @@ class Family:
     """Where one architecture keeps the parts that are cut, captured or run outside the layers.
 
     Names are relative to a decoder layer. `shared_inputs` are linears fed by one and the same tensor, so that
-    it is quantised once. `embed` maps (model, token ids [T], positions [T]) to the residual [T, D] in float32,
-    `unembed_input` maps (model, residual [M, D]) to what multiplies the unembedding, [M, E] in float32.
-    `token_inputs` maps (model, ids [C]) to what tokens put into the residual, without position, and `token_outputs` to
-    what reads their logits off it, without the final norm: [C, D] in float32. `final_norm` gives that norm, or None.
+    it is quantised once. `embed` maps (model, token ids [T], positions [T]) to the residual [T, D] in
+    float32, `unembed_input` maps (model, residual [M, D]) to what multiplies the unembedding, [M, E] in
+    float32. `token_inputs` maps (model, ids [C]) to what tokens put into the residual, without position, and
+    `token_outputs` to what reads their logits off it, without the final norm: [C, D] in float32. `final_norm`
+    gives that norm, or None.
     """
 
     model_type: str
@@ -144,7 +145,7 @@ class Skeleton:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model on the meta device, in evaluation mode, with one decoder layer: all others are like it."""
+        """The model on the meta device, in evaluation mode, with one decoder layer like all others."""
         config = copy.deepcopy(self.config)
         setattr(config, self._layers_field, 1)
         with init_empty_weights():
@@ -175,7 +176,7 @@ class Skeleton:
 
     @cached_property
     def weights_by_part(self) -> tuple[int, int, int]:
-        """How many weights of a layer's linears each token meets: in the attention's inputs, its output, the FFN."""
+        """How many weights of a layer each token meets: in the attention's inputs, its output, the FFN."""
         shapes = self.layer_parameters()
         sizes = {name: math.prod(shapes[f"{name}.weight"]) for name in self.linear_names()}
         attention = sum(sizes[name] for name in self.family.shared_inputs)
@@ -188,15 +189,15 @@ class Skeleton:
         return int(cast(Any, self.model).get_output_embeddings().weight.shape[1])
 
     def fill_non_layer(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Give the parameters outside the layers their weights; from then on `model` can embed and unembed."""
+        """Fill the parameters outside the layers; from then on `model` can embed and unembed."""
         for name, tensor in tensors.items():
-            # The two vocabulary tables keep the source's precision, the rest is small and computes in float32.
+            # The vocabulary tables keep the source's precision, the rest is small and computes in float32.
             value = tensor if tensor.shape[0] == self.vocabulary else tensor.float()
             set_module_tensor_to_device(self.model, name, device, value=value, dtype=value.dtype)
         self.model.tie_weights()
 
     def non_layer_parameters(self) -> dict[str, tuple[int, ...]]:
-        """Return names and shapes of all parameters outside the layers; a tied unembedding is not named again."""
+        """Return names and shapes of all parameters outside the layers; a tied unembedding only once."""
         return {
             name: tuple(value.shape)
             for name, value in self.model.named_parameters()

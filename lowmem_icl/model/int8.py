@@ -1,9 +1,9 @@
 """LLM.int8 by bitsandbytes' operators, with outlier columns that never depend on the batch.
 
-Dettmers et al. 2022 (arXiv 2208.07339): rows of activations and rows of the weight are scaled to int8 by their
-absolute maxima and multiplied in integers; the few input columns with large activations are multiplied in floating
-point beside that. bitsandbytes finds these columns anew in every call, from all rows of the batch; here they are
-fixed per store, so a row's result is the same whatever shares its batch.
+Dettmers et al. 2022 (arXiv 2208.07339): rows of activations and rows of the weight are scaled to int8 by
+their absolute maxima and multiplied in integers; the few input columns with large activations are multiplied
+in floating point next to it. bitsandbytes finds these columns anew in every call, from all rows of the batch;
+here they are fixed per store, so a row's result is the same whatever shares its batch.
 """
 
 from typing import Any
@@ -24,9 +24,10 @@ assert bnb.__version__, "importing bitsandbytes registers the operators"
 def quantise_rows(values: Tensor, without: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return int8 rows and their absolute maxima: values ≈ quantised · maxima / 127.
 
-    values: [M, K]; quantised: int8 [M, K]; maxima: float32 [M]. Columns in `without` (int64 [K']) count as zero.
-    Bitwise what bitsandbytes' `int8_vectorwise_quant` gives; on the CPU its steps are written out here, a few rows at
-    a time, so that a wide input goes through the processor's cache once instead of through memory five times.
+    values: [M, K]; quantised: int8 [M, K]; maxima: float32 [M]. Columns in `without` (int64 [K']) count as
+    zero. Bitwise what bitsandbytes' `int8_vectorwise_quant` gives; on the CPU its steps are written out here,
+    a few rows at a time, so that a wide input goes through the processor's cache once instead of through
+    memory five times.
     """
     if values.is_cuda:
         if without is not None:
@@ -57,8 +58,8 @@ def dequantise_rows(quantised: Tensor, maxima: Tensor) -> Tensor:
 def matmul_in_fixed_rows(left: Tensor, right: Tensor, fixed_rows: int = FIXED_ROWS) -> Tensor:
     """Return left [M, K] @ right [K, N] in blocks of `fixed_rows` rows, the last one padded with zeros.
 
-    A floating-point product of another shape may add in another order; with one shape, a row's result does not
-    depend on how many rows come with it.
+    A floating-point product of another shape may add in another order; with one shape, a row's result does
+    not depend on how many rows come with it.
     """
     rows = left.shape[0]
     if rows == fixed_rows:
@@ -80,7 +81,7 @@ class SharedInput:
         self._result: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     def quantise(self, values: Tensor, outlier_columns: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return int8 rows, their maxima and the float32 outlier columns [M, K'] taken out of them, or None."""
+        """Return int8 rows, their maxima and the float32 outlier columns [M, K'] taken out, or None."""
         if self._result is None or self._last is not values:
             self._result = _split_and_quantise(values.reshape(-1, values.shape[-1]), outlier_columns)
             self._last = values
@@ -140,7 +141,7 @@ class Int8Linear(nn.Module):
 
     def multiply(self, values: Tensor) -> Tensor:
         """Return the LLM.int8 product; the integer part is exact, the floating-point part of fixed shape."""
-        quantised, maxima, beside = self.shared.quantise(values, self.outlier_columns)
+        quantised, maxima, outliers = self.shared.quantise(values, self.outlier_columns)
         product = _operators.int8_linear_matmul(quantised, self.weight)
         whole = torch.empty(*values.shape[:-1], product.shape[1], device=product.device)
         out = whole.view(product.shape)
@@ -154,8 +155,8 @@ class Int8Linear(nn.Module):
                 part.mul_(self.SCB)
             else:
                 torch.addcmul(self.bias, part, self.SCB, out=part)
-            if beside is not None and self._outlier_weight is not None:
-                part += matmul_in_fixed_rows(beside[rows], self._outlier_weight, fixed_rows)
+            if outliers is not None and self._outlier_weight is not None:
+                part += matmul_in_fixed_rows(outliers[rows], self._outlier_weight, fixed_rows)
         return whole
 
     def _add_outlier_columns(self, values: Tensor) -> None:
@@ -214,6 +215,6 @@ def slow_product_note() -> str | None:
     """Return why int8 products are slow on this CPU, None where they are not."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return "this CPU has no AVX512: bitsandbytes multiplies int8 in float32, which is slower"
-    # torch keeps this question to itself; a version that does not answer it is taken to have the instructions.
+    # Not public in torch; a version that does not answer is taken to have the instructions.
     has_vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: True)
     return None if has_vnni() else "this CPU has no AVX512-VNNI: int8 products are slower"

@@ -1,13 +1,14 @@
-"""One of Hugging Face's decoder layers, filled from a store, run in two halves: what heads see, and all that follows.
+"""A decoder layer of Hugging Face's, filled from a store, run in two halves: what heads see, and the rest.
 
-Between the halves lies z, the heads' outputs side by side before the output projection. Heads are cut there; a variant
-that differs from the clean run in this layer only takes the clean run's z and needs the second half alone.
+Between the halves lies z, the heads' outputs side by side before the output projection. Heads are cut there;
+a variant that differs from the clean run in this layer only takes the clean run's z and needs the second half
+alone.
 
-What goes through a layer is a micro-batch: the tokens of several rows, each under one or several masks, one after the
-other. Linears and norms see them all at once; attention sees each row by itself.
+What goes through a layer is a micro-batch: the tokens of several rows, each under one or several masks, one
+after the other. Linears and norms see them all at once; attention sees each row by itself.
 
-Axis letters: N tokens of a micro-batch, V variants (a row under one mask each), T tokens of a row, P tokens of its
-stem, D width, H heads, d head width.
+Axis letters: N tokens of a micro-batch, V variants (a row under one mask each), T tokens of a row, P tokens
+of its stem, D width, H heads, d head width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,8 +26,8 @@ from lowmem_icl.model.int8 import Int8Linear, dequantise_rows, replace_linears
 from lowmem_icl.model.store import Weights
 
 ATTENTION = "lowmem_icl_by_row"
-# 64 bytes of float32: with so many queries and keys every buffer of the attention starts on a full vector, whichever
-# thread works on it. MKL's products differ in the last bit between aligned and unaligned buffers.
+# 64 bytes of float32: with so many queries and keys every buffer of the attention starts on a full vector,
+# whichever thread works on it. MKL's products differ in the last bit between aligned and unaligned buffers.
 ROW_MULTIPLE = 16
 
 
@@ -34,8 +35,9 @@ ROW_MULTIPLE = 16
 class Segment:
     """One row's part of a micro-batch: `variants` times its tokens, all seen through one mask.
 
-    mask: additive, 0 and -inf, [Q, K]: T and P + T, filled up to multiples of ROW_MULTIPLE (see `attention_mask`).
-    stem_keys, stem_values: [V, H, P, d], what the row's stem put there under the same masks; None without a stem.
+    mask: additive, 0 and -inf, [Q, K]: T and P + T, filled up to multiples of ROW_MULTIPLE (see
+    `attention_mask`). stem_keys, stem_values: [V, H, P, d], what the row's stem put there under the same
+    masks; None without a stem.
     """
 
     variants: int
@@ -46,7 +48,7 @@ class Segment:
 
     @property
     def size(self) -> int:
-        """Places it takes in the micro-batch."""
+        """Tokens it takes in the micro-batch."""
         return self.variants * self.tokens
 
 
@@ -54,7 +56,8 @@ class Segment:
 class Attended:
     """The first half's outcome: z [N, D], the heads' outputs side by side; keys, values [H, N, d].
 
-    queries [H, N, d], scaled, so that attention is the softmax of their products with the keys; None unless asked for.
+    queries [H, N, d], scaled, so that attention is the softmax of their products with the keys; None unless
+    asked for.
     """
 
     z: Tensor
@@ -64,7 +67,7 @@ class Attended:
 
 
 class _StopAtZ(Exception):
-    """Carries z out of a layer's forward; no error, but the end of the first half."""
+    """Carries z out of a layer's forward: no error, but the end of the first half."""
 
     def __init__(self, z: Tensor) -> None:
         super().__init__()
@@ -99,7 +102,7 @@ class _Nothing(nn.Module):
 
 
 class _RowAttention:
-    """What the attention function is given in the mask's place, and where it leaves keys, values and, if asked, queries."""
+    """Passed where a layer passes its attention mask: the rows' segments, and where their states are left."""
 
     def __init__(self, segments: Sequence[Segment], with_queries: bool) -> None:
         self.segments = segments
@@ -128,7 +131,8 @@ WHOLE = LayerCut()
 
 @dataclass(frozen=True, eq=False)
 class CapturedRun:
-    """A layer's output, z before any head is cut, and the FFN's output, [N, D] each, parts of one autograd graph.
+    """A layer's output, z before any head is cut, and the FFN's output, [N, D] each, parts of one autograd
+    graph.
 
     ffn: None where the FFN is removed.
     """
@@ -141,8 +145,8 @@ class CapturedRun:
 class DecoderLayer:
     """A decoder layer whose weights are replaced layer by layer.
 
-    `attend` maps the residual at the layer's input, [N, D], to z; `finish` maps both to the residual at its output.
-    The layer is one set of modules, filled anew for every layer of the model.
+    `attend` maps the residual at the layer's input, [N, D], to z; `finish` maps both to the residual at its
+    output. The layer is one set of modules, filled anew for every layer of the model.
     """
 
     def __init__(self, skeleton: Skeleton, weights: Weights, device: torch.device) -> None:
@@ -160,7 +164,7 @@ class DecoderLayer:
                 module.inplace = True
         output = self._module.get_submodule(family.attention_output)
         attention, _, _ = family.attention_output.rpartition(".")
-        of_ffn = [
+        ffn_linears = [
             name
             for name in skeleton.linear_names()
             if name not in family.shared_inputs and name != family.attention_output
@@ -168,7 +172,7 @@ class DecoderLayer:
         known = {attention: _KnownAttention(output)}
         self._attending = _with_stand_ins(self._module, {family.attention_output: _OutputEnd()})
         self._finishing = _with_stand_ins(self._module, known)
-        self._without_ffn = _with_stand_ins(self._module, known | {name: _Nothing() for name in of_ffn})
+        self._without_ffn = _with_stand_ins(self._module, known | {name: _Nothing() for name in ffn_linears})
         self._ffn_output = self._module.get_submodule(family.ffn_output)
         self._linears = [module for module in self._module.modules() if isinstance(module, Int8Linear)]
 
@@ -208,7 +212,7 @@ class DecoderLayer:
 
     @property
     def value_weight(self) -> Tensor:
-        """The projection to the values in float32, [D, D]: from the layer's normed input to values by head."""
+        """The projection to the values in float32, [D, D]: from the normed input to values by head."""
         return self._float_weight(self._family.attention_value)
 
     def _float_weight(self, name: str) -> Tensor:
@@ -253,7 +257,7 @@ class DecoderLayer:
         captured: list[Tensor] = []
 
         def keep_ffn(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-            # The reshaped tensor goes on into the graph, so that gradients reach what was captured.
+            # The reshaped tensor continues in the graph, so that gradients reach what was captured.
             captured.append(output.view(residual.shape))
             return captured[-1].view(output.shape)
 
@@ -267,28 +271,29 @@ class DecoderLayer:
 
 
 def _with_stand_ins(layer: nn.Module, stand_ins: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a layer of the same modules, but for those named; nothing is copied, so filling one fills both."""
+    """Return a layer of the same modules, except those named; no weight is copied: filling one fills both."""
     copied = _shallow(layer)
     for name, stand_in in stand_ins.items():
         owner, _, leaf = name.rpartition(".")
-        place = copied
+        owner_module = copied
         for part in owner.split(".") if owner else []:
-            child = _shallow(getattr(place, part))
-            setattr(place, part, child)
-            place = child
-        setattr(place, leaf, stand_in)
+            child = _shallow(getattr(owner_module, part))
+            setattr(owner_module, part, child)
+            owner_module = child
+        setattr(owner_module, leaf, stand_in)
     return copied
 
 
 def _shallow(module: nn.Module) -> nn.Module:
-    """Return a module of the same class, settings and children, whose children can be replaced on their own."""
+    """Return a module of the same class, settings and children; replacing its children leaves the other's."""
     copied = module.__new__(type(module))
     copied.__dict__ = module.__dict__ | {"_modules": dict(module._modules)}
     return copied
 
 
 def cut_heads(z: Tensor, keep_heads: Tensor) -> Tensor:
-    """Return z under each mask, [V, T, D]: z [V, T, D], or [T, D] for all, times keep_heads [V, H] of 0 and 1.
+    """Return z under each mask, [V, T, D]: z [V, T, D], or [T, D] for all, times keep_heads [V, H] of 0 and
+    1.
 
     A removed head's slice of the output projection's input becomes zero; the projection's bias stays.
     """
@@ -312,7 +317,7 @@ def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
         if value is None or name in HARMLESS_ARGUMENTS or (name == "dropout" and not value):
             continue
         raise NotImplementedError(
-            f"attention argument '{name}' = {value!r:.80}: this layer asks for an attention that is not implemented; "
+            f"attention argument '{name}' = {value!r:.80}: this layer asks for what is not implemented; "
             f"implement it in {__name__}, or list it among its harmless arguments with the reason"
         )
 
@@ -329,7 +334,7 @@ def _attention_by_row(
 ) -> tuple[Tensor, None]:
     """Attend within every row of a micro-batch: query, key, value [1, H, N, d] to [1, N, H, d].
 
-    What a row gets does not depend on the other segments: it is one call of torch's attention on its own tokens.
+    What a row gets does not depend on the other segments: torch's attention is called on its tokens alone.
     """
     _refuse_unknown(others)
     attention_mask.keys, attention_mask.values = key[0], value[0]
@@ -359,9 +364,9 @@ def _attention_by_row(
 AttentionInterface.register(ATTENTION, _attention_by_row)
 
 
-def _filled_up(of_stem: Tensor | None, states: Tensor, length: int) -> Tensor:
+def _filled_up(stem_states: Tensor | None, states: Tensor, length: int) -> Tensor:
     """Return the stem's states, a row's [V, H, T, d] and zeros, `length` together, in one copy."""
-    parts = [states] if of_stem is None else [of_stem, states]
+    parts = [states] if stem_states is None else [stem_states, states]
     if missing := length - sum(part.shape[2] for part in parts):
         variants, heads, _, head_width = states.shape
         parts.append(states.new_zeros(1).expand(variants, heads, missing, head_width))
@@ -369,13 +374,14 @@ def _filled_up(of_stem: Tensor | None, states: Tensor, length: int) -> Tensor:
 
 
 def attention_mask(ends: Tensor, stem_tokens: int = 0) -> Tensor:
-    """Return the additive attention mask of a row from its subtree ends [T] (see rows.Row), filled up to [Q, K].
+    """Return the additive attention mask of a row from its subtree ends [T] (see rows.Row), filled up to [Q,
+    K].
 
     A token sees its stem's P tokens, its ancestors and itself; nothing sees the filling.
     """
     tokens, device = len(ends), ends.device
-    places = torch.arange(tokens, device=device)
-    seen = (places[None, :] <= places[:, None]) & (places[:, None] < ends[None, :])
+    indices = torch.arange(tokens, device=device)
+    seen = (indices[None, :] <= indices[:, None]) & (indices[:, None] < ends[None, :])
     mask = torch.full((_round_up(tokens), _round_up(stem_tokens + tokens)), float("-inf"), device=device)
     # The queries that fill up are read by nobody; they see something, so that their softmax is a number.
     mask[tokens:] = 0

@@ -1,7 +1,7 @@
 """Layer files read ahead of the arithmetic, past the page cache, into two reused page-aligned buffers.
 
-One iterator gives the layers in the order asked for; layers that fit the allowance stay in memory between passes.
-Nothing else knows that weights are streamed.
+One iterator gives the layers in the order asked for; layers that fit the allowance stay in memory between
+passes. Nothing else knows that weights are streamed.
 """
 
 import errno
@@ -37,7 +37,7 @@ TORCH_TYPES = {
 
 
 @dataclass(frozen=True)
-class TensorPlace:
+class TensorLocation:
     """Where a tensor lies in a safetensors file."""
 
     dtype: torch.dtype
@@ -46,8 +46,8 @@ class TensorPlace:
     elements: int
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorPlace], dict[str, str]]:
-    """Return the places of all tensors of a safetensors file and its metadata; raise InputError naming the file."""
+def read_header(path: Path) -> tuple[dict[str, TensorLocation], dict[str, str]]:
+    """Return where a safetensors file's tensors are, and its metadata; raise InputError naming the file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as opened:
@@ -55,7 +55,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorPlace], dict[str, str]]:
             if not 0 < length <= min(size - 8, 100_000_000):
                 raise ValueError("the header's length is wrong")
             header = json.loads(opened.read(length))
-        places = {}
+        locations = {}
         metadata = header.pop("__metadata__", {})
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
@@ -67,15 +67,15 @@ def read_header(path: Path) -> tuple[dict[str, TensorPlace], dict[str, str]]:
                 raise ValueError(f"tensor '{name}' does not lie inside the file")
             if (8 + length + begin) % dtype.itemsize:
                 raise ValueError(f"tensor '{name}' does not lie on a multiple of its elements' size")
-            places[name] = TensorPlace(dtype, shape, 8 + length + begin, elements)
+            locations[name] = TensorLocation(dtype, shape, 8 + length + begin, elements)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: truncated or not a safetensors file ({error}); convert again") from error
-    return places, metadata
+    return locations, metadata
 
 
 @dataclass(frozen=True, eq=False)
-class _Coming:
-    """A layer on its way: the host buffer it is read into, its blocks, and on CUDA where it is copied to and when."""
+class PendingLayer:
+    """A layer being read into a host buffer by blocks; on CUDA also where it is copied to, and its end."""
 
     host: Tensor
     blocks: list[Future[None]]
@@ -86,8 +86,9 @@ class _Coming:
 class LayerReader:
     """Reads the layers of a store in any order; keeps those in `resident_layers` in memory, on `device`.
 
-    The tensors of a streamed layer are views of a buffer that the next but one layer overwrites: they are valid
-    until the iterator is advanced. On a CUDA device the layers arrive there, copied while the device computes.
+    The tensors of a streamed layer are views of a buffer that the next but one layer overwrites: they are
+    valid until the iterator is advanced. On a CUDA device the layers arrive there, copied while the device
+    computes.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class LayerReader:
     ) -> None:
         self._device = device
         self._paths = list(paths)
-        self._places = [read_header(path)[0] for path in self._paths]
+        self._locations = [read_header(path)[0] for path in self._paths]
         self._sizes = [path.stat().st_size for path in self._paths]
         self._resident_layers = resident_layers
         self._resident: dict[int, dict[str, Tensor]] = {}
@@ -116,33 +117,33 @@ class LayerReader:
 
     def layers(self, order: Sequence[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yield (layer, its tensors by name) in the given order, the next layer being read meanwhile."""
-        pending: dict[int, _Coming] = {}
+        started: dict[int, PendingLayer] = {}
         try:
-            self._start(order, 0, pending)
+            self._start(order, 0, started)
             for step, layer in enumerate(order):
-                coming = pending.pop(step, None)
-                for block in coming.blocks if coming else ():
+                pending = started.pop(step, None)
+                for block in pending.blocks if pending else ():
                     block.result()
-                self._start(order, step + 1, pending)
-                if coming is None:
+                self._start(order, step + 1, started)
+                if pending is None:
                     yield layer, self._resident[layer]
                     continue
-                if coming.copied is not None and self._copies is not None:
-                    self._copies.wait_for_copy(coming.copied.result())
-                tensors = self._view(layer, coming.host if coming.target is None else coming.target)
+                if pending.copied is not None and self._copies is not None:
+                    self._copies.wait_for_copy(pending.copied.result())
+                tensors = self._view(layer, pending.host if pending.target is None else pending.target)
                 if layer in self._resident_layers:
                     # On another device they are copies there, and the buffer goes.
                     tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
                     self._resident[layer] = tensors
                 yield layer, tensors
         finally:
-            for coming in pending.values():
-                for block in coming.blocks:
+            for pending in started.values():
+                for block in pending.blocks:
                     block.exception()
-                if coming.copied is not None:
-                    coming.copied.exception()
+                if pending.copied is not None:
+                    pending.copied.exception()
 
-    def _start(self, order: Sequence[int], step: int, pending: dict[int, _Coming]) -> None:
+    def _start(self, order: Sequence[int], step: int, started: dict[int, PendingLayer]) -> None:
         if step >= len(order) or order[step] in self._resident:
             return
         layer, slot = order[step], step % 2
@@ -156,17 +157,17 @@ class LayerReader:
             for start in range(0, size, BLOCK_BYTES)
         ]
         if self._copies is None:
-            pending[step] = _Coming(host, blocks)
+            started[step] = PendingLayer(host, blocks)
             return
         target = (
             torch.empty(len(host), dtype=torch.uint8, device=self._device)
             if layer in self._resident_layers
-            else self._copies.place(slot)[: len(host)]
+            else self._copies.buffer(slot)[: len(host)]
         )
         copied = self._pool.submit(
             _copy_when_read, self._copies, slot, blocks, host, target, self._copies.now()
         )
-        pending[step] = _Coming(host, blocks, target, copied)
+        started[step] = PendingLayer(host, blocks, target, copied)
 
     def _buffer_for(self, layer: int, slot: int) -> Tensor:
         if layer in self._resident_layers and self._copies is None:
@@ -179,10 +180,10 @@ class LayerReader:
 
     def _view(self, layer: int, buffer: Tensor) -> dict[str, Tensor]:
         return {
-            name: buffer[place.offset : place.offset + place.elements * place.dtype.itemsize]
-            .view(place.dtype)
-            .view(place.shape)
-            for name, place in self._places[layer].items()
+            name: buffer[at.offset : at.offset + at.elements * at.dtype.itemsize]
+            .view(at.dtype)
+            .view(at.shape)
+            for name, at in self._locations[layer].items()
         }
 
 
@@ -200,7 +201,7 @@ def _copy_when_read(
 
 
 def _new_buffer(size: int) -> Tensor:
-    """Return page-aligned bytes, in large pages where the system has them: a layer is a quarter million small ones."""
+    """Return page-aligned bytes, in large pages if possible: a layer is a quarter million small ones."""
     buffer = mmap.mmap(-1, _round_up(size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # A kernel without large pages refuses, and small ones do.
@@ -214,15 +215,15 @@ def _round_up(size: int) -> int:
 
 
 def _read_block(path: Path, buffer: Tensor, start: int, size: int) -> None:
-    """Read BLOCK_BYTES from `start` into the buffer at the same offset, past the page cache where possible."""
+    """Read BLOCK_BYTES from `start` into the same offset of the buffer, past the page cache if possible."""
     stop = min(start + BLOCK_BYTES, _round_up(size))
     descriptor, direct = _open_direct(path)
     view = buffer.numpy().data
     try:
-        place = start
-        while place < min(stop, size):
+        position = start
+        while position < min(stop, size):
             try:
-                got = os.preadv(descriptor, [view[place:stop]], place)
+                got = os.preadv(descriptor, [view[position:stop]], position)
             except OSError as error:
                 if not direct or error.errno != errno.EINVAL:
                     raise
@@ -231,9 +232,9 @@ def _read_block(path: Path, buffer: Tensor, start: int, size: int) -> None:
                 continue
             if got <= 0:
                 raise InputError(f"{path}: the file became shorter while it was read; convert again")
-            place += got
-            if direct and place < min(stop, size) and place % PAGE_BYTES:
-                # A direct read that stopped off a page's edge goes on buffered.
+            position += got
+            if direct and position < min(stop, size) and position % PAGE_BYTES:
+                # A direct read that stopped off a page's edge continues buffered.
                 os.close(descriptor)
                 descriptor, direct = os.open(path, os.O_RDONLY), False
         if not direct and hasattr(os, "posix_fadvise"):
@@ -244,7 +245,7 @@ def _read_block(path: Path, buffer: Tensor, start: int, size: int) -> None:
 
 
 def read_rate(paths: Sequence[Path], sample_bytes: int) -> float:
-    """Return the bytes a second at which layer files come from the disk, measured on about so many bytes."""
+    """Return the bytes per second at which layer files are read, measured on about `sample_bytes`."""
     largest = min(sample_bytes, max(path.stat().st_size for path in paths))
     buffer = _new_buffer(largest)
     # The pages are there before the clock runs, as they are for all layers but the first.

@@ -1,29 +1,29 @@
-"""Copies layers to a CUDA device while it computes: from pinned memory, on a stream of their own, into two buffers there."""
+"""Copies layers to a CUDA device while it computes: from pinned memory, on a stream of their own."""
 
 import torch
 from torch import Tensor
 
 
 class CopyStream:
-    """A second stream of a device, and two places on it that layers are copied to in turn.
+    """A second stream of a device, and two buffers on it that layers are copied to in turn.
 
-    Everything about order is events: a copy waits until the arithmetic is done with what it overwrites, the arithmetic
-    waits for the copy, and a host buffer is read into again only when it has been copied.
+    Everything about order is events: a copy waits until the arithmetic is done with what it overwrites, the
+    arithmetic waits for the copy, and a host buffer is read into again only when it has been copied.
     """
 
     def __init__(self, device: torch.device, largest_bytes: int) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._places = [torch.empty(largest_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._buffers = [torch.empty(largest_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
         self._copied: dict[int, torch.cuda.Event] = {}
 
     def pin(self, host: Tensor) -> None:
-        """Lock a host buffer's pages, without which a copy is not asynchronous; where that is refused it is slower."""
+        """Lock a host buffer's pages, so that copies are asynchronous; if refused, they are slower."""
         torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0)
 
-    def place(self, slot: int) -> Tensor:
+    def buffer(self, slot: int) -> Tensor:
         """Return the device buffer of a slot, bytes."""
-        return self._places[slot]
+        return self._buffers[slot]
 
     def now(self) -> torch.cuda.Event:
         """Mark what the device has been asked to compute so far."""

@@ -1,4 +1,4 @@
-"""The store: a converted checkpoint on disk, one file a layer, with a manifest that names and sizes them all.
+"""The store: a converted checkpoint on disk, one file per layer, and a manifest that names them all.
 
 STORE/manifest.json            what it is: form, model, source, files with sizes and digests
 STORE/outside.safetensors      embeddings, final norm, projections, in the source's precision
@@ -137,9 +137,9 @@ def open_store(folder: Path) -> Store:
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        field = ".".join(str(part) for part in first["loc"])
         raise InputError(
-            f"{folder / MANIFEST}: field '{place}': {first['msg']}; expected a store of format {STORE_FORMAT}"
+            f"{folder / MANIFEST}: field '{field}': {first['msg']}; expected a store of format {STORE_FORMAT}"
         ) from error
     store = Store(folder, manifest, folder / "tokenizer")
     expected = {layer_file(layer) for layer in range(store.skeleton.layers)} | {NON_LAYER}
@@ -164,7 +164,7 @@ def open_store(folder: Path) -> Store:
 def verify_store(store: Store, advance: Advance = lambda checked: None) -> None:
     """Compare every file's bytes with its digest; raise InputError naming the first that differs.
 
-    `advance` is told the bytes of each file.
+    `advance` is called with the bytes of each file.
     """
     for name in altered_files(store.folder, store.manifest, advance):
         raise InputError(f"{store.folder / name}: its bytes differ from the manifest's digest; convert again")
@@ -180,11 +180,11 @@ def altered_files(folder: Path, manifest: Manifest, advance: Advance) -> Iterato
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], digests: dict[str, str]) -> None:
-    """Write tensors as safetensors, whole or not at all, with the digests of the source's tensors they are made from."""
-    with atomic_path(path) as beside:
+    """Write tensors as safetensors, whole or not at all, with the digests of the source's tensors."""
+    with atomic_path(path) as temporary:
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
-            beside,
+            temporary,
             metadata={"source_digests": json.dumps(digests, sort_keys=True)},
         )
 
@@ -197,10 +197,10 @@ def source_digests(path: Path) -> dict[str, str]:
 
 def sha256_of_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Return what a safetensors file's SHA-256 must be, from its header and the tensors in memory."""
-    places = read_header(path)[0]
+    locations = read_header(path)[0]
     with path.open("rb") as opened:
         length = opened.read(8)
         summed = hashlib.sha256(length + opened.read(int.from_bytes(length, "little")))
-    for name in sorted(tensors, key=lambda name: places[name].offset):
+    for name in sorted(tensors, key=lambda name: locations[name].offset):
         summed.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return summed.hexdigest()

@@ -1,4 +1,4 @@
-"""A model whose layers come from a store one after the other; what lies outside the layers stays in memory."""
+"""A model whose layers come from a store one after the other; all that is no layer stays in memory."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,8 @@ LOWEST_EXPONENT = -80.0
 class StreamedModel:
     """Embedding, decoder layers by stream, and unembedding of a store.
 
-    `resident_bytes`: how much of the layers may stay between passes, in the device's memory. Use as a context manager.
+    `resident_bytes`: how much of the layers may stay between passes, in the device's memory. Use as a context
+    manager.
     """
 
     def __init__(self, store: Store, *, device: torch.device, resident_bytes: int) -> None:
@@ -57,7 +58,7 @@ class StreamedModel:
             )
 
     def token_outputs(self, tokens: Tensor) -> Tensor:
-        """Return what reads the logits of ids [C] off a residual, without the final norm: [C, D] in float32."""
+        """Return what reads the logits of ids [C] off a residual, final norm left out: [C, D] in float32."""
         with torch.no_grad():
             return self.skeleton.family.token_outputs(self.skeleton.model, tokens.to(self.device))
 
@@ -67,7 +68,7 @@ class StreamedModel:
             yield self.token_outputs(ids)
 
     def token_products(self) -> Tensor:
-        """Return Σ_v e_v u_vᵀ over the vocabulary, [D, D]: what a token puts into the residual times what reads it off."""
+        """Return Σ_v e_v u_vᵀ over the vocabulary, [D, D]: embeddings times what reads their logits."""
         width = self.skeleton.width
         total = torch.zeros(width, width, device=self.device)
         with torch.no_grad():
@@ -89,11 +90,12 @@ class StreamedModel:
 
     @property
     def head_rows(self) -> int:
-        """How many places go through the unembedding in one product."""
+        """How many residuals go through the unembedding in one product."""
         return head_rows(self.skeleton.width)
 
     def log_probabilities(self, residual: Tensor, read_at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log-probability (nats, float32) of each target and whether it is the most likely token, [A].
+        """Return the log-probability (nats, float32) of each target and whether it is the most likely token,
+        [A].
 
         residual: [P, D] after the last layer; answer a is targets[a] predicted at residual[read_at[a]].
         """
@@ -101,42 +103,43 @@ class StreamedModel:
             hidden = self.skeleton.family.unembed_input(self.skeleton.model, residual)
             logprobs = residual.new_empty(len(targets))
             greedy = torch.empty(len(targets), dtype=torch.bool, device=residual.device)
-            for places, here in _parts(len(hidden), read_at):
+            for part, answers in _parts(len(hidden), read_at):
                 logits, largest, total = self._normaliser(
-                    hidden[places], read_at[here] - places.start, targets[here]
+                    hidden[part], read_at[answers] - part.start, targets[answers]
                 )
-                logprobs[here] = logits - total
-                greedy[here] = logits >= largest
+                logprobs[answers] = logits - total
+                greedy[answers] = logits >= largest
         return logprobs, greedy
 
     def _normaliser(self, hidden: Tensor, read_at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each answer's logit, the largest logit and the logarithm of the summed exponentials beside it."""
+        """Return each answer's logit, and the largest and log-sum-exp of all logits where it is read, [A]."""
         rows = self.head_rows
         filled = pad(hidden, (0, 0, 0, -len(hidden) % rows))
         largest = hidden.new_full((len(filled),), float("-inf"))
         summed = hidden.new_zeros(len(filled))
-        chosen = hidden.new_zeros(len(targets))
+        target_logits = hidden.new_zeros(len(targets))
         for start, block in self._vocabulary_blocks():
-            inside = ((targets >= start) & (targets < start + len(block))).nonzero()[:, 0]
+            in_block = ((targets >= start) & (targets < start + len(block))).nonzero()[:, 0]
             for first in range(0, len(filled), rows):
                 part = slice(first, first + rows)
                 # All of one shape, so that a row's result does not depend on how many come with it.
                 logits = filled[part] @ block.t()
-                here = inside[(read_at[inside] >= first) & (read_at[inside] < first + rows)]
-                chosen[here] = logits[read_at[here] - first, targets[here] - start]
+                answers = in_block[(read_at[in_block] >= first) & (read_at[in_block] < first + rows)]
+                target_logits[answers] = logits[read_at[answers] - first, targets[answers] - start]
                 higher = torch.maximum(largest[part], logits.amax(1))
-                # Exponentials that are too small for a normal number take many times as long, and add nothing.
+                # Exponentials too small for a normal number take many times as long, and add nothing.
                 exponentials = logits.sub_(higher[:, None]).clamp_(min=LOWEST_EXPONENT).exp_()
                 summed[part] = summed[part] * (largest[part] - higher).exp_() + exponentials.sum(1)
                 largest[part] = higher
-        return chosen, largest[read_at], (largest + summed.log())[read_at]
+        return target_logits, largest[read_at], (largest + summed.log())[read_at]
 
     def _vocabulary_blocks(self) -> Iterator[tuple[int, Tensor]]:
         for start in range(0, len(self._unembedding), VOCABULARY_BLOCK):
             yield start, self._unembedding[start : start + VOCABULARY_BLOCK].float()
 
     def answer_gradient(self, residual: Tensor, read_at: Tensor, targets: Tensor) -> Tensor:
-        """Return the gradient of Σ_a log p(target a) with respect to the residual after the last layer, [P, D].
+        """Return the gradient of Σ_a log p(target a) with respect to the residual after the last layer, [P,
+        D].
 
         For one answer it is W[target] − Σ_v p(v) W[v], carried back through the final norm.
         """
@@ -145,9 +148,9 @@ class StreamedModel:
         with torch.no_grad():
             fixed = hidden.detach()
             gradient = torch.zeros_like(fixed)
-            for places, here in _parts(len(fixed), read_at):
-                gradient[places] = self._head_gradient(
-                    fixed[places], read_at[here] - places.start, targets[here]
+            for part, answers in _parts(len(fixed), read_at):
+                gradient[part] = self._head_gradient(
+                    fixed[part], read_at[answers] - part.start, targets[answers]
                 )
         (back,) = torch.autograd.grad(hidden, residual, gradient)
         return back
@@ -168,15 +171,15 @@ class StreamedModel:
 
 
 def head_rows(width: int) -> int:
-    """Return how many places go through the unembedding in one product: more where that is cheap to fill up."""
+    """Return how many residuals go through the unembedding in one product: more where padding is cheap."""
     return READ_ROWS if width <= NARROW_WIDTH else 2 * FIXED_ROWS
 
 
-def _parts(places: int, read_at: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield runs of at most READ_ROWS places, and which answers are read there."""
-    for start in range(0, places, READ_ROWS):
-        here = ((read_at >= start) & (read_at < start + READ_ROWS)).nonzero()[:, 0]
-        yield slice(start, start + READ_ROWS), here
+def _parts(rows: int, read_at: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield runs of at most READ_ROWS rows, and which answers are read there."""
+    for start in range(0, rows, READ_ROWS):
+        answers = ((read_at >= start) & (read_at < start + READ_ROWS)).nonzero()[:, 0]
+        yield slice(start, start + READ_ROWS), answers
 
 
 def resident_layers(store: Store, resident_bytes: int) -> frozenset[int]:

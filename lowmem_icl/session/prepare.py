@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from lowmem_icl.conversion.locate import Located, ensure_store, load_tokenizer, locate, plan_store
+from lowmem_icl.conversion.locate import ModelLocation, ensure_store, load_tokenizer, locate, plan_store
 from lowmem_icl.errors import InputError
 from lowmem_icl.masks.files import MaskModel
 from lowmem_icl.model.store import Store
@@ -35,7 +35,7 @@ class Prepared:
     train: tuple[TaskRows, ...]
     importance: tuple[TaskRows, ...]
     curves: tuple[TaskRows, ...]
-    located: Located
+    located: ModelLocation
 
     @property
     def mask_model(self) -> MaskModel:
@@ -114,7 +114,7 @@ def documents(
     )
 
 
-def find_model(options: RunOptions) -> Located:
+def find_model(options: RunOptions) -> ModelLocation:
     """Find the model, without converting it."""
     return locate(options.model, options.revision, options.weights, options.resolved_store_dir)
 
