@@ -7,7 +7,6 @@ from pathlib import Path
 from lowmem_icl.errors import InputError
 from lowmem_icl.masks.files import MaskFile, read_mask
 from lowmem_icl.options import RunOptions
-from lowmem_icl.session.identity import default_folder
 
 
 def read_masks(paths: Sequence[Path]) -> dict[str, MaskFile]:
@@ -25,6 +24,9 @@ def with_folder(options: RunOptions, mask_files: Mapping[str, MaskFile]) -> RunO
     """Return the options with a folder for these masks where --out names none."""
     if options.out is not None:
         return options
+    # Imports torch, which a mistyped --mask need not wait for.
+    from lowmem_icl.session.identity import default_folder
+
     text = "".join(mask_file.to_json() for mask_file in mask_files.values())
     suffix = f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return options.model_copy(update={"out": default_folder(options, prefix="evaluate-", suffix=suffix)})

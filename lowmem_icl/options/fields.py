@@ -66,7 +66,8 @@ class Flag:
 class RunOptions(BaseModel):
     """Every option of `lowmem-icl run`; a field's name is its TOML key and, with dashes, its flag."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Built when options are first checked, which `--help` never does.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     model: Annotated[
         str, NotEmpty, Flag(Group.MODEL, "demo, a store, a checkpoint folder, or a model's id on the hub.")
