@@ -22,7 +22,7 @@ from lowmem_icl.tasks.gradient_documents import gradient_documents
 from lowmem_icl.tasks.loading import open_task
 from lowmem_icl.tasks.packing import PackingLimits, pack
 from lowmem_icl.tasks.scoring import task_metrics
-from lowmem_icl.tasks.sources import PAPER_TASKS
+from lowmem_icl.tasks.catalogue import PAPER_TASKS
 
 MATHQA = [
     {"Problem": "what is 3 + 4 ?", "Rationale": "add", "options": "a ) 7 , b ) 8 , c ) 1,000 , d ) 2 ( two ) , e ) none",
