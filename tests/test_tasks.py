@@ -277,10 +277,17 @@ def test_text_of_strangers_is_never_a_template(tmp_path: Path) -> None:
     [
         ({"context": 1, "options": ["a"], "gold": 0}, "'context': expected a text"),
         ({"context": "", "options": ["a"], "gold": 0}, "'options': expected a list"),
-        ({"context": "", "options": ["a", ""], "gold": 0}, "'options': expected a list"),
-        ({"context": "", "options": ["a", "b"], "gold": 2}, "'gold': expected the place"),
-        ({"context": "", "options": ["a", "b"], "gold": True}, "'gold': expected the place"),
-        ({"context": "", "options": ["a", "b"], "gold": []}, "'gold': expected the place"),
+        (
+            {"context": "", "options": ["a", ""], "gold": 0},
+            "'options': expected texts, none of them empty; got '' at",
+        ),
+        (
+            {"context": "", "options": [1, "a"], "gold": 0},
+            "'options': expected texts, none of them empty; got 1 at",
+        ),
+        ({"context": "", "options": ["a", "b"], "gold": 2}, "'gold': expected the index"),
+        ({"context": "", "options": ["a", "b"], "gold": True}, "'gold': expected the index"),
+        ({"context": "", "options": ["a", "b"], "gold": []}, "'gold': expected the index"),
         ([1], "expected a JSON object, got list"),
     ],
 )

@@ -196,7 +196,7 @@ def text_tokeniser(tokenizer: Any) -> Tokenise:
 
     def tokenise(texts: list[str]) -> list[list[int]]:
         new = [text for text in dict.fromkeys(texts) if text not in remembered]
-        ids = tokenizer(new, add_special_tokens=False)["input_ids"] if new else []
+        ids = tokenizer(new, add_special_tokens=False, verbose=False)["input_ids"] if new else []
         made = dict(zip(new, ids, strict=True))
         remembered.update(
             (text, of_text) for text, of_text in made.items() if len(text) <= LONGEST_REMEMBERED_TEXT

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -150,8 +150,7 @@ class _PartOfMember:
         of_part = "evaluate" if part == "evaluate" else "train"
         scored = PromptRequest(key, of_part, member.task, row.row, member.shown, protocol)
         if part == "importance" and scored.has_gradient_form:
-            gradient_key = key._replace(for_gradients=True)
-            return PromptRequest(gradient_key, of_part, member.task, row.row, member.shown, protocol)
+            return replace(scored, key=replace(key, for_gradients=True))
         return scored
 
     def _documents(

@@ -40,10 +40,10 @@ class KeptOptions(Sequence[tuple[str, str]]):
 
     table: "PromptTable" = field(repr=False)
     first: int
-    count: int
+    options: int
 
     def __len__(self) -> int:
-        return self.count
+        return self.options
 
     @overload
     def __getitem__(self, option: int) -> tuple[str, str]: ...
@@ -51,8 +51,8 @@ class KeptOptions(Sequence[tuple[str, str]]):
     def __getitem__(self, option: slice) -> tuple[tuple[str, str], ...]: ...
     def __getitem__(self, option: int | slice) -> tuple[str, str] | tuple[tuple[str, str], ...]:
         if isinstance(option, slice):
-            return tuple(self[index] for index in range(*option.indices(self.count)))
-        number = self.first + range(self.count)[option]
+            return tuple(self[index] for index in range(*option.indices(self.options)))
+        number = self.first + range(self.options)[option]
         return self.table.text(self.table.contexts[number]), self.table.text(self.table.continuations[number])
 
 
@@ -128,7 +128,7 @@ class PromptTable:
 
 def _numbers_of(options: OptionTexts) -> Integers:
     assert isinstance(options, KeptOptions), "documents come from a table"
-    return np.arange(options.first, options.first + options.count)
+    return np.arange(options.first, options.first + len(options))
 
 
 def _flat(key: PromptKey) -> tuple[int, ...]:

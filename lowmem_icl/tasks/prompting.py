@@ -1,7 +1,7 @@
 """A row to its texts, as lm-eval lays them out: as it is scored, and as its gradients are taken."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 from lm_eval.api.samplers import ContextSampler
@@ -20,7 +20,8 @@ class Prompt(NamedTuple):
     gold: tuple[bool, ...]
 
 
-class PromptKey(NamedTuple):
+@dataclass(frozen=True)
+class PromptKey:
     """What a prompt of a task depends on: whose row it is, of which split, the rows shown before it, and its form."""
 
     member: int
@@ -86,11 +87,11 @@ def all_forms(request: PromptRequest) -> dict[PromptKey, Prompt]:
 
     Raises InputError for a row that lacks a field or has it in another form.
     """
-    key = request.key._replace(for_gradients=False)
+    key = replace(request.key, for_gradients=False)
     scored = _scored_prompt(request)
     forms = {key: scored}
     if request.has_gradient_form:
-        forms[key._replace(for_gradients=True)] = _gradient_prompt(request, scored)
+        forms[replace(key, for_gradients=True)] = _gradient_prompt(request, scored)
     return forms
 
 

@@ -35,12 +35,11 @@ def arrays_of_rows(packed: PackedRows) -> dict[str, NDArray[Any]]:
 def rows_of_arrays(arrays: Arrays) -> PackedRows:
     """Return the rows of arrays as `arrays_of_rows` gives them; raise ValueError where they do not belong together."""
     stems = [stem_of(tokens.tolist()) for tokens in _split(arrays, "stems", "stem_tokens")]
-    fields = [_split(arrays, name, "row_tokens") for name in _TOKEN_FIELDS]
-    fields += [_split(arrays, name, "row_answers") for name in _ANSWER_FIELDS]
-    rows = tuple(
-        Row(*columns, stem=None if stem < 0 else stems[stem])
-        for stem, *columns in zip(arrays["stem"].tolist(), *fields, strict=True)
-    )
+    tokens, positions, ends, owners = (_split(arrays, name, "row_tokens") for name in _TOKEN_FIELDS)
+    read_at, targets, options = (_split(arrays, name, "row_answers") for name in _ANSWER_FIELDS)
+    stem_of_row = [None if number < 0 else stems[number] for number in arrays["stem"].tolist()]
+    columns = (tokens, positions, ends, owners, read_at, targets, options, stem_of_row)
+    rows = tuple(Row(*fields) for fields in zip(*columns, strict=True))
     return PackedRows(rows, int(arrays["option_count"][0]))
 
 
