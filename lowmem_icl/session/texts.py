@@ -82,7 +82,7 @@ class KeptTexts:
         if path in self._in_memory:
             return read(self._in_memory[path])
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
                 return read(arrays)
         except FileNotFoundError:
             return None
