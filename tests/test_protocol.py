@@ -18,11 +18,11 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.store import Store
 from lowmem_icl.protocols import CORRECTED, DIFFERENCES, REFERENCE, Protocol
 from lowmem_icl.tables.schema import read_table
+from lowmem_icl.tasks.catalogue import PAPER_TASKS
 from lowmem_icl.tasks.listing import known_tasks
 from lowmem_icl.tasks.loading import open_task
 from lowmem_icl.tasks.packing import PackingLimits, pack
 from lowmem_icl.tasks.scoring import task_metrics
-from lowmem_icl.tasks.catalogue import PAPER_TASKS
 
 MATHQA = [
     {"Problem": "what is 3 + 4 ?", "Rationale": "add", "options": "a ) 7 , b ) 8 , c ) 1,000 , d ) 2 ( two ) , e ) none",

@@ -17,10 +17,10 @@ from lm_eval.utils import general_detokenize
 
 from lowmem_icl.errors import InputError
 from lowmem_icl.tasks import loading, prompting, sources
+from lowmem_icl.tasks.catalogue import DEMO_TASKS, PAPER_TASKS, demo_tasks_folder
 from lowmem_icl.tasks.loading import OpenTask, open_task
 from lowmem_icl.tasks.row_files import count_rows
 from lowmem_icl.tasks.scoring import document_scores, task_metrics, unit_accuracy
-from lowmem_icl.tasks.catalogue import DEMO_TASKS, PAPER_TASKS, demo_tasks_folder
 
 
 def rows_of(folder: Path, task: str, split: str) -> list[dict]:

@@ -270,7 +270,7 @@ def test_many_long_prompts_do_not_stay_in_memory(tmp_path: Path) -> None:
 
 
 def test_prompts_makes_only_what_it_shows(tmp_path: Path, calls: Calls) -> None:
-    task, options = first_prompts(small_options(tmp_path, tasks="recall", shots="2", limit=3))
+    ((task, options),) = first_prompts(small_options(tmp_path, tasks="recall", shots="2", limit=9), 3)
     assert calls.prompted.total() == len(task.documents) == 3
     assert len(options) == sum(len(document.gold) for document in task.documents)
 
