@@ -1,4 +1,6 @@
-"""Texts once: prompted, tokenised and laid out once for plan, run and resumed run; kept files are checked and made again."""
+"""Texts once: prompted, tokenised and laid out once for plan, run and resumed run; kept files are checked and
+made again.
+"""
 
 import json
 import subprocess

@@ -1,4 +1,6 @@
-"""Everything that must be right before the first sweep: the store, the tasks, their texts as tokens and as rows."""
+"""Everything that must be right before the first sweep: the store, the tasks, their texts as tokens and as
+rows.
+"""
 
 import hashlib
 import json
@@ -46,7 +48,9 @@ TaskKey = tuple[str, int]
 
 @dataclass(frozen=True)
 class KeptTable:
-    """The prompts of one task at one shot count: the key they are kept under, a digest of their content, and they."""
+    """The prompts of one task at one shot count: the key they are kept under, a digest of their content, and
+    they.
+    """
 
     key: str
     digest: str
@@ -57,9 +61,9 @@ class KeptTable:
 class Prepared:
     """A run's model and documents, checked; their texts are tokens already.
 
-    `evaluate`, `train`: the documents of every task and shot count, in the same order; `importance`: the training documents
-    whose gradients are taken; `curves`: the first of `evaluate`, as many as pruning curves are judged on. The store may be
-    only planned, with sizes and no files: `with_store` makes it.
+    `evaluate`, `train`: the documents of every task and shot count, in the same order; `importance`: the
+    training documents whose gradients are taken; `curves`: the first of `evaluate`, as many as pruning curves
+    are judged on. The store may be only planned, with sizes and no files: `with_store` makes it.
     """
 
     options: RunOptions
@@ -116,8 +120,8 @@ class Prepared:
         kept = self.tables[task.task, task.shots]
         numbers = kept.table.option_numbers(task)
         counts = np.array([len(document.gold) for document in task.documents])
-        told = f"{self.limits.row_tokens} {gold_only} {len(counts)} ".encode()
-        name = hashlib.sha256(told + counts.tobytes() + numbers.tobytes()).hexdigest()[:24]
+        packing = f"{self.limits.row_tokens} {gold_only} {len(counts)} ".encode()
+        name = hashlib.sha256(packing + counts.tobytes() + numbers.tobytes()).hexdigest()[:24]
         return keep(kept.key, name, lambda: packed(task, options, gold_only=gold_only))
 
     def random_sequences(self, seed: int) -> RandomSequences:
@@ -161,7 +165,9 @@ def open_tasks(options: RunOptions) -> list[OpenTask]:
 
 
 def part_limits(options: RunOptions) -> dict[str, tuple[Part, int | None]]:
-    """Return which documents a run needs of every task and shot count: their part and how many, by field of Prepared."""
+    """Return which documents a run needs of every task and shot count: their part and how many, by field of
+    Prepared.
+    """
     return {
         "evaluate": ("evaluate", options.limit),
         "train": ("train", options.resolved_train_limit),
@@ -171,7 +177,9 @@ def part_limits(options: RunOptions) -> dict[str, tuple[Part, int | None]]:
 
 
 def packing_limits(options: RunOptions, store: Store, tokenizer: Any) -> PackingLimits:
-    """Return what the model and its tokenizer set for packing; raise InputError where they do not belong together."""
+    """Return what the model and its tokenizer set for packing; raise InputError where they do not belong
+    together.
+    """
     skeleton = store.skeleton
     bos = tokenizer.bos_token_id
     use_bos = skeleton.family.adds_bos if options.bos is None else options.bos
@@ -191,7 +199,9 @@ def packing_limits(options: RunOptions, store: Store, tokenizer: Any) -> Packing
 
 
 def text_tokeniser(tokenizer: Any) -> Tokenise:
-    """Return a tokenizer as a function of texts that sees a short text, such as an answer, once and remembers it."""
+    """Return a tokenizer as a function of texts that sees a short text, such as an answer, once and remembers
+    it.
+    """
     remembered: dict[str, list[int]] = {}
 
     def tokenise(texts: list[str]) -> list[list[int]]:
@@ -263,7 +273,8 @@ def _part_rows(
 def prepare(options: RunOptions, *, progress: Progress = unseen) -> Prepared:
     """Load and check everything but the weights; raises InputError before any long work.
 
-    Every document is prompted and tokenised once, here, unless an earlier command with the same options did it.
+    Every document is prompted and tokenised once, here, unless an earlier command with the same options did
+    it.
     """
     located = find_model(options)
     store = plan_store(located, options.weights)
@@ -287,7 +298,8 @@ def prepare(options: RunOptions, *, progress: Progress = unseen) -> Prepared:
 def first_prompts(options: RunOptions, count: int) -> Iterator[tuple[TaskRows, TaskOptions]]:
     """Yield the first `count` evaluation documents of every task and shot count, with their texts and tokens.
 
-    No other document is prompted, unless demonstrations are shared: how many a set keeps depends on all documents of a run.
+    No other document is prompted, unless demonstrations are shared: how many a set keeps depends on all
+    documents of a run.
     """
     store = plan_store(find_model(options), options.weights)
     tokenizer = load_tokenizer(store.tokenizer_folder)

@@ -48,13 +48,13 @@ def table_key(options: RunOptions, task: OpenTask, shots: int, tokenizer: str, l
 def tokenizer_digest(tokenizer: Any) -> str:
     """Return a digest of all that a tokenizer does to texts."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    told = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
-    return hashlib.sha256(f"{type(tokenizer).__name__} {told}".encode()).hexdigest()
+    description = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    return hashlib.sha256(f"{type(tokenizer).__name__} {description}".encode()).hexdigest()
 
 
 @cache
 def _sources_digest() -> str:
-    """Return a digest of the code and the definitions that texts come from: changed code finds no old texts."""
+    """Return a digest of the code and definitions that texts come from: changed code finds no old texts."""
     package = Path(str(files("lowmem_icl")))
     summed = hashlib.sha256()
     for name in TEXT_SOURCES:

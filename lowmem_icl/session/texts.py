@@ -1,10 +1,12 @@
-"""Texts and rows of tasks kept on disk beside the stores, so that `plan`, `run` and a run that is continued make them once.
+"""Texts and rows of tasks kept on disk beside the stores, so that `plan`, `run` and a run that is continued
+make them once.
 
-    <store dir>/texts/<key>/prompts.safetensors     the prompts of one task at one shot count, and their tokens
-    <store dir>/texts/<key>/rows-<digest>.npz       rows that some of its documents were laid out as
+    <store dir>/texts/<key>/prompts.safetensors    prompts of one task at one shot count, and their tokens
+    <store dir>/texts/<key>/rows-<digest>.npz      rows that some of its documents were laid out as
 
-A key is a digest of all that its content depends on, so a file is never out of date. Files are checked when they are read;
-one that is damaged is made again, and where the folder cannot be written to, what it would hold stays in memory.
+A key is a digest of all that its content depends on, so a file is never out of date. Files are checked when
+they are read; one that is damaged is made again, and where the folder cannot be written to, what it would
+hold stays in memory.
 """
 
 import hashlib
@@ -35,7 +37,9 @@ _DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.er
 
 
 class KeptTexts:
-    """The folder of texts, or what stands in for it in memory; outlines of rows are small, and stay in memory besides."""
+    """The folder of texts, or what stands in for it in memory; outlines of rows are small, and stay in memory
+    besides.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,7 +47,9 @@ class KeptTexts:
         self._outlines: dict[Path, PackedRows] = {}
 
     def table(self, key: str, make: Callable[[], Arrays], *, again: bool = False) -> tuple[PromptTable, str]:
-        """Return the prompts of a key and a digest of them; those on disk, unless they are to be made `again`."""
+        """Return the prompts of a key and a digest of them; those on disk, unless they are to be made
+        `again`.
+        """
         path = self.folder / key / "prompts.safetensors"
         if not again:
             try:

@@ -1,4 +1,6 @@
-"""The tasks that the tool knows by name, from the YAML of their definitions alone: quick, since nothing of lm-eval is imported."""
+"""The tasks that the tool knows by name, from the YAML of their definitions alone: quick, since nothing of
+lm-eval is imported.
+"""
 
 from collections.abc import Mapping
 from functools import cache
@@ -12,8 +14,8 @@ from lowmem_icl.errors import InputError
 from lowmem_icl.protocols import OUT_OF_DOMAIN_TASKS
 
 PAPER_TASKS = (
-    "hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "boolq", "cb", "copa", "wic", "wsc",
-    "multirc", "rte", "record",
+    "hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "boolq", "cb", "copa",
+    "wic", "wsc", "multirc", "rte", "record",
 )  # fmt: skip
 DEMO_TASKS = ("recall", "category", "knowledge", "repeat")
 KNOWN_TASKS = (*PAPER_TASKS, *OUT_OF_DOMAIN_TASKS, *DEMO_TASKS)
@@ -60,7 +62,9 @@ def member_names(name: str) -> tuple[str, ...]:
 
 
 def main_metric(metrics: list[str]) -> str:
-    """Return which of a task's metrics is its main one: `em` where it has one, else `acc`, else the first it lists."""
+    """Return which of a task's metrics is its main one: `em` where it has one, else `acc`, else the first it
+    lists.
+    """
     return next((metric for metric in ("em", "acc") if metric in metrics), metrics[0])
 
 
@@ -71,10 +75,11 @@ def task_metric(name: str) -> str:
 
 
 def split_files(folder: Path, fields: Definition) -> dict[str, Path]:
-    """Return the files of a task's splits in a folder by split; raise InputError naming the first one that is missing.
+    """Return the files of a task's splits in a folder by split; raise InputError naming the first one that is
+    missing.
 
-    fields: the task's definition, which names the splits it has. Where a test split decides, the validation split may be
-    missing, and is then left out.
+    fields: the task's definition, which names the splits it has. Where a test split decides, the validation
+    split may be missing, and is then left out.
     """
     named = {fields.get(f"{split}_split") for split in ("training", "validation", "test")}
     needed = [split for split in SPLITS if split in named]

@@ -1,4 +1,6 @@
-"""Which rows are shown before a scored document: drawn for every document anew, or a few sets that many share."""
+"""Which rows are shown before a scored document: drawn for every document anew, or a few sets that many
+share.
+"""
 
 import random
 from collections.abc import Sequence
@@ -22,7 +24,9 @@ PER_DOCUMENT = Demonstrations()
 
 @dataclass(frozen=True)
 class DemonstrationDraw:
-    """The demonstrations of one document: indices of rows in prompt order, and the number of their set, if shared."""
+    """The demonstrations of one document: indices of rows in prompt order, and the number of their set, if
+    shared.
+    """
 
     indices: tuple[int, ...]
     set_number: int | None = None
@@ -32,7 +36,8 @@ class DemonstrationDraw:
 class Dealer:
     """Gives documents, one after the other, their demonstrations out of a pool of row indices.
 
-    `scores_the_pool`: whether a scored document may itself lie in the pool and must not be shown before itself.
+    `scores_the_pool`: whether a scored document may itself lie in the pool and must not be shown before
+    itself.
     """
 
     demonstrations: Demonstrations

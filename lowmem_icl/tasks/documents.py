@@ -17,11 +17,12 @@ OptionTexts = Sequence[tuple[str, str]]
 class Document:
     """A scored row of a task: its options as (context, continuation) texts, in the order of the hub's labels.
 
-    `index`: 0-based index in the split's file; in a group the indices run on through its members. `gold`: a flag per
-    option. `cluster`: the passage that intervals cluster by, or the document itself. `demonstrations`: indices of
-    the rows shown before it, in prompt order. `unit`: documents of one unit are right only together (MultiRC).
-    `set_number`: which of the shared sets of demonstrations it was dealt to, None where they are its own;
-    `dropped`: how many of that set were left out so that all its documents fit the model's context.
+    `index`: 0-based index in the split's file; in a group the indices run on through its members. `gold`: a
+    flag per option. `cluster`: the passage that intervals cluster by, or the document itself.
+    `demonstrations`: indices of the rows shown before it, in prompt order. `unit`: documents of one unit are
+    right only together (MultiRC). `set_number`: which of the shared sets of demonstrations it was dealt to,
+    None where they are its own; `dropped`: how many of that set were left out so that all its documents fit
+    the model's context.
     """
 
     index: int
@@ -40,8 +41,8 @@ class Document:
 class TaskRows:
     """Documents of one task at one shot count from one split, and what scores them.
 
-    `chance`: expected accuracy of a uniform guess; `majority`: that of always giving the option that is right most
-    often; both exact over these documents. `metric`: the task's main metric.
+    `chance`: expected accuracy of a uniform guess; `majority`: that of always giving the option that is right
+    most often; both exact over these documents. `metric`: the task's main metric.
     """
 
     task: str
@@ -73,7 +74,8 @@ class TaskRows:
 
     @cached_property
     def clusters(self) -> list[str]:
-        """What intervals cluster by, a name per document: its passage, or where several sets are shared, its set.
+        """What intervals cluster by, a name per document: its passage, or where several sets are shared, its
+        set.
 
         With one set, what is said holds for that set.
         """

@@ -19,8 +19,8 @@ from lowmem_icl.tasks.row_files import count_rows
 def known_tasks(data_dir: Path | None) -> list[dict[str, Any]]:
     """Return each task's name, where it is from, its metric, and its sizes by split where rows are at hand.
 
-    Of a folder that holds some tasks the others have no sizes. Rows are counted, not read. Raises InputError where a task's
-    folder lacks a split or holds a file that is no text.
+    Of a folder that holds some tasks the others have no sizes. Rows are counted, not read. Raises InputError
+    where a task's folder lacks a split or holds a file that is no text.
     """
     listed = []
     for kind, names in (("demo", DEMO_TASKS), ("paper", PAPER_TASKS), ("out of domain", OUT_OF_DOMAIN_TASKS)):
@@ -33,7 +33,9 @@ def known_tasks(data_dir: Path | None) -> list[dict[str, Any]]:
 
 
 def _sizes(name: str, folder: Path) -> dict[str, int]:
-    """Return how many rows the splits that a task uses have: train, if it has one, and the split that is evaluated on."""
+    """Return how many rows the splits that a task uses have: train, if it has one, and the split that is
+    evaluated on.
+    """
     members = member_names(name)
     fields = definition(members[0])
     used = [fields.get("training_split"), fields.get("test_split") or fields["validation_split"]]

@@ -1,4 +1,4 @@
-"""Documents of a task in the paper's protocol: rows selected, their demonstrations drawn, all of it prompted."""
+"""Documents of a task in the paper's protocol: rows selected, demonstrations drawn, all of it prompted."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -77,10 +77,10 @@ class OpenTask:
     ) -> TaskRows:
         """Return the documents of a part; `limit` counts documents (MultiRC: questions), None takes all.
 
-        Part `importance` is that of `train` with the texts whose gradients are taken. Documents that share a set of
-        demonstrations stand together; where those of a set do not fit the model's context, its first demonstrations are
-        left out. Raises InputError for a limit below 1, for more demonstrations than there are rows to draw from, and for a
-        row that lacks a field.
+        Part `importance` is that of `train` with the texts whose gradients are taken. Documents that share a
+        set of demonstrations stand together; where those of a set do not fit the model's context, its first
+        demonstrations are left out. Raises InputError for a limit below 1, for more demonstrations than there
+        are rows to draw from, and for a row that lacks a field.
         """
         if limit is not None and limit < 1:
             raise InputError(f"--limit: expected at least 1, got {limit}")
@@ -94,7 +94,8 @@ class OpenTask:
             offset += len(member.scored(part))
         if not documents:
             raise InputError(
-                f"task {self.name}: no row is left for its {part} part; without a train split it needs at least 2 rows"
+                f"task {self.name}: no row is left for its {part} part; "
+                "without a train split it needs at least 2 rows"
             )
         documents.sort(key=lambda document: (document.member, document.set_number or 0))
         split = "train" if part != "evaluate" and self.has_train else self.evaluation_split
@@ -118,7 +119,9 @@ class _PartOfMember:
     prompter: Prompter
 
     def documents(self, rows: Iterable[SelectedRow]) -> Iterator[Document]:
-        """Yield the documents of rows; a set of demonstrations loses its first ones until all its documents fit."""
+        """Yield the documents of rows; a set of demonstrations loses its first ones until all its documents
+        fit.
+        """
         alone: list[SelectedRow] = []
         sharing: dict[int, list[SelectedRow]] = {}
         for row in rows:
@@ -129,7 +132,9 @@ class _PartOfMember:
             yield from self._fitted(together)
 
     def _fitted(self, rows: list[SelectedRow]) -> Iterator[Document]:
-        """Yield the documents of rows that share a set, with as many of its demonstrations as all of them have room for."""
+        """Yield the documents of rows that share a set, with as many of its demonstrations as all of them
+        have room for.
+        """
         for dropped in range(self.request.shots + 1):
             prompts = self._prompts(rows, dropped)
             if dropped == self.request.shots or all(self.prompter.fits(prompt) for prompt in prompts):

@@ -27,8 +27,9 @@ Tokenise = Callable[[list[str]], list[list[int]]]
 class PackingLimits:
     """What a model sets: positions it has, tokens a row should about have, and the tokens put in front.
 
-    `row_tokens` suits the width: attention over a row costs its length squared, so narrow models want short rows.
-    `empty_context`: the token that stands for a context without tokens; `bos`: put before every context, or None.
+    `row_tokens` suits the width: attention over a row costs its length squared, so narrow models want short
+    rows. `empty_context`: the token that stands for a context without tokens; `bos`: put before every
+    context, or None.
     """
 
     context_tokens: int
@@ -42,7 +43,9 @@ class PackingLimits:
         return min(max(width // 32, SHORTEST_ROW_TOKENS), LONGEST_ROW_TOKENS)
 
     def context_lengths(self, tokens: Integers) -> Integers:
-        """Return how long contexts of so many tokens are with what is put in front, or for them if they are empty."""
+        """Return how long contexts of so many tokens are with what is put in front, or for them if they are
+        empty.
+        """
         return np.maximum(1, tokens + (self.bos is not None))
 
 
@@ -57,7 +60,9 @@ class OptionTokens(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TokenTable:
-    """Texts as tokens, end to end: text x is `tokens[starts[x]:starts[x + 1]]`. The tokens may lie in a mapped file."""
+    """Texts as tokens, end to end: text x is `tokens[starts[x]:starts[x + 1]]`. The tokens may lie in a
+    mapped file.
+    """
 
     starts: Integers
     tokens: NDArray[np.int32]
@@ -75,8 +80,8 @@ class TokenTable:
 class TaskOptions(Sequence[OptionTokens]):
     """The options of a task's documents as tokens, [O], of which only numbers are held: tokens are looked up.
 
-    contexts, continuations: numbers of texts in `table`; context_tokens: tokens of the context that the model sees, the
-    rest being cut on the left where `truncated`.
+    contexts, continuations: numbers of texts in `table`; context_tokens: tokens of the context that the model
+    sees, the rest being cut on the left where `truncated`.
     """
 
     table: TokenTable = field(repr=False)
@@ -150,8 +155,8 @@ def task_options(
         document = task.documents[owner]
         _, text = document.options[int(bad[0]) - sum(counts[:owner])]
         raise InputError(
-            f"task {task.task}, document {document.index}: an option has {continuation_tokens[bad[0]]} tokens; expected 1 "
-            f"to {limits.context_tokens}, the model's context: {text[:60]!r}"
+            f"task {task.task}, document {document.index}: an option has {continuation_tokens[bad[0]]} tokens; "
+            f"expected 1 to {limits.context_tokens}, the model's context: {text[:60]!r}"
         )
     kept = np.minimum(before, limits.context_tokens + 1 - continuation_tokens)
     dropped = np.repeat([document.dropped > 0 for document in task.documents], counts)
@@ -204,9 +209,10 @@ def pack(task: TaskRows, tokenise: Tokenise, limits: PackingLimits, *, gold_only
 def packed(task: TaskRows, options: TaskOptions, *, gold_only: bool = False) -> PackedRows:
     """Lay out a task's documents as rows.
 
-    Documents with one set of demonstrations, or without demonstrations on one passage, grow from a stem where they need
-    several rows. With `gold_only` only gold options are laid out, each as a path of its own that shares no token, so
-    that what is summed over a row's tokens can be told apart by document; option numbers are the same either way.
+    Documents with one set of demonstrations, or without demonstrations on one passage, grow from a stem where
+    they need several rows. With `gold_only` only gold options are laid out, each as a path of its own that
+    shares no token, so that what is summed over a row's tokens can be told apart by document; option numbers
+    are the same either way.
     """
     groups: dict[object, list[list[OptionPath]]] = {}
     for owner, (document, first) in enumerate(

@@ -14,7 +14,9 @@ from lowmem_icl.tasks.sources import ROW_ERRORS
 
 
 class Prompt(NamedTuple):
-    """A document's options as (context, continuation) texts, in the order of the hub's labels, and which are right."""
+    """A document's options as (context, continuation) texts, in the order of the hub's labels, and which are
+    right.
+    """
 
     options: OptionTexts
     gold: tuple[bool, ...]
@@ -22,7 +24,9 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptKey:
-    """What a prompt of a task depends on: whose row it is, of which split, the rows shown before it, and its form."""
+    """What a prompt of a task depends on: whose row it is, of which split, the rows shown before it, and its
+    form.
+    """
 
     member: int
     of_train: bool
@@ -33,7 +37,8 @@ class PromptKey:
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """A row that is to be prompted, with all that lm-eval wants to know; `key` tells it from others of its task.
+    """A row that is to be prompted, with all that lm-eval wants to know; `key` tells it from others of its
+    task.
 
     `shown`: the rows that demonstrations are of, by index; `part`: how a message calls the split.
     """
@@ -47,7 +52,7 @@ class PromptRequest:
 
     @property
     def has_gradient_form(self) -> bool:
-        """Whether gradients are taken of another prompt than the scored one."""
+        """Whether gradients are taken of a prompt that differs from the scored one."""
         bare = self.protocol.bare_continuations and self.task.config.task in protocols.BARE_TASKS
         return self.part == "train" and (bare or self.protocol.first_answer_only)
 
@@ -66,7 +71,7 @@ class Prompter(Protocol):
 
 @dataclass(frozen=True)
 class DirectPrompter:
-    """Makes every prompt when it is asked for; `fits_context` tells whether options fit the model's context."""
+    """Makes prompts when they are asked for; `fits_context` tells whether options fit the model's context."""
 
     fits_context: Callable[[OptionTexts], bool] = lambda options: True
 
@@ -139,13 +144,15 @@ def _label(task: ConfigurableTask, row: dict[str, Any]) -> Any:
 
 def _malformed(request: PromptRequest, cause: str) -> InputError:
     return InputError(
-        f"task {request.task.config.task}, row {request.key.index + 1} of its {request.part} rows does not have the "
-        f"expected fields ({cause})"
+        f"task {request.task.config.task}, row {request.key.index + 1} of its {request.part} rows does not have "
+        f"the expected fields ({cause})"
     )
 
 
 def _gradient_prompt(request: PromptRequest, scored: Prompt) -> Prompt:
-    """Return the prompt whose gold option is differentiated where the paper's code differs from what it scores."""
+    """Return the prompt whose gold option is differentiated where the paper's code differs from what it
+    scores.
+    """
     options, gold = scored
     if request.protocol.first_answer_only and sum(gold) > 1:
         gold = _first_answer(request, scored)

@@ -1,4 +1,6 @@
-"""Packed rows as flat arrays of whole numbers, to be kept in a file, and back; of their sizes alone, outlines."""
+"""Packed rows as flat arrays of whole numbers, to be kept in a file, and back; of their sizes alone,
+outlines.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,36 +17,41 @@ _ANSWER_FIELDS = ("read_at", "targets", "options")
 
 
 def arrays_of_rows(packed: PackedRows) -> dict[str, NDArray[Any]]:
-    """Return rows as arrays, their tokens and answers end to end; `stem` is the number of a row's stem, -1 for none."""
+    """Return rows as arrays, tokens and answers end to end; `stem` is the number of a row's stem or -1."""
     stems = list(dict.fromkeys(row.stem for row in packed.rows if row.stem is not None))
     numbers = {stem: number for number, stem in enumerate(stems)}
+    stem_of_row = [-1 if row.stem is None else numbers[row.stem] for row in packed.rows]
     arrays: dict[str, NDArray[Any]] = {
         "option_count": np.array([packed.option_count]),
         "row_tokens": np.array([len(row) for row in packed.rows], dtype=np.int64),
         "row_reads": np.array([len(row.reads) for row in packed.rows], dtype=np.int64),
         "row_answers": np.array([len(row.options) for row in packed.rows], dtype=np.int64),
-        "stem": np.array([-1 if row.stem is None else numbers[row.stem] for row in packed.rows], dtype=np.int64),
+        "stem": np.array(stem_of_row, dtype=np.int64),
         "stem_tokens": np.array([len(stem) for stem in stems], dtype=np.int64),
         "stems": _joined([stem.tokens for stem in stems]),
-    }  # fmt: skip
+    }
     for name in (*_TOKEN_FIELDS, *_ANSWER_FIELDS):
         arrays[name] = _joined([getattr(row, name) for row in packed.rows])
     return arrays
 
 
 def rows_of_arrays(arrays: Arrays) -> PackedRows:
-    """Return the rows of arrays as `arrays_of_rows` gives them; raise ValueError where they do not belong together."""
+    """Return the rows of arrays as `arrays_of_rows` gives them; raise ValueError where they do not belong
+    together.
+    """
     stems = [stem_of(tokens.tolist()) for tokens in _split(arrays, "stems", "stem_tokens")]
     tokens, positions, ends, owners = (_split(arrays, name, "row_tokens") for name in _TOKEN_FIELDS)
     read_at, targets, options = (_split(arrays, name, "row_answers") for name in _ANSWER_FIELDS)
-    stem_of_row = [None if number < 0 else stems[number] for number in arrays["stem"].tolist()]
-    columns = (tokens, positions, ends, owners, read_at, targets, options, stem_of_row)
+    row_stems = [None if number < 0 else stems[number] for number in arrays["stem"].tolist()]
+    columns = (tokens, positions, ends, owners, read_at, targets, options, row_stems)
     rows = tuple(Row(*fields) for fields in zip(*columns, strict=True))
     return PackedRows(rows, int(arrays["option_count"][0]))
 
 
 def outline_of_arrays(arrays: Arrays) -> PackedRows:
-    """Return rows of the same sizes and no content, as `rows.outline` makes them of rows; reads no more than sizes."""
+    """Return rows of the same sizes and no content, as `rows.outline` makes them of rows; reads no more than
+    sizes.
+    """
     stems = [_outline(tokens, 0, None) for tokens in arrays["stem_tokens"].tolist()]
     sizes = (arrays[name].tolist() for name in ("row_tokens", "row_reads", "stem"))
     rows = tuple(

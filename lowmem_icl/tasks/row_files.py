@@ -34,7 +34,7 @@ def read_rows(path: Path) -> Rows:
 
 
 def count_rows(path: Path) -> int:
-    """Return how many rows a file has, without reading what they say; raise InputError where it is no text."""
+    """Return how many rows a file has without parsing them; raise InputError where it is not text."""
     return sum(bool(line.strip()) for line in _lines(path))
 
 

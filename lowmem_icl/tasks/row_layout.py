@@ -1,8 +1,8 @@
 """Token paths to rows: options share their context, documents what they begin with in common.
 
-Each option is one path of a token tree; a path that begins like another goes through the same tokens, and what many
-documents begin with is a stem of its own. Rows are filled in the order of the documents, so the layout depends on these
-documents alone.
+Each option is one path of a token tree; a path that begins like another goes through the same tokens, and
+what many documents begin with is a stem of its own. Rows are filled in the order of the documents, so the
+layout depends on these documents alone.
 """
 
 import itertools
@@ -20,7 +20,9 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class OptionPath:
-    """One option to be laid out: its number, the document it belongs to, its tokens, and those it must predict."""
+    """One option to be laid out: its number, the document it belongs to, its tokens, and those it must
+    predict.
+    """
 
     number: int
     owner: int
@@ -33,8 +35,8 @@ def plan_rows(
 ) -> list[Row]:
     """Return rows of about so many tokens for documents, each the paths of its options.
 
-    groups: documents that begin alike stand in one; they get a stem if that is worth it. Where nothing is `shared`, every
-    path has tokens of its own.
+    groups: documents that begin alike stand in one; they get a stem if that is worth it. Where nothing is
+    `shared`, every path has tokens of its own.
     """
     rows: list[Row] = []
     plain: list[Sequence[OptionPath]] = []
@@ -103,7 +105,7 @@ class RowLayout:
 
 
 def _shared_length(paths: Sequence[Tokens], known: int = 0) -> int:
-    """Return how many tokens all paths begin with in common, being told that it is at least `known`."""
+    """Return how many tokens all paths begin with in common, which is at least `known`."""
     first, last = min(paths), max(paths)
     most = min(len(first), len(last))
     if first[known:most] == last[known:most]:
@@ -113,7 +115,8 @@ def _shared_length(paths: Sequence[Tokens], known: int = 0) -> int:
 
 
 def _stem_length(documents: Sequence[Sequence[OptionPath]], row_tokens: int) -> int:
-    """Return how many tokens become a stem: what all paths begin with, 0 where that is little or one row holds all.
+    """Return how many tokens become a stem: what all paths begin with, 0 where that is little or one row
+    holds all.
 
     Answers are read after it.
     """
@@ -129,7 +132,9 @@ def _stem_length(documents: Sequence[Sequence[OptionPath]], row_tokens: int) -> 
 
 
 def _grown_tokens(paths: Sequence[OptionPath], depth: int) -> int:
-    """Return how many tokens a document's options take from a depth on, which all of them share, laid out together."""
+    """Return how many tokens a document's options take from a depth on, which all of them share, laid out
+    together.
+    """
     ordered = sorted(path.tokens for path in paths)
     total = len(ordered[0]) - depth
     for before, path in itertools.pairwise(ordered):

@@ -1,8 +1,8 @@
 """Which rows of a task a part scores, in which order, and which rows are shown before them.
 
-The rows of a split are shuffled by `Random(42)`, and the same generator then draws every document's demonstrations in
-that order, as the harness of the paper did (paper.md 6.1). So the first N documents are the same under every limit at
-least N and at every shot count.
+The rows of a split are shuffled by `Random(42)`, and the same generator then draws every document's
+demonstrations in that order, as the harness of the paper did (paper.md 6.1). So the first N documents are the
+same under every limit at least N and at every shot count.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ class SplitRows:
 
 @dataclass(frozen=True)
 class Member:
-    """One of the lm-eval tasks that make up a task: its place among them, and its rows.
+    """One of the lm-eval tasks that make up a task: its number among them, and its rows.
 
     `train` is None where demonstrations and training documents come from the evaluated split.
     """
@@ -94,7 +94,9 @@ class RowRequest:
 
 @dataclass(frozen=True)
 class SelectedRow:
-    """A row that becomes a document: where it stands in its split, what it clusters and is judged with, what it is shown."""
+    """A row that becomes a document: where it stands in its split, what it clusters and is judged with, what
+    it is shown.
+    """
 
     index: int
     row: dict[str, Any] = field(repr=False)
@@ -118,8 +120,8 @@ def selected_rows(member: Member, request: RowRequest, limit: int | None) -> Ite
     dealer = Dealer(request.demonstrations, rng, pool, request.shots, _scores_the_pool(member, request))
     if dealer.needed > len(pool):
         raise InputError(
-            f"--shots {request.shots}: task {member.task.config.task} has {len(pool)} rows to draw demonstrations from, "
-            f"{dealer.needed} are needed; ask for fewer"
+            f"--shots {request.shots}: task {member.task.config.task} has {len(pool)} rows to draw demonstrations "
+            f"from, {dealer.needed} are needed; ask for fewer"
         )
     units: dict[Hashable, int] = {}
     for index in order:

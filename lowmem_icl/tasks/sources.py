@@ -1,4 +1,6 @@
-"""Where a task's rows and its definition come from: our YAML, the demo's, lm-eval's registry, or a file of one's own."""
+"""Where a task's rows and its definition come from: our YAML, the demo's, lm-eval's registry, or a file of
+one's own.
+"""
 
 import difflib
 import logging
@@ -29,7 +31,8 @@ from lowmem_icl.tasks.catalogue import (
 )
 from lowmem_icl.tasks.row_files import Rows, read_rows
 
-# What lm-eval raises where it renders a row that lacks a field or has it in another form. Caught around rendering alone.
+# What lm-eval raises where it renders a row that lacks a field or has it in another form. Caught around
+# rendering alone, so that a defect of ours is not taken for a fault of the rows.
 ROW_ERRORS = (KeyError, TypeError, AttributeError, IndexError, ValueError, AssertionError, TemplateError)
 # What `datasets` and the hub's client raise where rows cannot be fetched.
 HUB_ERRORS = (DatasetsError, HTTPError, OSError)
@@ -104,7 +107,9 @@ def _built(
 
 
 def _dataset(path: Path, rows: Rows) -> datasets.Dataset:
-    """Return a file's rows as lm-eval wants them; raise InputError naming the first row whose fields are of another type."""
+    """Return a file's rows as lm-eval wants them; raise InputError naming the first row whose fields are of
+    another type.
+    """
     try:
         return datasets.Dataset.from_list(rows)
     except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
@@ -112,7 +117,9 @@ def _dataset(path: Path, rows: Rows) -> datasets.Dataset:
 
 
 def _odd_field(rows: Rows) -> str:
-    """Return where the first field stands whose type is not that of the rows before, to be put behind a file's name."""
+    """Return where the first field stands whose type is not that of the rows before, to be put behind a
+    file's name.
+    """
     types: dict[str, type] = {}
     for number, row in enumerate(rows, start=1):
         for name, value in row.items():
@@ -140,7 +147,9 @@ def _from_harness(name: str) -> ConfigurableTask:
 
 
 def _own_file(path: Path) -> ConfigurableTask:
-    """Build a task from a user's JSON lines with `context`, `options` and `gold`; texts are used as they stand."""
+    """Build a task from a user's JSON lines with `context`, `options` and `gold`; texts are used as they
+    stand.
+    """
     if not path.exists():
         raise InputError(f"--tasks: {path} does not exist; give a task's name or a file of JSON lines")
     rows = read_rows(path)
@@ -180,7 +189,8 @@ def _check_own_row(path: Path, number: int, row: dict[str, Any]) -> None:
     for index, option in enumerate(options):
         if not isinstance(option, str) or not option:
             raise InputError(
-                f"{path}, row {number}: 'options': expected texts, none of them empty; got {option!r} at index {index}"
+                f"{path}, row {number}: 'options': expected texts, none of them empty; "
+                f"got {option!r} at index {index}"
             )
     indices = _as_list(gold) if isinstance(gold, (int, list)) and not isinstance(gold, bool) else []
     if not indices or not all(
@@ -188,6 +198,6 @@ def _check_own_row(path: Path, number: int, row: dict[str, Any]) -> None:
         for index in indices
     ):
         raise InputError(
-            f"{path}, row {number}: 'gold': expected the index of an option from 0 to {len(options) - 1}, or a list of "
-            f"them, got {gold!r}"
+            f"{path}, row {number}: 'gold': expected the index of an option from 0 to {len(options) - 1}, "
+            f"or a list of them, got {gold!r}"
         )
