@@ -295,7 +295,8 @@ def test_a_table_that_lacks_a_prompt_is_made_again(tmp_path: Path, monkeypatch: 
 def test_listing_tasks_imports_neither_lm_eval_nor_datasets() -> None:
     code = (
         "import sys; from lowmem_icl.cli.app import app; app(['tasks', '--json'], standalone_mode=False); "
-        "print(sorted({'lm_eval', 'datasets', 'torch', 'transformers', 'polars'} & set(sys.modules)), file=sys.stderr)"
+        "heavy = {'lm_eval', 'datasets', 'torch', 'transformers', 'polars'} & set(sys.modules); "
+        "print(sorted(heavy), file=sys.stderr)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stderr.strip().splitlines()[-1] == "[]"

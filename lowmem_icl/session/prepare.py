@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from lowmem_icl.conversion.locate import Located, ensure_store, load_tokenizer, locate, plan_store
 from lowmem_icl.errors import InputError
 from lowmem_icl.masks.files import MaskModel
+from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.families import Skeleton
 from lowmem_icl.model.store import Store
 from lowmem_icl.options import DEMO, RunOptions
@@ -63,7 +64,8 @@ class Prepared:
 
     `evaluate`, `train`: the documents of every task and shot count, in the same order; `importance`: the
     training documents whose gradients are taken; `curves`: the first of `evaluate`, as many as pruning curves
-    are judged on. The store may be only planned, with sizes and no files: `with_store` makes it.
+    are judged on. `masks`: those that the user gives, by name, to be evaluated beside the clean model. The
+    store may be only planned, with sizes and no files: `with_store` makes it.
     """
 
     options: RunOptions
@@ -76,6 +78,7 @@ class Prepared:
     curves: tuple[TaskRows, ...]
     tables: Mapping[TaskKey, KeptTable] = field(repr=False)
     texts: KeptTexts = field(repr=False)
+    masks: Mapping[str, Mask] = field(default_factory=dict)
 
     @property
     def skeleton(self) -> Skeleton:

@@ -155,8 +155,9 @@ def task_options(
         document = task.documents[owner]
         _, text = document.options[int(bad[0]) - sum(counts[:owner])]
         raise InputError(
-            f"task {task.task}, document {document.index}: an option has {continuation_tokens[bad[0]]} tokens; "
-            f"expected 1 to {limits.context_tokens}, the model's context: {text[:60]!r}"
+            f"task {task.task}, document {document.index}: "
+            f"an option has {continuation_tokens[bad[0]]} tokens; expected 1 to {limits.context_tokens}, "
+            f"the model's context: {text[:60]!r}"
         )
     kept = np.minimum(before, limits.context_tokens + 1 - continuation_tokens)
     dropped = np.repeat([document.dropped > 0 for document in task.documents], counts)

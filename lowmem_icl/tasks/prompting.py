@@ -144,8 +144,8 @@ def _label(task: ConfigurableTask, row: dict[str, Any]) -> Any:
 
 def _malformed(request: PromptRequest, cause: str) -> InputError:
     return InputError(
-        f"task {request.task.config.task}, row {request.key.index + 1} of its {request.part} rows does not have "
-        f"the expected fields ({cause})"
+        f"task {request.task.config.task}, row {request.key.index + 1} of its {request.part} rows "
+        f"does not have the expected fields ({cause})"
     )
 
 

@@ -97,7 +97,8 @@ def random_sequences(
     if longest < SMALLEST_BASE_TOKENS:
         raise InputError(
             "--experiments induction: expected a context of at least "
-            f"{COPIES * SMALLEST_BASE_TOKENS + 1} tokens and as many ids to draw from, got {context_tokens} and {len(drawable.ids)}; leave induction out"
+            f"{COPIES * SMALLEST_BASE_TOKENS + 1} tokens and as many ids to draw from, "
+            f"got {context_tokens} and {len(drawable.ids)}; leave induction out"
         )
     lengths = tuple(min(_wanted(sequence), longest) for sequence in range(count))
     repeated, unrepeated = [], []

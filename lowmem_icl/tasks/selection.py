@@ -120,8 +120,8 @@ def selected_rows(member: Member, request: RowRequest, limit: int | None) -> Ite
     dealer = Dealer(request.demonstrations, rng, pool, request.shots, _scores_the_pool(member, request))
     if dealer.needed > len(pool):
         raise InputError(
-            f"--shots {request.shots}: task {member.task.config.task} has {len(pool)} rows to draw demonstrations "
-            f"from, {dealer.needed} are needed; ask for fewer"
+            f"--shots {request.shots}: task {member.task.config.task} has {len(pool)} rows "
+            f"to draw demonstrations from, {dealer.needed} are needed; ask for fewer"
         )
     units: dict[Hashable, int] = {}
     for index in order:

@@ -165,8 +165,8 @@ def _own_file(path: Path) -> ConfigurableTask:
         "custom_dataset": _given({"validation": _dataset(path, plain)}),
         "doc_to_text": lambda row: row["context"],
         "doc_to_choice": lambda row: row["options"],
-        # lm-eval learns from the first row whether labels are lists, so all rows have one; a demonstration shows
-        # the first right option.
+        # lm-eval learns from the first row whether labels are lists, so all rows have one; a demonstration
+        # shows the first right option.
         "doc_to_target": lambda row: row["gold"],
         "fewshot_config": {"doc_to_target": lambda row: row["options"][row["gold"][0]]},
         "target_delimiter": "",
