@@ -1,6 +1,4 @@
-"""Everything that must be right before the first sweep: the store, the tasks, their texts as tokens and as
-rows.
-"""
+"""Everything that must be right before the first sweep: the store, the tasks, their tokens and rows."""
 
 import hashlib
 import json
@@ -49,9 +47,7 @@ TaskKey = tuple[str, int]
 
 @dataclass(frozen=True)
 class KeptTable:
-    """The prompts of one task at one shot count: the key they are kept under, a digest of their content, and
-    they.
-    """
+    """The prompts of one task at one shot count, the key they are kept under, a digest of their content."""
 
     key: str
     digest: str
@@ -168,9 +164,7 @@ def open_tasks(options: RunOptions) -> list[OpenTask]:
 
 
 def part_limits(options: RunOptions) -> dict[str, tuple[Part, int | None]]:
-    """Return which documents a run needs of every task and shot count: their part and how many, by field of
-    Prepared.
-    """
+    """Return the part and the limit of the documents that a run needs, by field of Prepared."""
     return {
         "evaluate": ("evaluate", options.limit),
         "train": ("train", options.resolved_train_limit),
@@ -180,9 +174,7 @@ def part_limits(options: RunOptions) -> dict[str, tuple[Part, int | None]]:
 
 
 def packing_limits(options: RunOptions, store: Store, tokenizer: Any) -> PackingLimits:
-    """Return what the model and its tokenizer set for packing; raise InputError where they do not belong
-    together.
-    """
+    """Return what model and tokenizer set for packing; raise InputError where they do not belong together."""
     skeleton = store.skeleton
     bos = tokenizer.bos_token_id
     use_bos = skeleton.family.adds_bos if options.bos is None else options.bos
@@ -202,9 +194,7 @@ def packing_limits(options: RunOptions, store: Store, tokenizer: Any) -> Packing
 
 
 def text_tokeniser(tokenizer: Any) -> Tokenise:
-    """Return a tokenizer as a function of texts that sees a short text, such as an answer, once and remembers
-    it.
-    """
+    """Return a tokenizer as a function of texts that remembers short ones, such as answers."""
     remembered: dict[str, list[int]] = {}
 
     def tokenise(texts: list[str]) -> list[list[int]]:

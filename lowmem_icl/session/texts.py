@@ -1,5 +1,4 @@
-"""Texts and rows of tasks kept on disk beside the stores, so that `plan`, `run` and a run that is continued
-make them once.
+"""Texts and rows of tasks, kept on disk so that `plan`, `run` and a continued run make them once.
 
     <store dir>/texts/<key>/prompts.safetensors    prompts of one task at one shot count, and their tokens
     <store dir>/texts/<key>/rows-<digest>.npz      rows that some of its documents were laid out as

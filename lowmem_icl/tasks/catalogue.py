@@ -1,6 +1,4 @@
-"""The tasks that the tool knows by name, from the YAML of their definitions alone: quick, since nothing of
-lm-eval is imported.
-"""
+"""The tasks that the tool knows by name, from the YAML of their definitions alone, without lm-eval."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -62,9 +60,7 @@ def member_names(name: str) -> tuple[str, ...]:
 
 
 def main_metric(metrics: list[str]) -> str:
-    """Return which of a task's metrics is its main one: `em` where it has one, else `acc`, else the first it
-    lists.
-    """
+    """Return a task's main metric: `em` where it lists that, else `acc`, else the first."""
     return next((metric for metric in ("em", "acc") if metric in metrics), metrics[0])
 
 
@@ -75,8 +71,7 @@ def task_metric(name: str) -> str:
 
 
 def split_files(folder: Path, fields: Definition) -> dict[str, Path]:
-    """Return the files of a task's splits in a folder by split; raise InputError naming the first one that is
-    missing.
+    """Return the files of a task's splits in a folder, by split; raise InputError naming one that is missing.
 
     fields: the task's definition, which names the splits it has. Where a test split decides, the validation
     split may be missing, and is then left out.

@@ -1,6 +1,4 @@
-"""Which rows are shown before a scored document: drawn for every document anew, or a few sets that many
-share.
-"""
+"""Which rows are shown before a scored document: drawn for each, or a few sets that many share."""
 
 import random
 from collections.abc import Sequence
@@ -24,9 +22,7 @@ PER_DOCUMENT = Demonstrations()
 
 @dataclass(frozen=True)
 class DemonstrationDraw:
-    """The demonstrations of one document: indices of rows in prompt order, and the number of their set, if
-    shared.
-    """
+    """A document's demonstrations: indices of rows in prompt order, and their set's number, if shared."""
 
     indices: tuple[int, ...]
     set_number: int | None = None

@@ -74,8 +74,7 @@ class TaskRows:
 
     @cached_property
     def clusters(self) -> list[str]:
-        """What intervals cluster by, a name per document: its passage, or where several sets are shared, its
-        set.
+        """What intervals cluster by, a name per document: its passage, or its set where several are shared.
 
         With one set, what is said holds for that set.
         """

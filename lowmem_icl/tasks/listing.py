@@ -33,9 +33,7 @@ def known_tasks(data_dir: Path | None) -> list[dict[str, Any]]:
 
 
 def _sizes(name: str, folder: Path) -> dict[str, int]:
-    """Return how many rows the splits that a task uses have: train, if it has one, and the split that is
-    evaluated on.
-    """
+    """Return the sizes of the splits that a task uses: train, if it has one, and the evaluated split."""
     members = member_names(name)
     fields = definition(members[0])
     used = [fields.get("training_split"), fields.get("test_split") or fields["validation_split"]]

@@ -119,9 +119,7 @@ class _PartOfMember:
     prompter: Prompter
 
     def documents(self, rows: Iterable[SelectedRow]) -> Iterator[Document]:
-        """Yield the documents of rows; a set of demonstrations loses its first ones until all its documents
-        fit.
-        """
+        """Yield the documents of rows; a set of demonstrations loses its first ones until all of them fit."""
         alone: list[SelectedRow] = []
         sharing: dict[int, list[SelectedRow]] = {}
         for row in rows:
@@ -132,9 +130,7 @@ class _PartOfMember:
             yield from self._fitted(together)
 
     def _fitted(self, rows: list[SelectedRow]) -> Iterator[Document]:
-        """Yield the documents of rows that share a set, with as many of its demonstrations as all of them
-        have room for.
-        """
+        """Yield the documents of rows that share a set, with as many demonstrations as all have room for."""
         for dropped in range(self.request.shots + 1):
             prompts = self._prompts(rows, dropped)
             if dropped == self.request.shots or all(self.prompter.fits(prompt) for prompt in prompts):

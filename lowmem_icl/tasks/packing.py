@@ -43,9 +43,7 @@ class PackingLimits:
         return min(max(width // 32, SHORTEST_ROW_TOKENS), LONGEST_ROW_TOKENS)
 
     def context_lengths(self, tokens: Integers) -> Integers:
-        """Return how long contexts of so many tokens are with what is put in front, or for them if they are
-        empty.
-        """
+        """Return the lengths of contexts of so many tokens with BOS, or with what stands for an empty one."""
         return np.maximum(1, tokens + (self.bos is not None))
 
 
@@ -60,9 +58,7 @@ class OptionTokens(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TokenTable:
-    """Texts as tokens, end to end: text x is `tokens[starts[x]:starts[x + 1]]`. The tokens may lie in a
-    mapped file.
-    """
+    """Texts as tokens, end to end: text x is `tokens[starts[x]:starts[x + 1]]`, maybe of a mapped file."""
 
     starts: Integers
     tokens: NDArray[np.int32]

@@ -1,5 +1,4 @@
-"""The prompts of one task at one shot count with their tokens, as flat arrays: made once, then only looked
-up.
+"""The prompts of one task at one shot count with their tokens, as flat arrays: made once, then looked up.
 
 Python lists of the tokens of ten thousand prompts would take gigabytes. Here every different text stands
 once, as UTF-8 and as tokens, end to end, and the arrays may lie in a mapped file.
@@ -59,12 +58,11 @@ class KeptOptions(Sequence[tuple[str, str]]):
 
 @dataclass(frozen=True, eq=False)
 class PromptTable:
-    """Prompts by key, from arrays as `TableWriter.arrays` gives them. Option o of prompt p is number
-    `first_option[p]` + o.
+    """Prompts by key, from arrays as `TableWriter.arrays` gives them.
 
-    contexts, continuations: [O], numbers of texts; gold: [O]. Text x is
-    `characters[text_starts[x]:text_starts[x + 1]]` in UTF-8 and `tokens[token_starts[x]:token_starts[x +
-    1]]`. Raises ValueError for arrays that do not belong together.
+    Option o of prompt p is number `first_option[p]` + o; contexts, continuations: [O], numbers of texts;
+    gold: [O]. Text x is `characters[text_starts[x]:text_starts[x + 1]]`, in UTF-8, and as tokens
+    `tokens[token_starts[x]:token_starts[x + 1]]`. Raises ValueError for arrays that do not belong together.
     """
 
     arrays: Arrays = field(repr=False)
@@ -124,9 +122,7 @@ class PromptTable:
         return np.concatenate([_numbers_of(document.options) for document in task.documents])
 
     def options(self, task: TaskRows, limits: PackingLimits) -> TaskOptions:
-        """Return the options of a task's documents as tokens; raise InputError for one without tokens or too
-        long.
-        """
+        """Return the options of documents as tokens; raise InputError for one that is empty or too long."""
         numbers = self.option_numbers(task)
         return task_options(task, self.tokens, self.contexts[numbers], self.continuations[numbers], limits)
 

@@ -14,9 +14,7 @@ from lowmem_icl.tasks.sources import ROW_ERRORS
 
 
 class Prompt(NamedTuple):
-    """A document's options as (context, continuation) texts, in the order of the hub's labels, and which are
-    right.
-    """
+    """A document's options as (context, continuation), in the order of the hub's labels; which are right."""
 
     options: OptionTexts
     gold: tuple[bool, ...]
@@ -24,9 +22,7 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptKey:
-    """What a prompt of a task depends on: whose row it is, of which split, the rows shown before it, and its
-    form.
-    """
+    """What a prompt of a task depends on: whose row it is, the rows shown before it, and its form."""
 
     member: int
     of_train: bool
@@ -37,8 +33,7 @@ class PromptKey:
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """A row that is to be prompted, with all that lm-eval wants to know; `key` tells it from others of its
-    task.
+    """A row that is to be prompted, with all that lm-eval needs; `key` tells it from others of its task.
 
     `shown`: the rows that demonstrations are of, by index; `part`: how a message calls the split.
     """
@@ -150,9 +145,7 @@ def _malformed(request: PromptRequest, cause: str) -> InputError:
 
 
 def _gradient_prompt(request: PromptRequest, scored: Prompt) -> Prompt:
-    """Return the prompt whose gold option is differentiated where the paper's code differs from what it
-    scores.
-    """
+    """Return the prompt whose gold option is differentiated where that is not the scored one."""
     options, gold = scored
     if request.protocol.first_answer_only and sum(gold) > 1:
         gold = _first_answer(request, scored)

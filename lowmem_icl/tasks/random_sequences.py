@@ -1,5 +1,4 @@
-"""Sequences of random tokens, by which induction heads are found: each token once, then all of them again,
-three times.
+"""Sequences of random tokens, by which induction heads are found: different ones, four times over.
 
 Bansal et al. 2023, appendix A.4; seeded here, the same on every machine. Axis letters: B base tokens.
 """
@@ -25,9 +24,7 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Drawable:
-    """The ids that random tokens are drawn from, most frequent first where merges tell; `ordered_by` merges
-    or ids.
-    """
+    """The ids that random tokens are drawn from; `ordered_by` merges (most frequent first) or ids."""
 
     ids: Integers
     ordered_by: str
@@ -35,10 +32,10 @@ class Drawable:
 
 @dataclass(frozen=True, eq=False)
 class RandomSequences:
-    """What heads are scored on: sequence s has `base_tokens[s]` different tokens four times over, [4B + 1]
-    with the BOS.
+    """What heads are scored on.
 
-    `unrepeated` are as long and repeat nothing.
+    Sequence s has `base_tokens[s]` different tokens four times over, [4B + 1] with the BOS. `unrepeated` are
+    as long and repeat nothing.
     """
 
     repeated: tuple[Integers, ...]
@@ -88,10 +85,9 @@ def _wanted(sequence: int) -> int:
 def random_sequences(
     drawable: Drawable, bos: int, context_tokens: int, seed: int, count: int = SEQUENCES
 ) -> RandomSequences:
-    """Draw the sequences: tokens without replacement, base lengths 25, 27, …, cut to what context and
-    vocabulary allow.
+    """Draw the sequences: tokens without replacement, base lengths 25, 27, ….
 
-    Raises InputError where they allow too little.
+    They are cut to what context and vocabulary allow. Raises InputError where they allow too little.
     """
     longest = min((context_tokens - 1) // COPIES, len(drawable.ids) // COPIES)
     if longest < SMALLEST_BASE_TOKENS:

@@ -1,6 +1,4 @@
-"""Packed rows as flat arrays of whole numbers, to be kept in a file, and back; of their sizes alone,
-outlines.
-"""
+"""Packed rows as flat arrays, to be kept in a file, and back; outlines from their sizes alone."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,9 +34,7 @@ def arrays_of_rows(packed: PackedRows) -> dict[str, NDArray[Any]]:
 
 
 def rows_of_arrays(arrays: Arrays) -> PackedRows:
-    """Return the rows of arrays as `arrays_of_rows` gives them; raise ValueError where they do not belong
-    together.
-    """
+    """Return rows from `arrays_of_rows`; raise ValueError for arrays that do not belong together."""
     stems = [stem_of(tokens.tolist()) for tokens in _split(arrays, "stems", "stem_tokens")]
     tokens, positions, ends, owners = (_split(arrays, name, "row_tokens") for name in _TOKEN_FIELDS)
     read_at, targets, options = (_split(arrays, name, "row_answers") for name in _ANSWER_FIELDS)
@@ -49,9 +45,7 @@ def rows_of_arrays(arrays: Arrays) -> PackedRows:
 
 
 def outline_of_arrays(arrays: Arrays) -> PackedRows:
-    """Return rows of the same sizes and no content, as `rows.outline` makes them of rows; reads no more than
-    sizes.
-    """
+    """Return rows of the same sizes and no content, as `rows.outline` does; reads the sizes alone."""
     stems = [_outline(tokens, 0, None) for tokens in arrays["stem_tokens"].tolist()]
     sizes = (arrays[name].tolist() for name in ("row_tokens", "row_reads", "stem"))
     rows = tuple(

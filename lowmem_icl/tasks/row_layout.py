@@ -20,9 +20,7 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class OptionPath:
-    """One option to be laid out: its number, the document it belongs to, its tokens, and those it must
-    predict.
-    """
+    """An option to be laid out: its number, its document, its tokens, and those it must predict."""
 
     number: int
     owner: int
@@ -115,8 +113,7 @@ def _shared_length(paths: Sequence[Tokens], known: int = 0) -> int:
 
 
 def _stem_length(documents: Sequence[Sequence[OptionPath]], row_tokens: int) -> int:
-    """Return how many tokens become a stem: what all paths begin with, 0 where that is little or one row
-    holds all.
+    """Return how many tokens become a stem: what all paths begin with, 0 where it is not worth it.
 
     Answers are read after it.
     """
@@ -132,9 +129,7 @@ def _stem_length(documents: Sequence[Sequence[OptionPath]], row_tokens: int) -> 
 
 
 def _grown_tokens(paths: Sequence[OptionPath], depth: int) -> int:
-    """Return how many tokens a document's options take from a depth on, which all of them share, laid out
-    together.
-    """
+    """Return how many tokens a document's options, laid out together, take beyond a depth they share."""
     ordered = sorted(path.tokens for path in paths)
     total = len(ordered[0]) - depth
     for before, path in itertools.pairwise(ordered):

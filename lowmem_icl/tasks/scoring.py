@@ -24,8 +24,7 @@ class MetricValue(NamedTuple):
 
 
 def document_scores(task: TaskRows, logprobs: Values, greedy: Flags) -> dict[str, Values]:
-    """Return scores by document, [..., N] each, from summed log-probabilities (nats) of all options, [...,
-    O].
+    """Return scores by document, [..., N] each, from summed log-probabilities of all options, [..., O].
 
     gold_logprob: the best gold option's; gold_prob: the softmax over the options, at the gold ones; margin:
     best gold minus best other, NaN where there is no other; acc: 1 where the first best option is a gold one,
@@ -104,9 +103,7 @@ def _stderr(items: list[Any], clusters: Sequence[str], aggregate: Callable[[list
 
 
 def _stderr_of_mean(values: Values, clusters: Sequence[str]) -> float:
-    """Return the standard error of a mean of values [N] that agree within clusters; where all are alone, the
-    usual one.
-    """
+    """Return the standard error of a mean of values [N], clustered; the usual one where all are alone."""
     members = np.unique(np.asarray(clusters), return_inverse=True)[1]
     sums = np.bincount(members, weights=values - values.mean())
     if len(sums) < 2:
@@ -115,10 +112,9 @@ def _stderr_of_mean(values: Values, clusters: Sequence[str]) -> float:
 
 
 def unit_accuracy(task: TaskRows, accuracy: Values) -> tuple[Values, list[str]]:
-    """Return accuracy by scored unit and the units' clusters: documents that are right only together count
-    once.
+    """Return accuracy by scored unit, [..., U], and the units' clusters, from that by document, [..., N].
 
-    accuracy: by document, [..., N]; returned [..., U].
+    Documents that are right only together count once.
     """
     units: dict[str, list[int]] = {}
     for index, document in enumerate(task.documents):

@@ -94,9 +94,7 @@ class RowRequest:
 
 @dataclass(frozen=True)
 class SelectedRow:
-    """A row that becomes a document: where it stands in its split, what it clusters and is judged with, what
-    it is shown.
-    """
+    """A row that becomes a document: its index, what it clusters and is judged with, what it is shown."""
 
     index: int
     row: dict[str, Any] = field(repr=False)

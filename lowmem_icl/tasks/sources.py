@@ -1,6 +1,4 @@
-"""Where a task's rows and its definition come from: our YAML, the demo's, lm-eval's registry, or a file of
-one's own.
-"""
+"""Where a task's rows and definition come from: our YAML, the demo's, lm-eval's registry, a user's file."""
 
 import difflib
 import logging
@@ -107,9 +105,7 @@ def _built(
 
 
 def _dataset(path: Path, rows: Rows) -> datasets.Dataset:
-    """Return a file's rows as lm-eval wants them; raise InputError naming the first row whose fields are of
-    another type.
-    """
+    """Return a file's rows as lm-eval wants them; raise InputError naming a row whose fields are odd."""
     try:
         return datasets.Dataset.from_list(rows)
     except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
@@ -117,9 +113,7 @@ def _dataset(path: Path, rows: Rows) -> datasets.Dataset:
 
 
 def _odd_field(rows: Rows) -> str:
-    """Return where the first field stands whose type is not that of the rows before, to be put behind a
-    file's name.
-    """
+    """Return, as part of a message, where the first field is whose type differs from rows before."""
     types: dict[str, type] = {}
     for number, row in enumerate(rows, start=1):
         for name, value in row.items():
@@ -147,9 +141,7 @@ def _from_harness(name: str) -> ConfigurableTask:
 
 
 def _own_file(path: Path) -> ConfigurableTask:
-    """Build a task from a user's JSON lines with `context`, `options` and `gold`; texts are used as they
-    stand.
-    """
+    """Build a task from JSON lines with `context`, `options` and `gold`; texts are used as they stand."""
     if not path.exists():
         raise InputError(f"--tasks: {path} does not exist; give a task's name or a file of JSON lines")
     rows = read_rows(path)
