@@ -284,8 +284,18 @@ def prepare(options: RunOptions, *, progress: Progress = unseen) -> Prepared:
             for name, of_part in rows.items():
                 documents[name].append(of_part)
             advance(1)
-    parts = {name: tuple(rows) for name, rows in documents.items()}
-    return Prepared(options, store, located, limits, **parts, tables=tables, texts=texts)
+    return Prepared(
+        options,
+        store,
+        located,
+        limits,
+        evaluate=tuple(documents["evaluate"]),
+        train=tuple(documents["train"]),
+        importance=tuple(documents["importance"]),
+        curves=tuple(documents["curves"]),
+        tables=tables,
+        texts=texts,
+    )
 
 
 def first_prompts(options: RunOptions, count: int) -> Iterator[tuple[TaskRows, TaskOptions]]:
