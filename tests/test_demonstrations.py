@@ -1,4 +1,6 @@
-"""Shared demonstrations: a few sets for all documents, drawn once, never showing a document to itself, cut to fit."""
+"""Shared demonstrations: a few sets for all documents, drawn once, never showing a document to itself, cut to
+fit.
+"""
 
 import json
 import random
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from lowmem_icl.tasks.demonstrations import Dealer, Demonstrations
 from lowmem_icl.tasks.loading import OpenTask, open_task
 from lowmem_icl.tasks.packing import PackingLimits, fit_context, pack
+from lowmem_icl.tasks.prompting import DirectPrompter
 
 SHARED = Demonstrations("shared", 3)
 
@@ -40,14 +43,14 @@ def test_sets_are_few_of_the_right_size_and_never_hold_the_document(
     )
     dealt = [dealer.deal(place, str(cluster)) for place, cluster in enumerate(clusters)]
     for place, shown in enumerate(dealt):
-        assert len(set(shown.places)) == shots
-        assert not scores_the_pool or place not in shown.places
+        assert len(set(shown.indices)) == shots
+        assert not scores_the_pool or place not in shown.indices
     of_cluster = {}
     for cluster, shown in zip(clusters, dealt, strict=True):
         assert of_cluster.setdefault(cluster, shown.set_number) == shown.set_number
     assert len({shown.set_number for shown in dealt}) == min(sets, len(set(clusters)))
     if not scores_the_pool:
-        assert len({shown.places for shown in dealt}) <= sets
+        assert len({shown.indices for shown in dealt}) <= sets
 
 
 def test_documents_are_those_of_the_papers_mode_and_nested_under_limits(tmp_path: Path) -> None:
@@ -93,7 +96,7 @@ def test_a_set_loses_its_first_demonstrations_until_its_longest_document_fits(tm
         part="evaluate",
         limit=None,
         demonstrations=SHARED,
-        fits=lambda options: fit_context(options, characters, limits),
+        prompter=DirectPrompter(lambda options: fit_context(options, characters, limits)),
     )
     dropped = {document.set_number: document.dropped for document in fitted.documents}
     assert 1 in dropped.values()

@@ -11,8 +11,9 @@ from lowmem_icl.errors import InputError
 from lowmem_icl.masks.files import MaskFile, MaskModel, read_mask, write_mask
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import LONGEST_NAME, check_names, mask_name, task_slug
+from lowmem_icl.protocols import OUT_OF_DOMAIN_TASKS
 from lowmem_icl.system.files import write_text_atomic
-from lowmem_icl.tasks.sources import DEMO_TASKS, OUT_OF_DOMAIN_TASKS, PAPER_TASKS
+from lowmem_icl.tasks.catalogue import DEMO_TASKS, PAPER_TASKS
 
 LONGEST_METHOD = "combined-heads-100-ffns-100"
 MODEL = MaskModel(id="made", model_type="opt", layers=1, heads=1, digest="d")

@@ -18,11 +18,11 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.store import Store
 from lowmem_icl.protocols import CORRECTED, DIFFERENCES, REFERENCE, Protocol
 from lowmem_icl.tables.schema import read_table
-from lowmem_icl.tasks.gradient_documents import gradient_documents
+from lowmem_icl.tasks.catalogue import PAPER_TASKS
+from lowmem_icl.tasks.listing import known_tasks
 from lowmem_icl.tasks.loading import open_task
 from lowmem_icl.tasks.packing import PackingLimits, pack
 from lowmem_icl.tasks.scoring import task_metrics
-from lowmem_icl.tasks.sources import PAPER_TASKS
 
 MATHQA = [
     {"Problem": "what is 3 + 4 ?", "Rationale": "add", "options": "a ) 7 , b ) 8 , c ) 1,000 , d ) 2 ( two ) , e ) none",
@@ -96,7 +96,14 @@ def test_lambada_is_right_where_its_last_word_is_what_the_model_would_say(data: 
 def test_lambadas_file_may_be_named_as_on_the_hub(data: Path, tmp_path: Path) -> None:
     (tmp_path / "lambada").mkdir()
     shutil.copyfile(data / "lambada" / "validation.jsonl", tmp_path / "lambada" / "test.jsonl")
-    assert open_task("lambada", tmp_path).sizes == open_task("lambada", data).sizes == {"validation": 4}
+    both = [
+        open_task("lambada", folder).rows(shots=0, part="evaluate", limit=None, protocol=REFERENCE)
+        for folder in (tmp_path, data)
+    ]
+    assert both[0] == both[1]
+    assert (both[0].split, len(both[0].documents)) == ("validation", 4)
+    (listed,) = [entry for entry in known_tasks(tmp_path) if entry["task"] == "lambada"]
+    assert listed["rows"] == {"validation": 4}
 
 
 def test_both_are_known_by_name() -> None:
@@ -160,30 +167,38 @@ def test_a_task_of_one_split_is_ranked_and_judged_on_the_same_documents(data: Pa
 
 
 def test_gradients_are_of_answers_without_their_space(data: Path) -> None:
-    rows = open_task("mathqa", data).rows(shots=0, part="train", limit=1)
-    assert gradient_documents(rows, CORRECTED) is rows
-    (document,), (bare,) = rows.documents, gradient_documents(rows, REFERENCE).documents
+    task = open_task("mathqa", data)
+    rows = task.rows(shots=0, part="train", limit=1)
+    assert task.rows(shots=0, part="importance", limit=1) == rows
+    (document,), (bare,) = (
+        task.rows(shots=0, part=part, limit=1, protocol=REFERENCE).documents
+        for part in ("train", "importance")
+    )
     assert [text for _, text in bare.options] == [text[1:] for _, text in document.options]
     assert [context for context, _ in bare.options] == [context for context, _ in document.options]
 
 
 @pytest.mark.parametrize("task", PAPER_TASKS)
 def test_only_five_of_the_papers_tasks_lose_the_space(shared_data: Path, task: str) -> None:
-    rows = open_task(task, shared_data).rows(shots=1, part="train", limit=3, protocol=REFERENCE)
+    opened = open_task(task, shared_data)
+    rows, gradients = (
+        opened.rows(shots=1, part=part, limit=3, protocol=REFERENCE) for part in ("train", "importance")
+    )
     places = [document.index for document in rows.documents]
     assert places == sorted(places)
     bare = task in ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa")
-    for document, differentiated in zip(
-        rows.documents, gradient_documents(rows, REFERENCE).documents, strict=True
-    ):
+    for document, differentiated in zip(rows.documents, gradients.documents, strict=True):
         expected = [(context, text[1:] if bare else text) for context, text in document.options]
         assert list(differentiated.options) == expected
         assert all(text[0] == " " for _, text in document.options)
 
 
 def test_gradients_are_of_the_first_accepted_answer(data: Path) -> None:
-    rows = open_task("record", data).rows(shots=0, part="train", limit=None, protocol=REFERENCE)
-    of_first = {document.index: document for document in gradient_documents(rows, REFERENCE).documents}
+    rows, gradients = (
+        open_task("record", data).rows(shots=0, part=part, limit=None, protocol=REFERENCE)
+        for part in ("train", "importance")
+    )
+    of_first = {document.index: document for document in gradients.documents}
     assert rows.documents[0].gold == (True, True, False)
     assert of_first[0].gold == (False, True, False), "Ann, Bob, Rome"
     assert of_first[1].gold == (True, False)

@@ -11,7 +11,7 @@ from conftest import make_checkpoint, reference_model
 from test_run import invoke
 
 from lowmem_icl.tables.schema import read_table
-from lowmem_icl.tasks.sources import PAPER_TASKS
+from lowmem_icl.tasks.catalogue import PAPER_TASKS
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from lowmem_icl.cli.app import app
 from lowmem_icl.masks.files import read_mask
 from lowmem_icl.tables.schema import read_table
-from lowmem_icl.tasks.sources import PAPER_TASKS
+from lowmem_icl.tasks.catalogue import PAPER_TASKS
 
 DEMO = Path(__file__).parents[1] / "lowmem_icl" / "demo"
 

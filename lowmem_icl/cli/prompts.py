@@ -1,17 +1,15 @@
 """`lowmem-icl prompts`: the exact texts and tokens of a task's documents."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from lowmem_icl.conversion.locate import plan_store
 from lowmem_icl.options import RunOptions
-from lowmem_icl.session.prepare import documents, find_model, open_tasks, packing_limits
-from lowmem_icl.tasks.loading import Document, TaskRows
-from lowmem_icl.tasks.packing import OptionTokens, fit_context, tokenise_options
+from lowmem_icl.session.prepare import first_prompts
+from lowmem_icl.tasks.documents import Document, TaskRows
+from lowmem_icl.tasks.packing import OptionTokens, first_options
 
 
 def prompt_entries(options: RunOptions, count: int) -> list[dict[str, Any]]:
@@ -20,16 +18,11 @@ def prompt_entries(options: RunOptions, count: int) -> list[dict[str, Any]]:
     Of every option: context, continuation, token ids, and whether tokens were lost on the left. Where
     demonstrations are shared, how many a set keeps depends on all of the run's documents, so all are read.
     """
-    located = find_model(options)
-    limits, tokenise = packing_limits(options, plan_store(located, options.weights))
-    fits = partial(fit_context, tokenise=tokenise, limits=limits)
-    limit = options.limit if options.demonstrations == "shared" else min(count, options.limit or count)
     entries = []
-    for task in documents(options, open_tasks(options), "evaluate", limit, fits):
-        first = task.documents[:count]
-        tokenised = tokenise_options(first, tokenise, limits, task.task)
-        for document, options_tokens in zip(first, tokenised, strict=True):
-            entries.append(_entry(task, document, options_tokens))
+    for task, tokenised in first_prompts(options, count):
+        starts = first_options(task.documents).tolist()
+        for document, start in zip(task.documents, starts, strict=True):
+            entries.append(_entry(task, document, tokenised[start : start + len(document.gold)]))
     return entries
 
 

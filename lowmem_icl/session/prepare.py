@@ -1,46 +1,90 @@
-"""Everything that must be right before the first sweep: the store, the tasks, the packed rows."""
+"""Everything that must be right before the first sweep: the store, the tasks, their tokens and rows."""
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lowmem_icl.conversion.locate import ModelLocation, ensure_store, load_tokenizer, locate, plan_store
 from lowmem_icl.errors import InputError
 from lowmem_icl.masks.files import MaskModel
+from lowmem_icl.masks.mask import Mask
+from lowmem_icl.model.families import Skeleton
 from lowmem_icl.model.store import Store
 from lowmem_icl.options import DEMO, RunOptions
+from lowmem_icl.rows import PackedRows
+from lowmem_icl.session.text_keys import table_key, tokenizer_digest
+from lowmem_icl.session.texts import FOLDER, KeptTexts
 from lowmem_icl.system.progress import Progress, unseen
+from lowmem_icl.tasks.catalogue import DEMO_TASKS, PAPER_TASKS
 from lowmem_icl.tasks.demonstrations import Demonstrations
-from lowmem_icl.tasks.gradient_documents import gradient_documents
-from lowmem_icl.tasks.loading import Fits, OpenTask, Part, TaskRows, open_task
-from lowmem_icl.tasks.packing import PackedTask, PackingLimits, Tokenise, fit_context, pack, tokenise_options
+from lowmem_icl.tasks.documents import TaskRows
+from lowmem_icl.tasks.loading import OpenTask, open_task
+from lowmem_icl.tasks.packing import (
+    PackedTask,
+    PackingLimits,
+    TaskOptions,
+    Tokenise,
+    first_options,
+    fit_context,
+    packed,
+    tokenised,
+)
+from lowmem_icl.tasks.prompt_table import MissingPrompt, PromptTable, TablePrompter, TableWriter
+from lowmem_icl.tasks.prompting import DirectPrompter, Prompter
 from lowmem_icl.tasks.random_sequences import RandomSequences, drawable_ids, random_sequences
-from lowmem_icl.tasks.sources import DEMO_TASKS, PAPER_TASKS
+from lowmem_icl.tasks.selection import Part
+
+LONGEST_REMEMBERED_TEXT = 200
+
+TaskKey = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class KeptTable:
+    """The prompts of one task at one shot count, the key they are kept under, a digest of their content."""
+
+    key: str
+    digest: str
+    table: PromptTable = field(repr=False)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run's model and documents, checked and tokenisable.
+    """A run's model and documents, checked; their texts are tokens already.
 
-    `evaluate`, `train`: the documents of every task and shot count, in the same order; `importance`: the training documents
-    whose gradients are taken; `curves`: the first of `evaluate`, as many as pruning curves are judged on. The store may be only planned, with sizes and no files: `with_store` makes it.
+    `evaluate`, `train`: the documents of every task and shot count, in the same order; `importance`: the
+    training documents whose gradients are taken; `curves`: the first of `evaluate`, as many as pruning curves
+    are judged on. `masks`: those that the user gives, by name, to be evaluated beside the clean model. The
+    store may be only planned, with sizes and no files: `with_store` makes it.
     """
 
+    options: RunOptions
     store: Store
-    tokenise: Tokenise
+    located: ModelLocation
     limits: PackingLimits
     evaluate: tuple[TaskRows, ...]
     train: tuple[TaskRows, ...]
     importance: tuple[TaskRows, ...]
     curves: tuple[TaskRows, ...]
-    located: ModelLocation
+    tables: Mapping[TaskKey, KeptTable] = field(repr=False)
+    texts: KeptTexts = field(repr=False)
+    masks: Mapping[str, Mask] = field(default_factory=dict)
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """The model without its weights."""
+        return self.store.skeleton
 
     @property
     def mask_model(self) -> MaskModel:
         """The model as mask files name it."""
-        source, skeleton = self.store.manifest.source, self.store.skeleton
+        source, skeleton = self.store.manifest.source, self.skeleton
         return MaskModel(
             id=source.id,
             revision=source.revision,
@@ -50,32 +94,56 @@ class Prepared:
             digest=source.digest,
         )
 
-    def pack(self, task: TaskRows, places: slice = slice(None), *, gold_only: bool = False) -> PackedTask:
-        """Pack a slice of a task's documents."""
-        return pack(
-            replace(task, documents=task.documents[places]), self.tokenise, self.limits, gold_only=gold_only
-        )
+    def pack(self, task: TaskRows, documents: slice = slice(None), *, gold_only: bool = False) -> PackedTask:
+        """Pack a slice of a task's documents; rows are laid out when they are first asked for, and kept."""
+        part = replace(task, documents=task.documents[documents])
+        options = self.tables[task.task, task.shots].table.options(part, self.limits)
+        plan = partial(self._rows, self.texts.rows, part, options, gold_only)
+        return PackedTask(part, options, first_options(part.documents), plan)
+
+    def outline(
+        self, task: TaskRows, documents: slice = slice(None), *, gold_only: bool = False
+    ) -> PackedRows:
+        """Return the rows of a slice of a task's documents in their sizes alone, without content."""
+        part = replace(task, documents=task.documents[documents])
+        options = self.tables[task.task, task.shots].table.options(part, self.limits)
+        return self._rows(self.texts.outline, part, options, gold_only)
+
+    def _rows(
+        self,
+        keep: Callable[[str, str, Callable[[], PackedRows]], PackedRows],
+        task: TaskRows,
+        options: TaskOptions,
+        gold_only: bool,
+    ) -> PackedRows:
+        kept = self.tables[task.task, task.shots]
+        numbers = kept.table.option_numbers(task)
+        counts = np.array([len(document.gold) for document in task.documents])
+        packing = f"{self.limits.row_tokens} {gold_only} {len(counts)} ".encode()
+        name = hashlib.sha256(packing + counts.tobytes() + numbers.tobytes()).hexdigest()[:24]
+        return keep(kept.key, name, lambda: packed(task, options, gold_only=gold_only))
 
     def random_sequences(self, seed: int) -> RandomSequences:
         """Draw the sequences that heads are scored on; raise InputError where the model allows none."""
         tokenizer = load_tokenizer(self.store.tokenizer_folder)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         form = {} if backend is None else json.loads(backend.to_str())
-        skeleton = self.store.skeleton
+        skeleton = self.skeleton
         drawable = drawable_ids(form, tokenizer.all_special_ids, skeleton.vocabulary)
         bos = tokenizer.bos_token_id
         return random_sequences(
             drawable, self.limits.empty_context if bos is None else bos, skeleton.context_tokens, seed
         )
 
-    @property
+    @cached_property
     def tasks_digest(self) -> str:
-        """SHA-256 over all texts, labels and demonstrations of both parts."""
+        """SHA-256 over all texts, tokens, labels and demonstrations of both parts."""
         summed = hashlib.sha256()
         for task in (*self.evaluate, *self.train, *self.importance):
-            summed.update(repr((task.task, task.shots, task.split)).encode())
-            for document in task.documents:
-                summed.update(repr((document.index, document.options, document.gold)).encode())
+            kept = self.tables[task.task, task.shots]
+            summed.update(repr((task.task, task.shots, task.split, kept.digest)).encode())
+            summed.update(np.array([document.index for document in task.documents]).tobytes())
+            summed.update(kept.table.option_numbers(task).tobytes())
         return summed.hexdigest()
 
 
@@ -95,33 +163,18 @@ def open_tasks(options: RunOptions) -> list[OpenTask]:
     return [open_task(name, options.data_dir) for name in task_names(options)]
 
 
-def documents(
-    options: RunOptions, tasks: list[OpenTask], part: Part, limit: int | None, fits: Fits
-) -> tuple[TaskRows, ...]:
-    """Return the documents of all tasks and shot counts of a part; `fits` tells whether options fit the model."""
-    how = Demonstrations(options.demonstrations, options.demonstration_sets)
-    return tuple(
-        task.rows(
-            shots=shots,
-            part=part,
-            limit=limit,
-            demonstrations=how,
-            protocol=options.protocol_choices,
-            fits=fits,
-        )
-        for task in tasks
-        for shots in options.resolved_shots
-    )
+def part_limits(options: RunOptions) -> dict[str, tuple[Part, int | None]]:
+    """Return the part and the limit of the documents that a run needs, by field of Prepared."""
+    return {
+        "evaluate": ("evaluate", options.limit),
+        "train": ("train", options.resolved_train_limit),
+        "importance": ("importance", options.resolved_importance_limit),
+        "curves": ("evaluate", options.resolved_curve_limit),
+    }
 
 
-def find_model(options: RunOptions) -> ModelLocation:
-    """Find the model, without converting it."""
-    return locate(options.model, options.revision, options.weights, options.resolved_store_dir)
-
-
-def packing_limits(options: RunOptions, store: Store) -> tuple[PackingLimits, Tokenise]:
-    """Return what the model sets for packing, and its tokenizer as a function of texts."""
-    tokenizer = load_tokenizer(store.tokenizer_folder)
+def packing_limits(options: RunOptions, store: Store, tokenizer: Any) -> PackingLimits:
+    """Return what model and tokenizer set for packing; raise InputError where they do not belong together."""
     skeleton = store.skeleton
     bos = tokenizer.bos_token_id
     use_bos = skeleton.family.adds_bos if options.bos is None else options.bos
@@ -132,31 +185,140 @@ def packing_limits(options: RunOptions, store: Store) -> tuple[PackingLimits, To
             f"{store.tokenizer_folder}: the tokenizer has {len(tokenizer)} tokens, the model only "
             f"{skeleton.vocabulary}; they do not belong together"
         )
-    limits = PackingLimits(
+    return PackingLimits(
         context_tokens=skeleton.context_tokens,
         row_tokens=PackingLimits.row_tokens_for(skeleton.width),
         empty_context=tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0,
         bos=bos if use_bos else None,
     )
-    return limits, lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
-def prepare(options: RunOptions) -> Prepared:
-    """Load and check everything but the weights; raises InputError before any long work."""
+def text_tokeniser(tokenizer: Any) -> Tokenise:
+    """Return a tokenizer as a function of texts that remembers short ones, such as answers."""
+    remembered: dict[str, list[int]] = {}
+
+    def tokenise(texts: list[str]) -> list[list[int]]:
+        new = [text for text in dict.fromkeys(texts) if text not in remembered]
+        ids = tokenizer(new, add_special_tokens=False, verbose=False)["input_ids"] if new else []
+        made = dict(zip(new, ids, strict=True))
+        remembered.update(
+            (text, of_text) for text, of_text in made.items() if len(text) <= LONGEST_REMEMBERED_TEXT
+        )
+        return [made[text] if text in made else remembered[text] for text in texts]
+
+    return tokenise
+
+
+@dataclass(frozen=True)
+class _TextMaker:
+    """What the texts of tasks are made with, and where they are kept."""
+
+    options: RunOptions
+    limits: PackingLimits
+    tokenise: Tokenise
+    tokenizer_digest: str
+    texts: KeptTexts
+
+    def documents(self, task: OpenTask, shots: int) -> tuple[dict[str, TaskRows], KeptTable]:
+        """Return a task's documents at a shot count, by field of Prepared, and the table of their prompts."""
+
+        def make() -> dict[str, NDArray[Any]]:
+            writer = TableWriter(self.tokenise, self.limits)
+            self._rows(task, shots, writer)
+            return writer.arrays()
+
+        key = table_key(self.options, task, shots, self.tokenizer_digest, self.limits)
+        for again in (False, True):
+            table, digest = self.texts.table(key, make, again=again)
+            try:
+                rows = self._rows(task, shots, TablePrompter(table, self.limits))
+            except MissingPrompt:
+                if again:
+                    raise
+                continue
+            break
+        for of_part in rows.values():
+            # An option that does not fit is reported now, not in the night.
+            table.options(of_part, self.limits)
+        return rows, KeptTable(key, digest, table)
+
+    def _rows(self, task: OpenTask, shots: int, prompter: Prompter) -> dict[str, TaskRows]:
+        return {
+            name: _part_rows(self.options, task, shots, (part, limit), prompter)
+            for name, (part, limit) in part_limits(self.options).items()
+        }
+
+
+def _part_rows(
+    options: RunOptions, task: OpenTask, shots: int, part: tuple[Part, int | None], prompter: Prompter
+) -> TaskRows:
+    """Return the documents of a part, as many as its limit says."""
+    return task.rows(
+        shots=shots,
+        part=part[0],
+        limit=part[1],
+        demonstrations=Demonstrations(options.demonstrations, options.demonstration_sets),
+        protocol=options.protocol_choices,
+        prompter=prompter,
+    )
+
+
+def prepare(options: RunOptions, *, progress: Progress = unseen) -> Prepared:
+    """Load and check everything but the weights; raises InputError before any long work.
+
+    Every document is prompted and tokenised once, here, unless an earlier command with the same options did
+    it.
+    """
     located = find_model(options)
     store = plan_store(located, options.weights)
-    limits, tokenise = packing_limits(options, store)
-    tasks = open_tasks(options)
-    fits = partial(fit_context, tokenise=tokenise, limits=limits)
-    evaluate = documents(options, tasks, "evaluate", options.limit, fits)
-    train = documents(options, tasks, "train", options.resolved_train_limit, fits)
-    importance = documents(options, tasks, "train", options.resolved_importance_limit, fits)
-    importance = tuple(gradient_documents(task, options.protocol_choices) for task in importance)
-    curves = documents(options, tasks, "evaluate", options.resolved_curve_limit, fits)
-    for task in (*evaluate, *train, *importance):
-        # An option that does not fit is told now, not in the night.
-        tokenise_options(task.documents, tokenise, limits, task.task)
-    return Prepared(store, tokenise, limits, evaluate, train, importance, curves, located)
+    tokenizer = load_tokenizer(store.tokenizer_folder)
+    digest = tokenizer_digest(tokenizer)
+    limits, texts = packing_limits(options, store, tokenizer), KeptTexts(options.resolved_store_dir / FOLDER)
+    maker = _TextMaker(options, limits, text_tokeniser(tokenizer), digest, texts)
+    tables: dict[TaskKey, KeptTable] = {}
+    documents: dict[str, list[TaskRows]] = {name: [] for name in part_limits(options)}
+    wanted = [(task, shots) for task in open_tasks(options) for shots in options.resolved_shots]
+    with progress("texts", len(wanted), "tasks") as advance:
+        for task, shots in wanted:
+            rows, tables[task.name, shots] = maker.documents(task, shots)
+            for name, of_part in rows.items():
+                documents[name].append(of_part)
+            advance(1)
+    return Prepared(
+        options,
+        store,
+        located,
+        limits,
+        evaluate=tuple(documents["evaluate"]),
+        train=tuple(documents["train"]),
+        importance=tuple(documents["importance"]),
+        curves=tuple(documents["curves"]),
+        tables=tables,
+        texts=texts,
+    )
+
+
+def first_prompts(options: RunOptions, count: int) -> Iterator[tuple[TaskRows, TaskOptions]]:
+    """Yield the first `count` evaluation documents of every task and shot count, with their texts and tokens.
+
+    No other document is prompted, unless demonstrations are shared: how many a set keeps depends on all
+    documents of a run.
+    """
+    store = plan_store(find_model(options), options.weights)
+    tokenizer = load_tokenizer(store.tokenizer_folder)
+    limits, tokenise = packing_limits(options, store, tokenizer), text_tokeniser(tokenizer)
+    prompter = DirectPrompter(partial(fit_context, tokenise=tokenise, limits=limits))
+    limit = options.limit if options.demonstrations == "shared" else min(count, options.limit or count)
+    for task in open_tasks(options):
+        for shots in options.resolved_shots:
+            rows = _part_rows(options, task, shots, ("evaluate", limit), prompter)
+            first = replace(rows, documents=rows.documents[:count])
+            yield first, tokenised(first, tokenise, limits)
+
+
+def find_model(options: RunOptions) -> ModelLocation:
+    """Find the model, without converting it."""
+    return locate(options.model, options.revision, options.weights, options.resolved_store_dir)
 
 
 def with_store(

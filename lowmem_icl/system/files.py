@@ -12,8 +12,11 @@ LONGEST_STEM_BYTES = 220
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` on success, delete it on any error."""
+def atomic_path(path: Path, *, sync: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` on success, delete it on any error.
+
+    Without `sync` a power cut may leave a broken file: for what is checked when it is read, and can be made again.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.name
     if len(os.fsencode(name)) > LONGEST_STEM_BYTES:
@@ -21,8 +24,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{name}.{os.getpid()}.partial")
     try:
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        if sync:
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Which rows are shown before a scored document: drawn for every document anew, or a few sets that many share."""
+"""Which rows are shown before a scored document: drawn for each, or a few sets that many share."""
 
 import random
 from collections.abc import Sequence
@@ -21,27 +21,28 @@ PER_DOCUMENT = Demonstrations()
 
 
 @dataclass(frozen=True)
-class Shown:
-    """The demonstrations of one document: places of rows in prompt order, and the number of their set, if shared."""
+class DemonstrationDraw:
+    """A document's demonstrations: indices of rows in prompt order, and their set's number, if shared."""
 
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     set_number: int | None = None
 
 
 @dataclass
 class Dealer:
-    """Gives documents, one after the other, their demonstrations out of a pool of places.
+    """Gives documents, one after the other, their demonstrations out of a pool of row indices.
 
-    `scores_the_pool`: whether a scored document may itself lie in the pool and must not be shown before itself.
+    `scores_the_pool`: whether a scored document may itself lie in the pool and must not be shown before
+    itself.
     """
 
-    how: Demonstrations
+    demonstrations: Demonstrations
     rng: random.Random
     pool: Sequence[int]
     shots: int
     scores_the_pool: bool
     _sets: list[list[int]] = field(default_factory=list)
-    _set_of: dict[str, int] = field(default_factory=dict)
+    _set_of_cluster: dict[str, int] = field(default_factory=dict)
 
     @property
     def needed(self) -> int:
@@ -49,24 +50,26 @@ class Dealer:
         spare = self.scores_the_pool
         return self.shots + spare if self.shots else 0
 
-    def deal(self, place: int, cluster: str) -> Shown:
-        """Return the demonstrations of the document at a place; documents of one cluster share a set.
+    def deal(self, index: int, cluster: str) -> DemonstrationDraw:
+        """Return the demonstrations of the document at an index; documents of one cluster share a set.
 
         Drawn without replacement, one more where the document could be among them.
         """
         if not self.shots:
-            return Shown(())
-        if self.how.mode == "per-document":
-            return Shown(self._without(self._draw(), place))
+            return DemonstrationDraw(())
+        if self.demonstrations.mode == "per-document":
+            return DemonstrationDraw(self._without(self._draw(), index))
         if not self._sets:
-            self._sets = [self._draw() for _ in range(self.how.sets)]
-        number = self._set_of.setdefault(cluster, len(self._set_of) % self.how.sets)
+            self._sets = [self._draw() for _ in range(self.demonstrations.sets)]
+        number = self._set_of_cluster.setdefault(
+            cluster, len(self._set_of_cluster) % self.demonstrations.sets
+        )
         # The one more takes the place of a document that would stand before itself.
-        return Shown(self._without(self._sets[number], place), number)
+        return DemonstrationDraw(self._without(self._sets[number], index), number)
 
     def _draw(self) -> list[int]:
         return self.rng.sample(self.pool, self.needed)
 
-    def _without(self, drawn: Sequence[int], place: int) -> tuple[int, ...]:
-        kept = [shown for shown in drawn if not self.scores_the_pool or shown != place]
+    def _without(self, drawn: Sequence[int], index: int) -> tuple[int, ...]:
+        kept = [shown for shown in drawn if not self.scores_the_pool or shown != index]
         return tuple(kept[: self.shots])

@@ -3,19 +3,44 @@
 from pathlib import Path
 from typing import Any
 
-from lowmem_icl.tasks.loading import open_task
-from lowmem_icl.tasks.sources import DEMO_TASKS, OUT_OF_DOMAIN_TASKS, PAPER_TASKS, task_metric
+from lowmem_icl.protocols import OUT_OF_DOMAIN_TASKS
+from lowmem_icl.tasks.catalogue import (
+    DEMO_TASKS,
+    PAPER_TASKS,
+    definition,
+    demo_tasks_folder,
+    member_names,
+    split_files,
+    task_metric,
+)
+from lowmem_icl.tasks.row_files import count_rows
 
 
 def known_tasks(data_dir: Path | None) -> list[dict[str, Any]]:
     """Return each task's name, where it is from, its metric, and its sizes by split where rows are at hand.
 
-    Of a folder that holds some tasks the others have no sizes. Raises InputError where a folder's rows are malformed.
+    Of a folder that holds some tasks the others have no sizes. Rows are counted, not read. Raises InputError
+    where a task's folder lacks a split or holds a file that is no text.
     """
     listed = []
     for kind, names in (("demo", DEMO_TASKS), ("paper", PAPER_TASKS), ("out of domain", OUT_OF_DOMAIN_TASKS)):
+        folder = demo_tasks_folder() if kind == "demo" else data_dir
         for name in names:
-            at_hand = kind == "demo" or (data_dir is not None and (data_dir / name).is_dir())
-            sizes = open_task(name, data_dir).sizes if at_hand else {}
+            at_hand = folder is not None and (kind == "demo" or (folder / name).is_dir())
+            sizes = _sizes(name, folder) if folder is not None and at_hand else {}
             listed.append({"task": name, "from": kind, "metric": task_metric(name), "rows": sizes})
     return listed
+
+
+def _sizes(name: str, folder: Path) -> dict[str, int]:
+    """Return the sizes of the splits that a task uses: train, if it has one, and the evaluated split."""
+    members = member_names(name)
+    fields = definition(members[0])
+    used = [fields.get("training_split"), fields.get("test_split") or fields["validation_split"]]
+    sizes: dict[str, int] = {}
+    for member in members:
+        paths = split_files(folder / member, fields)
+        for split in used:
+            if split is not None:
+                sizes[split] = sizes.get(split, 0) + count_rows(paths[split])
+    return sizes

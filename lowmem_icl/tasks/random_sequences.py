@@ -1,4 +1,4 @@
-"""Sequences of random tokens, by which induction heads are told: each token once, then all of them again, three times.
+"""Sequences of random tokens, by which induction heads are found: different ones, four times over.
 
 Bansal et al. 2023, appendix A.4; seeded here, the same on every machine. Axis letters: B base tokens.
 """
@@ -24,7 +24,7 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Drawable:
-    """The ids that random tokens are drawn from, most frequent first where merges tell; `ordered_by` merges or ids."""
+    """The ids that random tokens are drawn from; `ordered_by` merges (most frequent first) or ids."""
 
     ids: Integers
     ordered_by: str
@@ -32,9 +32,10 @@ class Drawable:
 
 @dataclass(frozen=True, eq=False)
 class RandomSequences:
-    """What heads are scored on: sequence s has `base_tokens[s]` different tokens four times over, [4B + 1] with the BOS.
+    """What heads are scored on.
 
-    `unrepeated` are as long and repeat nothing.
+    Sequence s has `base_tokens[s]` different tokens four times over, [4B + 1] with the BOS. `unrepeated` are
+    as long and repeat nothing.
     """
 
     repeated: tuple[Integers, ...]
@@ -42,7 +43,7 @@ class RandomSequences:
     base_tokens: tuple[int, ...]
     drawable: Drawable
 
-    def told(self) -> dict[str, Any]:
+    def as_record(self) -> dict[str, Any]:
         """Return what was used, for run.json."""
         return {
             "sequences": len(self.base_tokens),
@@ -56,16 +57,16 @@ class RandomSequences:
 def drawable_ids(tokenizer: Mapping[str, Any], special: Collection[int], vocabulary: int) -> Drawable:
     """Return the ids to draw from, by a tokenizer in the form of tokenizer.json.
 
-    A BPE's merges stand in the order of how frequent they make their tokens; the first and last 4 % are left out. Of a
-    tokenizer without merges the middle 92 % of the ids are taken. Special tokens are never among them, nor ids beyond
-    the model's vocabulary.
+    A BPE's merges stand in the order of how frequent they make their tokens; the first and last 4 % are left
+    out. Of a tokenizer without merges the middle 92 % of the ids are taken. Special tokens are never among
+    them, nor ids beyond the model's vocabulary.
     """
     model = tokenizer.get("model", {})
-    places = model.get("vocab", {})
+    ids_of_texts = model.get("vocab", {})
     merged = [
         "".join(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model.get("merges", ())
     ]
-    ids = [places[text] for text in dict.fromkeys(merged) if text in places]
+    ids = [ids_of_texts[text] for text in dict.fromkeys(merged) if text in ids_of_texts]
     # Cut before anything else is left out: the ranks of the merges are what 4 % is of.
     kept = _middle(ids) if ids else _middle(sorted(set(range(vocabulary)) - set(special)))
     allowed = [number for number in kept if number < vocabulary and number not in special]
@@ -84,15 +85,16 @@ def _wanted(sequence: int) -> int:
 def random_sequences(
     drawable: Drawable, bos: int, context_tokens: int, seed: int, count: int = SEQUENCES
 ) -> RandomSequences:
-    """Draw the sequences: tokens without replacement, base lengths 25, 27, …, cut to what context and vocabulary allow.
+    """Draw the sequences: tokens without replacement, base lengths 25, 27, ….
 
-    Raises InputError where they allow too little.
+    They are cut to what context and vocabulary allow. Raises InputError where they allow too little.
     """
     longest = min((context_tokens - 1) // COPIES, len(drawable.ids) // COPIES)
     if longest < SMALLEST_BASE_TOKENS:
         raise InputError(
-            f"--experiments induction: expected a context of at least {COPIES * SMALLEST_BASE_TOKENS + 1} tokens and as "
-            f"many ids to draw from, got {context_tokens} and {len(drawable.ids)}; leave induction out"
+            "--experiments induction: expected a context of at least "
+            f"{COPIES * SMALLEST_BASE_TOKENS + 1} tokens and as many ids to draw from, "
+            f"got {context_tokens} and {len(drawable.ids)}; leave induction out"
         )
     lengths = tuple(min(_wanted(sequence), longest) for sequence in range(count))
     repeated, unrepeated = [], []

@@ -24,11 +24,11 @@ class MetricValue(NamedTuple):
 
 
 def document_scores(task: TaskRows, logprobs: Values, greedy: Flags) -> dict[str, Values]:
-    """Return scores by document, [..., N] each, from summed log-probabilities (nats) of all options, [..., O].
+    """Return scores by document, [..., N] each, from summed log-probabilities of all options, [..., O].
 
-    gold_logprob: the best gold option's; gold_prob: the softmax over the options, at the gold ones; margin: best
-    gold minus best other, NaN where there is no other; acc: 1 where the first best option is a gold one, or, with
-    one option, where it is what the model would say (`greedy`, [..., O]).
+    gold_logprob: the best gold option's; gold_prob: the softmax over the options, at the gold ones; margin:
+    best gold minus best other, NaN where there is no other; acc: 1 where the first best option is a gold one,
+    or, with one option, where it is what the model would say (`greedy`, [..., O]).
     """
     counts = np.array([len(document.gold) for document in task.documents])
     starts = np.cumsum(counts) - counts
@@ -55,16 +55,16 @@ def document_scores(task: TaskRows, logprobs: Values, greedy: Flags) -> dict[str
 def task_metrics(task: TaskRows, logprobs: Values, greedy: Flags) -> list[MetricValue]:
     """Return lm-eval's metrics of the task over all documents, from the scores of all options, [O].
 
-    A mean over documents has the standard error of a mean, clustered by passage or by shared demonstrations; other
-    metrics (MultiRC's, F1) a jackknife over clusters.
+    A mean over documents has the standard error of a mean, clustered by passage or by shared demonstrations;
+    other metrics (MultiRC's, F1) a jackknife over clusters.
     """
     ends = np.cumsum([len(document.gold) for document in task.documents])[:-1]
     values: dict[str, list[Any]] = defaultdict(list)
-    for document, of_document, flags in zip(
+    for document, document_logprobs, flags in zip(
         task.documents, np.split(logprobs, ends), np.split(greedy, ends), strict=True
     ):
         member = task.members[document.member]
-        pairs = [(float(value), bool(flag)) for value, flag in zip(of_document, flags, strict=True)]
+        pairs = [(float(value), bool(flag)) for value, flag in zip(document_logprobs, flags, strict=True)]
         for name, value in member.process_results(document.row, pairs).items():
             values[name].append(value)
     aggregation = task.members[0].aggregation()
@@ -85,23 +85,25 @@ def _stderr(items: list[Any], clusters: Sequence[str], aggregate: Callable[[list
         return float("nan")
     if all(isinstance(item, (int, float, np.number)) for item in items):
         return _stderr_of_mean(np.array(items, dtype=np.float64), clusters)
-    of_cluster: dict[str, list[Any]] = defaultdict(list)
+    items_by_cluster: dict[str, list[Any]] = defaultdict(list)
     for item, cluster in zip(items, clusters, strict=True):
-        of_cluster[cluster].append(item)
-    groups = list(of_cluster.values())
+        items_by_cluster[cluster].append(item)
+    groups = list(items_by_cluster.values())
     if len(groups) < 2:
         return float("nan")
     # Leave one group out, rather than draw groups again: a MultiRC question drawn twice would count once.
     count = min(len(groups), LARGEST_GROUP_COUNT)
     without = [
-        aggregate([item for place, group in enumerate(groups) if place % count != left_out for item in group])
+        aggregate(
+            [item for number, group in enumerate(groups) if number % count != left_out for item in group]
+        )
         for left_out in range(count)
     ]
     return float(np.sqrt((count - 1) * np.var(without)))
 
 
 def _stderr_of_mean(values: Values, clusters: Sequence[str]) -> float:
-    """Return the standard error of a mean of values [N] that agree within clusters; where all are alone, the usual one."""
+    """Return the standard error of a mean of values [N], clustered; the usual one where all are alone."""
     members = np.unique(np.asarray(clusters), return_inverse=True)[1]
     sums = np.bincount(members, weights=values - values.mean())
     if len(sums) < 2:
@@ -110,12 +112,12 @@ def _stderr_of_mean(values: Values, clusters: Sequence[str]) -> float:
 
 
 def unit_accuracy(task: TaskRows, accuracy: Values) -> tuple[Values, list[str]]:
-    """Return accuracy by scored unit and the units' clusters: documents that are right only together count once.
+    """Return accuracy by scored unit, [..., U], and the units' clusters, from that by document, [..., N].
 
-    accuracy: by document, [..., N]; returned [..., U].
+    Documents that are right only together count once.
     """
     units: dict[str, list[int]] = {}
-    for place, document in enumerate(task.documents):
-        units.setdefault(document.unit, []).append(place)
-    by_unit = np.stack([accuracy[..., places].min(-1) for places in units.values()], axis=-1)
-    return by_unit, [task.clusters[places[0]] for places in units.values()]
+    for index, document in enumerate(task.documents):
+        units.setdefault(document.unit, []).append(index)
+    by_unit = np.stack([accuracy[..., indices].min(-1) for indices in units.values()], axis=-1)
+    return by_unit, [task.clusters[indices[0]] for indices in units.values()]

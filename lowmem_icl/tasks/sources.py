@@ -1,74 +1,41 @@
-"""Where a task's rows and its definition come from: our YAML, the demo's, lm-eval's registry, or a file of one's own."""
+"""Where a task's rows and definition come from: our YAML, the demo's, lm-eval's registry, a user's file."""
 
 import difflib
-import json
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HTTPError
 from jinja2 import TemplateError
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.protocols import OUT_OF_DOMAIN_TASKS
+from lowmem_icl.tasks.catalogue import (
+    DEMO_TASKS,
+    HARNESS_PREFIX,
+    KNOWN_TASKS,
+    definition,
+    definitions_folder,
+    demo_tasks_folder,
+    member_names,
+    split_files,
+)
+from lowmem_icl.tasks.row_files import Rows, read_rows
 
-PAPER_TASKS = (
-    "hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "boolq", "cb", "copa", "wic", "wsc",
-    "multirc", "rte", "record",
-)  # fmt: skip
-DEMO_TASKS = ("recall", "category", "knowledge", "repeat")
-HARNESS_PREFIX = "lm-eval:"
-SPLITS = ("train", "validation", "test")
-
-# What templates raise on a row that lacks a field or has it in another form.
-ROW_ERRORS = (KeyError, TypeError, AttributeError, IndexError, ValueError, TemplateError)
-
-Rows = list[dict[str, Any]]
-
-
-def definitions_folder() -> Path:
-    """Folder of the paper's task definitions."""
-    return Path(str(files("lowmem_icl.tasks"))) / "definitions"
-
-
-def demo_tasks_folder() -> Path:
-    """Folder of the demo's definitions and rows."""
-    return Path(str(files("lowmem_icl"))) / "demo" / "tasks"
-
-
-def read_rows(path: Path) -> Rows:
-    """Return a file's JSON lines; raise InputError naming the file and line of what is wrong.
-
-    Every row must have the fields of the first.
-    """
-    try:
-        # Not splitlines(): JSON may hold a bare U+2028 or U+0085 inside a text, and that ends no row.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    rows: Rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
-        missing = rows[0].keys() - row.keys() if rows else set()
-        if missing:
-            raise InputError(f"{path}, line {number}: field '{sorted(missing)[0]}' is missing")
-        rows.append(row)
-    if not rows:
-        raise InputError(f"{path} holds no rows; give a file with one JSON object a line")
-    return rows
+# What lm-eval raises where it renders a row that lacks a field or has it in another form. Caught around
+# rendering alone, so that a defect of ours is not taken for a fault of the rows.
+ROW_ERRORS = (KeyError, TypeError, AttributeError, IndexError, ValueError, AssertionError, TemplateError)
+# What `datasets` and the hub's client raise where rows cannot be fetched.
+HUB_ERRORS = (DatasetsError, HTTPError, OSError)
+# What definitions of lm-eval's own registry raise besides: packages they want, data sets that are scripts.
+HARNESS_ERRORS = (ImportError, RuntimeError)
 
 
 @cache
@@ -78,7 +45,7 @@ def _own_manager() -> TaskManager:
     )
 
 
-def load_members(name: str, data_dir: Path | None) -> list[tuple[str, ConfigurableTask]]:
+def load_members(name: str, data_dir: Path | None) -> list[ConfigurableTask]:
     """Return the lm-eval tasks that make up a task: itself, or a group's members in their order.
 
     Raises InputError for a name that is not known and for rows that cannot be found or read.
@@ -86,77 +53,76 @@ def load_members(name: str, data_dir: Path | None) -> list[tuple[str, Configurab
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     if name.startswith(HARNESS_PREFIX):
-        return _from_harness(name)
+        return [_from_harness(name)]
     if name.endswith(".jsonl"):
-        return [(name, _own_file(Path(name)))]
-    manager = _own_manager()
-    known = (*PAPER_TASKS, *OUT_OF_DOMAIN_TASKS, *DEMO_TASKS)
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
+        return [_own_file(Path(name))]
+    if name not in KNOWN_TASKS:
+        close = difflib.get_close_matches(name, KNOWN_TASKS, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise InputError(
-            f"--tasks: unknown task '{name}'; {hint}expected one of {', '.join(known)}, "
+            f"--tasks: unknown task '{name}'; {hint}expected one of {', '.join(KNOWN_TASKS)}, "
             f"{HARNESS_PREFIX}NAME or a path to .jsonl"
         )
     folder = demo_tasks_folder() if name in DEMO_TASKS else data_dir
-    entry = manager.task_index[name].cfg or {}
-    members = entry["task"] if "group" in entry else [name]
     loaded = []
-    for member in members:
+    for member in member_names(name):
         override: dict[str, Any] = {"task": member}
         if folder is not None:
-            override["custom_dataset"] = _from_folder(folder / member, manager.task_index[member].cfg or {})
-        loaded.append((member, _built(manager, override)))
+            paths = split_files(folder / member, definition(member))
+            override["custom_dataset"] = _given(
+                {split: _dataset(path, read_rows(path)) for split, path in paths.items()}
+            )
+        loaded.append(_built(_own_manager(), override, HUB_ERRORS))
     return loaded
 
 
-def _built(manager: TaskManager, override: dict[str, Any]) -> ConfigurableTask:
+def _given(splits: dict[str, datasets.Dataset]) -> Callable[..., dict[str, datasets.Dataset]]:
+    """Return splits in the form in which lm-eval wants to be given them: a function of anything."""
+    return lambda **_: splits
+
+
+def _built(
+    manager: TaskManager, override: dict[str, Any], fetch_errors: tuple[type[Exception], ...]
+) -> ConfigurableTask:
+    """Return lm-eval's task of a definition; its rows are loaded and the first one is rendered."""
     name = override["task"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             task = manager.load({"group": "source", "task": [override]})["tasks"][name]
-    except InputError:
-        raise
-    except ROW_ERRORS as error:
-        raise InputError(
-            f"task {name}: its first row does not have the expected fields ({error!r})"
-        ) from error
-    except Exception as error:
-        # The hub's client raises errors of many kinds when it cannot be reached.
+    except fetch_errors as error:
         raise InputError(
             f"task {name}: its rows could not be loaded ({type(error).__name__}: {error}); "
             "give a folder with --data-dir"
+        ) from error
+    except ROW_ERRORS as error:
+        raise InputError(
+            f"task {name}: its first row does not have the expected fields ({error!r})"
         ) from error
     if not isinstance(task, ConfigurableTask):
         raise InputError(f"task {name}: not defined by YAML in lm-eval; choose another")
     return task
 
 
-def _from_folder(folder: Path, config: Mapping[str, Any]) -> Callable[..., dict[str, datasets.Dataset]]:
-    """Return a loader of a task's splits from JSON lines; raises InputError at once where a file is missing."""
-    named = {config.get(f"{split}_split") for split in ("training", "validation", "test")} - {None}
-    needed = [split for split in SPLITS if split in named]
-    at = {split: folder / f"{split}.jsonl" for split in needed}
-    if needed == ["validation"] and not at["validation"].is_file() and (folder / "test.jsonl").is_file():
-        # LAMBADA's one file is a test split on the hub and the validation split of the paper's harness.
-        at["validation"] = folder / "test.jsonl"
-    missing = [split for split in needed if not at[split].is_file()]
-    # Where a test split decides, the validation split is not read.
-    if "test" in needed:
-        missing = [split for split in missing if split != "validation"]
-    if missing:
-        raise InputError(f"--data-dir: {at[missing[0]]} does not exist; put the task's rows there")
-
-    def load(**_: object) -> dict[str, datasets.Dataset]:
-        return {
-            split: datasets.Dataset.from_list(read_rows(path)) for split, path in at.items() if path.is_file()
-        }
-
-    return load
+def _dataset(path: Path, rows: Rows) -> datasets.Dataset:
+    """Return a file's rows as lm-eval wants them; raise InputError naming a row whose fields are odd."""
+    try:
+        return datasets.Dataset.from_list(rows)
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
+        raise InputError(f"{path}{_odd_field(rows)}: cannot be read as a table ({error})") from error
 
 
-def _from_harness(name: str) -> list[tuple[str, ConfigurableTask]]:
+def _odd_field(rows: Rows) -> str:
+    """Return, as part of a message, where the first field is whose type differs from rows before."""
+    types: dict[str, type] = {}
+    for number, row in enumerate(rows, start=1):
+        for name, value in row.items():
+            if value is not None and types.setdefault(name, type(value)) is not type(value):
+                return f", row {number}, field '{name}', which was {types[name].__name__} before"
+    return ""
+
+
+def _from_harness(name: str) -> ConfigurableTask:
     wanted = name.removeprefix(HARNESS_PREFIX)
     manager = TaskManager()
     if wanted not in manager.task_index:
@@ -166,17 +132,17 @@ def _from_harness(name: str) -> list[tuple[str, ConfigurableTask]]:
     entry = manager.task_index[wanted].cfg or {}
     if "group" in entry:
         raise InputError(f"--tasks: {name} is a group of lm-eval; name its tasks one by one")
-    task = _built(manager, {"task": wanted})
+    task = _built(manager, {"task": wanted}, HUB_ERRORS + HARNESS_ERRORS)
     if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
         raise InputError(
             f"--tasks: {name} is scored by {task.OUTPUT_TYPE}; expected multiple choice or loglikelihood"
         )
-    return [(wanted, task)]
+    return task
 
 
 def _own_file(path: Path) -> ConfigurableTask:
-    """Build a task from a user's JSON lines with `context`, `options` and `gold`; texts are used as they stand."""
-    if not path.is_file():
+    """Build a task from JSON lines with `context`, `options` and `gold`; texts are used as they stand."""
+    if not path.exists():
         raise InputError(f"--tasks: {path} does not exist; give a task's name or a file of JSON lines")
     rows = read_rows(path)
     for number, row in enumerate(rows, start=1):
@@ -188,11 +154,11 @@ def _own_file(path: Path) -> ConfigurableTask:
         "task": path.stem,
         "output_type": "multiple_choice",
         "validation_split": "validation",
-        "custom_dataset": lambda **_: {"validation": datasets.Dataset.from_list(plain)},
+        "custom_dataset": _given({"validation": _dataset(path, plain)}),
         "doc_to_text": lambda row: row["context"],
         "doc_to_choice": lambda row: row["options"],
-        # lm-eval learns from the first row whether labels are lists, so all rows have one; a demonstration shows
-        # the first right option.
+        # lm-eval learns from the first row whether labels are lists, so all rows have one; a demonstration
+        # shows the first right option.
         "doc_to_target": lambda row: row["gold"],
         "fewshot_config": {"doc_to_target": lambda row: row["options"][row["gold"][0]]},
         "target_delimiter": "",
@@ -210,27 +176,20 @@ def _check_own_row(path: Path, number: int, row: dict[str, Any]) -> None:
     options, gold = row.get("options"), row.get("gold")
     if not isinstance(row.get("context"), str):
         raise InputError(f"{path}, row {number}: 'context': expected a text")
-    if (
-        not isinstance(options, list)
-        or len(options) < 2
-        or not all(isinstance(option, str) and option for option in options)
-    ):
+    if not isinstance(options, list) or len(options) < 2:
         raise InputError(f"{path}, row {number}: 'options': expected a list of texts, at least two")
-    places = _as_list(gold) if isinstance(gold, (int, list)) and not isinstance(gold, bool) else []
-    if not places or not all(
-        isinstance(place, int) and not isinstance(place, bool) and 0 <= place < len(options)
-        for place in places
+    for index, option in enumerate(options):
+        if not isinstance(option, str) or not option:
+            raise InputError(
+                f"{path}, row {number}: 'options': expected texts, none of them empty; "
+                f"got {option!r} at index {index}"
+            )
+    indices = _as_list(gold) if isinstance(gold, (int, list)) and not isinstance(gold, bool) else []
+    if not indices or not all(
+        isinstance(index, int) and not isinstance(index, bool) and 0 <= index < len(options)
+        for index in indices
     ):
         raise InputError(
-            f"{path}, row {number}: 'gold': expected the place of an option from 0 to {len(options) - 1}, or a list of "
-            f"them, got {gold!r}"
+            f"{path}, row {number}: 'gold': expected the index of an option from 0 to {len(options) - 1}, "
+            f"or a list of them, got {gold!r}"
         )
-
-
-def task_metric(name: str) -> str:
-    """Return the main metric of one of our tasks without loading its rows."""
-    entry = _own_manager().task_index[name].cfg or {}
-    member = entry["task"][0] if "group" in entry else name
-    listed = (_own_manager().task_index[member].cfg or {})["metric_list"]
-    names = [str(metric["metric"]) for metric in listed]
-    return "em" if "em" in names else names[0]

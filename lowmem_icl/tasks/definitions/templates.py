@@ -170,7 +170,7 @@ def record_line(row: Row, entity: str) -> str:
 def record_gold(row: Row) -> list[int]:
     accepted = {squad_normalised(answer) for answer in row["answers"]}
     return [
-        place for place, entity in enumerate(record_entities(row)) if squad_normalised(entity) in accepted
+        index for index, entity in enumerate(record_entities(row)) if squad_normalised(entity) in accepted
     ]
 
 
@@ -187,7 +187,7 @@ def record_results(row: Row, results: Sequence[tuple[float, bool]]) -> dict[str,
 
 
 def squad_normalised(text: str) -> str:
-    """Return text in lower case without punctuation, articles and extra white space (SQuAD v1.1's evaluation)."""
+    """Return text in lower case without punctuation, articles and extra white space (as SQuAD v1.1)."""
     text = "".join(symbol for symbol in text.lower() if symbol not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 

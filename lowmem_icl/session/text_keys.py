@@ -1,0 +1,64 @@
+"""Keys of texts that are kept: digests of all that prompts, tokens and rows depend on."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lowmem_icl import __version__
+from lowmem_icl.options import RunOptions
+from lowmem_icl.tasks.loading import OpenTask
+from lowmem_icl.tasks.packing import PackingLimits
+
+KEY_DIGITS = 24
+# Packages that texts and tokens come from.
+TEXT_PACKAGES = ("lm-eval", "datasets", "transformers", "tokenizers")
+# Our own code and definitions that they come from.
+TEXT_SOURCES = ("rows.py", "tasks", "demo/tasks")
+
+
+def table_key(options: RunOptions, task: OpenTask, shots: int, tokenizer: str, limits: PackingLimits) -> str:
+    """Return the key of a task's texts at a shot count; tokenizer: its digest."""
+    depends_on = {
+        "version": __version__,
+        "sources": _sources_digest(),
+        "packages": {name: version(name) for name in TEXT_PACKAGES},
+        # Of a file of one's own its content counts, not where it lies.
+        "task": "" if task.name.endswith(".jsonl") else task.name,
+        "rows": task.rows_digest,
+        "tokenizer": tokenizer,
+        "limits": asdict(limits),
+        "shots": shots,
+        "documents": [
+            options.limit,
+            options.resolved_train_limit,
+            options.resolved_importance_limit,
+            options.resolved_curve_limit,
+        ],
+        "demonstrations": [options.demonstrations, options.demonstration_sets],
+        "protocol": asdict(options.protocol_choices),
+    }
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return a digest of all that a tokenizer does to texts."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    description = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    return hashlib.sha256(f"{type(tokenizer).__name__} {description}".encode()).hexdigest()
+
+
+@cache
+def _sources_digest() -> str:
+    """Return a digest of the code and definitions that texts come from: changed code finds no old texts."""
+    package = Path(str(files("lowmem_icl")))
+    summed = hashlib.sha256()
+    for name in TEXT_SOURCES:
+        at = package / name
+        for path in [at] if at.is_file() else sorted((*at.rglob("*.py"), *at.rglob("*.yaml"))):
+            summed.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return summed.hexdigest()

@@ -1,0 +1,131 @@
+"""Texts and rows of tasks, kept on disk so that `plan`, `run` and a continued run make them once.
+
+    <store dir>/texts/<key>/prompts.safetensors    prompts of one task at one shot count, and their tokens
+    <store dir>/texts/<key>/rows-<digest>.npz      rows that some of its documents were laid out as
+
+A key is a digest of all that its content depends on, so a file is never out of date. Files are checked when
+they are read; one that is damaged is made again, and where the folder cannot be written to, what it would
+hold stays in memory.
+"""
+
+import hashlib
+import json
+import logging
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from lowmem_icl.rows import PackedRows
+from lowmem_icl.system.files import atomic_path
+from lowmem_icl.tasks.prompt_table import PromptTable
+from lowmem_icl.tasks.row_arrays import arrays_of_rows, outline_of_arrays, rows_of_arrays
+
+logger = logging.getLogger(__name__)
+
+Arrays = Mapping[str, NDArray[Any]]
+
+FOLDER = "texts"
+_TYPES = {"BOOL": np.bool_, "U8": np.uint8, "I32": np.int32, "I64": np.int64}
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+class KeptTexts:
+    """The folder of texts, or what stands in for it in memory; outlines of rows are small, and stay in memory
+    besides.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._in_memory: dict[Path, Arrays] = {}
+        self._outlines: dict[Path, PackedRows] = {}
+
+    def table(self, key: str, make: Callable[[], Arrays], *, again: bool = False) -> tuple[PromptTable, str]:
+        """Return the prompts of a key and a digest of them; those on disk, unless they are to be made
+        `again`.
+        """
+        path = self.folder / key / "prompts.safetensors"
+        if not again:
+            try:
+                return _mapped_table(path)
+            except FileNotFoundError:
+                pass
+            except _DAMAGED as error:
+                logger.warning("%s is damaged (%s) and is made again", path, error)
+        arrays = make()
+        digest = digest_of(arrays)
+        try:
+            with atomic_path(path, sync=False) as partial:
+                save_file(dict(arrays), partial, metadata={"digest": digest})
+            # From here on the tokens lie in the file, not in memory.
+            return _mapped_table(path)
+        except OSError as error:
+            logger.info("%s cannot be kept (%s); its texts stay in memory", path, error)
+        return PromptTable(arrays), digest
+
+    def rows(self, key: str, name: str, plan: Callable[[], PackedRows]) -> PackedRows:
+        """Return rows by name, laid out by `plan` where that was never done."""
+        path = self.folder / key / f"rows-{name}.npz"
+        return self._kept(path, rows_of_arrays) or self._keep(path, plan())
+
+    def outline(self, key: str, name: str, plan: Callable[[], PackedRows]) -> PackedRows:
+        """Return outlines of the rows by name: their sizes and no content, of which nothing more is read."""
+        path = self.folder / key / f"rows-{name}.npz"
+        if path not in self._outlines:
+            outline = self._kept(path, outline_of_arrays)
+            if outline is None:
+                outline = outline_of_arrays(arrays_of_rows(self._keep(path, plan())))
+            self._outlines[path] = outline
+        return self._outlines[path]
+
+    def _kept(self, path: Path, read: Callable[[Arrays], PackedRows]) -> PackedRows | None:
+        if path in self._in_memory:
+            return read(self._in_memory[path])
+        try:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+                return read(arrays)
+        except FileNotFoundError:
+            return None
+        except _DAMAGED as error:
+            logger.warning("%s is damaged (%s) and is made again", path, error)
+            return None
+
+    def _keep(self, path: Path, rows: PackedRows) -> PackedRows:
+        arrays = arrays_of_rows(rows)
+        try:
+            with atomic_path(path, sync=False) as partial, partial.open("wb") as opened:
+                np.savez(opened, allow_pickle=False, **arrays)
+        except OSError as error:
+            logger.info("%s cannot be kept (%s); its rows stay in memory", path, error)
+            self._in_memory[path] = arrays
+        return rows
+
+
+def digest_of(arrays: Arrays) -> str:
+    """Return the hexadecimal SHA-256 of arrays: their names, types, shapes and content."""
+    summed = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        summed.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        summed.update(array.view(np.uint8).data)
+    return summed.hexdigest()
+
+
+def _mapped_table(path: Path) -> tuple[PromptTable, str]:
+    """Return the table of a file, its arrays mapped rather than read, and its digest, which is checked."""
+    content = np.asarray(np.memmap(path, np.uint8, "r"))
+    header_end = 8 + int(content[:8].view(np.uint64)[0])
+    header = json.loads(bytes(content[8:header_end]))
+    digest = header.pop("__metadata__")["digest"]
+    arrays = {}
+    for name, entry in header.items():
+        begin, end = (header_end + offset for offset in entry["data_offsets"])
+        arrays[name] = content[begin:end].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
+    if digest_of(arrays) != digest:
+        raise ValueError("its digest does not match")
+    return PromptTable(arrays), digest

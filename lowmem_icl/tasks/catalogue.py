@@ -1,0 +1,89 @@
+"""The tasks that the tool knows by name, from the YAML of their definitions alone, without lm-eval."""
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lowmem_icl.errors import InputError
+from lowmem_icl.protocols import OUT_OF_DOMAIN_TASKS
+
+PAPER_TASKS = (
+    "hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "boolq", "cb", "copa",
+    "wic", "wsc", "multirc", "rte", "record",
+)  # fmt: skip
+DEMO_TASKS = ("recall", "category", "knowledge", "repeat")
+KNOWN_TASKS = (*PAPER_TASKS, *OUT_OF_DOMAIN_TASKS, *DEMO_TASKS)
+HARNESS_PREFIX = "lm-eval:"
+SPLITS = ("train", "validation", "test")
+
+Definition = Mapping[str, Any]
+
+
+def definitions_folder() -> Path:
+    """Folder of the paper's task definitions."""
+    return Path(str(files("lowmem_icl.tasks"))) / "definitions"
+
+
+def demo_tasks_folder() -> Path:
+    """Folder of the demo's definitions and rows."""
+    return Path(str(files("lowmem_icl"))) / "demo" / "tasks"
+
+
+class _DefinitionLoader(yaml.SafeLoader):
+    """Reads lm-eval's YAML; a function that it names stays a name."""
+
+
+_DefinitionLoader.add_constructor("!function", lambda loader, node: str(node.value))
+
+
+@cache
+def definition(name: str) -> Definition:
+    """Return the fields of one of our definitions, those it includes among them."""
+    folder = demo_tasks_folder() if name.split("_")[0] in DEMO_TASKS else definitions_folder()
+    return _read_definition(folder / f"{name}.yaml")
+
+
+def _read_definition(path: Path) -> dict[str, Any]:
+    fields: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=_DefinitionLoader)
+    included = fields.pop("include", None)
+    return (_read_definition(path.parent / included) if included else {}) | fields
+
+
+def member_names(name: str) -> tuple[str, ...]:
+    """Return the lm-eval tasks that make up one of our tasks: itself, or a group's members in their order."""
+    fields = definition(name)
+    return tuple(fields["task"]) if "group" in fields else (name,)
+
+
+def main_metric(metrics: list[str]) -> str:
+    """Return a task's main metric: `em` where it lists that, else `acc`, else the first."""
+    return next((metric for metric in ("em", "acc") if metric in metrics), metrics[0])
+
+
+def task_metric(name: str) -> str:
+    """Return the main metric of one of our tasks."""
+    listed = definition(member_names(name)[0])["metric_list"]
+    return main_metric([str(metric["metric"]) for metric in listed])
+
+
+def split_files(folder: Path, fields: Definition) -> dict[str, Path]:
+    """Return the files of a task's splits in a folder, by split; raise InputError naming one that is missing.
+
+    fields: the task's definition, which names the splits it has. Where a test split decides, the validation
+    split may be missing, and is then left out.
+    """
+    named = {fields.get(f"{split}_split") for split in ("training", "validation", "test")}
+    needed = [split for split in SPLITS if split in named]
+    paths = {split: folder / f"{split}.jsonl" for split in needed}
+    if needed == ["validation"] and not paths["validation"].is_file() and (folder / "test.jsonl").is_file():
+        # LAMBADA's one file is a test split on the hub and the validation split of the paper's harness.
+        paths["validation"] = folder / "test.jsonl"
+    missing = [split for split in needed if not paths[split].is_file()]
+    required = [split for split in missing if split != "validation" or "test" not in needed]
+    if required:
+        raise InputError(f"--data-dir: {paths[required[0]]} does not exist; put the task's rows there")
+    return {split: path for split, path in paths.items() if split not in missing}

@@ -1,0 +1,48 @@
+"""Files of rows: JSON lines in UTF-8, with or without a byte-order mark."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lowmem_icl.errors import InputError
+
+Rows = list[dict[str, Any]]
+
+
+def read_rows(path: Path) -> Rows:
+    """Return a file's rows; raise InputError naming the file and line of what is wrong.
+
+    Every row must have the fields of the first.
+    """
+    rows: Rows = []
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+        missing = rows[0].keys() - row.keys() if rows else set()
+        if missing:
+            raise InputError(f"{path}, line {number}: field '{sorted(missing)[0]}' is missing")
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path} holds no rows; give a file with one JSON object per line")
+    return rows
+
+
+def count_rows(path: Path) -> int:
+    """Return how many rows a file has without parsing them; raise InputError where it is not text."""
+    return sum(bool(line.strip()) for line in _lines(path))
+
+
+def _lines(path: Path) -> list[str]:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; expected a file of JSON lines")
+    try:
+        # Not splitlines(): JSON may hold a bare U+2028 or U+0085 inside a text, and that ends no row.
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
