@@ -1,10 +1,10 @@
-"""Draw the README's figure from a run's tables: what removing each head costs, and what masks of equal size leave.
+"""Draw the README's figure from a run's tables: what each head is worth, and what masks of equal size leave.
 
     python scripts/draw_readme_figure.py RUN_FOLDER docs/demo.svg [--task recall]
 
-Left: the drop of the gold log-probability when one head is removed alone, at the largest number of demonstrations; heads
-that the greedy mask of the task keeps are framed. Right: accuracy of every task, clean and under the greedy mask, the
-gradient ranking's mask and a random mask of the same size.
+Left: the drop of the gold log-probability when one head is removed alone, at the largest number of
+demonstrations; heads that the greedy mask of the task keeps are framed. Right: accuracy of every task, clean
+and under the greedy mask, the gradient ranking's mask and a random mask of the same size.
 """
 
 from pathlib import Path
@@ -27,13 +27,14 @@ from lowmem_icl.system.files import write_text_atomic
 from lowmem_icl.tables.schema import read_table
 
 ACCURACY = ("acc", "em")
-METHODS = ("clean", "greedy", "gradient", "random")
-LABELS = {
-    "clean": "whole model",
-    "greedy": "greedy mask",
-    "gradient": "gradient ranking's mask",
-    "random": "random mask",
+# Label and colour of every group of bars.
+METHODS = {
+    "clean": ("whole model", "#999999"),
+    "greedy": ("greedy mask", COLOURS[0]),
+    "gradient": ("gradient ranking's mask", COLOURS[1]),
+    "random": ("random mask", COLOURS[5]),
 }
+FRAME_COLOUR = COLOURS[5]
 
 
 def head_drops(results: pl.DataFrame, task: str, shots: int) -> NDArray[np.float64]:
@@ -55,16 +56,14 @@ def head_drops(results: pl.DataFrame, task: str, shots: int) -> NDArray[np.float
 
 
 def accuracies(results: pl.DataFrame, shots: int) -> pl.DataFrame:
-    """Return accuracy with its bounds and chance by task and method: clean, and under the task's own masks."""
-    of_masks = (
-        (pl.col("experiment") == "prune") & (pl.col("procedure") == "greedy") & (pl.col("mask_task") == pl.col("task"))
-    )
+    """Return accuracies with bounds and chance by task and method: clean, and under each task's own masks."""
     clean = (pl.col("experiment") == "evaluate") & (pl.col("mask") == "clean")
+    pruned = (pl.col("experiment") == "prune") & (pl.col("procedure") == "greedy")
+    own = pl.col("mask_task") == pl.col("task")
     return (
-        results.filter((of_masks | clean) & pl.col("metric").is_in(ACCURACY) & (pl.col("shots") == shots))
-        .filter(pl.col("task") != "aggregate")
+        results.filter((clean | (pruned & own)) & pl.col("metric").is_in(ACCURACY))
+        .filter((pl.col("shots") == shots) & (pl.col("task") != "aggregate"))
         .with_columns(pl.when(clean).then(pl.lit("clean")).otherwise(pl.col("method")).alias("method"))
-        .select("task", "method", "mask", "value", "low", "high", "chance", "heads_removed", "ffns_removed")
     )
 
 
@@ -81,8 +80,8 @@ def draw_heads(axis: Axes, drops: NDArray[np.float64], removed: frozenset[tuple[
                 colour = "white" if drop > drops.max() / 3 else "black"
                 axis.text(head, layer, f"{drop:.1f}", ha="center", va="center", color=colour, fontsize=8)
             if (layer, head) not in removed:
-                frame = Rectangle((head - 0.46, layer - 0.46), 0.92, 0.92, fill=False, color=COLOURS[5], linewidth=2)
-                axis.add_patch(frame)
+                corner = (head - 0.46, layer - 0.46)
+                axis.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, color=FRAME_COLOUR, linewidth=2))
     axis.set_xticks(np.arange(heads + 1) - 0.5, minor=True)
     axis.set_yticks(np.arange(layers + 1) - 0.5, minor=True)
     axis.grid(which="minor", color="#DDDDDD", linewidth=0.5)
@@ -94,26 +93,23 @@ def draw_heads(axis: Axes, drops: NDArray[np.float64], removed: frozenset[tuple[
 def draw_masks(axis: Axes, measured: pl.DataFrame) -> None:
     """Draw the accuracies of all tasks as bars with 95 % intervals, chance dotted."""
     tasks = list(dict.fromkeys(measured["task"]))
-    for number, method in enumerate(METHODS):
-        of_method = {row["task"]: row for row in measured.filter(pl.col("method") == method).iter_rows(named=True)}
-        present = [index for index, task in enumerate(tasks) if task in of_method]
-        rows = [of_method[tasks[index]] for index in present]
-        value = np.array([row["value"] for row in rows])
-        bounds = [value - [row["low"] for row in rows], [row["high"] for row in rows] - value]
-        centres = np.array(present) + (number - 1.5) * 0.2
-        colour = "#999999" if method == "clean" else COLOURS[(0, 1, 5)[number - 1]]
-        axis.bar(centres, value, 0.19, color=colour, label=LABELS[method])
-        axis.errorbar(centres, value, np.clip(bounds, 0, None), fmt="none", ecolor="black", elinewidth=0.8)
-    chance = {row["task"]: row["chance"] for row in measured.iter_rows(named=True) if row["chance"] is not None}
-    for index, task in enumerate(tasks):
-        if task in chance:
-            axis.hlines(chance[task], index - 0.45, index + 0.45, color="black", linestyle=":", linewidth=1)
-    greedy = {row["task"]: row for row in measured.filter(pl.col("method") == "greedy").iter_rows(named=True)}
-    names = [
-        f"{task}\n−{greedy[task]['heads_removed']} heads\n−{greedy[task]['ffns_removed']} FFNs" if task in greedy else task
-        for task in tasks
-    ]
-    axis.set(xticks=range(len(tasks)), xticklabels=names, ylabel="accuracy", ylim=(0, 1.25), yticks=[0, 0.5, 1])
+    names = dict(zip(tasks, tasks, strict=True))
+    for number, (method, (label, colour)) in enumerate(METHODS.items()):
+        for record in measured.filter(pl.col("method") == method).iter_rows(named=True):
+            index, value = tasks.index(record["task"]), record["value"]
+            centre = index + (number - 1.5) * 0.2
+            axis.bar(centre, value, 0.19, color=colour, label=label if index == 0 else None)
+            bounds = [[max(0.0, value - record["low"])], [max(0.0, record["high"] - value)]]
+            axis.errorbar(centre, value, bounds, fmt="none", ecolor="black", elinewidth=0.8)
+            if record["chance"] is not None:
+                axis.hlines(
+                    record["chance"], index - 0.45, index + 0.45, color="black", linestyle=":", linewidth=1
+                )
+            if method == "greedy":
+                removed = f"−{record['heads_removed']} heads\n−{record['ffns_removed']} FFNs"
+                names[record["task"]] = f"{record['task']}\n{removed}"
+    axis.set(xticks=range(len(tasks)), xticklabels=names.values())
+    axis.set(ylabel="accuracy", ylim=(0, 1.25), yticks=[0, 0.5, 1])
     axis.legend(ncols=2, loc="upper center", frameon=False, fontsize=8)
 
 
@@ -128,8 +124,8 @@ def draw(folder: Path, task: str) -> Figure:
     drops = head_drops(results, task, shots)
     figure, axes = new_figure(9.0, 2.9, columns=2)
     draw_heads(axes[0, 0], drops, removed)
-    kept = drops.size - len(removed)
-    axes[0, 0].set_title(f"{task}, {shots} demonstrations: each head removed alone;\nframed: the {kept} heads that the greedy mask keeps", fontsize=9)
+    kept = f"framed: the {drops.size - len(removed)} heads that the greedy mask keeps"
+    axes[0, 0].set_title(f"{task}, {shots} demonstrations: each head removed alone;\n{kept}", fontsize=9)
     draw_masks(axes[0, 1], measured)
     axes[0, 1].set_title(f"{shots} demonstrations: accuracy under masks of equal size", fontsize=9)
     return figure

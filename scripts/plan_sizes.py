@@ -2,16 +2,16 @@
 
     python scripts/plan_sizes.py [--sizes 125m,…,66b] [--memory 16GB] [--readme README.md] [--json FILE]
 
-Each size gets a checkpoint of its exact shape whose weight file is empty (sparse, so that it takes no room): `plan` reads
-its config, its file sizes and the real rows of the tasks, and measures this machine with random weights. The programme is
-fixed: piqa and copa at 0 and 1 shots, 64 documents each, shared demonstrations, importance, and every head and FFN removed
-alone (`PROGRAMME`).
+Each size gets a checkpoint of its exact shape whose weight file is empty (sparse, so that it takes no room):
+`plan` reads its config, its file sizes and the real rows of the tasks, and measures this machine with random
+weights. The programme is fixed (`PROGRAMME`): piqa and copa at 0 and 1 shots, 64 documents each, shared
+demonstrations; clean scores, importance, and every head and FFN removed alone.
 
-Hours on a card are an estimate, since `plan` only measures the machine that it runs on: the planned operations at
-`--card-rate`, or the planned reads at `--card-read`, whichever takes longer. The default rate, 20 T operations per second,
-is about half of the 35.6 TFLOP/s that an RTX 3090 (24 GB) does in float32, in which the tool computes gradients,
-attention and the vocabulary; int8 products run on its tensor cores, whose peak is eight times that and which the estimate
-does not count on. 3 GB/s is a usual NVMe drive.
+Hours on a card are an estimate, since `plan` measures only the machine that it runs on: the planned
+operations at `--card-rate`, or the planned reads at `--card-read`, whichever takes longer, by experiment. The
+default rate, 20 T operations per second, is about half of what an RTX 3090 (24 GB) can do in float32 (35.6
+TFLOP/s), the form in which gradients, attention and the vocabulary are computed. int8 products run on its
+tensor cores, whose peak is eight times that; the estimate does not count on it. 3 GB/s is a usual NVMe drive.
 """
 
 import json
@@ -68,6 +68,11 @@ class Shape:
         }
 
     @property
+    def units(self) -> int:
+        """Heads and FFNs."""
+        return self.layers * (self.heads + 1)
+
+    @property
     def parameters(self) -> int:
         """Parameters, norms left out."""
         embedding = self.embedding or self.width
@@ -89,12 +94,23 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
+class Card:
+    """What a card is taken to do per second: operations, and bytes read from disk for it."""
+
+    operations: float
+    read_bytes: float
+
+    def seconds(self, stage: dict[str, Any]) -> float:
+        """Return how long a planned stage takes: reading goes on beside computing."""
+        return max(stage["operations"] / self.operations, stage["read_bytes"] / self.read_bytes)
+
+
+@dataclass(frozen=True)
 class PlannedSize:
     """What a size takes: bytes on disk, the smallest --memory, hours here and, estimated, on a card."""
 
     size: str
-    heads: int
-    ffns: int
+    units: int
     store_bytes: int
     smallest_memory_bytes: int
     hours: float
@@ -118,9 +134,15 @@ def weightless_checkpoint(folder: Path, shape: Shape, tokenizer: Path) -> Path:
 def plan(checkpoint: Path, data_dir: Path, memory: str) -> subprocess.CompletedProcess[str]:
     """Run `lowmem-icl plan --json` on a checkpoint."""
     command = [sys.executable, "-c", "from lowmem_icl.cli.app import app; app()", "plan"]
-    arguments = ["--model", str(checkpoint), "--data-dir", str(data_dir), "--memory", memory, "--device", "cpu"]
-    places = ["--store-dir", str(checkpoint / "stores"), *PROGRAMME, "--json"]
-    return subprocess.run([*command, *arguments, *places], capture_output=True, text=True, check=False)
+    options = {
+        "model": checkpoint,
+        "data-dir": data_dir,
+        "store-dir": checkpoint / "stores",
+        "memory": memory,
+    }
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    arguments = [*command, *flags, "--device=cpu", *PROGRAMME, "--json"]
+    return subprocess.run(arguments, capture_output=True, text=True, check=False)
 
 
 def smallest_memory(checkpoint: Path, data_dir: Path) -> int:
@@ -132,24 +154,19 @@ def smallest_memory(checkpoint: Path, data_dir: Path) -> int:
     return int(named[1]) * 10**6
 
 
-def planned_size(size: str, checkpoint: Path, data_dir: Path, memory: str, card: tuple[float, float]) -> PlannedSize:
-    """Return a size's plan; `card`: operations and bytes read per second."""
-    shape = SHAPES[size]
+def planned_size(size: str, checkpoint: Path, data_dir: Path, memory: str, card: Card) -> PlannedSize:
+    """Return what a size takes by its plan, here and on a card."""
     done = plan(checkpoint, data_dir, memory)
     if done.returncode:
         raise typer.BadParameter(f"{size}: {done.stderr.strip()}")
     planned = json.loads(done.stdout)
-    rate, reading = card
-    stages = planned["stages"]
-    seconds = [max(stage["operations"] / rate, stage["read_bytes"] / reading) for stage in stages]
     return PlannedSize(
         size,
-        shape.layers * shape.heads,
-        shape.layers,
+        SHAPES[size].units,
         planned["store_bytes"],
         smallest_memory(checkpoint, data_dir),
-        sum(stage["seconds"] for stage in stages) / 3600,
-        sum(seconds) / 3600,
+        sum(stage["seconds"] for stage in planned["stages"]) / 3600,
+        sum(card.seconds(stage) for stage in planned["stages"]) / 3600,
     )
 
 
@@ -165,10 +182,9 @@ def table(sizes: list[PlannedSize]) -> str:
         "|---|--:|--:|--:|--:|--:|",
     ]
     for one in sizes:
-        lines.append(
-            f"| {one.size} | {one.heads + one.ffns:,} | {one.store_bytes / 1e9:.2g} GB "
-            f"| {one.smallest_memory_bytes / 1e9:.2g} GB | {hours_text(one.hours)} | {hours_text(one.card_hours)} |"
-        )
+        disk, memory = (f"{size / 1e9:.2g} GB" for size in (one.store_bytes, one.smallest_memory_bytes))
+        hours = f"{hours_text(one.hours)} | {hours_text(one.card_hours)}"
+        lines.append(f"| {one.size} | {one.units:,} | {disk} | {memory} | {hours} |")
     return "\n".join(lines)
 
 
@@ -189,19 +205,19 @@ def main(
     card_read: Annotated[float, typer.Option(help="Bytes per second read for the card.")] = 3e9,
     data_dir: Annotated[Path, typer.Option(help="Rows of the tasks.")] = SHARED / "data",
     tokenizer: Annotated[Path, typer.Option(help="OPT's tokenizer.")] = SHARED / "tokenizer" / "opt",
-    readme: Annotated[Path | None, typer.Option(help="Put the table into this file, between its marks.")] = None,
+    readme: Annotated[Path | None, typer.Option(help="Put the table between this file's marks.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
     """Plan every size and print the table."""
     wanted = sizes.split(",")
     if unknown := set(wanted) - SHAPES.keys():
-        raise typer.BadParameter(f"--sizes: unknown {', '.join(sorted(unknown))}; known are {', '.join(SHAPES)}")
-    console = Console(stderr=True)
+        raise typer.BadParameter(f"--sizes: unknown {', '.join(unknown)}; known are {', '.join(SHAPES)}")
+    console, card = Console(stderr=True), Card(card_rate, card_read)
     planned = []
     with tempfile.TemporaryDirectory(prefix="sizes-") as temporary:
         for size in wanted:
             checkpoint = weightless_checkpoint(Path(temporary) / f"opt-{size}", SHAPES[size], tokenizer)
-            planned.append(planned_size(size, checkpoint, data_dir, memory, (card_rate, card_read)))
+            planned.append(planned_size(size, checkpoint, data_dir, memory, card))
             console.print(f"opt-{size}: {hours_text(planned[-1].hours)} hours", highlight=False)
     text = table(planned)
     print(text)
@@ -215,9 +231,9 @@ def main(
     }
     console.print(", ".join(f"{name} {value}" for name, value in machine.items()), highlight=False)
     if json_file is not None:
-        content = {"machine": machine, "memory": memory, "programme": PROGRAMME, "card_rate": card_rate}
-        sizes_record = [asdict(one) for one in planned]
-        json_file.write_text(json.dumps(content | {"card_read": card_read, "sizes": sizes_record}, indent=1) + "\n")
+        given = {"programme": PROGRAMME, "memory": memory, "card": asdict(card), "machine": machine}
+        content = given | {"sizes": [asdict(one) for one in planned]}
+        json_file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
