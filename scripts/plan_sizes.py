@@ -102,7 +102,7 @@ class Card:
 
     def seconds(self, stage: dict[str, Any]) -> float:
         """Return how long a planned stage takes: reading goes on beside computing."""
-        return max(stage["operations"] / self.operations, stage["read_bytes"] / self.read_bytes)
+        return float(max(stage["operations"] / self.operations, stage["read_bytes"] / self.read_bytes))
 
 
 @dataclass(frozen=True)
