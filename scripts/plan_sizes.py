@@ -178,7 +178,7 @@ def hours_text(hours: float) -> str:
 def table(sizes: list[PlannedSize]) -> str:
     """Return the table as Markdown."""
     lines = [
-        "| OPT | units | disk | smallest memory | hours, CPU | hours, 24 GB card |",
+        "| OPT | units | disk | smallest `--memory` | hours, CPU | hours, 24 GB card |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for one in sizes:
