@@ -7,6 +7,9 @@ Each size gets a checkpoint of its exact shape whose weight file is empty (spars
 weights. The programme is fixed (`PROGRAMME`): piqa and copa at 0 and 1 shots, 64 documents each, shared
 demonstrations; clean scores, importance, and every head and FFN removed alone.
 
+Run it on a machine that does nothing else: small models are measured several times too slow where threads wait
+for other work.
+
 Hours on a card are an estimate, since `plan` measures only the machine that it runs on: the planned
 operations at `--card-rate`, or the planned reads at `--card-read`, whichever takes longer, by experiment. The
 default rate, 20 T operations per second, is about half of what an RTX 3090 (24 GB) can do in float32 (35.6
@@ -171,7 +174,9 @@ def planned_size(size: str, checkpoint: Path, data_dir: Path, memory: str, card:
 
 
 def hours_text(hours: float) -> str:
-    """Return hours to two digits: 0.012, 3.4, 120."""
+    """Return hours to two digits: < 0.1, 3.4, 120, 1,400."""
+    if hours < 0.1:
+        return "< 0.1"
     return f"{hours:.2g}" if hours < 10 else f"{float(f'{hours:.2g}'):,.0f}"
 
 
