@@ -7,8 +7,8 @@ Each size gets a checkpoint of its exact shape whose weight file is empty (spars
 weights. The programme is fixed (`PROGRAMME`): piqa and copa at 0 and 1 shots, 64 documents each, shared
 demonstrations; clean scores, importance, and every head and FFN removed alone.
 
-Run it on a machine that does nothing else: small models are measured several times too slow where threads wait
-for other work.
+Run it on a machine that does nothing else: small models are measured several times too slow where threads
+wait for other work.
 
 Hours on a card are an estimate, since `plan` measures only the machine that it runs on: the planned
 operations at `--card-rate`, or the planned reads at `--card-read`, whichever takes longer, by experiment. The
