@@ -10,6 +10,7 @@ and under the greedy mask, the gradient ranking's mask and a random mask of the 
 from pathlib import Path
 from typing import Annotated
 
+import matplotlib
 import numpy as np
 import polars as pl
 import typer
@@ -22,8 +23,8 @@ from numpy.typing import NDArray
 
 from lowmem_icl.errors import LowmemIclError
 from lowmem_icl.masks.files import read_mask
-from lowmem_icl.report.figures import COLOURS, new_figure, svg
-from lowmem_icl.system.files import write_text_atomic
+from lowmem_icl.report.figures import COLOURS, STYLE, new_figure
+from lowmem_icl.system.files import atomic_path
 from lowmem_icl.tables.schema import read_table
 
 ACCURACY = ("acc", "em")
@@ -138,7 +139,9 @@ def main(
 ) -> None:
     """Draw the README's figure from a run folder."""
     try:
-        write_text_atomic(figure, svg(draw(folder, task)) + "\n")
+        # Without a date and with a fixed salt, the same numbers give the same file.
+        with matplotlib.rc_context(STYLE), atomic_path(figure) as temporary:
+            draw(folder, task).savefig(temporary, format="svg", bbox_inches="tight", metadata={"Date": None})
     except LowmemIclError as error:
         raise typer.BadParameter(str(error)) from error
 
