@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One model overnight: says what it will cost, then runs until it is done or the hours are over. Start it again to go on.
+# One model overnight: says what it will cost, then runs until it is done or the hours are over. Start it again to continue.
 #
 #   scripts/overnight.sh CONFIG MODEL HOURS [more options of `lowmem-icl run`]
 #
@@ -19,8 +19,8 @@ lowmem-icl plan --config "$config" --model "$model" --hours "$hours" "$@" || exi
 lowmem-icl run --config "$config" --model "$model" --hours "$hours" --out "$out" "$@"
 status=$?
 case $status in
-0) printf '%s  over: %s/report.html; the same command goes on with what is left, if anything\n' "$(date -u +%FT%TZ)" "$out" ;;
-75) printf '%s  runs already; nothing was started\n' "$(date -u +%FT%TZ)" ;;
-*) printf '%s  stopped with exit code %s; finished parts are kept, the same command goes on\n' "$(date -u +%FT%TZ)" "$status" ;;
+0) printf '%s  over: %s/report.html; the same command continues with what is left, if anything\n' "$(date -u +%FT%TZ)" "$out" ;;
+75) printf '%s  is running already; nothing was started\n' "$(date -u +%FT%TZ)" ;;
+*) printf '%s  stopped with exit code %s; finished parts are kept, the same command continues\n' "$(date -u +%FT%TZ)" "$status" ;;
 esac
 exit $status

@@ -1,0 +1,74 @@
+"""README and docs: short in front, no broken link, every file in the tree, every column explained."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lowmem_icl.tables.schema import TABLES
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lowmem_icl"
+DOCS = ROOT / "docs"
+LONGEST_README_BYTES = 9_000
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "masks" / "README.md", *sorted(DOCS.glob("*.md"))]
+COMMANDS = ("pip install -e . && lowmem-icl run", "pip install -e '.[test]' && pytest")
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the names by which GitHub links to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def tree_files() -> set[str]:
+    """Return the paths that the tree of docs/contributing.md names, relative to the repository."""
+    text = (DOCS / "contributing.md").read_text(encoding="utf-8")
+    block = re.search(r"<!-- tree -->\n```\n(.*?)```\n<!-- /tree -->", text, re.DOTALL)
+    assert block is not None
+    named, folders = set(), [""]
+    for line in block[1].splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        folders[depth + 1 :] = [folders[depth] + name]
+        if not name.endswith("/"):
+            named.add(folders[depth] + name)
+    return named
+
+
+def test_the_readme_is_short_and_gives_the_two_commands() -> None:
+    text = (ROOT / "README.md").read_bytes()
+    assert len(text) <= LONGEST_README_BYTES
+    for command in COMMANDS:
+        assert f"\n{command}\n" in text.decode()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [page.name for page in DOCS.glob("*.md") if f"(docs/{page.name})" not in text]
+
+
+def test_the_tree_names_every_file_of_the_package_and_no_other() -> None:
+    files = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
+    described = {name for name in files if not name.endswith("/__init__.py")} | {"lowmem_icl/__init__.py"}
+    named = tree_files()
+    assert not described - named
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_column_is_explained(table: str) -> None:
+    text = (DOCS / "experiments.md").read_text(encoding="utf-8")
+    (section,) = re.findall(rf"^## {table}\.parquet\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert not [column for column in TABLES[table] if f"`{column}`" not in section]
