@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from typer.testing import CliRunner
+from commands import invoke
 
-from lowmem_icl.cli.app import app
 from lowmem_icl.experiments.prune.curves import (
     LEVELS,
     CurvePoint,
@@ -149,19 +148,15 @@ def test_equal_scores_are_told_apart_by_the_second() -> None:
     np.testing.assert_array_equal(order, [3, 1, 0, 2])
 
 
-def invoke(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 @pytest.fixture(scope="module")
-def paper_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def paper_run(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
     """A run of all curves, small."""
     folder = tmp_path_factory.mktemp("curves")
     result = invoke(
         "run", "--tasks", "recall,category,knowledge", "--shots", "0,4", "--limit", 24, "--train-limit", 8,
         "--curve-limit", 16, "--experiments", "evaluate,importance,ablate,prune", "--random-draws", 2, "--rescore",
         "--curves", "heads,ffns,combined,transfer,cross-shot,random", "--direction", "up", "--order", "joint",
-        "--store-dir", folder / "stores", "--out", folder / "run", "--quiet",
+        "--store-dir", stores, "--out", folder / "run", "--quiet",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     return folder
@@ -190,11 +185,13 @@ def test_every_curve_is_there_with_all_its_levels(paper_run: Path) -> None:
     assert set(curves["documents"].drop_nulls()) == {16, 48}
 
 
-def test_a_point_is_what_an_evaluation_of_its_mask_says(paper_run: Path, tmp_path: Path) -> None:
+def test_a_point_is_what_an_evaluation_of_its_mask_says(
+    paper_run: Path, stores: Path, tmp_path: Path
+) -> None:
     name = "gradient-heads-50-recall-4shot"
     result = invoke(
         "evaluate", "--mask", paper_run / "run" / "masks" / f"{name}.json", "--tasks", "recall", "--shots", 4,
-        "--limit", 16, "--store-dir", paper_run / "stores", "--out", tmp_path / "alone", "--quiet",
+        "--limit", 16, "--store-dir", stores, "--out", tmp_path / "alone", "--quiet",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     alone = read_table(tmp_path / "alone" / "results.parquet", "results").filter(pl.col("mask") == name)

@@ -8,9 +8,9 @@ import numpy as np
 import oracles
 import polars as pl
 import pytest
+from commands import invoke, run_small
 from conftest import reference_model
 from test_engine import gradients, packed_task
-from test_run import invoke, run_small
 
 from lowmem_icl.experiments.evaluate.measure import evaluation_rows, mean_over_tasks, top_answer_share
 from lowmem_icl.experiments.importance.measure import importance
@@ -220,9 +220,11 @@ def test_importance_equals_the_codes_formulas(
 
 
 @pytest.fixture(scope="module")
-def reference_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference_run(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
     folder = tmp_path_factory.mktemp("reference")
-    result = run_small(folder / "run", folder / "stores", "--protocol", "reference", "--shots", "4")
+    result = run_small(
+        folder / "run", stores, "--protocol", "reference", "--shots", 4, "--experiments", "importance,prune"
+    )
     assert result.exit_code == 0, result.output
     return folder / "run"
 
