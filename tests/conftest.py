@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # The tests have a cache of their own. Set here, above the imports that read it, and so for every child process too.
@@ -45,6 +46,7 @@ from lowmem_icl.conversion.calibration import fixed_text
 from lowmem_icl.conversion.checkpoint import open_checkpoint
 from lowmem_icl.conversion.convert import Conversion, convert
 from lowmem_icl.model.store import Store
+from lowmem_icl.planning import measure
 
 # Machines are noisy: a slow example is no failure. CI draws the same examples every time.
 settings.register_profile("unhurried", deadline=None, derandomize="CI" in os.environ)
@@ -103,6 +105,15 @@ def make_checkpoint(
                 parameter.normal_(0, 0.1)
     model.to(dtype).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hasty_measurements() -> Iterator[None]:
+    """Runs of this process measure the machine for a moment, not for two seconds: no result depends on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("LAYER_SECONDS", "OTHER_SECONDS"):
+            patch.setattr(measure, name, 0.02)
+        yield
 
 
 @pytest.fixture(scope="session")

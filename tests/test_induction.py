@@ -15,6 +15,7 @@ from demo_scores import DEMO, PLENTY, DemoScores
 from scipy import stats
 from transformers import AutoTokenizer, OPTForCausalLM
 
+from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.engine.copying import DEFAULT_COPYING, REFERENCE_COPYING, CopyingForm
 from lowmem_icl.engine.head_scores import HeadQuestions, HeadScores, PassCheckpoint
 from lowmem_icl.engine.passes import PassSetup, score_heads
