@@ -1,12 +1,14 @@
-"""A model of OPT-66B's exact shape on this machine, against the machine's own limits; and OPT-1.3B's against accelerate.
+"""A model of OPT-66B's exact shape on this machine, against the machine's own limits;
+and OPT-1.3B's against accelerate.
 
     python scripts/bench_opt66b.py [--full] [--json FILE] [--folder DIR] [--data-dir DIR] [--tokenizer DIR]
 
-Scores 1,024 tokens of real rows through all 64 layers, streamed from disk in int8, and measures in the same run what
-bounds it: the bare integer products of the same shapes (`torch._int_mm`, every eighth layer, between the layers), and
-the bare sequential read of the same files. By default 4 layer files stand for 64 (they are read past the page cache each
-time); --full writes all 64, for which 70 GB must be free. Then accelerate's `disk_offload` in bfloat16 and this
-project in int8 run the same 256 tokens through OPT-1.3B's shape, the page cache dropped before every pass.
+Scores 1,024 tokens of real rows through all 64 layers, streamed from disk in int8, and measures in the same
+run what bounds it: the bare integer products of the same shapes (`torch._int_mm`, every eighth layer, between
+the layers), and the bare sequential read of the same files. By default 4 layer files stand for 64 (they are
+read past the page cache each time); --full writes all 64, for which 70 GB must be free. Then accelerate's
+`disk_offload` in bfloat16 and this project in int8 run the same 256 tokens through OPT-1.3B's shape, the page
+cache dropped before every pass.
 """
 
 import gc
@@ -168,7 +170,9 @@ def pass_of_ours(folder: Path, data_dir: Path, tokenizer: Path) -> dict[str, Any
 
 
 def pass_of_disk_offload(folder: Path, data_dir: Path, tokenizer: Path) -> dict[str, Any]:
-    """Run the plain row through accelerate's disk_offload of the bfloat16 checkpoint, answers only at the head."""
+    """Run the plain row through accelerate's disk_offload of the bfloat16 checkpoint,
+    answers only at the head.
+    """
     from accelerate import disk_offload, init_empty_weights
     from transformers import OPTForCausalLM
 
@@ -188,7 +192,9 @@ def pass_of_disk_offload(folder: Path, data_dir: Path, tokenizer: Path) -> dict[
 
 
 def make_opt_1_3b(folder: Path, tokenizer: Path) -> None:
-    """Write OPT-1.3B's shape with random weights: an int8 store made by `convert`, and accelerate's offload folder."""
+    """Write OPT-1.3B's shape with random weights: an int8 store made by `convert`,
+    and accelerate's offload folder.
+    """
     checkpoint = random_checkpoint(folder / "checkpoint", OPT_1_3B, tokenizer, torch.bfloat16)
     offloaded(checkpoint, folder / "offload")
     converted(checkpoint, folder / "store", "int8")

@@ -1,8 +1,9 @@
-"""What the sweep is measured against: other ways to score options under a mask, each as its users would do it.
+"""What the sweep is measured against: other ways to score options under a mask,
+each as its users would do it.
 
-Every peer gets the same tokens: of each option its path (context and continuation without the last token) and its
-continuation, and gives the summed log-probability of each continuation. Heads are removed by zeroing their slice before
-the output projection, FFNs by zeroing their output.
+Every peer gets the same tokens: of each option its path (context and continuation without the last token) and
+its continuation, and gives the summed log-probability of each continuation. Heads are removed by zeroing
+their slice before the output projection, FFNs by zeroing their output.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -176,7 +177,9 @@ class LmEval:
 
 
 class DiskOffload(HuggingFace):
-    """accelerate's `disk_offload` of a bfloat16 checkpoint, all options in one batch so that weights are read once."""
+    """accelerate's `disk_offload` of a bfloat16 checkpoint,
+    all options in one batch so that weights are read once.
+    """
 
     def __init__(self, config: Any, folder: Path) -> None:
         from accelerate import disk_offload, init_empty_weights

@@ -14,8 +14,9 @@
         integer products. Target 0.8 of their speed.
     6   how time and memory grow with ablations, documents and layers.
 
-Peers run a stated sample of the ablations, spread over the layers, and are scaled to all; results are compared before times
-are. Every side runs in a process of its own; where several rounds are run, sides alternate and medians are taken.
+Peers run a stated sample of the ablations, spread over the layers, and are scaled to all; results are
+compared before times are. Every side runs in a process of its own; where several rounds are run, sides
+alternate and medians are taken.
 """
 
 import json

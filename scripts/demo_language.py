@@ -79,7 +79,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class Sequence:
-    """Token ids [T] of a kind; `answers` [T] is true where the token must be predicted; `period` of a repeat or 0.
+    """Token ids [T] of a kind; `answers` [T] is true where the token must be predicted;
+    `period` of a repeat or 0.
 
     `start`: where the repeated part begins to be predictable (after BOS and the first copy).
     """

@@ -8,7 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# The tests have a cache of their own. Set here, above the imports that read it, and so for every child process too.
+# The tests have a cache of their own. Set here, above the imports that read it, and so for every child
+# process too.
 CACHE = Path(tempfile.mkdtemp(prefix="lowmem-icl-tests-"))
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 for variable in (
@@ -118,7 +119,9 @@ def hasty_measurements() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def stores() -> Path:
-    """Folder of stores that all tests share, so that the demo is converted once; the one `run` takes by itself."""
+    """Folder of stores that all tests share, so that the demo is converted once;
+    the one `run` takes by itself.
+    """
     return CACHE / "lowmem-icl" / "stores"
 
 
@@ -130,7 +133,9 @@ def demo_scores(stores: Path) -> DemoScores:
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
-    """Folder of a finished run of every experiment, as `run_small` starts it; copied, never written to, by tests."""
+    """Folder of a finished run of every experiment, as `run_small` starts it; copied, never written to,
+    by tests.
+    """
     out = tmp_path_factory.mktemp("runs") / "demo"
     result = run_small(out, stores, "--masks-dir", out.parent / "masks")
     assert result.exit_code == 0, result.output

@@ -11,7 +11,9 @@ from lowmem_icl.masks.mask import Mask
 def option_logprob(
     model: OPTForCausalLM, path: list[int], continuation: list[int], mask: Mask = Mask()
 ) -> float:
-    """Log-probability of a continuation after `path` minus it, by one run of the whole model on this option alone."""
+    """Log-probability of a continuation after `path` minus it,
+    by one run of the whole model on this option alone.
+    """
     return _summed_logprob(model, path, continuation, mask).item()
 
 
@@ -89,10 +91,12 @@ def unit_gradients(
 
 
 def reference_importance(model: OPTForCausalLM, examples: list[tuple[list[int], list[int]]]) -> np.ndarray:
-    """Importance of heads [L, H] as the paper's code computes it, example by example: (context, continuation) tokens.
+    """Importance of heads [L, H] as the paper's code computes it, example by example: (context,
+    continuation) tokens.
 
-    Cross-entropy, a mean over the continuation's tokens; Σ over all tokens of |⟨A, ∂L/∂A⟩| by head, A the input of the
-    attention's output projection; divided by Σ (N − 1), in the last layer by Σ continuation tokens.
+    Cross-entropy, a mean over the continuation's tokens; Σ over all tokens of |⟨A, ∂L/∂A⟩| by head, A the
+    input of the attention's output projection; divided by Σ (N − 1), in the last layer by Σ continuation
+    tokens.
     """
     heads = model.config.num_attention_heads
     layers = model.model.decoder.layers
@@ -161,7 +165,9 @@ def _mask(unit: int | tuple[int, int]) -> Mask:
 def pattern_scores(
     attention: np.ndarray, base_tokens: int, *, reference: bool = False
 ) -> dict[str, list[float]]:
-    """Prefix matching, previous-token and duplicate-token scores of heads, [H, T, T], by the description's nested loops."""
+    """Prefix matching, previous-token and duplicate-token scores of heads, [H, T, T],
+    by the description's nested loops.
+    """
     scores: dict[str, list[float]] = {"prefix_matching": [], "previous_token": [], "duplicate_token": []}
     last = 4 * base_tokens
     for head in range(len(attention)):
@@ -193,7 +199,9 @@ def copying(
     bias: bool = False,
     own_token: bool = False,
 ) -> np.ndarray:
-    """Copying [L, H] of a row by paper.md 5.3, a head and a place at a time; `own_token`: its reference code's way."""
+    """Copying [L, H] of a row by paper.md 5.3, a head and a place at a time; `own_token`:
+    its reference code's way.
+    """
     heads, layers = model.config.num_attention_heads, model.model.decoder.layers
     width = model.config.hidden_size // heads
     ids = torch.tensor([tokens])

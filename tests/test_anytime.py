@@ -1,4 +1,6 @@
-"""Runs that stop by the clock and ablations that are screened: what is there is marked, kept and gone on from."""
+"""Runs that stop by the clock and ablations that are screened: what is there is marked,
+kept and gone on from.
+"""
 
 import json
 from pathlib import Path

@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lowmem_icl"
 OWN = "lowmem_icl"
 
-# The rooms from the ground up. A room imports itself and what stands below it; rooms of one floor not each other.
+# The rooms from the ground up. A room imports itself and what stands below it; rooms of one floor not each
+# other.
 FLOORS = (
     {"errors", "protocols", "rows"},
     {"system"},

@@ -135,7 +135,8 @@ def test_halves_hold_whole_passages() -> None:
 def test_top_drops_by_hand() -> None:
     gold = np.array([[4.0, 0, 4, 0], [1, 2, 1, 2], [9, 9, 9, 9]])
     rows = list(top_drop_rows(UNITS, measured(task_rows("a", 1, [0, 1, 2, 3]), gold), seed=0))
-    # Documents 0 and 2 choose head 0, by which 1 and 3 lose nothing; these choose head 1, by which 0 and 2 lose 1.
+    # Documents 0 and 2 choose head 0, by which 1 and 3 lose nothing; these choose head 1, by which 0 and 2
+    # lose 1.
     assert [(row["kind"], row["k"], row["value"]) for row in rows] == [("head", 1, 0.5), ("ffn", 1, 9)]
     assert not list(top_drop_rows(UNITS, measured(task_rows("a", 1, [0]), gold[:, :1]), seed=0))
 

@@ -1,4 +1,6 @@
-"""Pruning curves: what their masks hold, their knees, and that a run's points are what an evaluation of the mask says."""
+"""Pruning curves: what their masks hold, their knees, and that a run's points are what an evaluation of the
+mask says.
+"""
 
 import itertools
 from pathlib import Path

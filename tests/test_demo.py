@@ -1,4 +1,6 @@
-"""The demo model is what the README says: it learns in context, by induction heads that can be found and removed."""
+"""The demo model is what the README says: it learns in context,
+by induction heads that can be found and removed.
+"""
 
 import itertools
 from pathlib import Path
@@ -25,7 +27,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def prefix_matching() -> np.ndarray:
-    """Scores [L, H] by the description: the mean over queries of the attention to what followed earlier occurrences."""
+    """Scores [L, H] by the description: the mean over queries of the attention to what followed earlier
+    occurrences.
+    """
     model = OPTForCausalLM.from_pretrained(DEMO, dtype=torch.float32, attn_implementation="eager").eval()
     rng = np.random.default_rng(7)
     scores = []

@@ -1,4 +1,6 @@
-"""Shared demonstrations: a few sets for all documents, drawn once, never showing a document to itself, cut to fit."""
+"""Shared demonstrations: a few sets for all documents, drawn once, never showing a document to itself,
+cut to fit.
+"""
 
 import json
 import random

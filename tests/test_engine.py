@@ -228,7 +228,9 @@ def test_int8_gradients_do_not_depend_on_memory(int8_store: Store) -> None:
 
 
 def test_attribution_estimates_small_ablations(float_store: Store) -> None:
-    """Halving a head instead of removing it makes the first-order estimate exact in the limit; here its sign and order."""
+    """Halving a head instead of removing it makes the first-order estimate exact in the limit;
+    here its sign and order.
+    """
     task = packed_task(6, gold_only=True)
     (scores,) = swept(float_store, [Job(task.packed, ablation_masks(3, 4))])
     exact = np.nansum(scores.logprobs[:1] - scores.logprobs[1:], 1)

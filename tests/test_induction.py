@@ -1,4 +1,6 @@
-"""Induction heads: scores against slow loops, Hugging Face and TransformerLens; capacity, overlap, and what they cause."""
+"""Induction heads: scores against slow loops, Hugging Face and TransformerLens; capacity, overlap,
+and what they cause.
+"""
 
 import json
 from dataclasses import replace

@@ -23,7 +23,8 @@ from lowmem_icl.conversion.checkpoint import open_checkpoint
 ALLOWANCES = {"evaluate": 60_000_000, "importance": 90_000_000, "ablate": 60_000_000}
 SHARD_BYTES = 20_000_000
 
-# Every command runs twice: first on a tiny model, so that what counts is the work and not what libraries load.
+# Every command runs twice: first on a tiny model, so that what counts is the work and not what libraries
+# load.
 CHILD = """
 import contextlib, io, json, sys
 from lowmem_icl.cli.app import app
@@ -54,7 +55,9 @@ def with_tokenizer(folder: Path) -> Path:
 
 
 def write_large(folder: Path, layers: int) -> Path:
-    """Write a bfloat16 checkpoint whose layers all have one layer's random weights, in shards of SHARD_BYTES or less."""
+    """Write a bfloat16 checkpoint whose layers all have one layer's random weights,
+    in shards of SHARD_BYTES or less.
+    """
     wide = {"hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 2048, "num_attention_heads": 8}
     config = small_config(num_hidden_layers=1, vocab_size=528, init_std=0.02, **wide)
     torch.manual_seed(0)

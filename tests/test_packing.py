@@ -1,4 +1,6 @@
-"""Packed rows: every path is found again, nothing sees what it must not, and packing is exact about truncation."""
+"""Packed rows: every path is found again, nothing sees what it must not,
+and packing is exact about truncation.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,6 @@
-"""What the reference protocol does differently, and the two tasks that the paper only judged by others' rankings."""
+"""What the reference protocol does differently, and the two tasks that the paper only judged by others'
+rankings.
+"""
 
 import json
 import shutil

@@ -104,6 +104,7 @@ def test_tasks_of_a_search_weigh_the_same() -> None:
         }
 
     found = in_lockstep({"two": greedy_search(SearchPlan(1, 4), 0.0501)}, score)["two"]
-    # Each unit costs 0.02 on the small task, so 0.01 in the mean; 5 units share a tolerance of just above 0.05.
+    # Each unit costs 0.02 on the small task, so 0.01 in the mean; 5 units share a tolerance of just above
+    # 0.05.
     assert len(found.mask) == 5
     assert found.lost == pytest.approx(0.05)

@@ -47,7 +47,8 @@ def pairs(row: dict, context: str, options: list[str]) -> list[tuple[str, str]]:
     return [(context, option) for option in options]
 
 
-# The templates of paper.md 6.2, written down a second time: row to (context, continuation) pairs and the gold place.
+# The templates of paper.md 6.2, written down a second time: row to (context, continuation) pairs and the gold
+# place.
 TEMPLATES = {
     "hellaswag": lambda r: (
         pairs(
