@@ -1,7 +1,8 @@
 """Scores of all heads at OPT-66B's width: time, reads and peak memory of a model of few layers,
 against a plain forward.
 
-    python scripts/bench_induction.py [--layers 2] [--sequences 100] [--memory 6GB] [--tokenizer DIR] [--folder DIR]
+    python scripts/bench_induction.py [--layers 2] [--sequences 100] [--memory 6GB] [--tokenizer DIR]
+        [--folder DIR]
 
 The store has random weights; what is measured is `lowmem-icl run --experiments induction`'s pass over random
 sequences, in a process of its own, with memory dealt out as a run deals it.

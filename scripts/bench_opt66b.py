@@ -226,7 +226,8 @@ def show(console: Console, scored: dict[str, Any], peer: dict[str, Any] | None) 
     rates = (
         ("lowmem-icl", "seconds", f"{scored['tokens_per_second']:.2f} tokens/s, "
          f"{scored['operations_per_second'] / 1e9:.0f} GOP/s"),
-        ("bare integer products", "product_seconds", f"{scored['product_operations_per_second'] / 1e9:.0f} GOP/s"),
+        ("bare integer products", "product_seconds",
+         f"{scored['product_operations_per_second'] / 1e9:.0f} GOP/s"),
         ("bare sequential read", "read_seconds", f"{scored['read_bytes_per_second'] / 1e9:.2f} GB/s"),
     )  # fmt: skip
     for name, key, rate in rates:
@@ -250,7 +251,8 @@ def show(console: Console, scored: dict[str, Any], peer: dict[str, Any] | None) 
         )
     console.print(table)
     console.print(
-        f"{peer['time_ratio']:.2f} times its time (target 0.45), {peer['read_ratio']:.2f} times its bytes (target 0.55); "
+        f"{peer['time_ratio']:.2f} times its time (target 0.45), {peer['read_ratio']:.2f} times its bytes "
+        "(target 0.55); "
         f"log-probabilities differ by at most {peer['largest_difference']:.2g} nats (int8 against bfloat16)"
     )
 

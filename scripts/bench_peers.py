@@ -22,7 +22,9 @@ Batch = list[int]
 
 
 def batches_by_length(options: Sequence[OptionTokens], size: int) -> Iterator[Batch]:
-    """Yield numbers of options of about the same length, the longest first, as lm-eval's harness orders them."""
+    """Yield numbers of options of about the same length, the longest first,
+    as lm-eval's harness orders them.
+    """
     order = sorted(range(len(options)), key=lambda number: -len(options[number].path))
     for start in range(0, len(order), size):
         yield order[start : start + size]
@@ -103,7 +105,9 @@ class HuggingFace:
 
 
 class TransformerLens:
-    """TransformerLens' bridge with its hooks, batched by length; the unembedding is given the answers only."""
+    """TransformerLens' bridge with its hooks, batched by length;
+    the unembedding is given the answers only.
+    """
 
     def __init__(self, checkpoint: Path, model: Any, tokenizer: Any) -> None:
         from transformer_lens.model_bridge import TransformerBridge

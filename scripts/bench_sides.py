@@ -144,7 +144,9 @@ def our_scores(
 
 
 def our_pass_from_disk(inputs: Inputs, name: str, documents: int, masks: Sequence[Mask]) -> Row:
-    """Sweep from disk in int8 with memory for so many waves; bytes as the kernel counts them, and as planned."""
+    """Sweep from disk in int8 with memory for so many waves; bytes as the kernel counts them,
+    and as planned.
+    """
     store = open_store(inputs.folder / "opt-1.3b-int8")
     task = inputs.task(name, OPT_1_3B.hidden_size, documents)
     job = Job(task.packed, tuple(masks))

@@ -69,7 +69,9 @@ def new_model(settings: Settings, vocabulary: int) -> OPTForCausalLM:
 
 
 class HeadDrop:
-    """Drops heads outside the circuit at random, a draw a sequence, by zeroing their slices before out_proj."""
+    """Drops heads outside the circuit at random, a draw a sequence,
+    by zeroing their slices before out_proj.
+    """
 
     def __init__(self, model: OPTForCausalLM, settings: Settings) -> None:
         self.keep: Tensor | None = None

@@ -154,8 +154,9 @@ def test_hours_that_do_not_do_for_the_basis_are_told(stores: Path, tmp_path: Pat
 def test_shared_demonstrations_run_and_intervals_cluster_by_set(stores: Path, tmp_path: Path) -> None:
     out = tmp_path / "shared"
     result = invoke(
-        "run", "--tasks", "knowledge", "--shots", "16", "--limit", 64, "--train-limit", 8, "--demonstrations", "shared",
-        "--demonstration-sets", 4, "--experiments", "evaluate,ablate", "--store-dir", stores, "--out", out, "--quiet",
+        "run", "--tasks", "knowledge", "--shots", "16", "--limit", 64, "--train-limit", 8, "--demonstrations",
+        "shared", "--demonstration-sets", 4, "--experiments", "evaluate,ablate", "--store-dir", stores,
+        "--out", out, "--quiet",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     results = read_table(out / "results.parquet", "results")
@@ -164,8 +165,8 @@ def test_shared_demonstrations_run_and_intervals_cluster_by_set(stores: Path, tm
     record = json.loads((out / "run.json").read_text())
     alone = json.loads(
         invoke(
-            "plan", "--tasks", "knowledge", "--shots", "16", "--limit", 64, "--train-limit", 8, "--experiments",
-            "evaluate,ablate", "--store-dir", stores, "--json",
+            "plan", "--tasks", "knowledge", "--shots", "16", "--limit", 64, "--train-limit", 8,
+            "--experiments", "evaluate,ablate", "--store-dir", stores, "--json",
         ).stdout
     )  # fmt: skip
     ours, theirs = (sum(stage["operations"] for stage in plan["stages"]) for plan in (record["plan"], alone))

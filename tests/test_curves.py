@@ -116,9 +116,10 @@ def test_a_knee_is_the_largest_level_within_a_point_and_a_standard_error() -> No
 def test_knees_are_chosen_on_training_and_reported_on_evaluation_rows() -> None:
     def row(split: str, level: int, drop: float) -> dict[str, object]:
         return {
-            "task": "a", "shots": 0, "method": "gradient", "kind": "head", "other_task": None, "other_shots": None,
-            "k": level, "metric": "acc_drop", "value": drop, "stderr": 0.02, "low": drop, "high": drop, "split": split,
-            "documents": 8, "mask": f"m{level}", "heads_removed": level, "ffns_removed": 0,
+            "task": "a", "shots": 0, "method": "gradient", "kind": "head", "other_task": None,
+            "other_shots": None, "k": level, "metric": "acc_drop", "value": drop, "stderr": 0.02, "low": drop,
+            "high": drop, "split": split, "documents": 8, "mask": f"m{level}", "heads_removed": level,
+            "ffns_removed": 0,
         }  # fmt: skip
 
     training = [row("train", level, drop) for level, drop in ((0, 0.0), (10, 0.0), (20, 0.005), (30, 0.3))]
@@ -136,8 +137,9 @@ def test_knees_are_chosen_on_training_and_reported_on_evaluation_rows() -> None:
 def test_the_control_has_a_mean_and_a_band() -> None:
     values = np.linspace(0.2, 0.8, 21)
     rows = [
-        {"task": "a", "shots": 0, "split": "test", "kind": "head", "k": 50, "metric": "acc", "heads_removed": 16,
-         "ffns_removed": 0, "documents": 8, "method": "random", "value": value, "chance": 0.5}
+        {"task": "a", "shots": 0, "split": "test", "kind": "head", "k": 50, "metric": "acc",
+         "heads_removed": 16, "ffns_removed": 0, "documents": 8, "method": "random", "value": value,
+         "chance": 0.5}
         for value in values
     ]  # fmt: skip
     (band,) = control_rows(rows)
@@ -156,9 +158,9 @@ def paper_run(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
     folder = tmp_path_factory.mktemp("curves")
     result = invoke(
         "run", "--tasks", "recall,category,knowledge", "--shots", "0,4", "--limit", 24, "--train-limit", 8,
-        "--curve-limit", 16, "--experiments", "evaluate,importance,ablate,prune", "--random-draws", 2, "--rescore",
-        "--curves", "heads,ffns,combined,transfer,cross-shot,random", "--direction", "up", "--order", "joint",
-        "--store-dir", stores, "--out", folder / "run", "--quiet",
+        "--curve-limit", 16, "--experiments", "evaluate,importance,ablate,prune", "--random-draws", 2,
+        "--rescore", "--curves", "heads,ffns,combined,transfer,cross-shot,random", "--direction", "up",
+        "--order", "joint", "--store-dir", stores, "--out", folder / "run", "--quiet",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     return folder

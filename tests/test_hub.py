@@ -89,7 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The stand-in, as the hub of this process too, whose client read the environment when it was imported."""
+    """The stand-in, as the hub of this process too, whose client read the environment when it was
+    imported.
+    """
     folder = make_checkpoint(tmp_path / "repository", vocab_size=528)
     as_pickle(folder, "model.")
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -3,6 +3,7 @@ and what they cause.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def eager(checkpoint: Path) -> OPTForCausalLM:
     return model.eval().requires_grad_(False)
 
 
-def dense_blocks(attention: torch.Tensor, rows: int = 64):
+def dense_blocks(attention: torch.Tensor, rows: int = 64) -> Iterator[tuple[slice, torch.Tensor]]:
     for places in query_blocks(attention.shape[1], rows):
         yield places, attention[:, places, : places.stop]
 
@@ -119,6 +120,8 @@ def test_attention_is_what_hugging_face_gives(checkpoint: Path, float_store: Sto
         for number, layer in model.layers(range(3)):
             torch.testing.assert_close(residual, expected.hidden_states[number][0], atol=2e-5, rtol=1e-4)
             attended = layer.attend(residual, segments, with_queries=True)
+            assert attended.queries is not None
+            assert attended.keys is not None
             for rows in (7, 64):
                 for places, pattern in patterns(attended.queries, attended.keys, rows):
                     wanted = expected.attentions[number][0, :, places, : places.stop]
@@ -375,7 +378,8 @@ def test_transformer_lens_finds_the_same_heads(stores: Path) -> None:
     assert lens is not None
     model = eager(DEMO)
     bridge = TransformerBridge.boot_transformers(
-        str(DEMO), hf_model=model, tokenizer=AutoTokenizer.from_pretrained(DEMO), device="cpu", dtype=torch.float32
+        str(DEMO), hf_model=model, tokenizer=AutoTokenizer.from_pretrained(DEMO), device="cpu",
+        dtype=torch.float32
     )  # fmt: skip
     options = RunOptions(tasks=("recall",), shots=(16,), store_dir=stores, experiments=("induction",))
     demo = with_store(prepare(options))

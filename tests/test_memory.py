@@ -1,4 +1,6 @@
-"""Peak memory, measured by child processes on a checkpoint that is ten times larger than what they may hold."""
+"""Peak memory, measured by child processes on a checkpoint that is ten times larger than what they may
+hold.
+"""
 
 import json
 import os

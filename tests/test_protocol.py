@@ -27,13 +27,16 @@ from lowmem_icl.tasks.scoring import task_metrics
 from lowmem_icl.tasks.sources import PAPER_TASKS
 
 MATHQA = [
-    {"Problem": "what is 3 + 4 ?", "Rationale": "add", "options": "a ) 7 , b ) 8 , c ) 1,000 , d ) 2 ( two ) , e ) none",
-     "correct": "a", "annotated_formula": "add(3,4)", "linear_formula": "add(n0,n1)", "category": "general"},
+    {"Problem": "what is 3 + 4 ?", "Rationale": "add",
+     "options": "a ) 7 , b ) 8 , c ) 1,000 , d ) 2 ( two ) , e ) none", "correct": "a",
+     "annotated_formula": "add(3,4)", "linear_formula": "add(n0,n1)", "category": "general"},
     {"Problem": "a car goes 10 km in 2 hours . how fast is it ?", "Rationale": "divide",
-     "options": "a ) 2 km / h , b ) 5 km / h , c ) 8 km / h , d ) 20 km / h , e ) none of these", "correct": "b",
-     "annotated_formula": "divide(10,2)", "linear_formula": "divide(n0,n1)", "category": "physics"},
-    {"Problem": "half of 6 is", "Rationale": "halve", "options": "a ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5", "correct": "c",
-     "annotated_formula": "divide(6,2)", "linear_formula": "divide(n0,n1)", "category": "general"},
+     "options": "a ) 2 km / h , b ) 5 km / h , c ) 8 km / h , d ) 20 km / h , e ) none of these",
+     "correct": "b", "annotated_formula": "divide(10,2)", "linear_formula": "divide(n0,n1)",
+     "category": "physics"},
+    {"Problem": "half of 6 is", "Rationale": "halve", "options": "a ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5",
+     "correct": "c", "annotated_formula": "divide(6,2)", "linear_formula": "divide(n0,n1)",
+     "category": "general"},
 ]  # fmt: skip
 LAMBADA = [
     {"text": "the baker opened the oven and took out the bread"},
@@ -69,7 +72,10 @@ def test_mathqa_asks_the_problem_and_offers_the_choices(data: Path) -> None:
     document = next(document for document in rows.documents if document.index == 0)
     shown = MATHQA[document.demonstrations[0]]
     answers = {"a": " 7", "b": " 5 km / h", "c": " 3"}
-    context = f"Question: {shown['Problem']}\nAnswer:{answers[shown['correct']]}\n\nQuestion: what is 3 + 4 ?\nAnswer:"
+    context = (
+        f"Question: {shown['Problem']}\nAnswer:{answers[shown['correct']]}\n\n"
+        "Question: what is 3 + 4 ?\nAnswer:"
+    )
     assert document.options == tuple(
         (context, choice) for choice in (" 7", " 8", " 1,000", " 2 ( two )", " none")
     )

@@ -1,6 +1,6 @@
 """The greedy pruner against its description, one evaluation at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import oracles
@@ -42,7 +42,7 @@ def test_the_search_equals_its_description(seed: int, tolerance: float, directio
         measured = choose if request.half == "choose" else check
         return (np.stack([measured(mask) for mask in request.masks]),)
 
-    def score(step: int, asked: dict[str, Request]) -> dict[str, tuple[np.ndarray, ...]]:
+    def score(step: int, asked: Mapping[str, Request]) -> dict[str, tuple[np.ndarray, ...]]:
         return {name: answer(request) for name, request in asked.items()}
 
     plan = SearchPlan(LAYERS, HEADS, direction, order, head_parameters=4, ffn_parameters=24)  # type: ignore[arg-type]
@@ -63,9 +63,9 @@ def test_the_search_equals_its_description(seed: int, tolerance: float, directio
 
 
 def test_candidates_never_touch_a_layer_below_the_one_visited() -> None:
-    first_layers = []
+    first_layers: list[int | None] = []
 
-    def score(step, asked):
+    def score(step: int, asked: Mapping[str, Request]) -> dict[str, tuple[np.ndarray, ...]]:
         for request in asked.values():
             first_layers.extend(mask.first_layer for mask in request.masks if not mask.ffns and len(mask))
         return {name: (np.zeros((len(request.masks), 4)),) for name, request in asked.items()}
@@ -78,7 +78,7 @@ def test_candidates_never_touch_a_layer_below_the_one_visited() -> None:
 def test_searches_side_by_side_equal_searches_alone() -> None:
     objectives = {f"search-{seed}": objective(seed) for seed in range(3)}
 
-    def score(step, asked):
+    def score(step: int, asked: Mapping[str, Request]) -> dict[str, tuple[np.ndarray, ...]]:
         return {
             name: (np.stack([objectives[name](mask) for mask in request.masks]),)
             for name, request in asked.items()
@@ -94,7 +94,7 @@ def test_searches_side_by_side_equal_searches_alone() -> None:
 
 
 def test_tasks_of_a_search_weigh_the_same() -> None:
-    def score(step, asked):
+    def score(step: int, asked: Mapping[str, Request]) -> dict[str, tuple[np.ndarray, ...]]:
         return {
             name: tuple(
                 np.stack([np.full(size, 0.5 - cost * len(mask)) for mask in request.masks])

@@ -124,8 +124,8 @@ def test_masks_are_files_that_evaluate_takes_back(small_run: Path, stores: Path,
     mask = read_mask(path)
     assert (small_run.parent / "masks" / path.name).read_text() == path.read_text()
     result = invoke(
-        "evaluate", "--mask", path, "--tasks", "recall,knowledge", "--shots", "0,4", "--limit", 16, "--store-dir", stores,
-        "--out", tmp_path / "again", "--quiet",
+        "evaluate", "--mask", path, "--tasks", "recall,knowledge", "--shots", "0,4", "--limit", 16,
+        "--store-dir", stores, "--out", tmp_path / "again", "--quiet",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     again = read_table(tmp_path / "again" / "results.parquet", "results").filter(
@@ -143,8 +143,8 @@ def test_int8_answers_are_bitwise_the_same_alone_and_with_others(
     small_run: Path, stores: Path, tmp_path: Path
 ) -> None:
     result = invoke(
-        "run", "--tasks", "knowledge", "--shots", "4", "--limit", 16, "--train-limit", 8, "--experiments", "evaluate",
-        "--memory", "400MB", "--store-dir", stores, "--out", tmp_path / "alone", "--quiet",
+        "run", "--tasks", "knowledge", "--shots", "4", "--limit", 16, "--train-limit", 8, "--experiments",
+        "evaluate", "--memory", "400MB", "--store-dir", stores, "--out", tmp_path / "alone", "--quiet",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     alone = read_table(tmp_path / "alone" / "answers.parquet", "answers")

@@ -25,7 +25,9 @@ def test_every_config_is_one_that_a_run_takes(path: Path) -> None:
 
 
 def overnight(folder: Path, command: str, stores: Path) -> subprocess.CompletedProcess[str]:
-    """Start the overnight script with the least that makes every table; `command` is what `lowmem-icl` runs."""
+    """Start the overnight script with the least that makes every table;
+    `command` is what `lowmem-icl` runs.
+    """
     config = folder / "night.toml"
     config.write_text(
         'tasks = ["recall"]\nshots = [0, 4]\nlimit = 4\ntrain-limit = 2\ncurves = ["heads"]\n'

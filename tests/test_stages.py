@@ -25,7 +25,9 @@ SMALL = {"limit": 3, "train_limit": 3, "random_draws": 2, "shots": (0, 4)}
 
 @dataclass(frozen=True)
 class PlayedWork(Work):
-    """Work that answers every part with arbitrary numbers of the right shapes, and notes what it was asked."""
+    """Work that answers every part with arbitrary numbers of the right shapes,
+    and notes what it was asked.
+    """
 
     asked: list[Part] = field(default_factory=list)
     finished: set[str] = field(default_factory=set)
