@@ -58,7 +58,7 @@ def hook_mask(model: OPTForCausalLM, mask: Mask) -> list[torch.utils.hooks.Remov
 
 
 def gradient_of(tensor: Tensor) -> Tensor:
-    """Return the gradient that was retained at a tensor; 0 where it leads nowhere, as a removed FFN's output."""
+    """Return the gradient retained at a tensor; 0 where it leads nowhere, as a removed FFN's output."""
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
 
 

@@ -67,8 +67,10 @@ def write_large(folder: Path, layers: int) -> Path:
     tensors.pop("lm_head.weight")
     first = {name: tensor for name, tensor in tensors.items() if ".layers.0." in name}
     parts = [{name: tensor for name, tensor in tensors.items() if name not in first}]
-    for number in range(layers):
-        parts.append({name.replace(".0.", f".{number}.", 1): tensor for name, tensor in first.items()})
+    parts += [
+        {name.replace(".0.", f".{number}.", 1): tensor for name, tensor in first.items()}
+        for number in range(layers)
+    ]
     folder.mkdir(parents=True)
     weight_map = {}
     for number in range(0, len(parts), 3):

@@ -239,7 +239,7 @@ def test_an_unknown_architecture_is_refused() -> None:
 
 
 def test_a_store_of_another_form_is_refused(tmp_path: Path, int8_store: Store) -> None:
-    with pytest.raises(InputError, match="--weights float32: the store .* holds int8"):
+    with pytest.raises(InputError, match=r"--weights float32: the store .* holds int8"):
         locate(str(int8_store.folder), None, "float32", tmp_path)
     assert (
         ensure_store(locate(str(int8_store.folder), None, "int8", tmp_path), "int8").manifest
