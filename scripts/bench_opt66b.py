@@ -82,7 +82,7 @@ def bare_read_seconds(paths: list[Path]) -> float:
             blocks = range(0, path.stat().st_size, BLOCK_BYTES)
             # Two lanes, so that two reads never share a buffer.
             lanes = [[(descriptor, start, lane) for start in blocks[lane::2]] for lane in range(2)]
-            list(pool.map(lambda jobs: [read(job) for job in jobs], lanes))
+            list(pool.map(lambda jobs: deque(map(read, jobs), maxlen=0), lanes))
             os.close(descriptor)
     return time.perf_counter() - began
 
@@ -186,7 +186,8 @@ def pass_of_disk_offload(folder: Path, data_dir: Path, tokenizer: Path) -> dict[
     def once() -> list[float]:
         with torch.no_grad():
             logits = model(tokens, logits_to_keep=PEER_ANSWERS, use_cache=False).logits[0].float()
-        return logits.log_softmax(-1).gather(1, torch.from_numpy(row.targets)[:, None])[:, 0].tolist()
+        logprobs = logits.log_softmax(-1).gather(1, torch.from_numpy(row.targets)[:, None])
+        return [float(logprob) for logprob in logprobs[:, 0]]
 
     return _timed_pass(folder, once)
 

@@ -67,7 +67,7 @@ class HuggingFace:
 
     @contextmanager
     def without(self, mask: Mask) -> Iterator[None]:
-        """Hook the removed units."""
+        """Remove the units while the context lasts."""
         width = self.model.config.hidden_size // self.model.config.num_attention_heads
         handles = []
         for number, layer in enumerate(self.model.model.decoder.layers):
@@ -126,9 +126,10 @@ class TransformerLens:
                 return z
 
             hooks.append((f"blocks.{layer}.attn.hook_z", cut))
-        for layer in sorted(mask.ffns):
-            hooks.append((f"blocks.{layer}.hook_mlp_out", lambda out, hook: torch.zeros_like(out)))
-        return hooks
+        return hooks + [
+            (f"blocks.{layer}.hook_mlp_out", lambda out, hook: torch.zeros_like(out))
+            for layer in sorted(mask.ffns)
+        ]
 
     def score(self, options: Sequence[OptionTokens], mask: Mask, batch_size: int) -> Scores:
         """Return all options' scores under a mask."""

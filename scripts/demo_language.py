@@ -25,40 +25,40 @@ Line = tuple[list[int], int]
 DrawLine = Callable[[], Line]
 
 
-def words(text: str) -> list[str]:
+def _split(text: str) -> list[str]:
     """Return the words of a text."""
     return text.split()
 
 
 CATEGORIES = {
-    "animal": words("cat dog horse cow pig sheep goat lion bear wolf fox deer mouse duck frog snake"),
-    "food": words("bread cheese apple rice soup cake bean egg honey butter lemon onion pear plum corn milk"),
-    "tool": words(
+    "animal": _split("cat dog horse cow pig sheep goat lion bear wolf fox deer mouse duck frog snake"),
+    "food": _split("bread cheese apple rice soup cake bean egg honey butter lemon onion pear plum corn milk"),
+    "tool": _split(
         "hammer saw drill rope nail spade rake axe knife brush ladder wrench pump broom needle chisel"
     ),
-    "place": words(
+    "place": _split(
         "house street river forest island bridge tower garden market valley harbor castle desert "
         "lake farm cave"
     ),
 }
 CLASSES = {
-    "metal": words(
+    "metal": _split(
         "iron gold silver copper tin lead zinc nickel steel bronze brass chrome cobalt mercury "
         "titanium radium"
     ),
-    "music": words(
+    "music": _split(
         "piano violin flute drum harp guitar trumpet organ cello horn banjo lute bell oboe tuba fiddle"
     ),
-    "weather": words(
+    "weather": _split(
         "rain snow wind storm fog hail frost cloud thunder sleet breeze drizzle mist sun ice gale"
     ),
-    "body": words("hand foot nose ear eye knee arm leg neck back chin heel wrist elbow thumb tooth"),
+    "body": _split("hand foot nose ear eye knee arm leg neck back chin heel wrist elbow thumb tooth"),
 }
-NAMES = words(
+NAMES = _split(
     "Anna Ben Clara David Emma Felix Grace Henry Ida Jack Kate Leo Mary Nora Oscar Paul "
     "Rosa Sam Tina Uma Victor Wanda Xenia Yara Zoe Adam Bella Carl Dora Eric Fiona George"
 )
-LABELS = words(
+LABELS = _split(
     "dax wug blick fep toma zib nalu kiv rop sefi gug mave pilo tup lorn brax hesk jun quo vit "
     "yem oss ulk cray dorn fash glim hoot jeb krul lim moxy nub pard rill snar trem vosk wem zorp"
 )

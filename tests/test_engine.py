@@ -181,7 +181,8 @@ def test_int8_results_do_not_depend_on_threads(int8_store: Store) -> None:
             results.append(swept(int8_store, [job])[0].logprobs)
     finally:
         torch.set_num_threads(before)
-    np.testing.assert_array_equal(*results)
+    left, right = results
+    np.testing.assert_array_equal(left, right)
 
 
 def test_an_all_zero_layer_is_finite_in_int8(int8_store: Store) -> None:

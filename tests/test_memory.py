@@ -72,7 +72,7 @@ def write_large(folder: Path, layers: int) -> Path:
         for number in range(layers)
     ]
     folder.mkdir(parents=True)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(0, len(parts), 3):
         file = f"model-{number:05}.safetensors"
         shard = {name: tensor for part in parts[number : number + 3] for name, tensor in part.items()}

@@ -130,7 +130,9 @@ def test_intervals_cover_what_other_documents_give() -> None:
         one, other = documents_of("a", truth, 32, 2, rng), documents_of("b", related, 32, 2, rng)
         values.append(spearman(score(one), score(other)))
         drawn = [DocumentRanking((scores,)).resampled(0) for scores in (one, other)]
-        intervals.append(correlation_interval(values[-1], *drawn))
+        interval = correlation_interval(values[-1], *drawn)
+        assert interval is not None
+        intervals.append(interval)
     expected = np.mean(values)
     covered = np.mean([interval.low <= expected <= interval.high for interval in intervals])
     assert 0.88 <= covered <= 0.995
