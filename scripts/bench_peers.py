@@ -162,7 +162,7 @@ class LmEval:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         from lm_eval.models.huggingface import HFLM
 
-        self._make = lambda size: HFLM(
+        self._make: Callable[[int], Any] = lambda size: HFLM(
             pretrained=model, tokenizer=tokenizer, batch_size=size, add_bos_token=False, device="cpu"
         )
         self._models: dict[int, Any] = {}

@@ -19,7 +19,7 @@ import torch
 from demo_language import Language, Sequence, build_tokenizer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 KINDS = ("recall", "category", "knowledge", "repeat")
 
@@ -140,7 +140,7 @@ def draw_batch(
     ]
 
 
-def train(settings: Settings, seed: int) -> tuple[OPTForCausalLM, object]:
+def train(settings: Settings, seed: int) -> tuple[OPTForCausalLM, PreTrainedTokenizerFast]:
     """Train from scratch; the same seed and thread count give the same model."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
