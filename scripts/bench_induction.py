@@ -33,11 +33,9 @@ from lowmem_icl.system.machine import peak_resident_bytes
 
 def score(folder: Path, own_task: Path, memory: str, sequences: int) -> dict[str, Any]:
     """Score all heads on the longest so many random sequences; return seconds, reads and peak memory."""
-    options = RunOptions(
-        model=str(folder), tasks=(str(own_task),), shots=(0,), experiments=("induction",), memory=memory
-    )
-    prepared = prepare(options)
-    asked = head_questions(options, prepared)
+    wanted = {"model": str(folder), "tasks": str(own_task), "shots": 0, "experiments": "induction"}
+    prepared = prepare(RunOptions.model_validate(wanted | {"memory": memory}))
+    asked = head_questions(prepared)
     asked = replace(
         asked,
         repeated=asked.repeated[-sequences:],
@@ -45,7 +43,7 @@ def score(folder: Path, own_task: Path, memory: str, sequences: int) -> dict[str
         base_tokens=asked.base_tokens[-sequences:],
     )
     store = open_store(folder)
-    dealt = plan_memory(options, store, max(len(row) for row in asked.rows))
+    dealt = plan_memory(prepared, max(len(row) for row in asked.rows))
     skeleton = store.skeleton
     scores = HeadScores.empty(sequences, skeleton.layers, skeleton.heads)
     before = peak_resident_bytes()

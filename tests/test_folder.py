@@ -293,7 +293,8 @@ def spoiled(content: Any) -> Iterator[Any]:
     keys = list(content) if isinstance(content, dict) else range(len(content))
     for key in keys:
         value = content[key]
-        for other in ([], {}, "text", None, -1, True):
+        others: tuple[Any, ...] = ([], {}, "text", None, -1, True)
+        for other in others:
             if type(other) is not type(value):
                 changed = copy.copy(content)
                 changed[key] = other

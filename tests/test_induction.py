@@ -384,7 +384,7 @@ def test_transformer_lens_finds_the_same_heads(stores: Path) -> None:
     options = RunOptions(tasks=("recall",), shots=(16,), store_dir=stores, experiments=("induction",))
     demo = with_store(prepare(options))
     chosen = slice(0, 41, 20)
-    whole = head_questions(options, demo)
+    whole = head_questions(demo)
     asked = replace(
         whole,
         repeated=whole.repeated[chosen],

@@ -203,14 +203,7 @@ def test_importance_equals_the_codes_formulas(
 ) -> None:
     task = packed_task(4, gold_only=True)
     result = gradients(float_store, task)
-    fields = (
-        result.head_absolute,
-        result.head_signed,
-        result.ffn_absolute,
-        result.ffn_signed,
-        result.logprobs,
-    )
-    scores = importance(task, *fields, last_layer_by_continuation=protocol.last_layer_by_continuation)
+    scores = importance(task, result, last_layer_by_continuation=protocol.last_layer_by_continuation)
     examples = []
     for owner, document in enumerate(task.task.documents):
         option = task.options[int(task.first_option[owner]) + document.gold.index(True)]

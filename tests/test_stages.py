@@ -56,7 +56,7 @@ class PlayedWork(Work):
         for task in part.tasks:
             options = self.prepared.outline(task, gold_only=True).option_count
             empty = UnitGradients.empty(len(task.documents), options, skeleton.layers, skeleton.heads)
-            values = {
+            values: dict[str, Any] = {
                 name: rng.random(array.shape) for name, array in empty.arrays().items() if name != "finished"
             }
             found.append(replace(empty, **values))
@@ -65,9 +65,10 @@ class PlayedWork(Work):
     def head_scores(self, part: HeadScoresPart) -> HeadScores:
         rng, skeleton = self._ask(part), self.prepared.skeleton
         empty = HeadScores.empty(len(part.questions.base_tokens), skeleton.layers, skeleton.heads)
-        return replace(
-            empty, **{name: rng.random(a.shape) for name, a in empty.arrays().items() if name != "finished"}
-        )
+        values: dict[str, Any] = {
+            name: rng.random(array.shape) for name, array in empty.arrays().items() if name != "finished"
+        }
+        return replace(empty, **values)
 
 
 class _NoParts:
