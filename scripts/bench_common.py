@@ -1,7 +1,8 @@
-"""What the benchmarks share: models of OPT's exact shapes with random weights, real rows, and honest measuring.
+"""What the benchmarks share: models of OPT's exact shapes with random weights, real rows,
+and honest measuring.
 
-Weights are random because no benchmark here depends on what they say; sizes, file forms and outlier columns are those of
-the real checkpoints.
+Weights are random because no benchmark here depends on what they say; sizes, file forms and outlier columns
+are those of the real checkpoints.
 """
 
 import hashlib
@@ -135,7 +136,9 @@ def _random_layer(skeleton: Skeleton, generator: torch.Generator) -> dict[str, T
 
 
 def random_checkpoint(folder: Path, config: OPTConfig, tokenizer: Path, dtype: torch.dtype) -> Path:
-    """Return a Hugging Face checkpoint of a shape with random weights; made once, used again where it is there."""
+    """Return a Hugging Face checkpoint of a shape with random weights; made once,
+    used again where it is there.
+    """
     from transformers import OPTForCausalLM
 
     if not (folder / "config.json").is_file():

@@ -1,9 +1,11 @@
-"""Scores of all heads at OPT-66B's width: time, reads and peak memory of a model of few layers, against a plain forward.
+"""Scores of all heads at OPT-66B's width: time, reads and peak memory of a model of few layers,
+against a plain forward.
 
-    python scripts/bench_induction.py [--layers 2] [--sequences 100] [--memory 6GB] [--tokenizer DIR] [--folder DIR]
+    python scripts/bench_induction.py [--layers 2] [--sequences 100] [--memory 6GB] [--tokenizer DIR]
+        [--folder DIR]
 
-The store has random weights; what is measured is `lowmem-icl run --experiments induction`'s pass over random sequences, in
-a process of its own, with memory dealt out as a run deals it.
+The store has random weights; what is measured is `lowmem-icl run --experiments induction`'s pass over random
+sequences, in a process of its own, with memory dealt out as a run deals it.
 """
 
 import json
@@ -31,11 +33,9 @@ from lowmem_icl.system.machine import peak_resident_bytes
 
 def score(folder: Path, own_task: Path, memory: str, sequences: int) -> dict[str, Any]:
     """Score all heads on the longest so many random sequences; return seconds, reads and peak memory."""
-    options = RunOptions(
-        model=str(folder), tasks=(str(own_task),), shots=(0,), experiments=("induction",), memory=memory
-    )
-    prepared = prepare(options)
-    asked = head_questions(options, prepared)
+    wanted = {"model": str(folder), "tasks": str(own_task), "shots": 0, "experiments": "induction"}
+    prepared = prepare(RunOptions.model_validate(wanted | {"memory": memory}))
+    asked = head_questions(prepared)
     asked = replace(
         asked,
         repeated=asked.repeated[-sequences:],
@@ -43,7 +43,7 @@ def score(folder: Path, own_task: Path, memory: str, sequences: int) -> dict[str
         base_tokens=asked.base_tokens[-sequences:],
     )
     store = open_store(folder)
-    dealt = plan_memory(options, store, max(len(row) for row in asked.rows))
+    dealt = plan_memory(prepared, max(len(row) for row in asked.rows))
     skeleton = store.skeleton
     scores = HeadScores.empty(sequences, skeleton.layers, skeleton.heads)
     before = peak_resident_bytes()

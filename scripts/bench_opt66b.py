@@ -1,12 +1,14 @@
-"""A model of OPT-66B's exact shape on this machine, against the machine's own limits; and OPT-1.3B's against accelerate.
+"""A model of OPT-66B's exact shape on this machine, against the machine's own limits;
+and OPT-1.3B's against accelerate.
 
     python scripts/bench_opt66b.py [--full] [--json FILE] [--folder DIR] [--data-dir DIR] [--tokenizer DIR]
 
-Scores 1,024 tokens of real rows through all 64 layers, streamed from disk in int8, and measures in the same run what
-bounds it: the bare integer products of the same shapes (`torch._int_mm`, every eighth layer, between the layers), and
-the bare sequential read of the same files. By default 4 layer files stand for 64 (they are read past the page cache each
-time); --full writes all 64, for which 70 GB must be free. Then accelerate's `disk_offload` in bfloat16 and this
-project in int8 run the same 256 tokens through OPT-1.3B's shape, the page cache dropped before every pass.
+Scores 1,024 tokens of real rows through all 64 layers, streamed from disk in int8, and measures in the same
+run what bounds it: the bare integer products of the same shapes (`torch._int_mm`, every eighth layer, between
+the layers), and the bare sequential read of the same files. By default 4 layer files stand for 64 (they are
+read past the page cache each time); --full writes all 64, for which 70 GB must be free. Then accelerate's
+`disk_offload` in bfloat16 and this project in int8 run the same 256 tokens through OPT-1.3B's shape, the page
+cache dropped before every pass.
 """
 
 import gc
@@ -69,9 +71,9 @@ def bare_read_seconds(paths: list[Path]) -> float:
     buffers = [mmap(-1, BLOCK_BYTES) for _ in range(2)]
     flags = os.O_RDONLY | getattr(os, "O_DIRECT", 0)
 
-    def read(job: tuple[int, int, int]) -> None:
-        descriptor, start, lane = job
-        os.preadv(descriptor, [buffers[lane]], start)
+    def read(descriptor: int, starts: range, lane: int) -> None:
+        for start in starts:
+            os.preadv(descriptor, [buffers[lane]], start)
 
     began = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:
@@ -79,8 +81,7 @@ def bare_read_seconds(paths: list[Path]) -> float:
             descriptor = os.open(path, flags)
             blocks = range(0, path.stat().st_size, BLOCK_BYTES)
             # Two lanes, so that two reads never share a buffer.
-            lanes = [[(descriptor, start, lane) for start in blocks[lane::2]] for lane in range(2)]
-            list(pool.map(lambda jobs: [read(job) for job in jobs], lanes))
+            list(pool.map(read, [descriptor] * 2, (blocks[0::2], blocks[1::2]), range(2)))
             os.close(descriptor)
     return time.perf_counter() - began
 
@@ -168,7 +169,9 @@ def pass_of_ours(folder: Path, data_dir: Path, tokenizer: Path) -> dict[str, Any
 
 
 def pass_of_disk_offload(folder: Path, data_dir: Path, tokenizer: Path) -> dict[str, Any]:
-    """Run the plain row through accelerate's disk_offload of the bfloat16 checkpoint, answers only at the head."""
+    """Run the plain row through accelerate's disk_offload of the bfloat16 checkpoint,
+    answers only at the head.
+    """
     from accelerate import disk_offload, init_empty_weights
     from transformers import OPTForCausalLM
 
@@ -182,13 +185,16 @@ def pass_of_disk_offload(folder: Path, data_dir: Path, tokenizer: Path) -> dict[
     def once() -> list[float]:
         with torch.no_grad():
             logits = model(tokens, logits_to_keep=PEER_ANSWERS, use_cache=False).logits[0].float()
-        return logits.log_softmax(-1).gather(1, torch.from_numpy(row.targets)[:, None])[:, 0].tolist()
+        logprobs = logits.log_softmax(-1).gather(1, torch.from_numpy(row.targets)[:, None])
+        return [float(logprob) for logprob in logprobs[:, 0]]
 
     return _timed_pass(folder, once)
 
 
 def make_opt_1_3b(folder: Path, tokenizer: Path) -> None:
-    """Write OPT-1.3B's shape with random weights: an int8 store made by `convert`, and accelerate's offload folder."""
+    """Write OPT-1.3B's shape with random weights: an int8 store made by `convert`,
+    and accelerate's offload folder.
+    """
     checkpoint = random_checkpoint(folder / "checkpoint", OPT_1_3B, tokenizer, torch.bfloat16)
     offloaded(checkpoint, folder / "offload")
     converted(checkpoint, folder / "store", "int8")
@@ -220,7 +226,8 @@ def show(console: Console, scored: dict[str, Any], peer: dict[str, Any] | None) 
     rates = (
         ("lowmem-icl", "seconds", f"{scored['tokens_per_second']:.2f} tokens/s, "
          f"{scored['operations_per_second'] / 1e9:.0f} GOP/s"),
-        ("bare integer products", "product_seconds", f"{scored['product_operations_per_second'] / 1e9:.0f} GOP/s"),
+        ("bare integer products", "product_seconds",
+         f"{scored['product_operations_per_second'] / 1e9:.0f} GOP/s"),
         ("bare sequential read", "read_seconds", f"{scored['read_bytes_per_second'] / 1e9:.2f} GB/s"),
     )  # fmt: skip
     for name, key, rate in rates:
@@ -244,7 +251,8 @@ def show(console: Console, scored: dict[str, Any], peer: dict[str, Any] | None) 
         )
     console.print(table)
     console.print(
-        f"{peer['time_ratio']:.2f} times its time (target 0.45), {peer['read_ratio']:.2f} times its bytes (target 0.55); "
+        f"{peer['time_ratio']:.2f} times its time (target 0.45), {peer['read_ratio']:.2f} times its bytes "
+        "(target 0.55); "
         f"log-probabilities differ by at most {peer['largest_difference']:.2g} nats (int8 against bfloat16)"
     )
 

@@ -1,8 +1,9 @@
-"""What the sweep is measured against: other ways to score options under a mask, each as its users would do it.
+"""What the sweep is measured against: other ways to score options under a mask,
+each as its users would do it.
 
-Every peer gets the same tokens: of each option its path (context and continuation without the last token) and its
-continuation, and gives the summed log-probability of each continuation. Heads are removed by zeroing their slice before
-the output projection, FFNs by zeroing their output.
+Every peer gets the same tokens: of each option its path (context and continuation without the last token) and
+its continuation, and gives the summed log-probability of each continuation. Heads are removed by zeroing
+their slice before the output projection, FFNs by zeroing their output.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,9 @@ Batch = list[int]
 
 
 def batches_by_length(options: Sequence[OptionTokens], size: int) -> Iterator[Batch]:
-    """Yield numbers of options of about the same length, the longest first, as lm-eval's harness orders them."""
+    """Yield numbers of options of about the same length, the longest first,
+    as lm-eval's harness orders them.
+    """
     order = sorted(range(len(options)), key=lambda number: -len(options[number].path))
     for start in range(0, len(order), size):
         yield order[start : start + size]
@@ -64,7 +67,7 @@ class HuggingFace:
 
     @contextmanager
     def without(self, mask: Mask) -> Iterator[None]:
-        """Hook the removed units."""
+        """Remove the units while the context lasts."""
         width = self.model.config.hidden_size // self.model.config.num_attention_heads
         handles = []
         for number, layer in enumerate(self.model.model.decoder.layers):
@@ -102,7 +105,9 @@ class HuggingFace:
 
 
 class TransformerLens:
-    """TransformerLens' bridge with its hooks, batched by length; the unembedding is given the answers only."""
+    """TransformerLens' bridge with its hooks, batched by length;
+    the unembedding is given the answers only.
+    """
 
     def __init__(self, checkpoint: Path, model: Any, tokenizer: Any) -> None:
         from transformer_lens.model_bridge import TransformerBridge
@@ -121,9 +126,10 @@ class TransformerLens:
                 return z
 
             hooks.append((f"blocks.{layer}.attn.hook_z", cut))
-        for layer in sorted(mask.ffns):
-            hooks.append((f"blocks.{layer}.hook_mlp_out", lambda out, hook: torch.zeros_like(out)))
-        return hooks
+        return hooks + [
+            (f"blocks.{layer}.hook_mlp_out", lambda out, hook: torch.zeros_like(out))
+            for layer in sorted(mask.ffns)
+        ]
 
     def score(self, options: Sequence[OptionTokens], mask: Mask, batch_size: int) -> Scores:
         """Return all options' scores under a mask."""
@@ -156,7 +162,7 @@ class LmEval:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         from lm_eval.models.huggingface import HFLM
 
-        self._make = lambda size: HFLM(
+        self._make: Callable[[int], Any] = lambda size: HFLM(
             pretrained=model, tokenizer=tokenizer, batch_size=size, add_bos_token=False, device="cpu"
         )
         self._models: dict[int, Any] = {}
@@ -176,7 +182,9 @@ class LmEval:
 
 
 class DiskOffload(HuggingFace):
-    """accelerate's `disk_offload` of a bfloat16 checkpoint, all options in one batch so that weights are read once."""
+    """accelerate's `disk_offload` of a bfloat16 checkpoint,
+    all options in one batch so that weights are read once.
+    """
 
     def __init__(self, config: Any, folder: Path) -> None:
         from accelerate import disk_offload, init_empty_weights

@@ -1,4 +1,6 @@
-"""The sides of the sweep's benchmarks, as they run in processes of their own: this project, and its peers' passes."""
+"""The sides of the sweep's benchmarks, as they run in processes of their own: this project,
+and its peers' passes.
+"""
 
 import statistics
 import time
@@ -99,7 +101,9 @@ def peer_scores(
 
 
 def best_batch_size(kind: str, inputs: Inputs, name: str, shots: int) -> int:
-    """Return the batch size at which a peer scores a quarter of the documents fastest; the first pass warms up."""
+    """Return the batch size at which a peer scores a quarter of the documents fastest;
+    the first pass warms up.
+    """
 
     def seconds(size: int) -> float:
         return peer_scores(kind, inputs, name, shots, [Mask()], size, DOCUMENTS // 4)[0]
@@ -109,7 +113,9 @@ def best_batch_size(kind: str, inputs: Inputs, name: str, shots: int) -> int:
 
 
 def arithmetic(inputs: Inputs, name: str, shots: int, masks: Sequence[Mask]) -> tuple[float, float]:
-    """Return the operations of one pass an ablation, and ours: layers, and the vocabulary where answers are read."""
+    """Return the operations of one pass an ablation, and ours: layers,
+    and the vocabulary where answers are read.
+    """
     skeleton = open_store(inputs.folder / "opt-125m-float32").skeleton
     task = inputs.task(name, skeleton.width, DOCUMENTS, shots)
     tokens = sum(len(option.path) for option in task.options)
@@ -138,7 +144,9 @@ def our_scores(
 
 
 def our_pass_from_disk(inputs: Inputs, name: str, documents: int, masks: Sequence[Mask]) -> Row:
-    """Sweep from disk in int8 with memory for so many waves; bytes as the kernel counts them, and as planned."""
+    """Sweep from disk in int8 with memory for so many waves; bytes as the kernel counts them,
+    and as planned.
+    """
     store = open_store(inputs.folder / "opt-1.3b-int8")
     task = inputs.task(name, OPT_1_3B.hidden_size, documents)
     job = Job(task.packed, tuple(masks))
@@ -212,7 +220,9 @@ def one_layer_of_66b(inputs: Inputs) -> Row:
 
 
 def growth_point(inputs: Inputs, layers: int, documents: int, ablations: int) -> Row:
-    """Sweep so many head ablations, spread over the layers, over so many documents; return time and added memory."""
+    """Sweep so many head ablations, spread over the layers, over so many documents;
+    return time and added memory.
+    """
     store = open_store(inputs.folder / f"opt-125m-{layers}-layers")
     heads = ablation_masks(layers, store.skeleton.heads)[1 : 1 + layers * store.skeleton.heads]
     masks = [heads[place] for place in np.linspace(0, len(heads) - 1, ablations).round().astype(int)]

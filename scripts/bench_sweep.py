@@ -1,21 +1,25 @@
 """The sweep against other ways to do the same, on this machine, all sides in one run on the same rows.
 
     pip install -e '.[bench]'
-    python scripts/bench_sweep.py [--case 1,2,3a,3b,4a,4b,5,6] [--json FILE] [--folder DIR] [--data-dir DIR] [--tokenizer DIR]
+    python scripts/bench_sweep.py [--case 1,2,3a,3b,4a,4b,5,6] [--json FILE] [--folder DIR]
+        [--data-dir DIR] [--tokenizer DIR]
 
-    1   all single-unit ablations of OPT-125M's shape, float32, 32 documents of piqa and hellaswag, 0-shot: against Hugging
-        Face with hooks and TransformerLens with hooks, one pass an ablation. Target 3 times the better of the two.
+    1   all single-unit ablations of OPT-125M's shape, float32, 32 documents of piqa and hellaswag, 0-shot:
+        against Hugging Face with hooks and TransformerLens with hooks, one pass per ablation. Target 3 times
+        the better of the two.
     2   the same at 5-shot with one shared set of demonstrations. Target 18.
-    3   evaluation without ablations against lm-eval's `hf` model: (3a) 0-shot, target 2; (3b) 5-shot, target 10.
-    4   from disk: OPT-1.3B's shape, memory for 4 waves, 96 ablations, int8, against accelerate's `disk_offload` in bfloat16 with
-        hooks: (4a) 8 documents, target 3; (4b) one short document, target 12; both 60 times fewer bytes read. The page cache
-        is dropped before every pass.
-    5   OPT-66B's shape: one layer's 72 head ablations on 128 tokens through that layer and the next, against the bare
-        integer products. Target 0.8 of their speed.
+    3   evaluation without ablations against lm-eval's `hf` model: (3a) 0-shot, target 2; (3b) 5-shot,
+        target 10.
+    4   from disk: OPT-1.3B's shape, memory for 4 waves, 96 ablations, int8, against accelerate's
+        `disk_offload` in bfloat16 with hooks: (4a) 8 documents, target 3; (4b) one short document, target 12;
+        both 60 times fewer bytes read. The page cache is dropped before every pass.
+    5   OPT-66B's shape: one layer's 72 head ablations on 128 tokens through that layer and the next, against
+        the bare integer products. Target 0.8 of their speed.
     6   how time and memory grow with ablations, documents and layers.
 
-Peers run a stated sample of the ablations, spread over the layers, and are scaled to all; results are compared before times
-are. Every side runs in a process of its own; where several rounds are run, sides alternate and medians are taken.
+Peers run a stated sample of the ablations, spread over the layers, and are scaled to all; results are
+compared before times are. Every side runs in a process of its own; where several rounds are run, sides
+alternate and medians are taken.
 """
 
 import json
@@ -151,12 +155,13 @@ def ablations(case: str, inputs: Inputs, say: Any) -> list[Row]:
                 totals[kind] += theirs
                 differences[kind] = max(differences[kind], difference)
                 rows.append(
-                    {"case": case, "peer": kind, "task": name, "ours_seconds": seconds, "peer_seconds": theirs,
-                     "largest_difference": difference, "batch_size": sizes[kind],
+                    {"case": case, "peer": kind, "task": name, "ours_seconds": seconds,
+                     "peer_seconds": theirs, "largest_difference": difference, "batch_size": sizes[kind],
                      "sampled": f"{len(sample)} of {len(masks)}"}
                 )  # fmt: skip
                 say(
-                    f"case {case}, {name}: ours {seconds:.0f} s, {kind} {theirs:.0f} s (batches of {sizes[kind]})"
+                    f"case {case}, {name}: ours {seconds:.0f} s, {kind} {theirs:.0f} s "
+                    f"(batches of {sizes[kind]})"
                 )
     return rows + [
         compared(

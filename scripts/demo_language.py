@@ -10,6 +10,7 @@ Lines have the form `word answer` and end with a newline. Four kinds of line:
 Everything is drawn from a numpy generator, so a seed gives the same language everywhere.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,26 +20,48 @@ from transformers import PreTrainedTokenizerFast
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 BOS = 2
 
+# Tokens of a question and the token of its answer.
+Line = tuple[list[int], int]
+DrawLine = Callable[[], Line]
+
+
+def _split(text: str) -> list[str]:
+    """Return the words of a text."""
+    return text.split()
+
+
 CATEGORIES = {
-    "animal": "cat dog horse cow pig sheep goat lion bear wolf fox deer mouse duck frog snake".split(),
-    "food": "bread cheese apple rice soup cake bean egg honey butter lemon onion pear plum corn milk".split(),
-    "tool": "hammer saw drill rope nail spade rake axe knife brush ladder wrench pump broom needle chisel".split(),
-    "place": "house street river forest island bridge tower garden market valley harbor castle desert lake farm cave".split(),
+    "animal": _split("cat dog horse cow pig sheep goat lion bear wolf fox deer mouse duck frog snake"),
+    "food": _split("bread cheese apple rice soup cake bean egg honey butter lemon onion pear plum corn milk"),
+    "tool": _split(
+        "hammer saw drill rope nail spade rake axe knife brush ladder wrench pump broom needle chisel"
+    ),
+    "place": _split(
+        "house street river forest island bridge tower garden market valley harbor castle desert "
+        "lake farm cave"
+    ),
 }
 CLASSES = {
-    "metal": "iron gold silver copper tin lead zinc nickel steel bronze brass chrome cobalt mercury titanium radium".split(),
-    "music": "piano violin flute drum harp guitar trumpet organ cello horn banjo lute bell oboe tuba fiddle".split(),
-    "weather": "rain snow wind storm fog hail frost cloud thunder sleet breeze drizzle mist sun ice gale".split(),
-    "body": "hand foot nose ear eye knee arm leg neck back chin heel wrist elbow thumb tooth".split(),
+    "metal": _split(
+        "iron gold silver copper tin lead zinc nickel steel bronze brass chrome cobalt mercury "
+        "titanium radium"
+    ),
+    "music": _split(
+        "piano violin flute drum harp guitar trumpet organ cello horn banjo lute bell oboe tuba fiddle"
+    ),
+    "weather": _split(
+        "rain snow wind storm fog hail frost cloud thunder sleet breeze drizzle mist sun ice gale"
+    ),
+    "body": _split("hand foot nose ear eye knee arm leg neck back chin heel wrist elbow thumb tooth"),
 }
-NAMES = (
+NAMES = _split(
     "Anna Ben Clara David Emma Felix Grace Henry Ida Jack Kate Leo Mary Nora Oscar Paul "
     "Rosa Sam Tina Uma Victor Wanda Xenia Yara Zoe Adam Bella Carl Dora Eric Fiona George"
-).split()
-LABELS = (
+)
+LABELS = _split(
     "dax wug blick fep toma zib nalu kiv rop sefi gug mave pilo tup lorn brax hesk jun quo vit "
     "yem oss ulk cray dorn fash glim hoot jeb krul lim moxy nub pard rill snar trem vosk wem zorp"
-).split()
+)
 # Drawings of labels that training never uses; the demo's tasks use these alone.
 HELD_OUT_LABELS = (("dax", "kiv", "lorn", "vit"), ("fep", "mave", "quo", "glim"))
 HELD_OUT_VALUES = (("wug", "rop", "brax", "ulk"), ("blick", "tup", "oss", "snar"))
@@ -79,7 +102,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class Sequence:
-    """Token ids [T] of a kind; `answers` [T] is true where the token must be predicted; `period` of a repeat or 0.
+    """Token ids [T] of a kind; `answers` [T] is true where the token must be predicted;
+    `period` of a repeat or 0.
 
     `start`: where the repeated part begins to be predictable (after BOS and the first copy).
     """
@@ -134,35 +158,35 @@ class Language:
             if not any(held <= set(drawn.tolist()) for held in self.held_out):
                 return drawn
 
-    def _recall_lines(self):
+    def _recall_lines(self) -> DrawLine:
         keys = self.rng.choice(self.names, int(self.rng.integers(3, 9)), replace=False)
         values = self._drawn_labels(int(self.rng.integers(2, 6)))
         of_key = self.rng.integers(0, len(values), len(keys))
 
-        def draw():
+        def draw() -> Line:
             key = int(self.rng.integers(len(keys)))
             return [int(keys[key])], int(values[of_key[key]])
 
         return draw
 
-    def _category_lines(self):
+    def _category_lines(self) -> DrawLine:
         labels = self._drawn_labels(len(self.categories))
 
-        def draw():
+        def draw() -> Line:
             category = int(self.rng.integers(len(self.categories)))
             return [int(self.rng.choice(self.categories[category]))], int(labels[category])
 
         return draw
 
-    def _knowledge_lines(self):
-        def draw():
+    def _knowledge_lines(self) -> DrawLine:
+        def draw() -> Line:
             number = int(self.rng.integers(len(self.classes)))
             return [int(self.rng.choice(self.classes[number]))], self.class_names[number]
 
         return draw
 
-    def _repeat_lines(self):
-        def draw():
+    def _repeat_lines(self) -> DrawLine:
+        def draw() -> Line:
             chosen = self.rng.choice(len(self.spaced), int(self.rng.integers(5, 11)), replace=False)
             at = int(self.rng.integers(1, len(chosen) - 2))
             first, rest = self.unspaced[chosen[0]], [self.spaced[word] for word in chosen[1:]]

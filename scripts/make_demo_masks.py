@@ -2,8 +2,8 @@
 
     python scripts/make_demo_masks.py [FOLDER]
 
-Kept are the greedy masks of every task and shot count and of all tasks together, and every level of the curves over heads by the
-aggregate ranking.
+Kept are the greedy masks of every task and shot count and of all tasks together, and every level of the
+curves over heads by the aggregate ranking.
 """
 
 import re
@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from lowmem_icl.cli.audience import audience_of
 from lowmem_icl.cli.terminal import Terminal
 from lowmem_icl.options import RunOptions
 from lowmem_icl.run import run
@@ -28,7 +29,7 @@ def main(
 ) -> None:
     """Run the demo and keep its masks."""
     with tempfile.TemporaryDirectory(prefix="demo-masks-") as temporary:
-        finished = run(RunOptions(out=Path(temporary) / "run"), Terminal())
+        finished = run(RunOptions(out=Path(temporary) / "run"), audience_of(Terminal()))
         kept = [path for path in (finished.folder / "masks").glob("*.json") if KEPT.fullmatch(path.stem)]
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

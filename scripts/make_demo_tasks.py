@@ -3,8 +3,8 @@
     python scripts/make_demo_tasks.py [--out lowmem_icl/demo/tasks]
 
 `recall` and `category` are groups: every member fixes one drawing of answers that training never saw, and the
-rotations of a drawing's answers make its other members, so that without demonstrations every answer is right equally
-often and chance is exact.
+rotations of a drawing's answers make its other members, so that without demonstrations every answer is right
+equally often and chance is exact.
 """
 
 import argparse

@@ -2,10 +2,11 @@
 
     python scripts/train_demo_model.py [--seed 1] [--out lowmem_icl/demo]
 
-Stage 1 teaches sequences that repeat, with an auxiliary loss on attention that makes one head of layer 0 look at the
-previous token and two heads of layer 1 at the token after an earlier occurrence (an induction circuit, Olsson et al.
-2022). Stage 2 mixes in the four kinds of line of `demo_language.py`; all heads but the circuit's are dropped at
-random, so that these few carry what is learned from the context. Repeats on 2 CPU cores in about a quarter of an hour.
+Stage 1 teaches sequences that repeat, with an auxiliary loss on attention that makes one head of layer 0 look
+at the previous token and two heads of layer 1 at the token after an earlier occurrence (an induction circuit,
+Olsson et al. 2022). Stage 2 mixes in the four kinds of line of `demo_language.py`; all heads but the
+circuit's are dropped at random, so that these few carry what is learned from the context. Repeats on 2 CPU
+cores in about a quarter of an hour.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import torch
 from demo_language import Language, Sequence, build_tokenizer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 KINDS = ("recall", "category", "knowledge", "repeat")
 
@@ -68,7 +69,9 @@ def new_model(settings: Settings, vocabulary: int) -> OPTForCausalLM:
 
 
 class HeadDrop:
-    """Drops heads outside the circuit at random, a draw a sequence, by zeroing their slices before out_proj."""
+    """Drops heads outside the circuit at random, a draw a sequence,
+    by zeroing their slices before out_proj.
+    """
 
     def __init__(self, model: OPTForCausalLM, settings: Settings) -> None:
         self.keep: Tensor | None = None
@@ -81,8 +84,8 @@ class HeadDrop:
     def draw(self, batch: list[Sequence], generator: torch.Generator) -> None:
         """Draw for a batch: in a third of the sequences all go, in a third half of them, in a third none.
 
-        The circuit's heads always stay, but for half of the sequences that need no context: what is known must not
-        come to rest on them.
+        The circuit's heads always stay, but for half of the sequences that need no context: what is known
+        must not come to rest on them.
         """
         shape = (len(batch), self.settings.layers, self.settings.heads)
         share = torch.randint(0, 3, (len(batch), 1, 1), generator=generator) / 2
@@ -137,7 +140,7 @@ def draw_batch(
     ]
 
 
-def train(settings: Settings, seed: int) -> tuple[OPTForCausalLM, object]:
+def train(settings: Settings, seed: int) -> tuple[OPTForCausalLM, PreTrainedTokenizerFast]:
     """Train from scratch; the same seed and thread count give the same model."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -189,7 +192,9 @@ def train(settings: Settings, seed: int) -> tuple[OPTForCausalLM, object]:
 
 @torch.no_grad()
 def prefix_matching(model: OPTForCausalLM, vocabulary: int, sequences: int = 20) -> Tensor:
-    """Return every head's prefix-matching score [L, H] on repeated random ids after BOS (paper's appendix A.4)."""
+    """Return every head's prefix-matching score [L, H] on repeated random ids after BOS (paper's appendix
+    A.4).
+    """
     rng = np.random.default_rng(0)
     scores = []
     for number in range(sequences):

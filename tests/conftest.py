@@ -1,17 +1,45 @@
 """Models, checkpoints and rows that several tests share; all small, all made here."""
 
+import atexit
+import logging
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+# The tests have a cache of their own. Set here, above the imports that read it, and so for every child
+# process too.
+CACHE = Path(tempfile.mkdtemp(prefix="lowmem-icl-tests-"))
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+for variable in (
+    "HF_HUB_CACHE",
+    "HF_ASSETS_CACHE",
+    "HF_XET_CACHE",
+    "HF_DATASETS_CACHE",
+    "HF_TOKEN",
+    "HF_ENDPOINT",
+):
+    os.environ.pop(variable, None)
+# pytest's own folders stay where it looks for them the next time.
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+for variable, folder in {
+    "XDG_CACHE_HOME": CACHE,
+    "HF_HOME": CACHE / "huggingface",
+    "MPLCONFIGDIR": CACHE / "matplotlib",
+    "TMPDIR": CACHE / "tmp",
+}.items():
+    folder.mkdir(exist_ok=True)
+    os.environ[variable] = str(folder)
+tempfile.tempdir = None
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-import logging
-
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import pytest
 import torch
+from commands import run_small
+from demo_scores import DemoScores
 from hypothesis import settings
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -19,6 +47,7 @@ from lowmem_icl.conversion.calibration import fixed_text
 from lowmem_icl.conversion.checkpoint import open_checkpoint
 from lowmem_icl.conversion.convert import Conversion, convert
 from lowmem_icl.model.store import Store
+from lowmem_icl.planning import measure
 
 # Machines are noisy: a slow example is no failure. CI draws the same examples every time.
 settings.register_profile("unhurried", deadline=None, derandomize="CI" in os.environ)
@@ -77,6 +106,41 @@ def make_checkpoint(
                 parameter.normal_(0, 0.1)
     model.to(dtype).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hasty_measurements() -> Iterator[None]:
+    """Runs of this process measure the machine for a moment, not for two seconds: no result depends on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("LAYER_SECONDS", "OTHER_SECONDS"):
+            patch.setattr(measure, name, 0.02)
+        yield
+
+
+@pytest.fixture(scope="session")
+def stores() -> Path:
+    """Folder of stores that all tests share, so that the demo is converted once;
+    the one `run` takes by itself.
+    """
+    return CACHE / "lowmem-icl" / "stores"
+
+
+@pytest.fixture(scope="session")
+def demo_scores(stores: Path) -> DemoScores:
+    """What the demo answers under masks, for all tests that ask."""
+    return DemoScores(stores)
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
+    """Folder of a finished run of every experiment, as `run_small` starts it; copied, never written to,
+    by tests.
+    """
+    out = tmp_path_factory.mktemp("runs") / "demo"
+    result = run_small(out, stores, "--masks-dir", out.parent / "masks")
+    assert result.exit_code == 0, result.output
+    assert "accuracy by demonstrations" in result.stdout
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,26 @@
 """Slow and obvious: what the fast paths must equal. Nothing here shares code with what it checks."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Module
 from transformers import OPTForCausalLM
 
 from lowmem_icl.masks.mask import Mask
+
+# An FFN by its layer, or a head by its layer and number.
+Removable = int | tuple[int, int]
 
 
 def option_logprob(
     model: OPTForCausalLM, path: list[int], continuation: list[int], mask: Mask = Mask()
 ) -> float:
-    """Log-probability of a continuation after `path` minus it, by one run of the whole model on this option alone."""
-    return _summed_logprob(model, path, continuation, mask).item()
+    """Log-probability of a continuation after `path` minus it,
+    by one run of the whole model on this option alone.
+    """
+    return float(_summed_logprob(model, path, continuation, mask))
 
 
 def _summed_logprob(model: OPTForCausalLM, path: list[int], continuation: list[int], mask: Mask) -> Tensor:
@@ -25,7 +33,7 @@ def _summed_logprob(model: OPTForCausalLM, path: list[int], continuation: list[i
     # In float32 as the design has it, summed in float64.
     logprobs = logits.float().log_softmax(-1).double()
     first = len(path) - len(continuation)
-    return sum(logprobs[first + place, token] for place, token in enumerate(continuation))  # type: ignore[return-value]
+    return torch.stack([logprobs[first + place, token] for place, token in enumerate(continuation)]).sum()
 
 
 def hook_mask(model: OPTForCausalLM, mask: Mask) -> list[torch.utils.hooks.RemovableHandle]:
@@ -35,7 +43,7 @@ def hook_mask(model: OPTForCausalLM, mask: Mask) -> list[torch.utils.hooks.Remov
     for number, layer in enumerate(model.model.decoder.layers):
         heads = [head for at, head in mask.heads if at == number]
 
-        def cut(module, arguments, heads=heads):
+        def cut(module: Module, arguments: tuple[Tensor, ...], heads: Sequence[int] = heads) -> tuple[Tensor]:
             z = arguments[0].clone()
             for head in heads:
                 z[..., head * width : (head + 1) * width] = 0
@@ -47,6 +55,11 @@ def hook_mask(model: OPTForCausalLM, mask: Mask) -> list[torch.utils.hooks.Remov
                 layer.fc2.register_forward_hook(lambda module, arguments, output: torch.zeros_like(output))
             )
     return handles
+
+
+def gradient_of(tensor: Tensor) -> Tensor:
+    """Return the gradient retained at a tensor; 0 where it leads nowhere, as a removed FFN's output."""
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
 
 
 def unit_gradients(
@@ -61,11 +74,13 @@ def unit_gradients(
     handles = []
     for number, layer in enumerate(model.model.decoder.layers):
 
-        def keep_z(module, arguments, number=number):
+        def keep_z(module: Module, arguments: tuple[Tensor, ...], number: int = number) -> None:
             arguments[0].retain_grad()
             kept["z", number] = arguments[0]
 
-        def keep_ffn(module, arguments, output, number=number):
+        def keep_ffn(
+            module: Module, arguments: tuple[Tensor, ...], output: Tensor, number: int = number
+        ) -> None:
             output.retain_grad()
             kept["ffn", number] = output
 
@@ -80,19 +95,19 @@ def unit_gradients(
     by_head, by_ffn = [], []
     for number in range(layers):
         z, ffn = kept["z", number], kept["ffn", number]
-        by_head.append((z * z.grad)[0].view(len(path), heads, -1).sum(-1).detach().numpy())
-        # A removed FFN's output leads nowhere.
-        gradient = torch.zeros_like(ffn) if ffn.grad is None else ffn.grad
-        by_ffn.append((ffn * gradient).view(len(path), -1).sum(-1).detach().numpy())
+        by_head.append((z * gradient_of(z))[0].view(len(path), heads, -1).sum(-1).detach().numpy())
+        by_ffn.append((ffn * gradient_of(ffn)).view(len(path), -1).sum(-1).detach().numpy())
     head, ffn_terms = np.stack(by_head), np.stack(by_ffn)
     return np.abs(head).sum(1), head.sum(1), np.abs(ffn_terms).sum(1), ffn_terms.sum(1)
 
 
 def reference_importance(model: OPTForCausalLM, examples: list[tuple[list[int], list[int]]]) -> np.ndarray:
-    """Importance of heads [L, H] as the paper's code computes it, example by example: (context, continuation) tokens.
+    """Importance of heads [L, H] as the paper's code computes it, example by example: (context,
+    continuation) tokens.
 
-    Cross-entropy, a mean over the continuation's tokens; Σ over all tokens of |⟨A, ∂L/∂A⟩| by head, A the input of the
-    attention's output projection; divided by Σ (N − 1), in the last layer by Σ continuation tokens.
+    Cross-entropy, a mean over the continuation's tokens; Σ over all tokens of |⟨A, ∂L/∂A⟩| by head, A the
+    input of the attention's output projection; divided by Σ (N − 1), in the last layer by Σ continuation
+    tokens.
     """
     heads = model.config.num_attention_heads
     layers = model.model.decoder.layers
@@ -100,7 +115,7 @@ def reference_importance(model: OPTForCausalLM, examples: list[tuple[list[int], 
     for context, continuation in examples:
         kept: list[Tensor] = []
 
-        def keep(module, arguments, kept=kept):
+        def keep(module: Module, arguments: tuple[Tensor, ...], kept: list[Tensor] = kept) -> None:
             arguments[0].retain_grad()
             kept.append(arguments[0])
 
@@ -110,7 +125,7 @@ def reference_importance(model: OPTForCausalLM, examples: list[tuple[list[int], 
         for handle in handles:
             handle.remove()
         for number, attended in enumerate(kept):
-            by_head = (attended * attended.grad)[0].unflatten(-1, (heads, -1)).sum(-1)
+            by_head = (attended * gradient_of(attended))[0].unflatten(-1, (heads, -1)).sum(-1)
             total[number] += by_head.abs().sum(0).detach().numpy()
         all_tokens += len(context) + len(continuation) - 1
         answer_tokens += len(continuation)
@@ -120,21 +135,28 @@ def reference_importance(model: OPTForCausalLM, examples: list[tuple[list[int], 
 
 
 def greedy_layerwise(
-    layers: int, heads: int, tolerance: float, choose, check, *, up: bool = False, joint: bool = False,
+    layers: int,
+    heads: int,
+    tolerance: float,
+    choose: Callable[[Mask], float],
+    check: Callable[[Mask], float],
+    *,
+    up: bool = False,
+    joint: bool = False,
     weights: tuple[int, int] = (1, 1),
-) -> Mask:  # fmt: skip
+) -> Mask:
     """The pruner of the description, one evaluation at a time; choose, check: mask to how much is lost.
 
     `weights`: what a head and an FFN count, where they are removed jointly.
     """
     order_of_layers = list(range(layers)) if up else list(reversed(range(layers)))
-    groups = [[(layer, head) for head in range(heads)] for layer in order_of_layers]
+    groups: list[list[Removable]] = [[(layer, head) for head in range(heads)] for layer in order_of_layers]
     if joint:
         groups = [[*group, layer] for group, layer in zip(groups, order_of_layers, strict=True)]
     else:
         groups += [[layer] for layer in order_of_layers]
 
-    def weight(unit) -> int:
+    def weight(unit: Removable) -> int:
         return weights[isinstance(unit, int)]
 
     mask, visited, whole = Mask(), 0, sum(weight(unit) for group in groups for unit in group)
@@ -154,14 +176,16 @@ def greedy_layerwise(
     return mask
 
 
-def _mask(unit: int | tuple[int, int]) -> Mask:
+def _mask(unit: Removable) -> Mask:
     return Mask(ffns=frozenset([unit])) if isinstance(unit, int) else Mask(heads=frozenset([unit]))
 
 
 def pattern_scores(
     attention: np.ndarray, base_tokens: int, *, reference: bool = False
 ) -> dict[str, list[float]]:
-    """Prefix matching, previous-token and duplicate-token scores of heads, [H, T, T], by the description's nested loops."""
+    """Prefix matching, previous-token and duplicate-token scores of heads, [H, T, T],
+    by the description's nested loops.
+    """
     scores: dict[str, list[float]] = {"prefix_matching": [], "previous_token": [], "duplicate_token": []}
     last = 4 * base_tokens
     for head in range(len(attention)):
@@ -193,7 +217,9 @@ def copying(
     bias: bool = False,
     own_token: bool = False,
 ) -> np.ndarray:
-    """Copying [L, H] of a row by paper.md 5.3, a head and a place at a time; `own_token`: its reference code's way."""
+    """Copying [L, H] of a row by paper.md 5.3, a head and a place at a time; `own_token`:
+    its reference code's way.
+    """
     heads, layers = model.config.num_attention_heads, model.model.decoder.layers
     width = model.config.hidden_size // heads
     ids = torch.tensor([tokens])
@@ -232,7 +258,9 @@ def _causal(tokens: int) -> Tensor:
 
 
 def copying_eigenvalues(model: OPTForCausalLM) -> np.ndarray:
-    """Σ Re λ / Σ |λ| [L, H] over the eigenvalues of every head's whole product from vocabulary to vocabulary."""
+    """Σ Re λ / Σ |λ| [L, H] over the eigenvalues of every head's whole product from vocabulary to
+    vocabulary.
+    """
     heads = model.config.num_attention_heads
     width = model.config.hidden_size // heads
     embedding = model.get_input_embeddings().weight.double().numpy()

@@ -11,7 +11,14 @@ from lowmem_icl.tables.blocks import frame
 
 
 def record(task: str, value: float, **fields: Any) -> dict[str, Any]:
-    base = {"experiment": "evaluate", "task": task, "shots": 1, "split": "validation", "mask": "clean", "metric": "acc"}
+    base = {
+        "experiment": "evaluate",
+        "task": task,
+        "shots": 1,
+        "split": "validation",
+        "mask": "clean",
+        "metric": "acc",
+    }
     return base | {"value": value, "stderr": 0.1, "chance": 0.5, "documents": 10, "exact": True} | fields
 
 
@@ -34,16 +41,38 @@ def test_numbers_that_one_task_lacks_have_no_mean() -> None:
 def test_a_tasks_own_metric_counts_as_its_accuracy() -> None:
     records = [record("piqa", 0.5), record("record", 0.9, metric="em", split="test", stderr=None)]
     (mean,) = over_tasks(frame("results", records)).to_dicts()
-    assert (mean["metric"], mean["value"], mean["split"], mean["stderr"], mean["low"]) == ("acc", 0.7, None, None, None)
+    assert (mean["metric"], mean["value"], mean["split"], mean["stderr"], mean["low"]) == (
+        "acc",
+        0.7,
+        None,
+        None,
+        None,
+    )
 
 
 def test_what_tasks_prune_by_their_own_rankings_is_one_thing() -> None:
     records = [
-        record(task, value, procedure="curve-heads", percent=10, mask=f"gradient-{task}", mask_task=task, mask_shots=1)
+        record(
+            task,
+            value,
+            procedure="curve-heads",
+            percent=10,
+            mask=f"gradient-{task}",
+            mask_task=task,
+            mask_shots=1,
+        )
         for task, value in (("piqa", 0.4), ("copa", 0.6))
     ]
     records += [
-        record(task, value, procedure="curve-heads", percent=10, mask="gradient-all", mask_task="aggregate", mask_shots=1)
+        record(
+            task,
+            value,
+            procedure="curve-heads",
+            percent=10,
+            mask="gradient-all",
+            mask_task="aggregate",
+            mask_shots=1,
+        )
         | {"other_task": "aggregate", "other_shots": 1}
         for task, value in (("piqa", 0.1), ("copa", 0.3))
     ]
@@ -54,8 +83,22 @@ def test_what_tasks_prune_by_their_own_rankings_is_one_thing() -> None:
 
 def test_units_have_means_of_their_own() -> None:
     blocks = [
-        {"task": task, "shots": 0, "metric": "gold_prob_drop", "kind": "head", "layer": np.arange(3), "head": 0}
-        | {"value": values, "stderr": np.ones(3), "exact": True, "documents": 4, "heads_removed": 1, "ffns_removed": 0}
+        {
+            "task": task,
+            "shots": 0,
+            "metric": "gold_prob_drop",
+            "kind": "head",
+            "layer": np.arange(3),
+            "head": 0,
+        }
+        | {
+            "value": values,
+            "stderr": np.ones(3),
+            "exact": True,
+            "documents": 4,
+            "heads_removed": 1,
+            "ffns_removed": 0,
+        }
         for task, values in (("piqa", np.arange(3.0)), ("copa", np.arange(3.0) + 2))
     ]
     means = over_tasks(frame("results", blocks)).sort("layer")
@@ -69,7 +112,11 @@ def test_a_mean_with_an_estimate_in_it_is_not_exact() -> None:
 
 
 def test_labels_and_ablation_follow_from_the_rest() -> None:
-    records = [record("piqa", 0.5), record("piqa", 0.5, shots=0, mask="m", heads_removed=2), record("piqa", 0.5, shots=None)]
+    records = [
+        record("piqa", 0.5),
+        record("piqa", 0.5, shots=0, mask="m", heads_removed=2),
+        record("piqa", 0.5, shots=None),
+    ]
     table = frame("results", records)
     assert table["labels"].to_list() == ["right", None, None]
     assert table["ablation"].to_list() == [None, "zero", None]

@@ -9,9 +9,11 @@ from lowmem_icl.engine.micro_batches import MICRO_BATCH_TOKENS, Piece, micro_bat
 from lowmem_icl.rows import with_stems
 
 blocks = st.lists(
-    st.tuples(st.integers(1, 1400), st.sets(st.integers(0, 30)).map(lambda slots: np.array(sorted(slots), int))),
+    st.tuples(
+        st.integers(1, 1400), st.sets(st.integers(0, 30)).map(lambda slots: np.array(sorted(slots), int))
+    ),
     max_size=12,
-)  # fmt: skip
+)
 
 
 @given(block=blocks)

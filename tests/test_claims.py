@@ -31,20 +31,19 @@ def task_rows(
     clusters: list[str] | None = None,
 ) -> TaskRows:
     """A task's documents at these places of its split."""
+    own: list[str] = [f"0:{place}" for place in places]
     documents = tuple(
         Document(
             place,
             (),
             (),
-            cluster if cluster is not None else f"0:{place}",
+            cluster,
             (),
-            unit if unit is not None else f"0:{place}",
+            unit,
             0,
             {},
         )
-        for place, unit, cluster in zip(
-            places, units or [None] * len(places), clusters or [None] * len(places), strict=True
-        )
+        for place, unit, cluster in zip(places, units or own, clusters or own, strict=True)
     )
     return TaskRows(task, shots, "train", documents, "acc", ())
 
@@ -116,7 +115,7 @@ def test_the_best_units_are_no_better_than_others_where_all_are_the_same() -> No
         honest.append(found.value)
         covered.append(found.low <= 0.1 <= found.high)
     assert np.mean(naive) > 0.5, "what choosing and judging on the same documents says"
-    assert np.mean(honest) == pytest.approx(0.1, abs=4 * np.std(honest) / 10)
+    assert np.mean(honest) == pytest.approx(0.1, abs=4 * float(np.std(honest)) / 10)
     assert np.mean(covered) >= 0.85
 
 
@@ -135,7 +134,8 @@ def test_halves_hold_whole_passages() -> None:
 def test_top_drops_by_hand() -> None:
     gold = np.array([[4.0, 0, 4, 0], [1, 2, 1, 2], [9, 9, 9, 9]])
     rows = list(top_drop_rows(UNITS, measured(task_rows("a", 1, [0, 1, 2, 3]), gold), seed=0))
-    # Documents 0 and 2 choose head 0, by which 1 and 3 lose nothing; these choose head 1, by which 0 and 2 lose 1.
+    # Documents 0 and 2 choose head 0, by which 1 and 3 lose nothing; these choose head 1, by which 0 and 2
+    # lose 1.
     assert [(row["kind"], row["k"], row["value"]) for row in rows] == [("head", 1, 0.5), ("ffn", 1, 9)]
     assert not list(top_drop_rows(UNITS, measured(task_rows("a", 1, [0]), gold[:, :1]), seed=0))
 

@@ -1,4 +1,6 @@
-"""Pruning curves: what their masks hold, their knees, and that a run's points are what an evaluation of the mask says."""
+"""Pruning curves: what their masks hold, their knees, and that a run's points are what an evaluation of the
+mask says.
+"""
 
 import itertools
 from pathlib import Path
@@ -6,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from typer.testing import CliRunner
+from commands import invoke
 
-from lowmem_icl.cli.app import app
 from lowmem_icl.experiments.prune.curves import (
     LEVELS,
     CurvePoint,
@@ -115,9 +116,10 @@ def test_a_knee_is_the_largest_level_within_a_point_and_a_standard_error() -> No
 def test_knees_are_chosen_on_training_and_reported_on_evaluation_rows() -> None:
     def row(split: str, level: int, drop: float) -> dict[str, object]:
         return {
-            "task": "a", "shots": 0, "method": "gradient", "kind": "head", "other_task": None, "other_shots": None,
-            "k": level, "metric": "acc_drop", "value": drop, "stderr": 0.02, "low": drop, "high": drop, "split": split,
-            "documents": 8, "mask": f"m{level}", "heads_removed": level, "ffns_removed": 0,
+            "task": "a", "shots": 0, "method": "gradient", "kind": "head", "other_task": None,
+            "other_shots": None, "k": level, "metric": "acc_drop", "value": drop, "stderr": 0.02, "low": drop,
+            "high": drop, "split": split, "documents": 8, "mask": f"m{level}", "heads_removed": level,
+            "ffns_removed": 0,
         }  # fmt: skip
 
     training = [row("train", level, drop) for level, drop in ((0, 0.0), (10, 0.0), (20, 0.005), (30, 0.3))]
@@ -135,8 +137,9 @@ def test_knees_are_chosen_on_training_and_reported_on_evaluation_rows() -> None:
 def test_the_control_has_a_mean_and_a_band() -> None:
     values = np.linspace(0.2, 0.8, 21)
     rows = [
-        {"task": "a", "shots": 0, "split": "test", "kind": "head", "k": 50, "metric": "acc", "heads_removed": 16,
-         "ffns_removed": 0, "documents": 8, "method": "random", "value": value, "chance": 0.5}
+        {"task": "a", "shots": 0, "split": "test", "kind": "head", "k": 50, "metric": "acc",
+         "heads_removed": 16, "ffns_removed": 0, "documents": 8, "method": "random", "value": value,
+         "chance": 0.5}
         for value in values
     ]  # fmt: skip
     (band,) = control_rows(rows)
@@ -149,19 +152,15 @@ def test_equal_scores_are_told_apart_by_the_second() -> None:
     np.testing.assert_array_equal(order, [3, 1, 0, 2])
 
 
-def invoke(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 @pytest.fixture(scope="module")
-def paper_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def paper_run(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
     """A run of all curves, small."""
     folder = tmp_path_factory.mktemp("curves")
     result = invoke(
         "run", "--tasks", "recall,category,knowledge", "--shots", "0,4", "--limit", 24, "--train-limit", 8,
-        "--curve-limit", 16, "--experiments", "evaluate,importance,ablate,prune", "--random-draws", 2, "--rescore",
-        "--curves", "heads,ffns,combined,transfer,cross-shot,random", "--direction", "up", "--order", "joint",
-        "--store-dir", folder / "stores", "--out", folder / "run", "--quiet",
+        "--curve-limit", 16, "--experiments", "evaluate,importance,ablate,prune", "--random-draws", 2,
+        "--rescore", "--curves", "heads,ffns,combined,transfer,cross-shot,random", "--direction", "up",
+        "--order", "joint", "--store-dir", stores, "--out", folder / "run", "--quiet",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     return folder
@@ -190,11 +189,13 @@ def test_every_curve_is_there_with_all_its_levels(paper_run: Path) -> None:
     assert set(curves["documents"].drop_nulls()) == {16, 48}
 
 
-def test_a_point_is_what_an_evaluation_of_its_mask_says(paper_run: Path, tmp_path: Path) -> None:
+def test_a_point_is_what_an_evaluation_of_its_mask_says(
+    paper_run: Path, stores: Path, tmp_path: Path
+) -> None:
     name = "gradient-heads-50-recall-4shot"
     result = invoke(
         "evaluate", "--mask", paper_run / "run" / "masks" / f"{name}.json", "--tasks", "recall", "--shots", 4,
-        "--limit", 16, "--store-dir", paper_run / "stores", "--out", tmp_path / "alone", "--quiet",
+        "--limit", 16, "--store-dir", stores, "--out", tmp_path / "alone", "--quiet",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     alone = read_table(tmp_path / "alone" / "results.parquet", "results").filter(pl.col("mask") == name)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracles
@@ -66,8 +67,8 @@ def random_task(seed: int, documents: int = 5, shortest: int = 3, shared: int = 
     return TaskRows("random", 0, "train", tuple(made), "acc", ())
 
 
-def packed_task(seed: int, shared: int = 0, **arguments: object) -> PackedTask:
-    return pack(random_task(seed, 9 if shared else 5, shared=shared), ids, LIMITS, **arguments)  # type: ignore[arg-type]
+def packed_task(seed: int, shared: int = 0, *, gold_only: bool = False) -> PackedTask:
+    return pack(random_task(seed, 9 if shared else 5, shared=shared), ids, LIMITS, gold_only=gold_only)
 
 
 def random_rows(seed: int, shared: int) -> tuple[Row, ...]:
@@ -80,7 +81,7 @@ def swept(
     limits: SweepLimits = PLENTY,
     resident: int = 1 << 30,
     spill: Path | None = None,
-):
+) -> list[Scores]:
     with StreamedModel(store, device=CPU, resident_bytes=resident) as model, cache_of(limits, spill) as cache:
         return sweep(PassSetup(model, limits, cache), jobs)
 
@@ -98,9 +99,7 @@ def test_every_option_equals_hugging_face_on_that_option_alone(checkpoint: Path,
 
 
 @pytest.mark.parametrize("changes", [{}, {"do_layer_norm_before": False, "word_embed_proj_dim": 16}])
-def test_sweep_over_all_units_equals_one_hooked_run_a_unit(
-    tmp_path: Path, changes: dict[str, object]
-) -> None:
+def test_sweep_over_all_units_equals_one_hooked_run_a_unit(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Also for OPT-350M's shape: norms after the blocks, projections around the embeddings."""
     from conftest import make_checkpoint, make_store
 
@@ -182,7 +181,8 @@ def test_int8_results_do_not_depend_on_threads(int8_store: Store) -> None:
             results.append(swept(int8_store, [job])[0].logprobs)
     finally:
         torch.set_num_threads(before)
-    np.testing.assert_array_equal(*results)
+    left, right = results
+    np.testing.assert_array_equal(left, right)
 
 
 def test_an_all_zero_layer_is_finite_in_int8(int8_store: Store) -> None:
@@ -193,7 +193,9 @@ def test_an_all_zero_layer_is_finite_in_int8(int8_store: Store) -> None:
     assert np.isfinite(scores.logprobs).all()
 
 
-def gradients(store: Store, task: PackedTask, limits: SweepLimits = PLENTY, mask: Mask = Mask()):
+def gradients(
+    store: Store, task: PackedTask, limits: SweepLimits = PLENTY, mask: Mask = Mask()
+) -> UnitGradients:
     chosen = np.array([gold for document in task.task.documents for gold in document.gold])
     result = UnitGradients.empty(len(task.task.documents), task.packed.option_count, 3, 4)
     with StreamedModel(store, device=CPU, resident_bytes=0) as model, cache_of(limits) as cache:
@@ -228,7 +230,9 @@ def test_int8_gradients_do_not_depend_on_memory(int8_store: Store) -> None:
 
 
 def test_attribution_estimates_small_ablations(float_store: Store) -> None:
-    """Halving a head instead of removing it makes the first-order estimate exact in the limit; here its sign and order."""
+    """Halving a head instead of removing it makes the first-order estimate exact in the limit;
+    here its sign and order.
+    """
     task = packed_task(6, gold_only=True)
     (scores,) = swept(float_store, [Job(task.packed, ablation_masks(3, 4))])
     exact = np.nansum(scores.logprobs[:1] - scores.logprobs[1:], 1)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracles
@@ -150,9 +151,7 @@ def test_the_attention_refuses_what_it_does_not_do(unknown: dict[str, object]) -
 
 
 @pytest.mark.parametrize("changes", [{}, {"do_layer_norm_before": False, "word_embed_proj_dim": 16}])
-def test_gradients_of_a_model_without_some_ffns_are_its_own(
-    tmp_path: Path, changes: dict[str, object]
-) -> None:
+def test_gradients_of_a_model_without_some_ffns_are_its_own(tmp_path: Path, changes: dict[str, Any]) -> None:
     folder = make_checkpoint(tmp_path / "checkpoint", **changes)
     task, mask = packed_task(4, gold_only=True), Mask(frozenset([(0, 1), (2, 2)]), frozenset([0, 2]))
     result = gradients(make_store(folder, tmp_path / "store", "float32"), task, mask=mask)

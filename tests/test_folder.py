@@ -239,7 +239,7 @@ def test_what_is_no_run_folder_is_refused_and_kept(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(InputError, match=f"--out .*{message}"):
             check_output(options_of(tmp_path / out))
-    with pytest.raises(InputError, match="--masks-dir .* is a file"):
+    with pytest.raises(InputError, match=r"--masks-dir .* is a file"):
         check_output(options_of(tmp_path / "run", masks_dir=tmp_path / "foreign" / "precious.txt"))
     assert (
         check_output(options_of(tmp_path / "logged", masks_dir=tmp_path / "a" / "b")) == tmp_path / "logged"
@@ -293,7 +293,8 @@ def spoiled(content: Any) -> Iterator[Any]:
     keys = list(content) if isinstance(content, dict) else range(len(content))
     for key in keys:
         value = content[key]
-        for other in ([], {}, "text", None, -1, True):
+        others: tuple[Any, ...] = ([], {}, "text", None, -1, True)
+        for other in others:
             if type(other) is not type(value):
                 changed = copy.copy(content)
                 changed[key] = other

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -12,7 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from commands import PROCESS, invoke
 from conftest import make_checkpoint, make_store
+from demo_scores import DEMO
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from test_store import as_pickle
 
@@ -32,7 +34,7 @@ class Hub:
         self.watched: Path | None = None
         self.seen_together: list[set[str]] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
     def endpoint(self) -> str:
@@ -86,29 +88,22 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The stand-in, as the hub of this process too, whose client read the environment when it was
+    imported.
+    """
     folder = make_checkpoint(tmp_path / "repository", vocab_size=528)
     as_pickle(folder, "model.")
-    demo = Path(__file__).parents[1] / "lowmem_icl" / "demo"
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((demo / name).read_bytes())
+        (folder / name).write_bytes((DEMO / name).read_bytes())
     serving = Hub(folder)
+    monkeypatch.setattr(constants, "ENDPOINT", serving.endpoint)
+    template = serving.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
     yield serving
     serving.server.shutdown()
     serving.server.server_close()
-
-
-def command(hub: Hub, home: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run lowmem-icl with the stand-in as its hub."""
-    return subprocess.run(
-        [sys.executable, "-c", "from lowmem_icl.cli.app import app; app()", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ
-        | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
-        | environment,
-    )
 
 
 SHARDS = ["pytorch_model-00001.bin", "pytorch_model-00002.bin"]
@@ -116,8 +111,8 @@ SHARDS = ["pytorch_model-00001.bin", "pytorch_model-00002.bin"]
 
 def test_shards_are_fetched_converted_and_deleted_one_by_one(hub: Hub, tmp_path: Path) -> None:
     store = hub.watched = tmp_path / "store"
-    done = command(hub, tmp_path / "home", "convert", REPOSITORY, store, "--delete-shards")
-    assert done.returncode == 0, done.stderr
+    done = invoke("convert", REPOSITORY, store, "--delete-shards")
+    assert done.exit_code == 0, done.stderr
     assert [name for name in hub.fetched if name in SHARDS] == SHARDS
     assert all(len(together) == 0 for together in hub.seen_together), "a shard goes before the next one comes"
     assert not (store / "fetched").exists()
@@ -130,16 +125,16 @@ def test_shards_are_fetched_converted_and_deleted_one_by_one(hub: Hub, tmp_path:
 
 
 def test_a_fetch_that_fails_is_told_and_the_next_run_goes_on(hub: Hub, tmp_path: Path) -> None:
-    store, home = tmp_path / "store", tmp_path / "home"
+    store = tmp_path / "store"
     arguments = ("convert", REPOSITORY, store, "--weights", "float32", "--delete-shards")
     hub.refused = {SHARDS[1]}
-    failed = command(hub, home, *arguments)
-    assert failed.returncode == 2
+    failed = invoke(*arguments)
+    assert failed.exit_code == 2
     assert "run the same command again" in failed.stderr
     assert not (store / "fetched" / SHARDS[0]).exists()
     assert list(store.rglob("*.piece")), "the layer that lies in two shards is kept as far as it was read"
     hub.refused, hub.fetched = set(), []
-    assert command(hub, home, *arguments).returncode == 0
+    assert invoke(*arguments).exit_code == 0
     assert SHARDS[0] not in hub.fetched
     expected = make_store(hub.folder, tmp_path / "expected", "float32")
     for number in range(3):
@@ -149,16 +144,21 @@ def test_a_fetch_that_fails_is_told_and_the_next_run_goes_on(hub: Hub, tmp_path:
 
 
 def test_without_deletion_shards_stay_in_the_hubs_cache_and_the_network_is_needed_once(
-    hub: Hub, tmp_path: Path
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, stores = tmp_path / "home", tmp_path / "stores"
-    arguments = ("convert", REPOSITORY, "--store-dir", stores, "--weights", "float32")
-    first = command(hub, home, *arguments)
+    arguments = ("convert", REPOSITORY, "--store-dir", str(stores), "--weights", "float32")
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    first = subprocess.run(
+        [*PROCESS, *arguments], capture_output=True, text=True, check=False, env=os.environ | environment
+    )
     assert first.returncode == 0, first.stderr
     assert len(list(home.rglob("snapshots/*/pytorch_model*"))) == 3
-    again = command(hub, home, *arguments, HF_HUB_OFFLINE="1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    again = invoke(*arguments)
     assert again.stdout == first.stdout
-    without_cache = command(hub, tmp_path / "other", *arguments, HF_HUB_OFFLINE="1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "other" / "hub"))
+    without_cache = invoke(*arguments)
     assert without_cache.stdout == first.stdout, without_cache.stderr
 
 
@@ -166,20 +166,20 @@ def test_planning_a_hub_id_fetches_no_weights(hub: Hub, tmp_path: Path) -> None:
     own = tmp_path / "own.jsonl"
     own.write_text('{"context": "cat", "options": [" dog", " wug"], "gold": 1}\n' * 4)
     arguments = ("--tasks", own, "--shots", "0", "--store-dir", tmp_path / "stores", "--json")
-    planned = command(hub, tmp_path / "home", "plan", "--model", REPOSITORY, *arguments)
-    assert planned.returncode == 0, planned.stderr
+    planned = invoke("plan", "--model", REPOSITORY, *arguments)
+    assert planned.exit_code == 0, planned.stderr
     shard_bytes = sum((hub.folder / name).stat().st_size for name in SHARDS)
     assert json.loads(planned.stdout)["convert_bytes"] == shard_bytes
     assert "config.json" in hub.fetched
     assert not set(SHARDS) & set(hub.fetched)
     assert not (tmp_path / "stores").exists()
-    missing = command(hub, tmp_path / "home", "plan", "--model", "someone/else", *arguments)
-    assert missing.returncode == 2
+    missing = invoke("plan", "--model", "someone/else", *arguments)
+    assert missing.exit_code == 2
     assert "someone/else" in missing.stderr
 
 
 def test_deleting_shards_of_a_folder_is_refused(hub: Hub, tmp_path: Path) -> None:
-    refused = command(hub, tmp_path / "home", "convert", hub.folder, tmp_path / "store", "--delete-shards")
-    assert refused.returncode == 2
+    refused = invoke("convert", hub.folder, tmp_path / "store", "--delete-shards")
+    assert refused.exit_code == 2
     assert "only what was fetched from the hub" in refused.stderr.replace("\n", " ")
     assert all((hub.folder / name).is_file() for name in SHARDS)

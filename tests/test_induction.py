@@ -1,6 +1,9 @@
-"""Induction heads: scores against slow loops, Hugging Face and TransformerLens; capacity, overlap, and what they cause."""
+"""Induction heads: scores against slow loops, Hugging Face and TransformerLens; capacity, overlap,
+and what they cause.
+"""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,18 +12,18 @@ import oracles
 import polars as pl
 import pytest
 import torch
+from commands import invoke
 from conftest import make_checkpoint, make_store
+from demo_scores import DEMO, PLENTY, DemoScores
 from scipy import stats
 from transformers import AutoTokenizer, OPTForCausalLM
-from typer.testing import CliRunner
 
-from lowmem_icl.cli.app import app
 from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.engine.copying import DEFAULT_COPYING, REFERENCE_COPYING, CopyingForm
 from lowmem_icl.engine.head_scores import HeadQuestions, HeadScores, PassCheckpoint
-from lowmem_icl.engine.passes import PassSetup, score_heads, sweep
+from lowmem_icl.engine.passes import PassSetup, score_heads
 from lowmem_icl.engine.patterns import pattern_scores, patterns, query_blocks
-from lowmem_icl.engine.schedule import Job, SweepLimits
+from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.errors import InputError
 from lowmem_icl.experiments.induction import measure as induction
 from lowmem_icl.experiments.induction.stage import head_questions
@@ -30,15 +33,12 @@ from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.options import RunOptions
 from lowmem_icl.rows import stem_of
-from lowmem_icl.session.prepare import Prepared, prepare, with_store
+from lowmem_icl.session.prepare import prepare, with_store
 from lowmem_icl.statistics.detection import area_under_curve, precision_at, rank_correlation
 from lowmem_icl.tables.schema import read_table
 from lowmem_icl.tasks.random_sequences import Drawable, drawable_ids, random_sequences
-from lowmem_icl.tasks.scoring import document_scores
 
-PLENTY = SweepLimits.of(1 << 30)
 SEQUENCES = random_sequences(Drawable(np.arange(4, 300), "ids"), 2, 96, seed=1, count=3)
-DEMO = Path(__file__).parents[1] / "lowmem_icl" / "demo"
 
 
 def questions(form: CopyingForm = DEFAULT_COPYING, *, spurious: bool = False) -> HeadQuestions:
@@ -68,7 +68,7 @@ def eager(checkpoint: Path) -> OPTForCausalLM:
     return model.eval().requires_grad_(False)
 
 
-def dense_blocks(attention: torch.Tensor, rows: int = 64):
+def dense_blocks(attention: torch.Tensor, rows: int = 64) -> Iterator[tuple[slice, torch.Tensor]]:
     for places in query_blocks(attention.shape[1], rows):
         yield places, attention[:, places, : places.stop]
 
@@ -120,6 +120,8 @@ def test_attention_is_what_hugging_face_gives(checkpoint: Path, float_store: Sto
         for number, layer in model.layers(range(3)):
             torch.testing.assert_close(residual, expected.hidden_states[number][0], atol=2e-5, rtol=1e-4)
             attended = layer.attend(residual, segments, with_queries=True)
+            assert attended.queries is not None
+            assert attended.keys is not None
             for rows in (7, 64):
                 for places, pattern in patterns(attended.queries, attended.keys, rows):
                     wanted = expected.attentions[number][0, :, places, : places.stop]
@@ -368,19 +370,7 @@ def test_random_draws_are_of_the_same_layers_and_spare_the_circuit() -> None:
     assert induction.random_draws(Mask(frozenset([(0, 0)])), crowded, np.zeros((1, 8)), 0) == []
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    folder = tmp_path_factory.mktemp("stores")
-    options = RunOptions(tasks=("recall",), shots=(16,), store_dir=folder, experiments=("induction",))
-    return with_store(prepare(options))
-
-
-@pytest.fixture(scope="module")
-def demo_scores(demo: Prepared) -> HeadScores:
-    return scored(demo.store, head_questions(RunOptions(), demo))
-
-
-def test_transformer_lens_finds_the_same_heads(demo: Prepared, demo_scores: HeadScores) -> None:
+def test_transformer_lens_finds_the_same_heads(stores: Path) -> None:
     lens = pytest.importorskip("transformer_lens")
     from transformer_lens.head_detector import detect_head
     from transformer_lens.model_bridge import TransformerBridge
@@ -388,45 +378,51 @@ def test_transformer_lens_finds_the_same_heads(demo: Prepared, demo_scores: Head
     assert lens is not None
     model = eager(DEMO)
     bridge = TransformerBridge.boot_transformers(
-        str(DEMO), hf_model=model, tokenizer=AutoTokenizer.from_pretrained(DEMO), device="cpu", dtype=torch.float32
+        str(DEMO), hf_model=model, tokenizer=AutoTokenizer.from_pretrained(DEMO), device="cpu",
+        dtype=torch.float32
     )  # fmt: skip
-    sequences = demo.random_sequences(42)
-    chosen = (0, 20, 40)
+    options = RunOptions(tasks=("recall",), shots=(16,), store_dir=stores, experiments=("induction",))
+    demo = with_store(prepare(options))
+    chosen = slice(0, 41, 20)
+    whole = head_questions(demo)
+    asked = replace(
+        whole,
+        repeated=whole.repeated[chosen],
+        unrepeated=whole.unrepeated[chosen],
+        base_tokens=whole.base_tokens[chosen],
+    )
     theirs = []
-    for number in chosen:
-        tokens = torch.from_numpy(sequences.repeated[number])[None]
+    for repeated in demo.random_sequences(42).repeated[chosen]:
+        tokens = torch.from_numpy(repeated)[None]
         bridge.to_tokens = lambda text, tokens=tokens: tokens
         theirs.append(detect_head(bridge, "", "induction_head").numpy())
-    ours = demo_scores.prefix_matching[list(chosen)].mean(0)
+    ours = scored(demo.store, asked).prefix_matching.mean(0)
     expected = np.mean(theirs, axis=0)
     assert stats.spearmanr(ours.ravel(), expected.ravel()).statistic >= 0.9
     top = [set(np.argsort(-scores.ravel())[:4].tolist()) for scores in (ours, expected)]
     assert top[0] == top[1]
 
 
-def test_the_demos_induction_heads_are_what_recall_needs(demo: Prepared, demo_scores: HeadScores) -> None:
-    prefix, previous = (getattr(demo_scores, name).mean(0) for name in ("prefix_matching", "previous_token"))
+def test_the_demos_induction_heads_are_what_recall_needs(small_run: Path, demo_scores: DemoScores) -> None:
+    rows = read_table(small_run / "results.parquet", "results").sort("layer", "head")
+    prefix, previous = (
+        rows.filter(pl.col("metric") == metric)["value"].to_numpy().reshape(4, 8)
+        for metric in ("prefix_matching", "previous_token")
+    )
     assert prefix.max() >= 0.9
     removed = induction.top_induction_heads(prefix)
     assert 1 <= len(removed) <= prefix.size / 4
-    (task,) = demo.evaluate
-    masks = (Mask(), removed, *induction.random_draws(removed, prefix, previous, seed=42))
-    assert len(masks) == 22
-    with StreamedModel(demo.store, device=torch.device("cpu"), resident_bytes=1 << 30) as model:
-        (scores,) = sweep(setup_of(model), [Job(demo.pack(task).packed, masks)])
-    clean, without, *random = document_scores(task, scores.logprobs, scores.greedy)["acc"].mean(1)
-    assert abs(without - task.chance) <= 0.05
+    (without,) = demo_scores.accuracy("recall", 16, removed)
+    assert abs(without - 0.25) <= 0.05
+    draws = induction.random_draws(removed, prefix, previous, seed=42)
+    assert len(draws) == 20
+    # A median over twenty masks needs no more documents than these.
+    clean, *random = demo_scores.accuracy("recall", 16, Mask(), *draws, limit=128)
     assert clean - np.median(random) < 0.1
 
 
-def test_a_run_tells_all_of_it(tmp_path: Path) -> None:
-    arguments = [
-        "run", "--tasks", "recall,category", "--shots", "0,4", "--limit", "16", "--train-limit", "8", "--experiments",
-        "importance,induction", "--store-dir", str(tmp_path / "stores"), "--out", str(tmp_path / "run"), "--quiet",
-    ]  # fmt: skip
-    told = CliRunner().invoke(app, arguments)
-    assert told.exit_code == 0, told.output
-    folder = tmp_path / "run"
+def test_a_run_tells_all_of_it(small_run: Path) -> None:
+    folder = small_run
     record = json.loads((folder / "run.json").read_text())
     assert record["induction"] == {
         "sequences": 100, "base_tokens": [25, 120], "base_tokens_wanted": [25, 223], "drawable_ids": 483,
@@ -444,13 +440,13 @@ def test_a_run_tells_all_of_it(tmp_path: Path) -> None:
     curves = rows.filter((pl.col("metric") == "capacity_retained") & pl.col("k").is_not_null())
     keys = curves.filter(pl.col("method") == "gradient").select("task", "shots", "other_method").unique()
     assert len(keys) == 3 * 2 * 2, "two tasks and the aggregate, two shot counts, two capacities"
-    assert set(curves["method"]) == {"gradient", "attribution", "random"}
+    assert set(curves["method"]) == {"gradient", "attribution", "ablation", "icl_effect", "random"}
     areas = rows.filter(pl.col("metric") == "induction_auc")
     assert set(areas["chance"]) == {0.5}
     assert areas["low"].null_count() == 0
     effects = rows.filter(pl.col("mask").is_not_null() & (pl.col("metric") == "acc"))
     assert set(effects["shots"]) == {4}
-    assert set(effects["task"]) == {"recall", "category", "aggregate"}
+    assert set(effects["task"]) == {"recall", "knowledge", "aggregate"}
     assert len(effects.filter(pl.col("method") == "random")) == 20 * 3
     median = effects.filter((pl.col("mask") == "induction-random") & (pl.col("task") == "recall"))
     drawn = effects.filter((pl.col("method") == "random") & (pl.col("task") == "recall"))["value"]
@@ -471,9 +467,6 @@ def test_a_run_tells_all_of_it(tmp_path: Path) -> None:
     assert "previous-token heads left out" in page
     assert (folder / "figures" / "induction.svg").is_file()
     assert (folder / "figures" / "capacity.svg").is_file()
-    again = CliRunner().invoke(app, arguments)
-    assert again.exit_code == 0
-    assert json.loads((folder / "run.json").read_text())["parts"]["made"] == 0
     stages = record["stages"]["induction"]
     assert stages["read_bytes"] == stages["planned_read_bytes"] == 0, (
         "importance has read what stays in memory"
@@ -481,7 +474,7 @@ def test_a_run_tells_all_of_it(tmp_path: Path) -> None:
 
 
 def test_options_of_copying_are_checked(tmp_path: Path) -> None:
-    told = CliRunner().invoke(app, ["run", "--copying-with", "norm,noise", "--out", str(tmp_path / "run")])
+    told = invoke("run", "--copying-with", "norm,noise", "--out", tmp_path / "run")
     assert told.exit_code == 2
     assert "--copying-with" in told.stderr
     assert RunOptions(copying_with="norm, softmax").copying_with == ("norm", "softmax")  # type: ignore[arg-type]

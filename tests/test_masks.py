@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -78,8 +79,8 @@ def test_a_file_reads_well(tmp_path: Path) -> None:
     assert text.index('"format"') < text.index('"removed"') < text.index('"made": {')
 
 
-def spoiled(change: dict) -> dict:
-    content = json.loads(a_file().to_json())
+def spoiled(change: dict[str, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(a_file().to_json())
     for place, value in change.items():
         target = content
         *path, last = place.split(".")
@@ -107,7 +108,9 @@ def spoiled(change: dict) -> dict:
         ({"made": {}}, "made.method"),
     ],
 )
-def test_files_that_are_wrong_are_named_with_the_field(tmp_path: Path, change: dict, message: str) -> None:
+def test_files_that_are_wrong_are_named_with_the_field(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     (tmp_path / "mask.json").write_text(json.dumps(spoiled(change)))
     with pytest.raises(InputError, match=rf"mask .*mask\.json: .*{message}"):
         read_mask(tmp_path / "mask.json")

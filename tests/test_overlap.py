@@ -25,14 +25,17 @@ UNITS = LAYERS * HEADS
 seeds = st.integers(0, 2**32 - 1)
 
 
-def documents_of(task: str, truth: np.ndarray, count: int, noise: float, rng) -> DocumentScores:
+def documents_of(
+    task: str, truth: np.ndarray, count: int, noise: float, rng: np.random.Generator
+) -> DocumentScores:
     """Documents that measure true scores [U] with noise, each alone."""
     values = truth + noise * rng.normal(size=(count, len(truth)))
     return DocumentScores.of_mean(task, values, [str(number) for number in range(count)])
 
 
 def score(scores: DocumentScores) -> np.ndarray:
-    return scores.values.sum(0) / scores.sizes.sum(0)
+    ratio: np.ndarray = scores.values.sum(0) / scores.sizes.sum(0)
+    return ratio
 
 
 @given(seeds)
@@ -127,7 +130,9 @@ def test_intervals_cover_what_other_documents_give() -> None:
         one, other = documents_of("a", truth, 32, 2, rng), documents_of("b", related, 32, 2, rng)
         values.append(spearman(score(one), score(other)))
         drawn = [DocumentRanking((scores,)).resampled(0) for scores in (one, other)]
-        intervals.append(correlation_interval(values[-1], *drawn))
+        interval = correlation_interval(values[-1], *drawn)
+        assert interval is not None
+        intervals.append(interval)
     expected = np.mean(values)
     covered = np.mean([interval.low <= expected <= interval.high for interval in intervals])
     assert 0.88 <= covered <= 0.995
@@ -153,7 +158,9 @@ def test_split_halves_tell_what_as_many_other_documents_would_say() -> None:
 
 def test_an_aggregate_is_ranked_as_the_mean_of_its_tasks() -> None:
     rng = np.random.default_rng(0)
-    members = tuple(documents_of(task, rng.normal(size=UNITS) * size, 4, 1, rng) for task, size in zip("ab", (1, 100), strict=True))  # fmt: skip
+    members = tuple(
+        documents_of(task, rng.normal(size=UNITS) * size, 4, 1, rng) for task, size in (("a", 1), ("b", 100))
+    )
     ones = [np.ones((1, 4))] * 2
     by_rank, by_score = (DocumentRanking(members, how).ranks(ones)[0] for how in ("ranks", "scores"))
     scores = [score(member) for member in members]

@@ -1,5 +1,5 @@
-"""Packed rows: every path is found again, nothing sees what it must not, and packing is exact about
-truncation.
+"""Packed rows: every path is found again, nothing sees what it must not,
+and packing is exact about truncation.
 """
 
 from dataclasses import replace
@@ -107,7 +107,8 @@ def test_documents_with_one_set_of_demonstrations_grow_from_a_stem() -> None:
         [(f"{shared} {word}", "x"), (f"{shared} {word}", "yz")] for word in ("dax", "wug", "blicket")
     ]
     packed = pack(task_of(documents, one_set=True), characters, limits).packed
-    stems = {row.stem for row in packed.rows}
+    stems = {row.stem for row in packed.rows if row.stem is not None}
+    assert all(row.stem is not None for row in packed.rows)
     assert len(stems) == 1
     assert "".join(map(chr, stems.pop().tokens)) == f"{shared} "
     assert len(packed.rows) == 2, "two short documents share a row"

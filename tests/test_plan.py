@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import invoke
 from conftest import make_checkpoint
 from test_engine import PLENTY, packed_task, swept
-from typer.testing import CliRunner
 
-from lowmem_icl.cli.app import app
 from lowmem_icl.engine.schedule import BlockRow, Job, SweepLimits, row_blocks
 from lowmem_icl.errors import DoesNotFit, InputError
 from lowmem_icl.masks.mask import Mask
@@ -92,8 +91,8 @@ def test_planning_converts_nothing(tmp_path: Path) -> None:
         (folder / name).write_bytes((DEMO / name).read_bytes())
     (tmp_path / "own.jsonl").write_text('{"context": "cat", "options": [" dog", " wug"], "gold": 1}\n' * 4)
     stores = tmp_path / "stores"
-    arguments = ["--model", str(folder), "--store-dir", str(stores), "--tasks", str(tmp_path / "own.jsonl")]
-    told = CliRunner().invoke(app, ["plan", "--shots", "0", "--json", *arguments])
+    arguments = ["--model", folder, "--store-dir", stores, "--tasks", tmp_path / "own.jsonl"]
+    told = invoke("plan", "--shots", 0, "--json", *arguments)
     assert told.exit_code == 0, told.output
     plan = json.loads(told.stdout)
     assert not stores.exists()

@@ -1,4 +1,6 @@
-"""What the reference protocol does differently, and the two tasks that the paper only judged by others' rankings."""
+"""What the reference protocol does differently, and the two tasks that the paper only judged by others'
+rankings.
+"""
 
 import json
 import shutil
@@ -8,9 +10,9 @@ import numpy as np
 import oracles
 import polars as pl
 import pytest
+from commands import invoke, run_small
 from conftest import reference_model
 from test_engine import gradients, packed_task
-from test_run import invoke, run_small
 
 from lowmem_icl.experiments.evaluate.measure import evaluation_rows, mean_over_tasks, top_answer_share
 from lowmem_icl.experiments.importance.measure import importance
@@ -25,13 +27,16 @@ from lowmem_icl.tasks.packing import PackingLimits, pack
 from lowmem_icl.tasks.scoring import task_metrics
 
 MATHQA = [
-    {"Problem": "what is 3 + 4 ?", "Rationale": "add", "options": "a ) 7 , b ) 8 , c ) 1,000 , d ) 2 ( two ) , e ) none",
-     "correct": "a", "annotated_formula": "add(3,4)", "linear_formula": "add(n0,n1)", "category": "general"},
+    {"Problem": "what is 3 + 4 ?", "Rationale": "add",
+     "options": "a ) 7 , b ) 8 , c ) 1,000 , d ) 2 ( two ) , e ) none", "correct": "a",
+     "annotated_formula": "add(3,4)", "linear_formula": "add(n0,n1)", "category": "general"},
     {"Problem": "a car goes 10 km in 2 hours . how fast is it ?", "Rationale": "divide",
-     "options": "a ) 2 km / h , b ) 5 km / h , c ) 8 km / h , d ) 20 km / h , e ) none of these", "correct": "b",
-     "annotated_formula": "divide(10,2)", "linear_formula": "divide(n0,n1)", "category": "physics"},
-    {"Problem": "half of 6 is", "Rationale": "halve", "options": "a ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5", "correct": "c",
-     "annotated_formula": "divide(6,2)", "linear_formula": "divide(n0,n1)", "category": "general"},
+     "options": "a ) 2 km / h , b ) 5 km / h , c ) 8 km / h , d ) 20 km / h , e ) none of these",
+     "correct": "b", "annotated_formula": "divide(10,2)", "linear_formula": "divide(n0,n1)",
+     "category": "physics"},
+    {"Problem": "half of 6 is", "Rationale": "halve", "options": "a ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5",
+     "correct": "c", "annotated_formula": "divide(6,2)", "linear_formula": "divide(n0,n1)",
+     "category": "general"},
 ]  # fmt: skip
 LAMBADA = [
     {"text": "the baker opened the oven and took out the bread"},
@@ -67,7 +72,10 @@ def test_mathqa_asks_the_problem_and_offers_the_choices(data: Path) -> None:
     document = next(document for document in rows.documents if document.index == 0)
     shown = MATHQA[document.demonstrations[0]]
     answers = {"a": " 7", "b": " 5 km / h", "c": " 3"}
-    context = f"Question: {shown['Problem']}\nAnswer:{answers[shown['correct']]}\n\nQuestion: what is 3 + 4 ?\nAnswer:"
+    context = (
+        f"Question: {shown['Problem']}\nAnswer:{answers[shown['correct']]}\n\n"
+        "Question: what is 3 + 4 ?\nAnswer:"
+    )
     assert document.options == tuple(
         (context, choice) for choice in (" 7", " 8", " 1,000", " 2 ( two )", " none")
     )
@@ -210,14 +218,7 @@ def test_importance_equals_the_codes_formulas(
 ) -> None:
     task = packed_task(4, gold_only=True)
     result = gradients(float_store, task)
-    fields = (
-        result.head_absolute,
-        result.head_signed,
-        result.ffn_absolute,
-        result.ffn_signed,
-        result.logprobs,
-    )
-    scores = importance(task, *fields, last_layer_by_continuation=protocol.last_layer_by_continuation)
+    scores = importance(task, result, last_layer_by_continuation=protocol.last_layer_by_continuation)
     examples = []
     for owner, document in enumerate(task.task.documents):
         option = task.options[int(task.first_option[owner]) + document.gold.index(True)]
@@ -235,9 +236,11 @@ def test_importance_equals_the_codes_formulas(
 
 
 @pytest.fixture(scope="module")
-def reference_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference_run(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
     folder = tmp_path_factory.mktemp("reference")
-    result = run_small(folder / "run", folder / "stores", "--protocol", "reference", "--shots", "4")
+    result = run_small(
+        folder / "run", stores, "--protocol", "reference", "--shots", 4, "--experiments", "importance,prune"
+    )
     assert result.exit_code == 0, result.output
     return folder / "run"
 

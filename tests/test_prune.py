@@ -1,6 +1,7 @@
 """The greedy pruner against its description, one evaluation at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import oracles
@@ -20,7 +21,7 @@ def objective(seed: int) -> Callable[[Mask], np.ndarray]:
     units = LAYERS * (HEADS + 1)
     alone, pairs = rng.normal(0.002, 0.01, (units, 5)), rng.normal(0, 0.004, (units, units, 5))
 
-    def value(mask: Mask) -> np.ndarray:
+    def value(mask: Mask) -> Any:
         removed = [layer * HEADS + head for layer, head in sorted(mask.heads)]
         removed += [LAYERS * HEADS + layer for layer in sorted(mask.ffns)]
         return 0.8 - alone[removed].sum(0) - pairs[np.ix_(removed, removed)].sum((0, 1))
@@ -42,7 +43,7 @@ def test_the_search_equals_its_description(seed: int, tolerance: float, directio
         measured = choose if request.half == "choose" else check
         return (np.stack([measured(mask) for mask in request.masks]),)
 
-    def score(step: int, asked: dict[str, Request]) -> dict[str, tuple[np.ndarray, ...]]:
+    def score(step: int, asked: Mapping[str, Request]) -> dict[str, tuple[np.ndarray, ...]]:
         return {name: answer(request) for name, request in asked.items()}
 
     plan = SearchPlan(LAYERS, HEADS, direction, order, head_parameters=4, ffn_parameters=24)  # type: ignore[arg-type]
@@ -63,11 +64,11 @@ def test_the_search_equals_its_description(seed: int, tolerance: float, directio
 
 
 def test_candidates_never_touch_a_layer_below_the_one_visited() -> None:
-    first_layers = []
+    first_layers: list[int] = []
 
-    def score(step, asked):
+    def score(step: int, asked: Mapping[str, Request]) -> dict[str, tuple[np.ndarray, ...]]:
         for request in asked.values():
-            first_layers.extend(mask.first_layer for mask in request.masks if not mask.ffns and len(mask))
+            first_layers.extend(min(mask.heads)[0] for mask in request.masks if mask.heads and not mask.ffns)
         return {name: (np.zeros((len(request.masks), 4)),) for name, request in asked.items()}
 
     found = in_lockstep({"all": greedy_search(SearchPlan(LAYERS, HEADS), 0.01)}, score)["all"]
@@ -78,7 +79,7 @@ def test_candidates_never_touch_a_layer_below_the_one_visited() -> None:
 def test_searches_side_by_side_equal_searches_alone() -> None:
     objectives = {f"search-{seed}": objective(seed) for seed in range(3)}
 
-    def score(step, asked):
+    def score(step: int, asked: Mapping[str, Request]) -> dict[str, tuple[np.ndarray, ...]]:
         return {
             name: (np.stack([objectives[name](mask) for mask in request.masks]),)
             for name, request in asked.items()
@@ -94,7 +95,7 @@ def test_searches_side_by_side_equal_searches_alone() -> None:
 
 
 def test_tasks_of_a_search_weigh_the_same() -> None:
-    def score(step, asked):
+    def score(step: int, asked: Mapping[str, Request]) -> dict[str, tuple[np.ndarray, ...]]:
         return {
             name: tuple(
                 np.stack([np.full(size, 0.5 - cost * len(mask)) for mask in request.masks])
@@ -104,6 +105,7 @@ def test_tasks_of_a_search_weigh_the_same() -> None:
         }
 
     found = in_lockstep({"two": greedy_search(SearchPlan(1, 4), 0.0501)}, score)["two"]
-    # Each unit costs 0.02 on the small task, so 0.01 in the mean; 5 units share a tolerance of just above 0.05.
+    # Each unit costs 0.02 on the small task, so 0.01 in the mean; 5 units share a tolerance of just above
+    # 0.05.
     assert len(found.mask) == 5
     assert found.lost == pytest.approx(0.05)

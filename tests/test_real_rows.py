@@ -7,8 +7,8 @@ from pathlib import Path
 import oracles
 import polars as pl
 import pytest
+from commands import invoke
 from conftest import make_checkpoint, reference_model
-from test_run import invoke
 
 from lowmem_icl.tables.schema import read_table
 from lowmem_icl.tasks.catalogue import PAPER_TASKS
@@ -17,8 +17,8 @@ from lowmem_icl.tasks.catalogue import PAPER_TASKS
 @pytest.fixture(scope="module")
 def small_opt(opt_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_checkpoint(
-        tmp_path_factory.mktemp("opt"), vocab_size=50272, hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=2,
-        num_attention_heads=2, ffn_dim=32, max_position_embeddings=2048, init_std=0.1,
+        tmp_path_factory.mktemp("opt"), vocab_size=50272, hidden_size=16, word_embed_proj_dim=16,
+        num_hidden_layers=2, num_attention_heads=2, ffn_dim=32, max_position_embeddings=2048, init_std=0.1,
     )  # fmt: skip
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         shutil.copyfile(opt_tokenizer / name, folder / name)
@@ -27,8 +27,8 @@ def small_opt(opt_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_real_rows_of_all_14_tasks_run(small_opt: Path, shared_data: Path, tmp_path: Path) -> None:
     result = invoke(
-        "run", "--model", small_opt, "--data-dir", shared_data, "--shots", "0,1", "--limit", 8, "--train-limit", 2,
-        "--store-dir", small_opt / "stores", "--out", tmp_path / "run", "--quiet",
+        "run", "--model", small_opt, "--data-dir", shared_data, "--shots", "0,1", "--limit", 2,
+        "--train-limit", 2, "--store-dir", small_opt / "stores", "--out", tmp_path / "run", "--quiet",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     results = read_table(tmp_path / "run" / "results.parquet", "results")
@@ -37,7 +37,7 @@ def test_real_rows_of_all_14_tasks_run(small_opt: Path, shared_data: Path, tmp_p
     assert len(evaluated) == 2 * 15
     answers = read_table(tmp_path / "run" / "answers.parquet", "answers")
     assert answers["logprob"].is_finite().all()
-    assert answers.filter(pl.col("task") == "multirc")["document"].n_unique() > 8, (
+    assert answers.filter(pl.col("task") == "multirc")["document"].n_unique() > 2, (
         "a question's rows all count"
     )
 
@@ -58,8 +58,8 @@ def test_float32_answers_on_real_rows_equal_hugging_face(
         small_opt / "stores",
     ]
     result = invoke(
-        "run", *arguments, "--tasks", tasks, "--limit", 2, "--train-limit", 2, "--weights", "float32", "--experiments",
-        "evaluate", "--out", tmp_path / "run", "--quiet",
+        "run", *arguments, "--tasks", tasks, "--limit", 2, "--train-limit", 2, "--weights", "float32",
+        "--experiments", "evaluate", "--out", tmp_path / "run", "--quiet",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     answers = read_table(tmp_path / "run" / "answers.parquet", "answers")

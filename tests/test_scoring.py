@@ -1,6 +1,7 @@
 """Standard errors of metrics that are no means, and files of one's own with several right options."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from lowmem_icl.tasks.loading import Document, TaskRows, open_task
 from lowmem_icl.tasks.scoring import document_scores, task_metrics, unit_accuracy
 
 
-def own_file(folder: Path, rows: list[dict]) -> str:
+def own_file(folder: Path, rows: Sequence[Mapping[str, object]]) -> str:
     path = folder / "own.jsonl"
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
     return str(path)

@@ -1,16 +1,17 @@
 """The overnight scripts as they are started: what they print stays, twice is safe, configs are whole."""
 
 import os
+import shlex
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from commands import PROCESS, invoke
 
 from lowmem_icl.masks.files import check_fits, read_mask
 from lowmem_icl.options import RunOptions, run_options
-from lowmem_icl.session.prepare import prepare
+from lowmem_icl.session.prepare import prepare, with_store
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -23,28 +24,35 @@ def test_every_config_is_one_that_a_run_takes(path: Path) -> None:
     assert {"tasks", "curves"} <= told.keys()
 
 
-def overnight(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def overnight(folder: Path, command: str, stores: Path) -> subprocess.CompletedProcess[str]:
+    """Start the overnight script with the least that makes every table;
+    `command` is what `lowmem-icl` runs.
+    """
     config = folder / "night.toml"
     config.write_text(
-        f'tasks = ["recall", "knowledge"]\nshots = [0, 4]\nlimit = 8\ntrain-limit = 4\ncurves = ["heads"]\n'
-        f'store-dir = "{folder / "stores"}"\nexperiments = ["evaluate", "importance", "ablate"]\n',
+        'tasks = ["recall"]\nshots = [0, 4]\nlimit = 4\ntrain-limit = 2\ncurves = ["heads"]\n'
+        f'store-dir = "{stores}"\nexperiments = ["evaluate", "ablate"]\n',
         encoding="utf-8",
     )
-    command = Path(sys.executable).parent
-    environment = os.environ | {"PATH": f"{command}:{os.environ['PATH']}", "RUNS": str(folder / "runs")}
+    script = folder / "bin" / "lowmem-icl"
+    script.parent.mkdir(exist_ok=True)
+    script.write_text(f"#!/bin/sh\n{command}\n", encoding="utf-8")
+    script.chmod(0o755)
+    environment = {"PATH": f"{script.parent}:{os.environ['PATH']}", "RUNS": str(folder / "runs")}
     return subprocess.run(
-        [SCRIPTS / "overnight.sh", config, "demo", "1", *more], capture_output=True, text=True, env=environment,
-        timeout=300, check=False,
+        [SCRIPTS / "overnight.sh", config, "demo", "1"], capture_output=True, text=True, timeout=300,
+        env=os.environ | environment, check=False,
     )  # fmt: skip
 
 
-def test_a_night_ends_with_a_page_and_a_log_and_can_be_started_again(tmp_path: Path) -> None:
-    first = overnight(tmp_path)
+def test_a_night_ends_with_a_page_and_a_log_and_can_be_started_again(stores: Path, tmp_path: Path) -> None:
+    command = f'exec {shlex.join(PROCESS)} "$@"'
+    first = overnight(tmp_path, command, stores)
     assert first.returncode == 0, first.stdout + first.stderr
     folder = tmp_path / "runs" / "demo"
     assert (folder / "report.html").is_file()
     written = (folder / "results.parquet").read_bytes()
-    again = overnight(tmp_path)
+    again = overnight(tmp_path, command, stores)
     assert again.returncode == 0, again.stdout + again.stderr
     assert (folder / "results.parquet").read_bytes() == written
     log = (folder / "overnight.log").read_text(encoding="utf-8")
@@ -52,18 +60,25 @@ def test_a_night_ends_with_a_page_and_a_log_and_can_be_started_again(tmp_path: P
     assert "accuracy by demonstrations" in log
 
 
-def test_a_mistake_stops_the_night_before_it_starts(tmp_path: Path) -> None:
-    result = overnight(tmp_path, "--tasks", "nonsense")
+def test_a_mistake_stops_the_night_before_it_starts(stores: Path, tmp_path: Path) -> None:
+    refused = invoke("plan", "--tasks", "nonsense", "--hours", 1)
+    assert refused.exit_code == 2
+    assert "nonsense" in refused.stderr
+    result = overnight(
+        tmp_path, f'echo "$1" >> {tmp_path}/calls; echo "no such task: nonsense" >&2; exit 2', stores
+    )
     assert result.returncode == 2
     assert "nonsense" in result.stdout
+    assert (tmp_path / "calls").read_text() == "plan\n"
     assert not (tmp_path / "runs" / "demo" / "run.json").exists()
 
 
-def test_the_demo_masks_fit_the_demo_and_say_how_they_were_made() -> None:
+def test_the_demo_masks_fit_the_demo_and_say_how_they_were_made(stores: Path) -> None:
     folder = SCRIPTS.parent / "masks" / "demo"
     masks = [read_mask(path) for path in sorted(folder.glob("*.json"))]
     assert len(masks) == 15 + 3 * 9
-    model = prepare(RunOptions(tasks=("recall",), shots=(0,), limit=1)).mask_model
+    prepared = prepare(RunOptions(tasks=("recall",), shots=(0,), limit=1, store_dir=stores))
+    model = with_store(prepared).mask_model
     for mask in masks:
         assert check_fits(mask, model) is None
         assert mask.made["protocol"] == "corrected"

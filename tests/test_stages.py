@@ -13,10 +13,10 @@ from lowmem_icl.engine.head_scores import HeadScores
 from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.engine.unit_gradients import UnitGradients
 from lowmem_icl.experiments.order import STAGES, run_stages
-from lowmem_icl.session.result import StageResult
 from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.costs import planned_work
 from lowmem_icl.session.prepare import Prepared, prepare
+from lowmem_icl.session.result import StageResult
 from lowmem_icl.session.work import GradientsPart, HeadScoresPart, OutOfTime, Part, SweepPart, Work
 
 ALL_CURVES = ("heads", "ffns", "combined", "transfer", "cross-shot", "random")
@@ -25,7 +25,9 @@ SMALL = {"limit": 3, "train_limit": 3, "random_draws": 2, "shots": (0, 4)}
 
 @dataclass(frozen=True)
 class PlayedWork(Work):
-    """Work that answers every part with arbitrary numbers of the right shapes, and notes what it was asked."""
+    """Work that answers every part with arbitrary numbers of the right shapes,
+    and notes what it was asked.
+    """
 
     asked: list[Part] = field(default_factory=list)
     finished: set[str] = field(default_factory=set)
@@ -43,7 +45,9 @@ class PlayedWork(Work):
         rng, scores = self._ask(part), []
         for job in part.jobs:
             shape = (len(job.masks), self.prepared.outline(job.task, job.documents).option_count)
-            scores.append(Scores(rng.normal(size=shape), rng.random(shape) < 0.5, np.ones(shape, dtype=np.bool_)))
+            scores.append(
+                Scores(rng.normal(size=shape), rng.random(shape) < 0.5, np.ones(shape, dtype=np.bool_))
+            )
         return scores
 
     def gradients(self, part: GradientsPart) -> list[UnitGradients]:
@@ -52,16 +56,19 @@ class PlayedWork(Work):
         for task in part.tasks:
             options = self.prepared.outline(task, gold_only=True).option_count
             empty = UnitGradients.empty(len(task.documents), options, skeleton.layers, skeleton.heads)
-            values = {name: rng.random(array.shape) for name, array in empty.arrays().items() if name != "finished"}
+            values: dict[str, Any] = {
+                name: rng.random(array.shape) for name, array in empty.arrays().items() if name != "finished"
+            }
             found.append(replace(empty, **values))
         return found
 
     def head_scores(self, part: HeadScoresPart) -> HeadScores:
         rng, skeleton = self._ask(part), self.prepared.skeleton
         empty = HeadScores.empty(len(part.questions.base_tokens), skeleton.layers, skeleton.heads)
-        return replace(
-            empty, **{name: rng.random(a.shape) for name, a in empty.arrays().items() if name != "finished"}
-        )
+        values: dict[str, Any] = {
+            name: rng.random(array.shape) for name, array in empty.arrays().items() if name != "finished"
+        }
+        return replace(empty, **values)
 
 
 class _NoParts:
@@ -101,7 +108,9 @@ def is_search(part: Part) -> bool:
 
 
 def all_options() -> Iterator[Mapping[str, Any]]:
-    for screen, protocol, curves in product((None, "attribution"), ("corrected", "reference"), ((), ALL_CURVES)):
+    for screen, protocol, curves in product(
+        (None, "attribution"), ("corrected", "reference"), ((), ALL_CURVES)
+    ):
         yield {"screen": screen, "exact": 5 if screen else None, "protocol": protocol, "curves": curves}
     yield {"rescore": True}
     yield {"demonstrations": "shared", "demonstration_sets": 2}
@@ -122,7 +131,9 @@ def test_the_plan_describes_what_a_run_does(changes: Mapping[str, Any]) -> None:
     for stage, result, _ in run_stages(work, {}, frozenset()):
         results[stage.name] = result
     asked = [part for part in work.asked if not is_search(part)]
-    assert [documents_of(part) for part in planned if not is_search(part)] == [documents_of(part) for part in asked]
+    assert [documents_of(part) for part in planned if not is_search(part)] == [
+        documents_of(part) for part in asked
+    ]
     certain = ("evaluate-", "importance", "ablate-", "rescore-", "curves-ffns-")
     for expected, actual in zip([part for part in planned if not is_search(part)], asked, strict=True):
         if expected.name.startswith(certain):
@@ -142,7 +153,10 @@ def test_curves_are_counted_with_about_as_many_masks_as_there_are() -> None:
 
     def n_masks(parts: list[Part]) -> int:
         return sum(
-            len(job.masks) for p in parts if isinstance(p, SweepPart) and p.name.startswith("curves") for job in p.jobs
+            len(job.masks)
+            for p in parts
+            if isinstance(p, SweepPart) and p.name.startswith("curves")
+            for job in p.jobs
         )
 
     planned = [part for stage in planned_work(prepared) for part in stage.parts]
@@ -157,7 +171,10 @@ def test_searches_are_counted_about_as_they_go() -> None:
 
     def variants(parts: list[Part]) -> float:
         return sum(
-            p.times * len(job.masks) for p in parts if isinstance(p, SweepPart) and is_search(p) for job in p.jobs
+            p.times * len(job.masks)
+            for p in parts
+            if isinstance(p, SweepPart) and is_search(p)
+            for job in p.jobs
         )
 
     planned = [part for stage in planned_work(prepared) for part in stage.parts]
@@ -170,7 +187,9 @@ def test_a_run_that_was_cut_by_its_hours_continues_with_what_the_plan_says_is_le
     first = played(prepared, allowed=allowed)
     unfinished = [result.unfinished for _, result, is_over in run_stages(first, {}, frozenset()) if is_over]
     assert any(unfinished)
-    left = [part for stage in planned_work(prepared, lambda name: name in first.finished) for part in stage.parts]
+    left = [
+        part for stage in planned_work(prepared, lambda name: name in first.finished) for part in stage.parts
+    ]
     second = played(prepared, finished=set(first.finished))
     assert not any(result.unfinished for _, result, is_over in run_stages(second, {}, frozenset()) if is_over)
     assert [described(part) for part in left] == [described(part) for part in second.asked]

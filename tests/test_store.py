@@ -4,7 +4,9 @@ import errno
 import itertools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from lowmem_icl.conversion.locate import ensure_store, locate
 from lowmem_icl.errors import DoesNotFit, InputError
 from lowmem_icl.model.families import Skeleton
 from lowmem_icl.model.reading import LayerReader
-from lowmem_icl.model.store import Store, layer_file, open_store, verify_store
+from lowmem_icl.model.store import Store, Weights, layer_file, open_store, verify_store
 
 
 def test_int8_layers_have_bitsandbytes_names_and_values(checkpoint: Path, int8_store: Store) -> None:
@@ -45,7 +47,7 @@ def as_pickle(folder: Path, prefix: str) -> None:
         "pytorch_model-00001.bin": names[: len(names) // 2],
         "pytorch_model-00002.bin": names[len(names) // 2 :],
     }
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard, members in shards.items():
         renamed = {
             name.removeprefix("model.") if prefix == "" else name: weights[name].clone() for name in members
@@ -89,7 +91,7 @@ def test_a_stopped_conversion_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     made = convert_module._Steps.tensors
     converted: list[int | None] = []
 
-    def stops_at_two(steps, layer):
+    def stops_at_two(steps: convert_module._Steps, layer: int | None) -> object:
         converted.append(layer)
         if converted == [None, 0, 1, 2]:
             raise KeyboardInterrupt
@@ -110,8 +112,8 @@ def test_what_the_disk_spoils_is_named_and_made_anew(tmp_path: Path, monkeypatch
     whole = make_store(folder, tmp_path / "whole", "int8")
     written = convert_module.save_tensors
 
-    def spoils_the_second(path, tensors, digests):
-        written(path, tensors, digests)
+    def spoils_the_second(path: Path, *arguments: Any) -> None:
+        written(path, *arguments)
         if path.name == "001.safetensors":
             content = path.read_bytes()
             path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -124,7 +126,7 @@ def test_what_the_disk_spoils_is_named_and_made_anew(tmp_path: Path, monkeypatch
 
 
 def test_a_planned_store_has_the_sizes_of_the_store(tmp_path: Path) -> None:
-    for dtype, weights in itertools.product((torch.float32, torch.float16), ("int8", "bfloat16", "float32")):
+    for dtype, weights in itertools.product((torch.float32, torch.float16), get_args(Weights)):
         wide = {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 1024, "vocab_size": 2000}
         folder = make_checkpoint(tmp_path / f"{dtype}-{weights}", dtype=dtype, **wide)
         planned = planned_store(open_checkpoint(folder), tmp_path / "nowhere", weights)
@@ -182,7 +184,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
 
     class Evil:
-        def __reduce__(self):
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
             return (os.mkdir, (str(tmp_path / "was-run"),))
 
     torch.save({"weight": Evil()}, folder / "pytorch_model.bin")
@@ -203,7 +205,9 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("[]"), "expected a JSON object"),
     ],
 )
-def test_broken_checkpoints_are_named(tmp_path: Path, break_it, message: str) -> None:
+def test_broken_checkpoints_are_named(
+    tmp_path: Path, break_it: Callable[[Path], object], message: str
+) -> None:
     folder = make_checkpoint(tmp_path / "checkpoint")
     break_it(folder)
     with pytest.raises(InputError, match=message):
@@ -235,7 +239,7 @@ def test_an_unknown_architecture_is_refused() -> None:
 
 
 def test_a_store_of_another_form_is_refused(tmp_path: Path, int8_store: Store) -> None:
-    with pytest.raises(InputError, match="--weights float32: the store .* holds int8"):
+    with pytest.raises(InputError, match=r"--weights float32: the store .* holds int8"):
         locate(str(int8_store.folder), None, "float32", tmp_path)
     assert (
         ensure_store(locate(str(int8_store.folder), None, "int8", tmp_path), "int8").manifest
@@ -260,9 +264,9 @@ def test_the_reader_gives_the_files_in_any_order(float_store: Store) -> None:
 def test_a_file_system_without_direct_reads_gives_the_same(
     float_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, refused = os.open, []
+    opened, refused = os.open, list[Path]()
 
-    def refuses_direct(path, flags, *more):
+    def refuses_direct(path: Path, flags: int, *more: int) -> int:
         if flags & os.O_DIRECT:
             refused.append(path)
             raise OSError(errno.EINVAL, "no direct reads here")

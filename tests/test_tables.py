@@ -40,7 +40,8 @@ def test_the_columns_are_those_of_the_contract() -> None:
     assert RESULTS["value"] == pl.Float64()
     assert TABLES["effects"]["value"] == pl.Float32()
     assert list(TABLES["answers"]) == [
-        "task", "shots", "split", "mask", "document", "option", "tokens", "logprob", "gold", "context_tokens", "truncated",
+        "task", "shots", "split", "mask", "document", "option", "tokens", "logprob", "gold", "context_tokens",
+        "truncated",
     ]  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def test_parts_are_made_once_and_broken_ones_named(tmp_path: Path) -> None:
     (tmp_path / "two.npz").write_bytes(b"no")
     with pytest.raises(InputError, match=r"two\.npz cannot be read"):
         parts.get_or_make("two", lambda draft: {})
-    with pytest.raises(ValueError, match="pickle|Object arrays"):
+    with pytest.raises(ValueError, match=r"pickle|Object arrays"):
         parts.get_or_make("three", lambda draft: {"a": np.array([{}], dtype=object)})
     assert not (tmp_path / "three.npz").exists()
 
@@ -188,7 +189,7 @@ def test_documents_of_a_passage_are_drawn_together() -> None:
 
 
 def test_the_mean_over_tasks_counts_em_as_accuracy_and_needs_all_tasks() -> None:
-    def row(task: str, metric: str, value: float) -> dict:
+    def row(task: str, metric: str, value: float) -> dict[str, object]:
         return {
             "task": task,
             "metric": metric,

@@ -3,8 +3,10 @@
 import json
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import datasets
 import numpy as np
@@ -22,8 +24,11 @@ from lowmem_icl.tasks.loading import OpenTask, open_task
 from lowmem_icl.tasks.row_files import count_rows
 from lowmem_icl.tasks.scoring import document_scores, task_metrics, unit_accuracy
 
+# A row in the hub's field names.
+Row = dict[str, Any]
 
-def rows_of(folder: Path, task: str, split: str) -> list[dict]:
+
+def rows_of(folder: Path, task: str, split: str) -> list[Row]:
     return [json.loads(line) for line in (folder / task / f"{split}.jsonl").read_text().splitlines()]
 
 
@@ -31,30 +36,30 @@ def clean(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
-def wsc_passage(row: dict) -> str:
+def wsc_passage(row: Row) -> str:
     words = row["text"].split()
     before = " ".join(words[: row["span2_index"]])
-    return general_detokenize(
-        before + f" *{row['span2_text']}*" + row["text"][len(before) + len(row["span2_text"]) + 1 :]
-    )
+    after = row["text"][len(before) + len(row["span2_text"]) + 1 :]
+    return str(general_detokenize(before + f" *{row['span2_text']}*" + after))
 
 
-def record_context(row: dict) -> str:
-    parts = row["passage"].strip().split("\n@highlight\n")
+def record_context(row: Row) -> str:
+    parts: list[str] = row["passage"].strip().split("\n@highlight\n")
     return parts[0] + "\n\n" + "".join(f"  - {part}.\n" for part in parts[1:])
 
 
-def winogrande_parts(row: dict) -> tuple[str, str]:
+def winogrande_parts(row: Row) -> tuple[str, str]:
     before, after = row["sentence"].split("_", 1)
     return before, " " + after.strip()
 
 
-def pairs(row: dict, context: str, options: list[str]) -> list[tuple[str, str]]:
+def pairs(row: Row, context: str, options: list[str]) -> list[tuple[str, str]]:
     return [(context, option) for option in options]
 
 
-# The templates of paper.md 6.2, written down a second time: row to (context, continuation) pairs and the gold place.
-TEMPLATES = {
+# The templates of paper.md 6.2, written down a second time: row to (context, continuation) pairs and the gold
+# place.
+TEMPLATES: dict[str, Callable[[Row], tuple[list[tuple[str, str]], int]]] = {
     "hellaswag": lambda r: (
         pairs(
             r,
@@ -99,7 +104,8 @@ TEMPLATES = {
         pairs(
             r,
             f"Sentence 1: {r['sentence1']}\nSentence 2: {r['sentence2']}\nQuestion: Is the word "
-            f"'{r['sentence1'][r['start1'] : r['end1']]}' used in the same way in the two sentences above?\nAnswer:",
+            f"'{r['sentence1'][r['start1'] : r['end1']]}' used in the same way in the two "
+            "sentences above?\nAnswer:",
             [" no", " yes"],
         ),
         r["label"],
@@ -107,8 +113,8 @@ TEMPLATES = {
     "wsc": lambda r: (
         pairs(
             r,
-            f'Passage: {wsc_passage(r)}\nQuestion: In the passage above, does the pronoun "*{r["span2_text"]}*" refer to '
-            f'"*{r["span1_text"]}*"?\nAnswer:',
+            f"Passage: {wsc_passage(r)}\nQuestion: In the passage above, does the pronoun "
+            f'"*{r["span2_text"]}*" refer to "*{r["span1_text"]}*"?\nAnswer:',
             [" no", " yes"],
         ),
         r["label"],
@@ -237,8 +243,12 @@ def test_the_demo_asks_what_its_demonstrations_show(task: str) -> None:
 
 
 def test_record_accepts_every_answer() -> None:
-    row = {"passage": "Ann met Bob.\n@highlight\nThey talked", "query": "@placeholder left", "entities": ["Bob", "Ann", "bob"],
-           "answers": ["Bob", "Ann"]}  # fmt: skip
+    row = {
+        "passage": "Ann met Bob.\n@highlight\nThey talked",
+        "query": "@placeholder left",
+        "entities": ["Bob", "Ann", "bob"],
+        "answers": ["Bob", "Ann"],
+    }
     from lowmem_icl.tasks.definitions import templates
 
     assert templates.record_gold(row) == [0, 1, 2]
@@ -254,7 +264,9 @@ def own_file(folder: Path, *rows: object) -> str:
     return str(path)
 
 
-GOOD = [{"context": f"{n} plus {n} is", "options": [f" {2 * n}", " none"], "gold": 0} for n in range(9)]
+GOOD: list[Row] = [
+    {"context": f"{n} plus {n} is", "options": [f" {2 * n}", " none"], "gold": 0} for n in range(9)
+]
 
 
 def test_a_file_of_ones_own_is_halved_and_used_as_it_stands(tmp_path: Path) -> None:
@@ -392,7 +404,9 @@ def test_bad_names_files_and_sizes_are_told(tmp_path: Path) -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.lists(st.floats(-50, 0), min_size=2, max_size=5), min_size=1, max_size=8), st.data())
-def test_margin_is_positive_exactly_when_right_and_probability_lies_between(values, data) -> None:
+def test_margin_is_positive_exactly_when_right_and_probability_lies_between(
+    values: list[list[float]], data: st.DataObject
+) -> None:
     opened: OpenTask = _hypothetical(values, data)
     rows = opened.rows(shots=0, part="evaluate", limit=None)
     logprobs = np.concatenate([values[document.index] for document in rows.documents])
@@ -405,7 +419,7 @@ def test_margin_is_positive_exactly_when_right_and_probability_lies_between(valu
     assert metric.value == pytest.approx(scores["acc"].mean())
 
 
-def _hypothetical(values, data) -> OpenTask:
+def _hypothetical(values: list[list[float]], data: st.DataObject) -> OpenTask:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import torch
 from safetensors.torch import load_file
@@ -39,7 +40,7 @@ class StreamedModel:
         self.skeleton.fill_non_layer(load_file(store.folder / NON_LAYER), device)
         self._unembedding: Tensor = self.skeleton.model.get_output_embeddings().weight.detach()
 
-    def __enter__(self) -> "StreamedModel":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,0 +1,22 @@
+"""The command line as tests call it: in this process, where a process of its own is not the point."""
+
+import sys
+from pathlib import Path
+
+from typer.testing import CliRunner, Result
+
+from lowmem_icl.cli.app import app
+
+# The same in a process of its own, whatever is installed beside this interpreter.
+PROCESS = (sys.executable, "-c", "from lowmem_icl.cli.app import app; app()")
+SMALL = ("--tasks", "recall,knowledge", "--shots", "0,4", "--limit", "16", "--train-limit", "8")
+
+
+def invoke(*arguments: object) -> Result:
+    """Run `lowmem-icl` with these arguments and return its exit code and output."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def run_small(out: Path, stores: Path, *more: object) -> Result:
+    """Run the demo, cut to what takes seconds, into the folder `out`."""
+    return invoke("run", *SMALL, "--store-dir", stores, "--out", out, "--quiet", *more)
