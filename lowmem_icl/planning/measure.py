@@ -159,8 +159,10 @@ def _backward_seconds(
     segments = _plain_rows(row_tokens, rows, device)
 
     def back() -> None:
-        leaving, z, ffn = layer.run_captured(entering, segments)
-        torch.autograd.grad(leaving, (entering, z, ffn), torch.ones_like(leaving))
+        captured = layer.run_captured(entering, segments)
+        assert captured.ffn is not None
+        inputs = (entering, captured.z, captured.ffn)
+        torch.autograd.grad(captured.output, inputs, torch.ones_like(captured.output))
 
     return _seconds_of(back, OTHER_SECONDS) / tokens
 
