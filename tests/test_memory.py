@@ -24,7 +24,7 @@ SHARD_BYTES = 20_000_000
 CHILD = """
 import contextlib, io, json, sys
 from lowmem_icl.cli.app import app
-from lowmem_icl.machine import peak_resident_bytes
+from lowmem_icl.system.machine import peak_resident_bytes
 peaks = []
 for arguments in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()):
