@@ -1,9 +1,11 @@
-"""Which attention heads and FFNs does in-context learning need? Large language models taken apart on one workstation."""
+"""Which attention heads and FFNs does in-context learning need? Large language models taken apart on one
+workstation.
+"""
 
 import os
 
 __version__ = "0.1.0"
 
-# torch asks once, when it is imported: tensors of megabytes then lie in large pages. With small ones the page faults of
-# a layer of OPT-66B took as long as a sixth of its products.
+# torch asks once, when it is imported: tensors of megabytes then lie in large pages. With small ones the page
+# faults of a layer of OPT-66B took as long as a sixth of its products.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

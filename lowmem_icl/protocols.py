@@ -1,7 +1,8 @@
-"""The two protocols: `corrected`, which the tool stands for, and `reference`, which does what the paper's code does.
+"""The two protocols: `corrected`, which the tool stands for, and `reference`, which does what the paper's
+code does.
 
-Every choice in which they differ is a field here, and nowhere else is a protocol asked for by its name. The reference is the code
-published with Bansal et al. 2023 (amazon-science/llm-interpret at 9e09daa).
+Every choice in which they differ is a field here, and nowhere else is a protocol asked for by its name. The
+reference is the code published with Bansal et al. 2023 (amazon-science/llm-interpret at 9e09daa).
 """
 
 from dataclasses import dataclass
@@ -14,17 +15,18 @@ ProtocolName = Literal["corrected", "reference"]
 class Protocol:
     """Choices by which numbers of the paper's code differ from ours.
 
-    training_in_file_order: training documents are a file's first, not a shuffle's first.
-    may_show_scored: demonstrations of a training document may hold that document.
-    bare_continuations: gradients are of the gold answer without the space that stands before it when it is scored (BARE_TASKS);
+    training_in_file_order: training documents are a file's first, not a shuffle's first. may_show_scored:
+    demonstrations of a training document may hold that document. bare_continuations: gradients are of the
+    gold answer without the space that stands before it when it is scored (BARE_TASKS);
         MathQA's demonstrations lack it everywhere.
     first_answer_only: gradients are of the first accepted answer, not of the best-scoring one (ReCoRD).
-    one_split_for_all: a task without a training split (LAMBADA) is ranked and judged on the same documents, not on halves.
-    last_layer_by_continuation: the last layer's importance is divided by answer tokens, other layers' by all tokens.
-    aggregate_of_raw_scores: heads are ranked for all tasks by the plain mean of scores, not of ranks.
-    ffns_by_evaluation: FFNs are ranked by what removing them costs on the evaluation documents themselves.
-    spurious_prefix_entries: prefix matching counts three entries that follow no earlier occurrence.
-    copying_of_own_token: copying is scored by what a head makes of the token at a place itself, embeddings fed to every layer.
+    one_split_for_all: a task without a training split (LAMBADA) is ranked and judged on the same documents,
+    not on halves. last_layer_by_continuation: the last layer's importance is divided by answer tokens, other
+    layers' by all tokens. aggregate_of_raw_scores: heads are ranked for all tasks by the plain mean of
+    scores, not of ranks. ffns_by_evaluation: FFNs are ranked by what removing them costs on the evaluation
+    documents themselves. spurious_prefix_entries: prefix matching counts three entries that follow no earlier
+    occurrence. copying_of_own_token: copying is scored by what a head makes of the token at a place itself,
+    embeddings fed to every layer.
     """
 
     name: ProtocolName
@@ -75,7 +77,9 @@ BARE_DEMONSTRATION_TASKS = ("mathqa",)
 
 @dataclass(frozen=True)
 class Difference:
-    """What the reference does, in a sentence; whether that is a plain bug, and whether this tool does the same."""
+    """What the reference does, in a sentence; whether that is a plain bug, and whether this tool does the
+    same.
+    """
 
     sentence: str
     plain_bug: bool
@@ -83,35 +87,72 @@ class Difference:
 
 
 DIFFERENCES = (
-    Difference("Training documents are the first of the file, so MultiRC's come from a few dozen paragraphs.", False),
-    Difference("Demonstrations of a training document may hold that document itself.", True),
     Difference(
-        "Gradients of HellaSwag, PIQA, ARC, OpenBookQA and MathQA are of the answer without the space before it, which is not "
-        "the text that is scored; MathQA's demonstrations lack the space, too.",
+        "Training documents are the first of the file, so MultiRC's come from a few dozen paragraphs.",
+        False,
+    ),
+    Difference(
+        "Demonstrations of a training document may hold that document itself.",
         True,
     ),
-    Difference("Gradients of ReCoRD are of the first accepted entity, not of the best-scoring one.", False),
-    Difference("LAMBADA, which has no training split, is ranked and judged on the same documents.", False),
     Difference(
-        "The last layer's importance is divided by answer tokens, the other layers' by all tokens, so the last layer's heads "
-        "rank high by construction.",
+        "Gradients of HellaSwag, PIQA, ARC, OpenBookQA and MathQA are of the answer without the space "
+        "before it, which is not the text that is scored; MathQA's demonstrations lack the space, too.",
         True,
     ),
-    Difference("All tasks' ranking is the mean of raw scores, in which tasks with short prompts count most.", False),
-    Difference("FFNs are ranked on the documents they are then judged on.", False),
     Difference(
-        "Rank correlations are taken between lists of head numbers in order of importance instead of between scores; they are "
-        "reported as spearman_of_order, beside spearman, under both protocols.",
+        "Gradients of ReCoRD are of the first accepted entity, not of the best-scoring one.",
+        False,
+    ),
+    Difference(
+        "LAMBADA, which has no training split, is ranked and judged on the same documents.",
+        False,
+    ),
+    Difference(
+        "The last layer's importance is divided by answer tokens, the other layers' by all tokens, so the "
+        "last layer's heads rank high by construction.",
         True,
     ),
-    Difference("Prefix matching adds three entries that follow no earlier occurrence of the token.", True),
     Difference(
-        "Copying is scored from what a head makes of the token at a place itself, with embeddings fed to every layer, not from "
-        "what it attends to.",
+        "All tasks' ranking is the mean of raw scores, in which tasks with short prompts count most.",
+        False,
+    ),
+    Difference(
+        "FFNs are ranked on the documents they are then judged on.",
+        False,
+    ),
+    Difference(
+        "Rank correlations are taken between lists of head numbers in order of importance instead of "
+        "between scores; they are reported as spearman_of_order, beside spearman, under both protocols.",
         True,
     ),
-    Difference("A limit counts MultiRC's answers, so that a question may be cut in two; here it counts questions.", False, imitated=False),
-    Difference("Too long prompts are not cut when gradients are taken, and run over the positions.", True, imitated=False),
-    Difference("Log-probabilities and gradients are summed in half precision, which makes ties.", True, imitated=False),
-    Difference("Neither the visiting order nor the random sequences have a seed.", True, imitated=False),
-)  # fmt: skip
+    Difference(
+        "Prefix matching adds three entries that follow no earlier occurrence of the token.",
+        True,
+    ),
+    Difference(
+        "Copying is scored from what a head makes of the token at a place itself, with embeddings fed to "
+        "every layer, not from what it attends to.",
+        True,
+    ),
+    Difference(
+        "A limit counts MultiRC's answers, so that a question may be cut in two; here it counts questions.",
+        False,
+        imitated=False,
+    ),
+    Difference(
+        "Too long prompts are not cut when gradients are taken, and run over the positions.",
+        True,
+        imitated=False,
+    ),
+    Difference(
+        "Log-probabilities and gradients are summed in half precision, which makes ties.",
+        True,
+        imitated=False,
+    ),
+    Difference(
+        "Neither the visiting order nor the random sequences have a seed.",
+        True,
+        imitated=False,
+    ),
+)

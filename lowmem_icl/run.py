@@ -51,11 +51,12 @@ class RunOutcome:
 def run(
     options: RunOptions, audience: Audience = Audience(), mask_files: Mapping[str, MaskFile] | None = None
 ) -> RunOutcome:
-    """Do everything that the options ask for; parts finished by an earlier run of the same options are reused.
+    """Do everything that the options ask for; parts finished by an earlier run of the same options are
+    reused.
 
-    With `mask_files` only `evaluate` runs, clean and under each of them. Tables and page are written whenever an
-    experiment is over, and from time to time while ablations go on. Raises InputError, DoesNotFit or InUse before any
-    long work; on Ctrl-C, and when --hours are over, what is finished stays.
+    With `mask_files` only `evaluate` runs, clean and under each of them. Tables and page are written whenever
+    an experiment is over, and from time to time while ablations go on. Raises InputError, DoesNotFit or InUse
+    before any long work; on Ctrl-C, and when --hours are over, what is finished stays.
     """
     started = time.monotonic()
     folder = check_output(options)

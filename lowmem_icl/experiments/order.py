@@ -1,4 +1,6 @@
-"""The experiments in the order in which they build on each other. Adding one is a folder, a row here, and its section of the page."""
+"""The experiments in the order in which they build on each other. Adding one is a folder, a row here, and its
+section of the page.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,12 +25,12 @@ class Stage:
     """One experiment's story.
 
     `needs`: the stages whose results it is given as parameters, None for those that were not asked for.
-    `parts`: (prepared, **needs) to the work it asks for; the planner counts it, `run` does it.
-    `run`: (work, **needs) to its result, as often as there is more to show.
-    `expected`: a stand-in for its result before there is one, by which the planner describes later stages.
-    `share`: what it gets of limited hours. `whole`: all it takes, the others build on it; `beside`: what it takes, as far as
-    there is time; `stretched`: it goes on while there is time; `postponed`: it waits for another run where that is too little.
-    `rough`: how much it takes depends on what it finds.
+    `parts`: (prepared, **needs) to the work it asks for; the planner counts it, `run` does it. `run`: (work,
+    **needs) to its result, as often as there is more to show. `expected`: a stand-in for its result before
+    there is one, by which the planner describes later stages. `share`: what it gets of limited hours.
+    `whole`: all it takes, the others build on it; `beside`: what it takes, as far as there is time;
+    `stretched`: it goes on while there is time; `postponed`: it waits for another run where that is too
+    little. `rough`: how much it takes depends on what it finds.
     """
 
     name: Experiment
@@ -67,8 +69,8 @@ def run_stages(
 ) -> Iterator[tuple[Stage, StageResult, bool]]:
     """Run the experiments asked for; yields each one's result whenever it has more, and whether it is over.
 
-    deadlines: by experiment, the time by the work's clock at which it must stop. What does not get done in the time there is
-    says so in its result.
+    deadlines: by experiment, the time by the work's clock at which it must stop. What does not get done in
+    the time there is says so in its result.
     """
     results: dict[str, StageResult] = {}
     for stage in STAGES:

@@ -1,4 +1,6 @@
-"""The work of a run before it starts: the parts that its stages describe, what they read and compute, and their rows."""
+"""The work of a run before it starts: the parts that its stages describe, what they read and compute, and
+their rows.
+"""
 
 import itertools
 from collections.abc import Callable, Collection, Iterator
@@ -31,8 +33,8 @@ class StageWork:
 def planned_work(prepared: Prepared, finished: Callable[[str], bool] = lambda part: False) -> list[StageWork]:
     """Return the work of all stages asked for, in order; `finished` tells which parts are there already.
 
-    What a stage does by the results of others is described by what is expected of these. A part that two stages
-    share belongs to the first.
+    What a stage does by the results of others is described by what is expected of these. A part that two
+    stages share belongs to the first.
     """
     expected: dict[str, StageResult] = {}
     planned: list[StageWork] = []
@@ -61,7 +63,7 @@ class RowLengths:
 
 
 def row_lengths(prepared: Prepared, planned: list[StageWork]) -> RowLengths:
-    """Return the lengths of the rows that planned work is on, or of the clean evaluation where there is none."""
+    """Return the lengths of the rows of planned work, or of the clean evaluation where there is none."""
     parts = list(itertools.chain.from_iterable(work.parts for work in planned))
     rows = [row for packed in _outlines(prepared, parts) for row in packed.rows]
     lengths = [len(row) for row in rows]
@@ -94,7 +96,9 @@ def _with_stem(row: Row) -> int:
 
 
 def largest_sweeps(prepared: Prepared, planned: list[StageWork]) -> list[SweepPart]:
-    """Return the largest sweep of every stage whose work is known beforehand: these decide how memory is dealt out."""
+    """Return the largest sweep of every stage whose work is known beforehand: these decide how memory is
+    dealt out.
+    """
 
     def tokens(part: SweepPart) -> int:
         return sum(prepared.outline(job.task, job.documents).token_count for job in part.jobs)

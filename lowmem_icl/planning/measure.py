@@ -33,10 +33,10 @@ RANDOM_ELEMENTS = 1 << 24
 class Rates:
     """What this machine does with this model, in seconds.
 
-    `call_seconds` for every micro-batch through a layer; `attention_seconds`, `projection_seconds`, `ffn_seconds` for every
-    token of it through the attention's inputs, its output projection and the FFN; `backward_seconds` for a token on the
-    way back, 0 where that was not asked for; `answer_seconds` for one place through the unembedding;
-    `disk_bytes_per_second`.
+    `call_seconds` for every micro-batch through a layer; `attention_seconds`, `projection_seconds`,
+    `ffn_seconds` for every token of it through the attention's inputs, its output projection and the FFN;
+    `backward_seconds` for a token on the way back, 0 where that was not asked for; `answer_seconds` for one
+    place through the unembedding; `disk_bytes_per_second`.
     """
 
     call_seconds: float
@@ -122,7 +122,9 @@ def _plain_rows(row_tokens: int, rows: int, device: torch.device) -> list[Segmen
 def _halves(
     store: Store, layer: DecoderLayer, row_tokens: int, rows: int, residual_bytes: int, budget: float
 ) -> tuple[float, float, float]:
-    """Return the seconds of a micro-batch of so many rows through the attention, its output projection, and the FFN."""
+    """Return the seconds of a micro-batch of so many rows through the attention, its output projection, and
+    the FFN.
+    """
     tokens, width = rows * row_tokens, store.skeleton.width
     device = layer.device
     # More than the processor's cache holds, as in a sweep: a batch comes from memory.
@@ -185,7 +187,7 @@ def _random_layer(store: Store) -> dict[str, Tensor]:
 
 
 def _disk_bytes_per_second(store: Store) -> float:
-    """Read layers of the store past the page cache; of a store that is not there yet, a file of their size."""
+    """Read layers of the store past the page cache, or a file of their size where there is no store yet."""
     if store.is_written:
         return read_rate(store.layer_paths, SAMPLE_BYTES)
     place = existing_folder(store.folder)

@@ -30,9 +30,10 @@ CONVERTED_COPIES = {"int8": 0, "bfloat16": 2, "float32": 1}
 class MemoryPlan:
     """How memory is dealt out, in bytes.
 
-    `device_bytes` is None where all lies in the machine's memory. Else `allowance_bytes` of that hold the layers being
-    read and the clean cache, and all the rest is on the device. `spill_bytes` of disk take what the cache cannot hold.
-    `micro_batch_tokens` go through a layer together, so that intermediate tensors keep to `working_bytes`.
+    `device_bytes` is None where all lies in the machine's memory. Else `allowance_bytes` of that hold the
+    layers being read and the clean cache, and all the rest is on the device. `spill_bytes` of disk take what
+    the cache cannot hold. `micro_batch_tokens` go through a layer together, so that intermediate tensors keep
+    to `working_bytes`.
     """
 
     allowance_bytes: int
@@ -59,10 +60,11 @@ def plan_memory(
     device_bytes: int | None = None,
     layers_read: Callable[[MemoryPlan], float] = lambda plan: 0.0,
 ) -> MemoryPlan:
-    """Deal out --memory and, where `device_bytes` are given, those; raise DoesNotFit with the smallest that would do.
+    """Deal out --memory and, where `device_bytes` are given, those; raise DoesNotFit with the smallest that
+    would do.
 
-    longest_tokens: of the longest row with its stem. Of several ways to share between layers that stay and rows that are
-    alive together, the one is taken that reads least by `layers_read`.
+    longest_tokens: of the longest row with its stem. Of several ways to share between layers that stay and
+    rows that are alive together, the one is taken that reads least by `layers_read`.
     """
     store = prepared.store
     needs = _Needs(prepared, longest_tokens, device_bytes)
@@ -98,8 +100,8 @@ def plan_memory(
 class _Needs:
     """What a run cannot do without, in bytes: of the device where there is one, else of the machine's memory.
 
-    allowance: what --memory gives; non_layer: the weights beside the layers; read_ahead: two layers being read; in_use: the
-    layer in use; least: what one row takes.
+    allowance: what --memory gives; non_layer: the weights beside the layers; read_ahead: two layers being
+    read; in_use: the layer in use; least: what one row takes.
     """
 
     def __init__(self, prepared: Prepared, longest_tokens: int, device_bytes: int | None) -> None:
@@ -119,15 +121,17 @@ class _Needs:
         )
 
     def spill_bytes(self) -> int:
-        """Return how much of the run folder's disk may be used; raise DoesNotFit where that is less than one row needs."""
+        """Return how much of the run folder's disk may be used; raise DoesNotFit where that is less than one
+        row needs.
+        """
         folder = run_folder(self._prepared.options)
         spill = int(free_bytes(folder) * SPILL_SHARE)
         row = self._row_bytes * self._prepared.skeleton.layers
         if row > spill:
             raise DoesNotFit(
                 f"--out {folder}: {spill / 1e9:.3g} GB of its disk may be used, and the activations of the "
-                f"longest row alone take {row / 1e9:.3g} GB; free {(row - spill) / SPILL_SHARE / 1e9:.3g} GB there or "
-                "choose another disk"
+                f"longest row alone take {row / 1e9:.3g} GB; free {(row - spill) / SPILL_SHARE / 1e9:.3g} GB "
+                "there or choose another disk"
             )
         return spill
 
@@ -145,7 +149,9 @@ class _Needs:
         return working_bytes(self._prepared, self._longest_tokens, together)
 
     def rest(self, working: int) -> int:
-        """Return what is left for rows and layers that stay; raise DoesNotFit where that is less than one row needs."""
+        """Return what is left for rows and layers that stay; raise DoesNotFit where that is less than one row
+        needs.
+        """
         fixed = {
             "embeddings": self.non_layer,
             "layers in use": self.in_use + (0 if self.on_device else self.read_ahead),
@@ -173,12 +179,14 @@ def _rest(flag: str, allowance: int, fixed: dict[str, int], least: int) -> int:
 
 
 def working_bytes(prepared: Prepared, longest_tokens: int, together: int) -> int:
-    """Return what intermediate tensors take at the widest moment, `together` tokens going through a layer at once."""
+    """Return what intermediate tensors take at the widest moment, `together` tokens going through a layer at
+    once.
+    """
     options, skeleton = prepared.options, prepared.skeleton
     ffn_width = max(shape[0] for shape in skeleton.layer_parameters().values())
     tokens = max(together, longest_tokens)
-    # Of the FFN: int32 products, their float32 form and the int8 input. Of the rest: queries, keys, values (filled up
-    # and not), z, residuals before and after, clean z of a group, keys and values of stems.
+    # Of the FFN: int32 products, their float32 form and the int8 input. Of the rest: queries, keys, values
+    # (filled up and not), z, residuals before and after, clean z of a group, keys and values of stems.
     working = tokens * (9 * ffn_width + 72 * skeleton.width)
     # Attention masks: of the longest row, and those that are kept.
     working += 2 * longest_tokens**2 * FLOAT_BYTES + KEPT_MASK_ELEMENTS * FLOAT_BYTES
@@ -186,7 +194,8 @@ def working_bytes(prepared: Prepared, longest_tokens: int, together: int) -> int
         # The graph of a layer and the gradients at everything in it.
         working += tokens * (16 * ffn_width + 64 * skeleton.width)
     if "induction" in options.experiments:
-        # A layer's output projection and the vocabulary's products stay while it runs; its heads are read before the FFN.
+        # A layer's output projection and the vocabulary's products stay while it runs; its heads are read
+        # before the FFN.
         working += 3 * skeleton.width**2 * FLOAT_BYTES
         heads = tokens * 64 * skeleton.width + 2 * longest_tokens**2 * FLOAT_BYTES
         working = max(working, heads + reading_bytes(skeleton, longest_tokens, copying_form(options)))

@@ -1,4 +1,6 @@
-"""The plan of a run: what every experiment reads and computes, how long it takes here, and what fits the hours there are."""
+"""The plan of a run: what every experiment reads and computes, how long it takes here, and what fits the
+hours there are.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,10 +19,12 @@ from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.work import SweepPart
 from lowmem_icl.system.machine import device_allowance, resolved_device
 
-# A stop loses the wave in progress: longer ones are cut, unless reading would then take longer than computing.
+# A stop loses the wave in progress: longer ones are cut, unless reading would then take longer than
+# computing.
 WAVE_SECONDS = 900.0
 COMPUTE_TO_READ = 4.0
-# Of the time left for stretched and postponed stages, the latter may take so much; else they wait for another run.
+# Of the time left for stretched and postponed stages, the latter may take so much; else they wait for another
+# run.
 POSTPONED_SHARE = 0.5
 ROUGH_MARGIN = 1.3
 SHORTEST_MEASURED_ROW = 16
@@ -28,10 +32,12 @@ SHORTEST_MEASURED_ROW = 16
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One experiment's cost: operations, layers and bytes read, expected seconds; what finished parts hold is left out.
+    """One experiment's cost: operations, layers and bytes read, expected seconds; what finished parts hold is
+    left out.
 
-    `rough`: how much it takes depends on what it finds. `documents`: how many documents per task are reached in time,
-    where the experiment is cut by --hours; `postponed`: it waits for another run of the same command.
+    `rough`: how much it takes depends on what it finds. `documents`: how many documents per task are reached
+    in time, where the experiment is cut by --hours; `postponed`: it waits for another run of the same
+    command.
     """
 
     experiment: str
@@ -48,8 +54,8 @@ class StagePlan:
 class Plan:
     """The whole run: what is on disk and in memory, this machine's rates, and the cost of every experiment.
 
-    `convert_bytes`: what is still to be read to make the store, 0 where it is there. `wave_tokens`: the bound of a wave.
-    `stop_after`: seconds from the start after which an experiment must stop, by --hours.
+    `convert_bytes`: what is still to be read to make the store, 0 where it is there. `wave_tokens`: the bound
+    of a wave. `stop_after`: seconds from the start after which an experiment must stop, by --hours.
     """
 
     memory: MemoryPlan
@@ -98,8 +104,8 @@ def make_plan(
 ) -> Plan:
     """Plan all experiments of a run; takes two seconds to measure this machine.
 
-    `hours`: how many there are left; `finished`: which parts are there already. Raises DoesNotFit where the hours do
-    not do for the experiments that all others build on.
+    `hours`: how many there are left; `finished`: which parts are there already. Raises DoesNotFit where the
+    hours do not do for the experiments that all others build on.
     """
     store, memory = prepared.store, check_memory(prepared)
     resident = resident_layers(store, memory.resident_bytes)
@@ -125,7 +131,9 @@ def make_plan(
 
 
 class _Counting:
-    """Turns work into what it costs on this machine; resident layers are read once, by whichever stage comes first."""
+    """Turns work into what it costs on this machine; resident layers are read once, by whichever stage comes
+    first.
+    """
 
     def __init__(
         self, prepared: Prepared, rates: Rates, limits: SweepLimits, resident: frozenset[int]
@@ -134,7 +142,9 @@ class _Counting:
         self._has_read_resident = False
 
     def stage(self, work: StageWork) -> tuple[StagePlan, list[tuple[int, float]]]:
-        """Return a stage's plan, and after which of its parts how many documents are done in how many seconds."""
+        """Return a stage's plan, and after which of its parts how many documents are done in how many
+        seconds.
+        """
         store, cost = self._prepared.store, SweepCost()
         chunks = []
         for part, part_cost in work.costs(self._prepared, self._limits, self._resident):

@@ -1,7 +1,7 @@
 """Pieces of a run in files: named arrays, written whole, found again when the run is continued.
 
-A finished part is `<name>.npz`. One that is being made leaves `<name>.draft.npz` from time to time, and whenever it is
-stopped, so that what is lost is never more than the step in progress.
+A finished part is `<name>.npz`. One that is being made leaves `<name>.draft.npz` from time to time, and
+whenever it is stopped, so that what is lost is never more than the step in progress.
 """
 
 import logging
@@ -25,7 +25,9 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class Draft:
-    """What there is of a part that is being made: the arrays an earlier run left, and those to leave for a later one."""
+    """What there is of a part that is being made: the arrays an earlier run left, and those to leave for a
+    later one.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -33,7 +35,7 @@ class Draft:
         self._saved = time.monotonic()
 
     def resume(self, arrays: Callable[[], Arrays]) -> None:
-        """Fill the arrays with what an earlier run left, if it has their shapes, and save them from now on."""
+        """Fill the arrays with what an earlier run left, if shapes agree, and save them from now on."""
         self._arrays = arrays
         if not self._path.is_file():
             return

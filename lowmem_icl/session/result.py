@@ -20,7 +20,9 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class MadeMask:
-    """A mask that a run made: for which task and shot count, by which method, from how many documents; `note` says more."""
+    """A mask that a run made: for which task and shot count, by which method, from how many documents; `note`
+    says more.
+    """
 
     name: str
     mask: Mask
@@ -54,7 +56,8 @@ class Rankings:
 class StageResult:
     """What a stage has found so far: records of the three tables, masks, and what run.json keeps of it.
 
-    `rankings`: those that it made; `unfinished`: a sentence on what its time did not do for, empty where all is done.
+    `rankings`: those that it made; `unfinished`: a sentence on what its time did not do for, empty where all
+    is done.
     """
 
     results: pl.DataFrame = field(default_factory=lambda: empty_frame("results"))

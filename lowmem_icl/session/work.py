@@ -1,8 +1,8 @@
 """The work that stages ask for: parts described as data, which the planner counts and a run executes.
 
-A part is one resumable piece of work and its file. Three kinds read the weights: sweeps of documents under masks, the
-gradients of documents, and the scores of heads on random sequences. Each says what it is called and what it consists of,
-once; `cost` counts that, and `Work` does it.
+A part is one resumable piece of work and its file. Three kinds read the weights: sweeps of documents under
+masks, the gradients of documents, and the scores of heads on random sequences. Each says what it is called
+and what it consists of, once; `cost` counts that, and `Work` does it.
 """
 
 import time
@@ -49,8 +49,9 @@ class MaskedDocuments:
 class SweepPart:
     """Documents of tasks under masks, in one sweep.
 
-    `keep_clean`: another part will start from the same clean residuals; `cached`: an earlier one left them. `documents`:
-    how many documents per task are done once it is. `times`: how often it is expected, where that depends on what is found.
+    `keep_clean`: another part will start from the same clean residuals; `cached`: an earlier one left them.
+    `documents`: how many documents per task are done once it is. `times`: how often it is expected, where
+    that depends on what is found.
     """
 
     name: str
@@ -71,7 +72,9 @@ class SweepPart:
 
 @dataclass(frozen=True)
 class GradientsPart:
-    """The unit gradients of the gold options of all documents of tasks, each task's model without a mask's units."""
+    """The unit gradients of the gold options of all documents of tasks, each task's model without a mask's
+    units.
+    """
 
     name: str
     label: str
@@ -97,7 +100,7 @@ class HeadScoresPart:
     questions: HeadQuestions
 
     def cost(self, prepared: Prepared, limits: SweepLimits, resident: Resident) -> SweepCost:
-        """Return what scoring heads takes: one read of the weights, or as many as there are blocks that fit."""
+        """Return what scoring heads takes: as many reads of the weights as there are blocks of rows that fit."""
         skeleton = prepared.skeleton
         rows = [BlockRow(index, row) for index, row in enumerate(self.questions.rows)]
         blocks = head_blocks(rows, skeleton.width, skeleton.layers, limits)
@@ -133,7 +136,9 @@ class Work:
             raise OutOfTime
 
     def sweep(self, part: SweepPart) -> list[Scores]:
-        """Return the scores of a part's jobs, from its file or by sweeping; raise OutOfTime between two waves."""
+        """Return the scores of a part's jobs, from its file or by sweeping; raise OutOfTime between two
+        waves.
+        """
 
         def make(draft: Draft) -> dict[str, NDArray[Any]]:
             self.check_time()
@@ -150,7 +155,9 @@ class Work:
         return [Scores(**fields) for fields in _of_jobs(arrays)]
 
     def gradients(self, part: GradientsPart) -> list[UnitGradients]:
-        """Return the unit gradients of a part's tasks, from its file or from two reads of the weights per block."""
+        """Return the unit gradients of a part's tasks, from its file or from two reads of the weights per
+        block.
+        """
 
         def make(draft: Draft) -> dict[str, NDArray[Any]]:
             self.check_time()
@@ -176,7 +183,9 @@ class Work:
         return [UnitGradients(**fields) for fields in _of_jobs(arrays)]
 
     def head_scores(self, part: HeadScoresPart) -> HeadScores:
-        """Return the scores of all heads, from the part's file or from a read of the weights per block of rows."""
+        """Return the scores of all heads, from the part's file or from a read of the weights per block of
+        rows.
+        """
         questions = part.questions
 
         def make(draft: Draft) -> dict[str, NDArray[Any]]:
@@ -214,7 +223,9 @@ class Work:
 
 
 class _RowsOnTheWay:
-    """Saves the residuals of a pass that scores heads beside its scores, so that a stop loses a layer and not a pass."""
+    """Saves the residuals of a pass that scores heads beside its scores, so that a stop loses a layer and not
+    a pass.
+    """
 
     def __init__(self, work: Work, scores: Draft, rows: Draft) -> None:
         self._work, self._scores, self._rows = work, scores, rows
@@ -285,7 +296,9 @@ def masked_chunk(
 def sweep_in_chunks(
     name: str, label: str, tasks: Sequence[TaskRows], masks: Sequence[Sequence[Mask]], size: int
 ) -> list[SweepPart]:
-    """Return the parts that sweep tasks in chunks of documents; rows are packed by chunk, whatever the memory."""
+    """Return the parts that sweep tasks in chunks of documents; rows are packed by chunk, whatever the
+    memory.
+    """
     chunks = chunks_of(most_documents(tasks), size)
     return [
         SweepPart(

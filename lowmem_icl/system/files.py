@@ -15,7 +15,8 @@ LONGEST_STEM_BYTES = 220
 def atomic_path(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, delete it on any error.
 
-    Without `sync` a power cut may leave a broken file: for what is checked when it is read, and can be made again.
+    Without `sync` a power cut may leave a broken file: for what is checked when it is read, and can be made
+    again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.name

@@ -17,10 +17,11 @@ KEYS = tuple(name for name in RESULTS if name not in ("task", "exact", *MEASURED
 def over_tasks(results: pl.DataFrame) -> pl.DataFrame:
     """Return the means over tasks of results, one record per number that all tasks have.
 
-    Tasks that are out of domain are left out; where fewer than two are left there is no mean. Numbers belong together
-    that agree in all else: what a task's own ranking, or that of a task chosen for it, removes is one thing, whatever it
-    is called. A task's own metric (em for ReCoRD) counts as its accuracy. The standard error is that of a mean of
-    independent tasks, null where a task has none; the bounds are normal; documents are added up; it is exact where all are.
+    Tasks that are out of domain are left out; where fewer than two are left there is no mean. Numbers belong
+    together that agree in all else: what a task's own ranking, or that of a task chosen for it, removes is
+    one thing, whatever it is called. A task's own metric (em for ReCoRD) counts as its accuracy. The standard
+    error is that of a mean of independent tasks, null where a task has none; the bounds are normal; documents
+    are added up; it is exact where all are.
     """
     tasks = [
         task for task in results["task"].unique(maintain_order=True) if task is not None and in_domain(task)

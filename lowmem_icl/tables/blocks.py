@@ -14,8 +14,9 @@ from lowmem_icl.tables.schema import TABLES, empty_frame
 Values = NDArray[np.float64]
 
 Block = Mapping[str, Any]
-"""Some columns of a table by name; a single value stands for a whole column of it, and a block of single values alone
-is one record. Columns that are left out are null or come from the stamp."""
+"""Some columns of a table by name; a single value stands for a whole column of it, and a block of single
+values alone is one record. Columns that are left out are null or come from the stamp.
+"""
 
 
 def frame(table: str, blocks: Iterable[Block], stamp: Block = {}) -> pl.DataFrame:
@@ -35,7 +36,9 @@ def frame(table: str, blocks: Iterable[Block], stamp: Block = {}) -> pl.DataFram
 
 
 def unit_blocks(units: Sequence[Unit], by_unit: Mapping[str, Values], /, **same: Any) -> list[Block]:
-    """Return blocks of results about units removed alone, one per kind, from columns [U] and what all records share."""
+    """Return blocks of results about units removed alone, one per kind, from columns [U] and what all records
+    share.
+    """
     blocks: list[Block] = []
     for kind in ("head", "ffn"):
         indices = [index for index, unit in enumerate(units) if unit.kind == kind]
@@ -80,7 +83,9 @@ def _from_columns(schema: Mapping[str, pl.DataType], block: Block, stamp: Block)
 
 
 def _with_derived(results: pl.DataFrame) -> pl.DataFrame:
-    """Return results with the columns that follow from others: whose labels were shown, and how units were removed."""
+    """Return results with the columns that follow from others: whose labels were shown, and how units were
+    removed.
+    """
     removed = pl.col("heads_removed").fill_null(0) + pl.col("ffns_removed").fill_null(0)
     return results.with_columns(
         labels=pl.when(pl.col("shots") > 0).then(pl.lit("right")),

@@ -1,12 +1,13 @@
 """The three tables of a run folder: their columns, types and files.
 
-results.parquet has one record per measured number. A column that does not apply to a number is null: `procedure` where an
-experiment has only one; `kind, layer, head` outside single units; `mask` outside masks ("clean" for the clean run);
-`mask_task, mask_shots`, the task and shot count whose ranking or search made the mask, for masks made from none;
-`labels` without demonstrations and `ablation` where nothing is removed; `percent` outside curves and shares of all units;
-`count` outside measures over the top units; `other_*` outside comparisons of rankings; `stderr, low, high` where a number
-has no interval; `chance` where it has no chance value. `low, high` bound 95 %. Task `aggregate` is the mean over tasks;
-its `split`, `mask` and `mask_task` are null where the tasks' differ.
+results.parquet has one record per measured number. A column that does not apply to a number is null:
+`procedure` where an experiment has only one; `kind, layer, head` outside single units; `mask` outside masks
+("clean" for the clean run); `mask_task, mask_shots`, the task and shot count whose ranking or search made the
+mask, for masks made from none; `labels` without demonstrations and `ablation` where nothing is removed;
+`percent` outside curves and shares of all units; `count` outside measures over the top units; `other_*`
+outside comparisons of rankings; `stderr, low, high` where a number has no interval; `chance` where it has no
+chance value. `low, high` bound 95 %. Task `aggregate` is the mean over tasks; its `split`, `mask` and
+`mask_task` are null where the tasks' differ.
 """
 
 import io
@@ -111,7 +112,7 @@ def read_table(path: Path, table: str) -> pl.DataFrame:
     if version != SCHEMA_VERSION and isinstance(stated, dict) and stated.get("table") == table:
         raise InputError(
             f"{path}: this version reads tables of schema version {SCHEMA_VERSION}, this one has {version}; "
-            "run the same command with another --out to make the tables again, or read it with the version that wrote it"
+            "run the same command with another --out, or read it with the version that wrote it"
         )
     if stated != {"table": table, "schema_version": SCHEMA_VERSION} or frame.schema != pl.Schema(
         TABLES[table]

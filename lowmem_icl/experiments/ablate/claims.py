@@ -1,7 +1,7 @@
 """What can be said about single units from their exact drops, and what demonstrations have to do with it.
 
-Which units can be claimed to matter among so many; what the costliest ones cost on documents that did not pick them; and
-how much more a unit matters where there are demonstrations.
+Which units can be claimed to matter among so many; what the costliest ones cost on documents that did not
+pick them; and how much more a unit matters where there are demonstrations.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,8 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class ExactDrops:
-    """The exact drops of one task at one shot count: of its scored documents, for units [U] at these indices of all.
+    """The exact drops of one task at one shot count: of its scored documents, for units [U] at these indices
+    of all.
 
     gold: of gold log-probability, [U, N]; accuracy: by scored unit, [U, S], with the clusters of these.
     """
@@ -59,8 +60,9 @@ class ExactDrops:
 def claim_blocks(units: Sequence[Unit], drops: Sequence[ExactDrops]) -> list[Block]:
     """Return blocks of q_value: of every task and shot count, and of the mean over tasks at each shot count.
 
-    A family of claims is all units of a task at a shot count (of the mean: those that every task has): "its drop of gold
-    log-probability is not zero", two-sided, so that among the units with q ≤ 0.05 about one of twenty is no finding.
+    A family of claims is all units of a task at a shot count (of the mean: those that every task has): "its
+    drop of gold log-probability is not zero", two-sided, so that among the units with q ≤ 0.05 about one of
+    twenty is no finding.
     """
     found: list[Block] = []
     for task_drops in drops:
@@ -83,7 +85,8 @@ def claim_blocks(units: Sequence[Unit], drops: Sequence[ExactDrops]) -> list[Blo
 
 
 def top_drop_records(units: Sequence[Unit], drops: ExactDrops, seed: int) -> Iterator[Block]:
-    """Yield top_drop: what the `count` costliest heads, and FFNs, cost alone in gold log-probability, mean over these units.
+    """Yield top_drop: what the `count` costliest heads, and FFNs, cost alone in gold log-probability, mean
+    over these units.
 
     Half of the documents pick the units, the other half judges them, and the other way round: see `top_mean`.
     """
@@ -111,9 +114,11 @@ def top_drop_records(units: Sequence[Unit], drops: ExactDrops, seed: int) -> Ite
 
 @dataclass(frozen=True, eq=False)
 class InContextEffects:
-    """How much more units [U] matter with demonstrations than without, on the same documents [N] or scored units [S].
+    """How much more units [U] matter with demonstrations than without, on the same documents [N] or scored
+    units [S].
 
-    gold: drops of gold log-probability at some shot count minus those at none, [U, N]; accuracy: likewise, [U, S].
+    gold: drops of gold log-probability at some shot count minus those at none, [U, N]; accuracy: likewise,
+    [U, S].
     """
 
     task: TaskRows
@@ -125,7 +130,8 @@ class InContextEffects:
 
 
 def in_context(shown: ExactDrops, alone: ExactDrops) -> InContextEffects | None:
-    """Return the in-context effects of the units and documents that both have; None where there are none in common.
+    """Return the in-context effects of the units and documents that both have; None where there are none in
+    common.
 
     A head of the language in general costs as much without demonstrations as with them, and comes out at 0.
     """

@@ -1,4 +1,6 @@
-"""Heads and FFNs removed alone: what each document's score loses, exactly or, where units are screened, estimated."""
+"""Heads and FFNs removed alone: what each document's score loses, exactly or, where units are screened,
+estimated.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +55,9 @@ def unit_drops(task: PackedTask, logprobs: Values, greedy: NDArray[np.bool_]) ->
 
 
 def drop_blocks(task: TaskRows, units: Sequence[Unit], drops: UnitDrops, seed: int) -> list[Block]:
-    """Return blocks of results, one record per unit: mean drops over documents with paired, clustered intervals."""
+    """Return blocks of results, one record per unit: mean drops over documents with paired, clustered
+    intervals.
+    """
     found: list[Block] = []
     for name, values in drops.by_document.items():
         if np.isnan(values).any():
@@ -102,14 +106,16 @@ def effect_blocks(task: TaskRows, units: Sequence[Unit], drops: UnitDrops) -> li
 
 @dataclass(frozen=True, eq=False)
 class Estimates:
-    """First-order estimates [U] of the drop of gold log-probability without each unit, with standard errors."""
+    """First-order estimates [U] of the drop of gold log-probability without each unit, and their errors."""
 
     value: Values
     stderr: Values
 
     @classmethod
     def of_documents(cls, by_document: Values, clusters: Sequence[str]) -> "Estimates":
-        """Return the means over documents of estimates [N, U] with clustered errors, infinite for a single cluster."""
+        """Return the means over documents of estimates [N, U] with clustered errors, infinite for a single
+        cluster.
+        """
         stderr = clustered_estimates(by_document.T, clusters).stderr
         return cls(by_document.mean(0), np.where(np.isnan(stderr), np.inf, stderr))
 
@@ -117,8 +123,9 @@ class Estimates:
 def screened(estimates: Estimates, n_exact: int, seed: int) -> tuple[Indices, Indices]:
     """Return the units to be ablated exactly, ascending, and which of them chance picked.
 
-    Nine of ten are those whose effect could be largest: |estimate| + 2 standard errors. One of ten is drawn from all
-    others, so that what screening leaves out is measured, too. With as many as there are units all are exact.
+    Nine of ten are those whose effect could be largest: |estimate| + 2 standard errors. One of ten is drawn
+    from all others, so that what screening leaves out is measured, too. With as many as there are units all
+    are exact.
     """
     units = len(estimates.value)
     if n_exact >= units:
@@ -147,8 +154,8 @@ def agreement_records(
 ) -> Iterator[Block]:
     """Yield how far estimates and exact drops [U] agree, over the units compared under each method's name.
 
-    estimate_spearman: their rank correlation; estimate_error: the mean of |estimate − exact| in nats. `count`: how many
-    units were compared.
+    estimate_spearman: their rank correlation; estimate_error: the mean of |estimate − exact| in nats.
+    `count`: how many units were compared.
     """
     for method, indices in compared.items():
         base = task_fields(task) | {

@@ -1,4 +1,4 @@
-"""The ablate stage: chunks of documents, each under all units asked for, until the work or its time is over."""
+"""The ablate stage: documents in chunks, each under all units asked for, until the work or its time is over."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -47,7 +47,7 @@ def parts(prepared: Prepared, importance: ImportanceResult | None) -> list[Sweep
 
 
 def doubling_chunks(n_documents: int, largest: int = LARGEST_CHUNK) -> list[slice]:
-    """Return documents in chunks of 1, 1, 2, 4, 8, …: so that all units are measured early, and then better."""
+    """Return documents in chunks of 1, 1, 2, 4, 8, …: all units are measured early, and then better."""
     chunks: list[slice] = []
     start, size = 0, 1
     while start < n_documents:
@@ -72,7 +72,8 @@ def _parts(prepared: Prepared, selected: Sequence[Selection]) -> list[SweepPart]
 
 
 def selections(prepared: Prepared, importance: ImportanceResult | None) -> list[Selection]:
-    """Return which units of every task are ablated exactly: all, or by screening those that estimates leave open.
+    """Return which units of every task are ablated exactly: all, or by screening those that estimates leave
+    open.
 
     Before there are estimates as many stand for them, spread over all layers.
     """
@@ -198,7 +199,9 @@ def _means(results: pl.DataFrame) -> pl.DataFrame:
 
 
 def _agreement(selection: Selection, task: TaskRows, exact_means: Values) -> Iterator[blocks.Block]:
-    """Yield how far a task's estimates agree with its exact drops, of all exact units and of those that chance picked."""
+    """Yield how far a task's estimates agree with its exact drops, of all exact units and of those that
+    chance picked.
+    """
     if selection.estimates is None:
         return
     exact = selection.estimates.value.copy()
@@ -210,7 +213,7 @@ def _agreement(selection: Selection, task: TaskRows, exact_means: Values) -> Ite
 def _rankings(
     prepared: Prepared, selection: Selection, own: claims.ExactDrops, drops: measure.UnitDrops
 ) -> Rankings:
-    """Return a task's rankings: of its heads, estimates standing for what was not removed, and of its FFNs."""
+    """Return a task's rankings: of its heads, by estimates where none was removed, and of its FFNs."""
     skeleton, task = prepared.skeleton, own.task
     values = np.full(len(_units(prepared)), np.nan)
     if selection.estimates is not None:
@@ -242,7 +245,9 @@ def _head_ranking(prepared: Prepared, task: TaskRows, method: str, values: Value
 def _document_ranking(
     prepared: Prepared, task: TaskRows, method: str, values: Values, clusters: Sequence[str]
 ) -> Rankings:
-    """Return what each document adds to a ranking of heads, from values [U, N] of units of which all heads come first."""
+    """Return what each document adds to a ranking of heads, from values [U, N] of units of which all heads
+    come first.
+    """
     heads = prepared.skeleton.layers * prepared.skeleton.heads
     scores = DocumentScores.of_mean(task.task, values[:heads].T.astype(np.float32), clusters)
     return Rankings(documents={RankingKey(task.task, task.shots, method): DocumentRanking((scores,))})

@@ -32,10 +32,10 @@ class MaskScores:
 def evaluation_records(task: PackedTask, under: MaskScores, seed: int) -> Iterator[Block]:
     """Yield the records of one task under one mask.
 
-    Metrics of the task are lm-eval's, with its standard errors; gold_logprob, gold_prob and margin are means over
-    documents with intervals clustered by passage. `majority` (of the clean run) is the accuracy of the best constant
-    answer, `top_answer_share` the share of documents that get the answer given most often: a model that always says the
-    same has 1 there, whatever its accuracy.
+    Metrics of the task are lm-eval's, with its standard errors; gold_logprob, gold_prob and margin are means
+    over documents with intervals clustered by passage. `majority` (of the clean run) is the accuracy of the
+    best constant answer, `top_answer_share` the share of documents that get the answer given most often: a
+    model that always says the same has 1 there, whatever its accuracy.
     """
     base = task_fields(task.task) | {
         "mask": under.name,
@@ -68,7 +68,8 @@ def evaluation_records(task: PackedTask, under: MaskScores, seed: int) -> Iterat
 def top_answer_share(task: TaskRows, logprobs: NDArray[np.float64]) -> float | None:
     """Return the share of documents that get the answer given most often, from option scores [O].
 
-    None where documents differ in how many options they have, or have but one: option numbers then mean nothing.
+    None where documents differ in how many options they have, or have but one: option numbers then mean
+    nothing.
     """
     counts = {len(document.gold) for document in task.documents}
     if len(counts) > 1 or counts == {1}:

@@ -22,7 +22,9 @@ def parts(prepared: Prepared) -> list[SweepPart]:
 
 
 def clean_parts(prepared: Prepared, masks: Mapping[str, Mask]) -> list[SweepPart]:
-    """Return the sweeps of the evaluation documents, clean and under masks; whichever stage comes first makes them."""
+    """Return the sweeps of the evaluation documents, clean and under masks; whichever stage comes first makes
+    them.
+    """
     tasks = prepared.evaluate
     named = (Mask(), *masks.values())
     return sweep_in_chunks("evaluate", "evaluate", tasks, [named] * len(tasks), CHUNK)

@@ -1,4 +1,4 @@
-"""Importance of heads and FFNs from one backward pass: the paper's score and a signed first-order estimate."""
+"""Importance of heads and FFNs from one backward pass: the paper's score and a signed estimate."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ Values = NDArray[np.float64]
 class Importance:
     """Scores of one task at one shot count.
 
-    gradient: heads [L, H], ffns [L]: Σ_examples Σ_tokens |⟨z, ∂L/∂z⟩| / Σ_examples (N − 1), L the mean negative
-    log-likelihood per gold token (Bansal et al. 2023, eq. 8-10; one denominator for all layers, or, as in the paper's
-    code, Σ_examples of answer tokens in the last).
-    attribution: the mean over examples of Σ_tokens ⟨z, ∂logp/∂z⟩, per document [N, L, H] and [N, L]: a first-order
-    estimate of how much the gold log-probability drops without the unit.
-    head_documents: what every document adds to gradient_heads, kept in float32 for resampling.
+    gradient: heads [L, H], ffns [L]: Σ_examples Σ_tokens |⟨z, ∂L/∂z⟩| / Σ_examples (N − 1), L the mean
+    negative log-likelihood per gold token (Bansal et al. 2023, eq. 8-10; one denominator for all layers, or,
+    as in the paper's code, Σ_examples of answer tokens in the last). attribution: the mean over examples of
+    Σ_tokens ⟨z, ∂logp/∂z⟩, per document [N, L, H] and [N, L]: a first-order estimate of how much the gold
+    log-probability drops without the unit. head_documents: what every document adds to gradient_heads, kept
+    in float32 for resampling.
     """
 
     gradient_heads: Values
@@ -83,7 +83,9 @@ def unit_blocks(
 
 
 def importance_blocks(task: PackedTask, scores: Importance) -> list[Block]:
-    """Return blocks of results of a task's scores; attribution, a mean over documents, with its clustered interval."""
+    """Return blocks of results of a task's scores; attribution, a mean over documents, with its clustered
+    interval.
+    """
     base, clusters = task_fields(task.task), task.task.clusters
     gradient = unit_blocks(
         base, "gradient", {"value": scores.gradient_heads}, {"value": scores.gradient_ffns}
@@ -96,7 +98,7 @@ def importance_blocks(task: PackedTask, scores: Importance) -> list[Block]:
 
 
 def mean_columns(by_document: Values, clusters: Sequence[str]) -> dict[str, Values]:
-    """Return columns of the mean over documents with its interval, by unit, from [N, ...]; documents cluster."""
+    """Return columns of the clustered mean over documents with its interval, by unit, from [N, ...]."""
     units = by_document.shape[1:]
     value, stderr, _ = clustered_estimates(by_document.reshape(len(by_document), -1).T, clusters)
     low, high = normal_bounds(value, stderr)

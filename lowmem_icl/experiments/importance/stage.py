@@ -23,7 +23,9 @@ ATTRIBUTION = "attribution"
 
 @dataclass(frozen=True, kw_only=True)
 class ImportanceResult(StageResult):
-    """What the stage finds; `attribution` [N, U] by document: the estimated drops of all heads, then all FFNs."""
+    """What the stage finds; `attribution` [N, U] by document: the estimated drops of all heads, then all
+    FFNs.
+    """
 
     attribution: Mapping[tuple[str, int], Values] = field(default_factory=dict)
 
@@ -80,7 +82,9 @@ def expected(prepared: Prepared) -> ImportanceResult:
 
 
 def ranked_settings(prepared: Prepared) -> list[tuple[str, int]]:
-    """Return every task and shot count, and all tasks together at the shot counts where there are two to be ranked."""
+    """Return every task and shot count, and all tasks together at the shot counts where there are two to be
+    ranked.
+    """
     settings = [(task.task, task.shots) for task in prepared.train]
     for shots in prepared.options.resolved_shots:
         if sum(in_domain(name) for name, count in settings if count == shots and name != AGGREGATE) > 1:

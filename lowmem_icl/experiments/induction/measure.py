@@ -1,4 +1,5 @@
-"""Induction heads: their scores, what pruning leaves of them, whether important heads are such, and what they cause.
+"""Induction heads: their scores, what pruning leaves of them, whether important heads are such, and what they
+cause.
 
 Axis letters: S sequences, L layers, H heads, U all heads in a row.
 """
@@ -31,7 +32,7 @@ RANDOM_MASK = "induction-random"
 
 
 def score_blocks(metric: str, method: str, by_sequence: Values) -> Iterator[Block]:
-    """Yield blocks of a score [S, L, H]: its mean over sequences, and their variance as a metric of its own."""
+    """Yield blocks of a score [S, L, H]: its mean over sequences, and their variance as another metric."""
     sequences = len(by_sequence)
     value = by_sequence.mean(0)
     variance = np.full(value.shape, np.nan) if sequences < 2 else by_sequence.var(0, ddof=1)
@@ -65,9 +66,11 @@ def percents() -> NDArray[np.int64]:
 
 
 def retained(scores: Values, orders: NDArray[np.int64]) -> Values:
-    """Return which share of the summed scores [U] is left when heads go in these orders [..., U], at every percentage.
+    """Return which share of the summed scores [U] is left when heads go in these orders [..., U], at every
+    percentage.
 
-    Σ_{rank ≥ i} score / Σ score with i = ⌊p · U / 100⌋ heads removed (Bansal et al. 2023, section 6.4): [..., percents].
+    Σ_{rank ≥ i} score / Σ score with i = ⌊p · U / 100⌋ heads removed (Bansal et al. 2023, section 6.4): [...,
+    percents].
     """
     gone = np.cumsum(scores[orders], axis=-1)
     gone = np.concatenate([np.zeros((*gone.shape[:-1], 1)), gone], axis=-1)
@@ -81,8 +84,8 @@ def capacity_blocks(
 ) -> Iterator[Block]:
     """Yield blocks: how much of a capacity [L, H] is left under every ranking [L, H], lowest first.
 
-    ranked: by task, shot count and method. `chance` is what is left on average when heads go at random; a block of the
-    method `random` has that with the band of 200 orders.
+    ranked: by task, shot count and method. `chance` is what is left on average when heads go at random; a
+    block of the method `random` has that with the band of 200 orders.
     """
     heads = scores.size
     counts = percents() * heads // 100
@@ -111,7 +114,9 @@ def capacity_blocks(
 
 
 def capacity_of_mask(capacity: str, scores: Values, removed: Mask) -> dict[str, Any]:
-    """Return a record: how much of a capacity [L, H] a mask leaves, beside what a random one of its size would."""
+    """Return a record: how much of a capacity [L, H] a mask leaves, beside what a random one of its size
+    would.
+    """
     places = np.array(sorted(removed.heads), dtype=np.int64).reshape(-1, 2)
     gone = scores[places[:, 0], places[:, 1]].sum()
     return {
@@ -128,10 +133,12 @@ def capacity_of_mask(capacity: str, scores: Values, removed: Mask) -> dict[str, 
 
 
 def important_heads_records(prefix_matching: Values, ranked: Mapping[RankingKey, Values]) -> Iterator[Block]:
-    """Yield how far important heads are induction heads, under every ranking [L, H], with chance and interval.
+    """Yield how far important heads are induction heads, under every ranking [L, H], with chance and
+    interval.
 
-    induction_spearman: rank correlation with prefix matching; induction_precision: the share of induction heads among the
-    `count` most important, as many as there are; induction_auc: how often an induction head is the more important one.
+    induction_spearman: rank correlation with prefix matching; induction_precision: the share of induction
+    heads among the `count` most important, as many as there are; induction_auc: how often an induction head
+    is the more important one.
     """
     scores = prefix_matching.ravel()
     members = scores >= HEAD_SCORE
@@ -161,7 +168,7 @@ def important_heads_records(prefix_matching: Values, ranked: Mapping[RankingKey,
 
 
 def top_induction_heads(prefix_matching: Values) -> Mask:
-    """Return the heads that reach the score, at most a quarter of all: those with the highest, from [L, H]."""
+    """Return the heads that reach the score, at most a quarter of all: the highest of [L, H]."""
     reached = int((prefix_matching >= HEAD_SCORE).sum())
     return highest_heads(prefix_matching, min(reached, prefix_matching.size // LARGEST_SHARE))
 
@@ -169,10 +176,11 @@ def top_induction_heads(prefix_matching: Values) -> Mask:
 def random_draws(
     removed: Mask, prefix_matching: Values, previous_token: Values, seed: int, draws: int = RANDOM_DRAWS
 ) -> list[Mask]:
-    """Return masks of as many other heads as `removed` has, of the same layers: as many of each, as far as there are.
+    """Return masks of as many other heads as `removed` has, of the same layers: as many of each, as far as
+    there are.
 
-    Induction heads and previous-token heads, which feed these, are never drawn; scores: [L, H]. What a layer lacks comes
-    from the other layers; where all of them lack it there are no draws.
+    Induction heads and previous-token heads, which feed these, are never drawn; scores: [L, H]. What a layer
+    lacks comes from the other layers; where all of them lack it there are no draws.
     """
     wanted = Counter(layer for layer, _ in removed.heads)
     free = (prefix_matching < HEAD_SCORE) & (previous_token < HEAD_SCORE)
@@ -195,7 +203,8 @@ def random_draws(
 
 
 def band_records(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield, for every task, shot count and metric, the median over random draws with the band of 95 % of them.
+    """Yield, for every task, shot count and metric, the median over random draws with the band of 95 % of
+    them.
 
     records: those of all draws, method `random`; the median's record has the mask's name without a number.
     """

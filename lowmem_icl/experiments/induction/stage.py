@@ -1,4 +1,6 @@
-"""The induction stage: heads scored on random sequences, then the top ones removed together, beside random draws."""
+"""The induction stage: heads scored on random sequences, then the top ones removed together, beside random
+draws.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,7 +72,8 @@ def parts(
     ablate: StageResult | None,
     prune: StageResult | None,
 ) -> list[Part]:
-    """Return the pass that scores heads, and the sweep without the induction heads that it is expected to find.
+    """Return the pass that scores heads, and the sweep without the induction heads that it is expected to
+    find.
 
     Which heads these are is not known before; they lie beyond the middle as often as not.
     """
@@ -87,7 +90,9 @@ def scores_part(questions: HeadQuestions) -> HeadScoresPart:
 
 
 def removal_part(prepared: Prepared, masks: Sequence[Mask]) -> SweepPart:
-    """Return the sweep of some documents under all masks, and of more under the first two: clean, and induction heads."""
+    """Return the sweep of some documents under all masks, and of more under the first two: clean, and
+    induction heads.
+    """
     tasks = _tasks_with_demonstrations(prepared)
     jobs = masked_chunk(tasks, [masks] * len(tasks), DRAWN_DOCUMENTS)
     more = masked_chunk(tasks, [masks[:2]] * len(tasks), MORE_DOCUMENTS)
@@ -145,7 +150,7 @@ def _score_blocks(questions: HeadQuestions, scores: HeadScores) -> Iterator[bloc
 def _comparisons(
     scores: HeadScores, rankings: Rankings, masks: Sequence[MadeMask], seed: int
 ) -> Iterator[blocks.Block]:
-    """Yield how far important heads are induction heads, and what rankings and masks leave of each capacity."""
+    """Yield how far important heads are induction heads, and what rankings and masks leave of capacities."""
     yield from measure.important_heads_records(scores.prefix_matching.mean(0), rankings.heads)
     for capacity in measure.CAPACITIES:
         means = getattr(scores, capacity).mean(0)
@@ -217,7 +222,9 @@ def _removal(work: Work, scores: HeadScores) -> StageResult:
 
 
 def _removal_records(work: Work, removed: Sequence[_Removed]) -> Iterator[blocks.Block]:
-    """Yield the records of all masks; the clean run and induction heads have more documents than the random draws."""
+    """Yield the records of all masks; the clean run and induction heads have more documents than the random
+    draws.
+    """
     prepared, tasks = work.prepared, _tasks_with_demonstrations(work.prepared)
     swept = work.sweep(removal_part(prepared, [one.mask for one in removed]))
     some, more = swept[: len(tasks)], iter(swept[len(tasks) :])

@@ -28,13 +28,15 @@ def overlap_records(
     documents: Mapping[RankingKey, DocumentRanking] = {},
     seed: int = 0,
 ) -> Records:
-    """Yield how far every comparable pair of head scores, [L, H] each, agrees; higher scores are more important.
+    """Yield how far every comparable pair of head scores, [L, H] each, agrees; higher scores are more
+    important.
 
-    spearman, kendall: of the scores; top_overlap: the share of the top `percent` of heads (`count` of them) in common, with
-    its expectation for unrelated rankings; spearman_of_order, between rankings of one method: what the paper's code computes
-    instead. Where `documents` has both rankings of one method, spearman has an interval over documents. split_half: a
-    ranking's reliability. cross_shot_spearman (task `aggregate`): the mean over tasks of the spearman between two shot
-    counts, the paper's Table 1; its variance over T tasks is T · stderr².
+    spearman, kendall: of the scores; top_overlap: the share of the top `percent` of heads (`count` of them)
+    in common, with its expectation for unrelated rankings; spearman_of_order, between rankings of one method:
+    what the paper's code computes instead. Where `documents` has both rankings of one method, spearman has an
+    interval over documents. split_half: a ranking's reliability. cross_shot_spearman (task `aggregate`): the
+    mean over tasks of the spearman between two shot counts, the paper's Table 1; its variance over T tasks is
+    T · stderr².
     """
     keys = sorted(rankings)
     for method in sorted({key.method for key in keys}):

@@ -1,4 +1,6 @@
-"""The curves of the prune stage: all levels of all curves as variants of one sweep, judged on evaluation documents."""
+"""The curves of the prune stage: all levels of all curves as variants of one sweep, judged on evaluation
+documents.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,7 +83,9 @@ def run(work: Work, rankings: Rankings) -> StageResult:
 def curve_rankings(
     prepared: Prepared, rankings: Rankings, by_evaluation: Mapping[RankingKey, Values]
 ) -> CurveRankings:
-    """Return what there is to prune by; FFNs by the oracle where each was removed alone, else by their gradients."""
+    """Return what there is to prune by; FFNs by the oracle where each was removed alone, else by their
+    gradients.
+    """
     exact = {key: scores for key, scores in rankings.ffns.items() if key.method == "ablation"}
     exact = dict(by_evaluation) or exact
     ffns = {**rankings.ffns, **exact}
@@ -123,7 +127,9 @@ def _training_sweeps(prepared: Prepared, points: Points) -> list[SweepPart]:
 
 
 def _ranks_ffns_by_evaluation(prepared: Prepared, rankings: Rankings) -> bool:
-    """Tell whether the protocol ranks FFNs on the documents that curves are judged on, instead of where each was removed."""
+    """Tell whether the protocol ranks FFNs on the documents that curves are judged on, instead of where each
+    was removed.
+    """
     asked = prepared.options.protocol_choices.ffns_by_evaluation
     return asked and any(key.method == "ablation" for key in rankings.ffns)
 
@@ -135,7 +141,9 @@ def _ffn_parts(prepared: Prepared) -> list[SweepPart]:
 
 
 def _ffns_by_evaluation(work: Work) -> dict[RankingKey, Values]:
-    """Return what removing each FFN costs in accuracy on the documents that curves are judged on, by task, [L]."""
+    """Return what removing each FFN costs in accuracy on the documents that curves are judged on, by task,
+    [L].
+    """
     tasks = work.prepared.curves
     rankings = {}
     for task, score in zip(tasks, _scores(work, tasks, _ffn_parts(work.prepared)), strict=True):
@@ -180,7 +188,9 @@ def _curve_records(
 
 
 def _made_masks(prepared: Prepared, points: Points, reported: Sequence[Mapping[str, Any]]) -> list[MadeMask]:
-    """Return the masks of all levels, with what they leave of the task (or of all tasks) that they were made for."""
+    """Return the masks of all levels, with what they leave of the task (or of all tasks) that they were made
+    for.
+    """
     scores: dict[tuple[str, int, str], dict[str, float]] = {}
     for record in reported:
         if record["mask"] is not None:

@@ -1,4 +1,6 @@
-"""The greedy searches of the prune stage: in lockstep, masks of equal size beside them, all judged on other documents."""
+"""The greedy searches of the prune stage: in lockstep, masks of equal size beside them, all judged on other
+documents.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +41,9 @@ Asked = Mapping[tuple[int, search.Half], tuple[Mask, ...]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What one search is for: a task, or all of them, at a shot count; `tasks` are the indices of the training tasks."""
+    """What one search is for: a task, or all of them, at a shot count; `tasks` are the indices of the
+    training tasks.
+    """
 
     task: str
     shots: int
@@ -62,7 +66,9 @@ def settings_of(prepared: Prepared) -> list[Setting]:
 
 
 def step_part(prepared: Prepared, name: str, label: str, asked: Asked) -> SweepPart:
-    """Return the sweep of what searches ask for: by task and half of its training documents, the masks to be scored."""
+    """Return the sweep of what searches ask for: by task and half of its training documents, the masks to be
+    scored.
+    """
     jobs = tuple(
         MaskedDocuments(prepared.train[index], _half(len(prepared.train[index].documents), half), masks)
         for (index, half), masks in asked.items()
@@ -79,8 +85,9 @@ def _half(n_documents: int, half: search.Half) -> slice:
 def parts(prepared: Prepared) -> Iterator[Part]:
     """Yield the work that searches are expected to ask for, and the judging of their masks.
 
-    Which units go is not known before: in every layer each half's documents are swept under all heads, then under one
-    fewer, and so on. The first sweep of a layer also runs the clean model up to it; the others find that in the cache.
+    Which units go is not known before: in every layer each half's documents are swept under all heads, then
+    under one fewer, and so on. The first sweep of a layer also runs the clean model up to it; the others find
+    that in the cache.
     """
     skeleton, n_heads = prepared.skeleton, prepared.skeleton.heads
     n_searches = 2 if any(setting.task == AGGREGATE for setting in settings_of(prepared)) else 1
@@ -110,7 +117,9 @@ def parts(prepared: Prepared) -> Iterator[Part]:
 
 
 def judging_parts(prepared: Prepared, made: Sequence[MadeMask]) -> list[SweepPart]:
-    """Return the sweeps of the evaluation documents under the masks made for their task, or for all, at their shot count."""
+    """Return the sweeps of the evaluation documents under the masks made for their task, or for all, at their
+    shot count.
+    """
     tasks = prepared.evaluate
     masks = [[one.mask for one in _masks_for(made, task.task, task.shots)] for task in tasks]
     return sweep_in_chunks("prune-evaluate", "evaluate masks", tasks, masks, evaluate.CHUNK)
@@ -121,7 +130,9 @@ def _masks_for(made: Sequence[MadeMask], task: str, shots: int) -> list[MadeMask
 
 
 def run(work: Work, rankings: Rankings) -> StageResult:
-    """Search greedy masks on the training documents; report them beside others of equal size on the evaluation split."""
+    """Search greedy masks on the training documents; report them beside others of equal size on the
+    evaluation split.
+    """
     prepared = work.prepared
     found = search_masks(work, rankings)
     clean_records, _ = evaluate.evaluated(work, evaluate.clean_parts(prepared, {}), {})
@@ -183,7 +194,9 @@ def _judged(work: Work, made: Sequence[MadeMask]) -> pl.DataFrame:
 
 @dataclass(frozen=True)
 class FoundMasks:
-    """What searches end with: masks beside those of equal size, what they lose on the checking half, and warnings."""
+    """What searches end with: masks beside those of equal size, what they lose on the checking half, and
+    warnings.
+    """
 
     masks: tuple[MadeMask, ...]
     checked: list[dict[str, Any]]
@@ -193,8 +206,8 @@ class FoundMasks:
 def search_masks(work: Work, rankings: Rankings) -> FoundMasks:
     """Run the greedy searches of every task and shot count, and of all tasks together, in lockstep.
 
-    Each mask stands beside one by the gradient ranking and one drawn at random of equal size. `checked`: for run.json, what
-    they lose on the checking half (`check_loss`, in the objective's unit).
+    Each mask stands beside one by the gradient ranking and one drawn at random of equal size. `checked`: for
+    run.json, what they lose on the checking half (`check_loss`, in the objective's unit).
     """
     prepared, options = work.prepared, work.prepared.options
     settings = {setting.mask_name("greedy"): setting for setting in settings_of(prepared)}
@@ -275,13 +288,14 @@ def _unsettled(found: Mapping[str, search.Pruned], tolerance: float) -> list[str
         return []
     worst = max(errors, key=lambda name: errors[name])
     return [
-        f"prune: the tolerance {tolerance:g} is below two standard errors of the loss it is compared with for "
-        f"{len(errors)} of {len(found)} masks (at most {errors[worst]:.2g}, {worst}); a larger --train-limit settles it"
+        f"prune: the tolerance {tolerance:g} is below two standard errors of the loss it is compared with "
+        f"for {len(errors)} of {len(found)} masks (at most {errors[worst]:.2g}, {worst}); "
+        "a larger --train-limit settles it"
     ]
 
 
 class _StepScorer:
-    """Scores what all searches ask for in one sweep; a mask that two searches ask of a task is scored once."""
+    """Scores what all searches ask for in one sweep; what two searches ask of a task is scored once."""
 
     def __init__(self, work: Work, settings: Mapping[str, Setting]) -> None:
         self._work, self._settings = work, settings

@@ -1,4 +1,6 @@
-"""Pruning curves from scores under their masks: what is left and lost at every level, knees, and the random control."""
+"""Pruning curves from scores under their masks: what is left and lost at every level, knees, and the random
+control.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +25,9 @@ Records = Iterator[dict[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class ScoresUnderMasks:
-    """Scores of a task's documents N under M masks, by metric [M, N]; accuracy [M, U] by scored unit, with its clusters."""
+    """Scores of a task's documents N under M masks, by metric [M, N]; accuracy [M, U] by scored unit, with
+    its clusters.
+    """
 
     by_document: dict[str, Values]
     accuracy: Values
@@ -50,9 +54,11 @@ def point_records(
     pruned: ScoresUnderMasks,
     seed: int,
 ) -> Records:
-    """Yield the records of a task's curve points: scores, and paired drops from the clean run on the same documents.
+    """Yield the records of a task's curve points: scores, and paired drops from the clean run on the same
+    documents.
 
-    `clean` [1, …], `pruned` [P, …] in the order of the points. Intervals are bootstrapped over documents, clustered.
+    `clean` [1, …], `pruned` [P, …] in the order of the points. Intervals are bootstrapped over documents,
+    clustered.
     """
     main = task.task.metric if task.task.metric in ("acc", "em") else "acc"
     values: dict[str, tuple[Values, Sequence[str]]] = {
@@ -96,7 +102,9 @@ def point_fields(own: TaskShots, point: CurvePoint) -> dict[str, Any]:
 def effect_blocks(
     task: PackedTask, points: Sequence[CurvePoint], clean: ScoresUnderMasks, pruned: ScoresUnderMasks
 ) -> Iterator[Block]:
-    """Yield blocks of effects.parquet, one per metric: a record per document and point that is also run on training."""
+    """Yield blocks of effects.parquet, one per metric: a record per document and point that is also run on
+    training.
+    """
     kept = [index for index, point in enumerate(points) if point.on_training and point.percent]
     documents = np.array([document.index for document in task.task.documents])
     for metric in ("acc", "gold_logprob") if kept else ():
@@ -114,7 +122,8 @@ def effect_blocks(
 
 
 def knee(levels: Sequence[int], drops: Values, errors: Values) -> int:
-    """Return the largest level whose drop of accuracy is within one standard error and at most one point; else 0.
+    """Return the largest level whose drop of accuracy is within one standard error and at most one point;
+    else 0.
 
     drops, errors: [levels], fractions; an unknown standard error does not excuse a drop.
     """
@@ -130,8 +139,8 @@ def knee(levels: Sequence[int], drops: Values, errors: Values) -> int:
 def knee_records(chosen_on: Sequence[Mapping[str, Any]], reported: Sequence[Mapping[str, Any]]) -> Records:
     """Yield the knee of every curve: chosen on training records, reported on evaluation records.
 
-    metric `knee`: value the percentage removed; `knee_acc_drop`: what that costs on the evaluation documents, which are
-    the ones that `split` and `documents` of both tell.
+    metric `knee`: value the percentage removed; `knee_acc_drop`: what that costs on the evaluation documents,
+    which are the ones that `split` and `documents` of both tell.
     """
     fields = ("procedure", "task", "shots", "method", "kind", "other_task", "other_shots")
     curves: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
@@ -171,9 +180,12 @@ def knee_records(chosen_on: Sequence[Mapping[str, Any]], reported: Sequence[Mapp
 
 
 def control_records(records: Sequence[Mapping[str, Any]]) -> Records:
-    """Yield mean and band of the random control over its draws: `low, high` hold 95 % of the draws, `stderr` is the mean's."""
+    """Yield mean and band of the random control over its draws: `low, high` hold 95 % of the draws, `stderr`
+    is the mean's.
+    """
     fields = (
-        "procedure", "task", "shots", "split", "kind", "percent", "metric", "heads_removed", "ffns_removed", "documents",
+        "procedure", "task", "shots", "split", "kind", "percent", "metric", "heads_removed", "ffns_removed",
+        "documents",
     )  # fmt: skip
     draws: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for record in records:

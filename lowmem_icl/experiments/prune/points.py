@@ -1,7 +1,7 @@
 """Which masks pruning curves are made of.
 
-A curve removes ever more of the least important units, ⌊p·n/100⌋ of n at p per cent, by one ranking of the intact model
-(Bansal et al. 2023, section 5); its levels are masks, so all curves of a task are one sweep.
+A curve removes ever more of the least important units, ⌊p·n/100⌋ of n at p per cent, by one ranking of the
+intact model (Bansal et al. 2023, section 5); its levels are masks, so all curves of a task are one sweep.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,9 +38,9 @@ class TaskShots(NamedTuple):
 class CurvePoint:
     """One level of one curve: what is removed, and by whose ranking.
 
-    `kind` is None where heads and FFNs are removed together. `percent`: of the heads, or of the FFNs where only these
-    go; `donor`: whose ranking it is, None for random draws; `seed`: of a random draw; `on_training`: whether it also runs
-    on the training documents, where knees are chosen.
+    `kind` is None where heads and FFNs are removed together. `percent`: of the heads, or of the FFNs where
+    only these go; `donor`: whose ranking it is, None for random draws; `seed`: of a random draw;
+    `on_training`: whether it also runs on the training documents, where knees are chosen.
     """
 
     name: str
@@ -58,7 +58,8 @@ class CurvePoint:
 class CurveRankings:
     """Scores by task, shot count and method: of heads [L, H] and of FFNs [L]; higher is more important.
 
-    `ffn_method`: the method by which FFNs are ranked; `donors`: the tasks whose rankings others may be pruned by.
+    `ffn_method`: the method by which FFNs are ranked; `donors`: the tasks whose rankings others may be pruned
+    by.
     """
 
     heads: Mapping[RankingKey, Values]
@@ -69,7 +70,9 @@ class CurveRankings:
 
 @dataclass(frozen=True)
 class CurveOptions:
-    """Which curves are drawn (heads, ffns, combined, transfer, cross-shot, random), at which shot counts, how many draws."""
+    """Which curves are drawn (heads, ffns, combined, transfer, cross-shot, random), at which shot counts, how
+    many draws.
+    """
 
     curves: tuple[str, ...]
     shots: tuple[int, ...]
@@ -78,7 +81,9 @@ class CurveOptions:
 
 
 def curve_points(own: TaskShots, options: CurveOptions, rankings: CurveRankings) -> Iterator[CurvePoint]:
-    """Yield the points of all curves asked for of one task and shot count; a curve whose ranking is missing is left out."""
+    """Yield the points of all curves asked for of one task and shot count; a curve whose ranking is missing
+    is left out.
+    """
     curves, shared = options.curves, TaskShots(AGGREGATE, own.shots)
     if "heads" in curves:
         for donor in (own, shared):
@@ -131,7 +136,9 @@ def _ffn_curve(donor: TaskShots, rankings: CurveRankings) -> Iterator[CurvePoint
 
 
 def _grid(own: TaskShots, shared: TaskShots, rankings: CurveRankings) -> Iterator[CurvePoint]:
-    """Yield the grid of heads and FFNs by the rankings of all tasks (the paper's figure 7), or by its own if alone."""
+    """Yield the grid of heads and FFNs by the rankings of all tasks (the paper's figure 7), or by its own if
+    alone.
+    """
     for donor in (shared, own):
         heads = rankings.heads.get(RankingKey(*donor, "gradient"))
         ffns = rankings.ffns.get(RankingKey(*donor, rankings.ffn_method))
@@ -170,7 +177,9 @@ def transfer_donors(own: TaskShots, rankings: CurveRankings) -> dict[str, str]:
 
 
 def _random(rankings: CurveRankings, draws: int, seed: int) -> Iterator[CurvePoint]:
-    """Yield the random control: nested draws of heads and of FFNs, the same ones for all tasks and shot counts."""
+    """Yield the random control: nested draws of heads and of FFNs, the same ones for all tasks and shot
+    counts.
+    """
     layers, heads = next(iter(rankings.heads.values())).shape
     kinds: tuple[tuple[Kind, int], ...] = (("head", layers * heads), ("ffn", layers))
     for draw in range(draws):

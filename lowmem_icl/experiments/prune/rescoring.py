@@ -1,4 +1,6 @@
-"""Curves whose importance is computed again on the pruned model at every level, which the paper names but does not do."""
+"""Curves whose importance is computed again on the pruned model at every level, which the paper names but
+does not do.
+"""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -12,7 +14,8 @@ from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import Values
 from lowmem_icl.session.work import GradientsPart, Work
 
-# After which levels importance is computed again: not after the last, and for the first the whole model's serves.
+# After which levels importance is computed again: not after the last, and for the first the whole model's
+# serves.
 RESCORED_LEVELS = LEVELS[1:-1]
 
 
@@ -25,8 +28,8 @@ def level_part(prepared: Prepared, level: int, masks: Sequence[Mask]) -> Gradien
 def rescored_points(work: Work, rankings: CurveRankings) -> list[list[CurvePoint]]:
     """Return, for every task and shot count, the levels of the curve that is scored again at each.
 
-    A level removes the heads of the level before and, of the others, those least important to the model without these.
-    All tasks share the two reads of every level.
+    A level removes the heads of the level before and, of the others, those least important to the model
+    without these. All tasks share the two reads of every level.
     """
     prepared = work.prepared
     packed = [prepared.pack(task) for task in prepared.importance]

@@ -1,7 +1,8 @@
 """The greedy layerwise pruner: layer by layer, within a tolerance.
 
-Masks only ever hold units of the layers visited; from the last layer down, every candidate so starts from the clean
-residual of its own layer. Which unit goes is decided on one half of the training documents, whether it may go on the other.
+Masks only ever hold units of the layers visited; from the last layer down, every candidate so starts from the
+clean residual of its own layer. Which unit goes is decided on one half of the training documents, whether it
+may go on the other.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -19,7 +20,9 @@ Half = Literal["choose", "check"]
 
 @dataclass(frozen=True)
 class Request:
-    """Masks to score on one half of the training documents: `choose` decides the order, `check` the tolerance."""
+    """Masks to score on one half of the training documents: `choose` decides the order, `check` the
+    tolerance.
+    """
 
     half: Half
     masks: tuple[Mask, ...]
@@ -36,7 +39,9 @@ def loss(clean: Answer, now: Answer) -> Values:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a search ends with: the mask, what it loses on the check half with its standard error, and its steps."""
+    """What a search ends with: the mask, what it loses on the check half with its standard error, and its
+    steps.
+    """
 
     mask: Mask
     lost: float
@@ -51,8 +56,9 @@ Search = Generator[Request, Answer, Pruned]
 class SearchPlan:
     """What a search visits and in which order.
 
-    `direction`: from the last layer `down`, or from the first `up`. `order`: all heads and then all FFNs, each unit
-    counting the same, or `joint`ly, layer by layer, counting by parameters: `head_parameters`, `ffn_parameters` each.
+    `direction`: from the last layer `down`, or from the first `up`. `order`: all heads and then all FFNs,
+    each unit counting the same, or `joint`ly, layer by layer, counting by parameters: `head_parameters`,
+    `ffn_parameters` each.
     """
 
     layers: int
@@ -82,10 +88,10 @@ class SearchPlan:
 def greedy_search(plan: SearchPlan, tolerance: float) -> Search:
     """Search one mask; yields requests and is sent their answers; returns the result.
 
-    Of the units tried together, the one that costs the objective least for its weight on the choosing half is removed,
-    then all are measured again. A unit may go where the whole loss on the checking half stays within `tolerance` × the
-    share, by weight, of all units visited so far, so that the layers visited first do not spend what belongs to the
-    others; one that breaks it is put back and the next cheapest tried.
+    Of the units tried together, the one that costs the objective least for its weight on the choosing half is
+    removed, then all are measured again. A unit may go where the whole loss on the checking half stays within
+    `tolerance` × the share, by weight, of all units visited so far, so that the layers visited first do not
+    spend what belongs to the others; one that breaks it is put back and the next cheapest tried.
     """
     whole = sum(plan.weight(unit) for together in plan.visits() for unit in together)
     clean_choose = yield Request("choose", (Mask(),))
