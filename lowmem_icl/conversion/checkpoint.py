@@ -134,7 +134,7 @@ def _open_shard(path: Path) -> dict[str, Callable[[], Tensor]]:
     try:
         if path.suffix == ".safetensors":
             opened = safe_open(path, framework="pt")
-            return {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118
+            return {name: partial(opened.get_tensor, name) for name in opened.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
         loaded = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise InputError(f"{path}: cannot be read as weights ({error}); fetch the file again") from error

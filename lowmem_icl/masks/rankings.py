@@ -60,12 +60,12 @@ def random_mask(layers: int, heads: int, head_count: int, ffn_count: int, seed: 
 def mean_of_ranks(scores: Sequence[Values]) -> Values:
     """Return the mean over rankings of every unit's rank, scaled to 0 (least) to 1 (most important)."""
     ranks = [rankdata(task.ravel()).reshape(task.shape) for task in scores]
-    return (np.mean(ranks, axis=0) - 1) / max(1, scores[0].size - 1)
+    return np.asarray((np.mean(ranks, axis=0) - 1) / max(1, scores[0].size - 1))
 
 
 def mean_of_scores(scores: Sequence[Values]) -> Values:
     """Return the plain mean of raw scores, the paper's aggregate (eq. 10)."""
-    return np.mean(scores, axis=0)
+    return np.asarray(np.mean(scores, axis=0))
 
 
 def mean_of_normalised(scores: Sequence[Values]) -> Values:
@@ -75,9 +75,8 @@ def mean_of_normalised(scores: Sequence[Values]) -> Values:
     short prompts. A task whose scores are all 0 counts as 0.
     """
     sums = [float(task.sum()) for task in scores]
-    return np.mean(
-        [task / total if total else task for task, total in zip(scores, sums, strict=True)], axis=0
-    )
+    shares = [task / total if total else task for task, total in zip(scores, sums, strict=True)]
+    return np.asarray(np.mean(shares, axis=0))
 
 
 def with_ties_broken(scores: Values, by: Values) -> Values:

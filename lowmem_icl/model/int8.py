@@ -136,7 +136,7 @@ class Int8Linear(nn.Module):
         if self.calibrating:
             self._add_outlier_columns(values)
         if torch.is_grad_enabled() and values.requires_grad:
-            return _StraightThrough.apply(values, self)
+            return _StraightThrough.apply(values, self)  # type: ignore[no-untyped-call]
         return self.multiply(values)
 
     def multiply(self, values: Tensor) -> Tensor:

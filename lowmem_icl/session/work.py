@@ -6,10 +6,10 @@ and what it consists of, once; `cost` counts that, and `Work` does it.
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,7 +100,7 @@ class HeadScoresPart:
     questions: HeadQuestions
 
     def cost(self, prepared: Prepared, limits: SweepLimits, resident: Resident) -> SweepCost:
-        """Return what scoring heads takes: as many reads of the weights as there are blocks of rows that fit."""
+        """Return what scoring heads takes: a read of the weights per block of rows that fits."""
         skeleton = prepared.skeleton
         rows = [BlockRow(index, row) for index, row in enumerate(self.questions.rows)]
         blocks = head_blocks(rows, skeleton.width, skeleton.layers, limits)
@@ -336,7 +336,11 @@ def joined(chunks: Sequence[Scores]) -> Scores:
     )
 
 
-def _by_job(results: Sequence[Scores] | Sequence[UnitGradients]) -> dict[str, NDArray[Any]]:
+class _HasArrays(Protocol):
+    def arrays(self) -> Mapping[str, NDArray[Any]]: ...
+
+
+def _by_job(results: Sequence[_HasArrays]) -> dict[str, NDArray[Any]]:
     """Return the arrays of all jobs by `<job>.<name>`."""
     return {
         f"{index}.{name}": array

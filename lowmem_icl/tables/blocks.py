@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,10 @@ values alone is one record. Columns that are left out are null or come from the 
 """
 
 
-def frame(table: str, blocks: Iterable[Block], stamp: Block = {}) -> pl.DataFrame:
+NO_STAMP: Block = MappingProxyType({})
+
+
+def frame(table: str, blocks: Iterable[Block], stamp: Block = NO_STAMP) -> pl.DataFrame:
     """Return a table of blocks in their order; `stamp` gives the columns that a block leaves out.
 
     An unknown column is our own defect and raises.

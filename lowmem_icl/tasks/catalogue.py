@@ -33,7 +33,7 @@ def demo_tasks_folder() -> Path:
     return Path(str(files("lowmem_icl"))) / "demo" / "tasks"
 
 
-class _DefinitionLoader(yaml.SafeLoader):
+class _DefinitionLoader(yaml.SafeLoader):  # type: ignore[misc]
     """Reads lm-eval's YAML; a function that it names stays a name."""
 
 

@@ -95,7 +95,7 @@ def all_forms(request: PromptRequest) -> dict[PromptKey, Prompt]:
     return forms
 
 
-class _DrawnSampler(ContextSampler):
+class _DrawnSampler(ContextSampler):  # type: ignore[misc]
     """Hands lm-eval the demonstrations that were drawn for the document at hand."""
 
     drawn: Sequence[dict[str, Any]] = ()

@@ -1,4 +1,4 @@
-"""The ablate stage: documents in chunks, each under all units asked for, until the work or its time is over."""
+"""The ablate stage: documents in chunks, each without every unit asked for, until work or time is over."""
 
 import itertools
 from collections.abc import Iterator, Sequence

@@ -88,9 +88,9 @@ def answer_columns(task: PackedTask, mask: str, logprobs: NDArray[np.float64]) -
         "mask": mask,
         "document": np.repeat([document.index for document in task.task.documents], counts),
         "option": np.concatenate([np.arange(count) for count in counts]),
-        "tokens": [len(option.continuation) for option in task.options],
+        "tokens": task.options.continuation_tokens,
         "logprob": logprobs,
         "gold": [gold for document in task.task.documents for gold in document.gold],
-        "context_tokens": [option.context_tokens for option in task.options],
-        "truncated": [option.truncated for option in task.options],
+        "context_tokens": task.options.context_tokens,
+        "truncated": task.options.truncated,
     }

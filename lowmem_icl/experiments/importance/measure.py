@@ -43,10 +43,10 @@ def importance(
 
     `last_layer_by_continuation`: the last layer is divided by answer tokens, as in the paper's code.
     """
-    selected = [task.options[option] for option in np.flatnonzero(best_gold(task, gradients.logprobs))]
-    continuation = np.array([len(option.continuation) for option in selected], dtype=np.float64)
+    selected = np.flatnonzero(best_gold(task, gradients.logprobs))
+    continuation = task.options.continuation_tokens[selected].astype(np.float64)
     # A path is context and continuation without the last token: its length is N - 1.
-    lengths = np.array([len(option.path) for option in selected], dtype=np.float64)
+    lengths = task.options.path_tokens[selected].astype(np.float64)
     by_document = gradients.head_absolute / continuation[:, None, None]
     # By document and layer what it is divided by, [N, L].
     n_layers, n_heads = by_document.shape[1:]

@@ -173,7 +173,8 @@ def _curve_records(
     work: Work, tasks: Sequence[TaskRows], points: Points, sweeps: Sequence[SweepPart]
 ) -> _CurveRecords:
     """Sweep every task under its points' masks, each mask once, and return the points' records."""
-    prepared, found = work.prepared, []
+    prepared = work.prepared
+    found: list[blocks.Block] = []
     effects: list[blocks.Block] = []
     scores = _scores(work, tasks, sweeps)
     for task, task_points, masks, score in zip(tasks, points, _masks(points), scores, strict=True):

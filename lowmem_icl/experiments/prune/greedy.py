@@ -185,8 +185,8 @@ def _judged(work: Work, made: Sequence[MadeMask]) -> pl.DataFrame:
                 "mask_shots": one.shots,
                 "seed": one.seed,
             }
-            for record in evaluation.evaluation_records(packed, under, prepared.options.seed):
-                found.append({**record, **fields})
+            records = evaluation.evaluation_records(packed, under, prepared.options.seed)
+            found += [{**record, **fields} for record in records]
     results = blocks.frame("results", found, stamp(prepared, "prune"))
     shared = results.filter(pl.col("mask").is_in([one.name for one in made if one.task == AGGREGATE]))
     return pl.concat([results, over_tasks(shared)])

@@ -5,7 +5,7 @@ clean residual of its own layer. Which unit goes is decided on one half of the t
 may go on the other.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +34,8 @@ Answer = tuple[Values, ...]
 
 def loss(clean: Answer, now: Answer) -> Values:
     """Return how much of the objective is lost under each mask, mean over groups, [M]."""
-    return np.mean([before.mean(1) - after.mean(1) for before, after in zip(clean, now, strict=True)], axis=0)
+    drops = [before.mean(1) - after.mean(1) for before, after in zip(clean, now, strict=True)]
+    return np.asarray(np.mean(drops, axis=0))
 
 
 @dataclass(frozen=True)
@@ -93,49 +94,65 @@ def greedy_search(plan: SearchPlan, tolerance: float) -> Search:
     `tolerance` × the share, by weight, of all units visited so far, so that the layers visited first do not
     spend what belongs to the others; one that breaks it is put back and the next cheapest tried.
     """
-    whole = sum(plan.weight(unit) for together in plan.visits() for unit in together)
     clean_choose = yield Request("choose", (Mask(),))
     clean_check = yield Request("check", (Mask(),))
-    mask, current = Mask(), clean_check
-    steps: list[tuple[Unit, float]] = []
-    visited = 0
-
-    def visit(candidates: list[Unit]) -> Generator[Request, Answer, None]:
-        nonlocal mask, current, visited
-        while candidates:
-            masks = tuple(mask | unit.as_mask() for unit in candidates)
-            if len(candidates) > 1:
-                answer = yield Request("choose", masks)
-                # A stable sort: of equals the lowest unit goes first.
-                weights = np.array([plan.weight(unit) for unit in candidates], dtype=np.float64)
-                cost = loss(clean_choose, answer) / weights
-                order = [int(place) for place in np.argsort(cost, kind="stable")]
-            else:
-                order = [0]
-            tried: list[int] = []
-            # The cheapest nearly always passes; where it does not, the others are checked in one sweep.
-            for batch in (order[:1], order[1:]):
-                if not batch:
-                    break
-                answer = yield Request("check", tuple(masks[place] for place in batch))
-                losses = loss(clean_check, answer)
-                for number, place in enumerate(batch):
-                    visited += plan.weight(candidates[place])
-                    tried.append(place)
-                    if losses[number] <= tolerance * visited / whole:
-                        mask = masks[place]
-                        current = tuple(group[number : number + 1] for group in answer)
-                        steps.append((candidates[place], float(losses[number])))
-                        break
-                else:
-                    continue
-                break
-            candidates = [unit for place, unit in enumerate(candidates) if place not in tried]
-
+    state = _GreedyState(plan, tolerance, clean_choose, clean_check)
     for together in plan.visits():
-        yield from visit(together)
-    lost, stderr = loss_with_stderr(clean_check, current)
-    return Pruned(mask, lost, stderr, tuple(steps))
+        candidates = together
+        while candidates:
+            order = yield from state.by_cost(candidates)
+            tried = yield from state.remove_first_within_tolerance([candidates[index] for index in order])
+            candidates = [unit for unit in candidates if unit not in tried]
+    lost, stderr = loss_with_stderr(clean_check, state.current)
+    return Pruned(state.mask, lost, stderr, tuple(state.steps))
+
+
+class _GreedyState:
+    """How far a search is: the mask so far, the checking half's answer under it, and the units that went."""
+
+    def __init__(self, plan: SearchPlan, tolerance: float, clean_choose: Answer, clean_check: Answer) -> None:
+        self._plan, self._clean_choose, self._clean_check = plan, clean_choose, clean_check
+        self._tolerance = tolerance
+        self._whole = sum(plan.weight(unit) for together in plan.visits() for unit in together)
+        self._visited = 0
+        self.mask, self.current = Mask(), clean_check
+        self.steps: list[tuple[Unit, float]] = []
+
+    def by_cost(self, candidates: Sequence[Unit]) -> Generator[Request, Answer, list[int]]:
+        """Return the order of candidates, the one that costs the choosing half least for its weight first."""
+        if len(candidates) == 1:
+            return [0]
+        answer = yield Request("choose", tuple(self.mask | unit.as_mask() for unit in candidates))
+        weights = np.array([self._plan.weight(unit) for unit in candidates], dtype=np.float64)
+        # A stable sort: of equals the lowest unit goes first.
+        order = np.argsort(loss(self._clean_choose, answer) / weights, kind="stable")
+        return [int(index) for index in order]
+
+    def remove_first_within_tolerance(
+        self, candidates: Sequence[Unit]
+    ) -> Generator[Request, Answer, list[Unit]]:
+        """Remove the first candidate that the checking half allows, if any; return all that were tried."""
+        tried: list[Unit] = []
+        # The cheapest nearly always passes; where it does not, the others are checked in one sweep.
+        for batch in (candidates[:1], candidates[1:]):
+            if not batch:
+                continue
+            masks = tuple(self.mask | unit.as_mask() for unit in batch)
+            answer = yield Request("check", masks)
+            losses = loss(self._clean_check, answer)
+            for index, unit in enumerate(batch):
+                tried.append(unit)
+                if self._allows(unit, float(losses[index])):
+                    self.mask = masks[index]
+                    self.current = tuple(group[index : index + 1] for group in answer)
+                    self.steps.append((unit, float(losses[index])))
+                    return tried
+        return tried
+
+    def _allows(self, unit: Unit, lost: float) -> bool:
+        """Visit a unit; tell whether the tolerance for all units visited so far covers the whole loss without it."""
+        self._visited += self._plan.weight(unit)
+        return lost <= self._tolerance * self._visited / self._whole
 
 
 def loss_with_stderr(clean: Answer, now: Answer) -> tuple[float, float]:
