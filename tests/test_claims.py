@@ -13,7 +13,8 @@ from lowmem_icl.experiments.ablate.claims import (
 )
 from lowmem_icl.masks.mask import Unit
 from lowmem_icl.statistics.intervals import Estimates, clustered_estimates, mean_of_estimates
-from lowmem_icl.statistics.tests import alternate_halves, q_values, top_mean
+from lowmem_icl.statistics.selection import alternate_halves, top_mean
+from lowmem_icl.statistics.significance import q_values
 from lowmem_icl.tasks.loading import Document, TaskRows
 
 UNITS = [Unit("head", 0, 0), Unit("head", 0, 1), Unit("ffn", 0)]

@@ -101,11 +101,11 @@ def test_a_ratio_of_sums_is_drawn_as_a_ratio() -> None:
     rng = np.random.default_rng(0)
     values, sizes = rng.random((6, 600)), rng.integers(3, 9, 6).astype(float)
     scores = DocumentScores("a", values.astype(np.float32), sizes[:, None], tuple("aabbcd"))
-    counts = scores.drawn(seed=1)
+    counts = scores.bootstrap_counts(seed=1)
     assert counts.shape == (RESAMPLES, 6)
     assert (counts[:, 0] == counts[:, 1]).all(), "documents of a passage are drawn together"
     assert (counts[:, [0, 2, 4, 5]].sum(1) == 4).all()
-    got = scores.under(counts)
+    got = scores.weighted(counts)
     for resample in range(0, RESAMPLES, 50):
         drawn = np.repeat(np.arange(6), counts[resample].astype(int))
         np.testing.assert_allclose(got[resample], values[drawn].sum(0) / sizes[drawn].sum(), rtol=1e-5)
@@ -116,9 +116,9 @@ def test_the_same_documents_are_drawn_together_and_others_apart() -> None:
     at_0 = DocumentScores.of_mean("a", values, ["0:1", "0:2", "0:3", "0:4"])
     at_5 = DocumentScores.of_mean("a", values, ["0:4", "0:3", "0:2", "0:1"])
     other = DocumentScores.of_mean("b", values, at_0.clusters)
-    assert np.array_equal(at_0.drawn(0), at_5.drawn(0)[:, ::-1])
-    assert not np.array_equal(at_0.drawn(0), other.drawn(0))
-    assert not np.array_equal(at_0.drawn(0), at_0.drawn(1))
+    assert np.array_equal(at_0.bootstrap_counts(0), at_5.bootstrap_counts(0)[:, ::-1])
+    assert not np.array_equal(at_0.bootstrap_counts(0), other.bootstrap_counts(0))
+    assert not np.array_equal(at_0.bootstrap_counts(0), at_0.bootstrap_counts(1))
 
 
 def test_intervals_cover_what_other_documents_give() -> None:

@@ -1,1 +1,1 @@
-"""Intervals, tests and agreement measures, computed from plain arrays."""
+"""Intervals, significance and agreement, computed from plain arrays."""

@@ -1,4 +1,7 @@
-"""Intervals and agreement measures, computed from plain arrays."""
+"""How far two scores of the same units agree.
+
+Axis letters: N units.
+"""
 
 from typing import NamedTuple
 
@@ -15,33 +18,33 @@ class Overlap(NamedTuple):
     chance: float
 
 
-def spearman(one: Values, other: Values) -> float:
+def spearman(left: Values, right: Values) -> float:
     """Return the rank correlation of two scores [N] of the same units; NaN where one is constant."""
-    if np.ptp(one) == 0 or np.ptp(other) == 0:
+    if np.ptp(left) == 0 or np.ptp(right) == 0:
         return float("nan")
-    return float(stats.spearmanr(one, other).statistic)
+    return float(stats.spearmanr(left, right).statistic)
 
 
-def kendall(one: Values, other: Values) -> float:
+def kendall(left: Values, right: Values) -> float:
     """Return Kendall's τ-b of two scores [N] of the same units; NaN where one is constant."""
-    if np.ptp(one) == 0 or np.ptp(other) == 0:
+    if np.ptp(left) == 0 or np.ptp(right) == 0:
         return float("nan")
-    return float(stats.kendalltau(one, other).statistic)
+    return float(stats.kendalltau(left, right).statistic)
 
 
-def correlation_of_orders(one: Values, other: Values) -> float:
+def correlation_of_orders(left: Values, right: Values) -> float:
     """Return what the paper's code calls the rank correlation of two scores [N] (paper.md §4).
 
-    It correlates the vectors of unit numbers in ascending order of importance: which unit stands at a place, not which place
-    a unit has. Units that could change names without anything else changing give about 0, however well their orders agree.
+    It correlates the lists of unit indices in ascending order of importance: which unit has a rank, not which rank a unit
+    has. Where units are exchangeable it is about 0, however well their orders agree.
     """
-    return float(stats.spearmanr(np.argsort(one, kind="stable"), np.argsort(other, kind="stable")).statistic)
+    return float(stats.spearmanr(np.argsort(left, kind="stable"), np.argsort(right, kind="stable")).statistic)
 
 
-def top_overlap(one: Values, other: Values, fraction: float) -> Overlap:
-    """Return the share of the top ⌊fraction·N⌋ units of one score [N] that are in the other's top."""
-    count = int(fraction * len(one))
+def top_overlap(left: Values, right: Values, fraction: float) -> Overlap:
+    """Return the share of the top ⌊fraction·N⌋ units by one score [N] that are among the top by the other."""
+    count = int(fraction * len(left))
     if count == 0:
         return Overlap(float("nan"), float("nan"))
-    tops = [set(np.argsort(-scores, kind="stable")[:count].tolist()) for scores in (one, other)]
-    return Overlap(len(tops[0] & tops[1]) / count, count / len(one))
+    tops = [set(np.argsort(-scores, kind="stable")[:count].tolist()) for scores in (left, right)]
+    return Overlap(len(tops[0] & tops[1]) / count, count / len(left))

@@ -1,4 +1,7 @@
-"""Intervals and agreement measures, computed from plain arrays."""
+"""Means with standard errors and 95 % intervals, over documents that may agree within clusters.
+
+Axis letters: U units, N documents.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
@@ -8,8 +11,12 @@ from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
 
+Number = TypeVar("Number", float, Values)
+
+NORMAL_95 = 1.96
+"""Half the width of a normal 95 % interval, in standard errors."""
 RESAMPLES = 1000
-ROWS_TOGETHER = 512
+UNITS_TOGETHER = 512
 
 
 class Interval(NamedTuple):
@@ -30,19 +37,16 @@ class Intervals(NamedTuple):
     high: Values
 
 
-Number = TypeVar("Number", float, Values)
-
-
 def normal_bounds(value: Number, stderr: Number) -> tuple[Number, Number]:
-    """Return the bounds of normal 95 % intervals, value ± 1.96 standard errors."""
-    return value - 1.96 * stderr, value + 1.96 * stderr
+    """Return the bounds of normal 95 % intervals: value ± 1.96 standard errors, NaN where the standard error is."""
+    return value - NORMAL_95 * stderr, value + NORMAL_95 * stderr
 
 
 def means_with_intervals(values: Values, clusters: Sequence[str], *, seed: int) -> Intervals:
     """Return the means of values [U, N] over N with a percentile bootstrap over clusters, the same draws for all U.
 
-    Documents of one cluster (a passage) are drawn together. Of a single cluster nothing can be said: its standard
-    error is NaN and its bounds are the mean.
+    Documents of one cluster (a passage, or a set of demonstrations) are drawn together. A single cluster says nothing about
+    others: its standard error is NaN and its bounds are the mean.
     """
     mean = values.mean(1)
     names, member = np.unique(np.asarray(clusters), return_inverse=True)
@@ -54,8 +58,8 @@ def means_with_intervals(values: Values, clusters: Sequence[str], *, seed: int) 
     weights = _resampled_weights(len(names), seed)
     drawn_sizes = weights @ np.bincount(member).astype(np.float64)
     stderr, low, high = np.empty(len(mean)), np.empty(len(mean)), np.empty(len(mean))
-    for start in range(0, len(mean), ROWS_TOGETHER):
-        part = slice(start, start + ROWS_TOGETHER)
+    for start in range(0, len(mean), UNITS_TOGETHER):
+        part = slice(start, start + UNITS_TOGETHER)
         means = (sums[part] @ weights.T) / drawn_sizes
         stderr[part] = means.std(1, ddof=1)
         low[part], high[part] = np.quantile(means, [0.025, 0.975], axis=1)
@@ -64,7 +68,7 @@ def means_with_intervals(values: Values, clusters: Sequence[str], *, seed: int) 
 
 def mean_with_interval(values: Values, clusters: Sequence[str], *, seed: int) -> Interval:
     """Return the mean of values [N] with a percentile bootstrap over clusters, as `means_with_intervals` does."""
-    return Interval(*(float(one[0]) for one in means_with_intervals(values[None], clusters, seed=seed)))
+    return Interval(*(float(column[0]) for column in means_with_intervals(values[None], clusters, seed=seed)))
 
 
 class Estimates(NamedTuple):
@@ -79,7 +83,7 @@ def clustered_estimates(values: Values, clusters: Sequence[str]) -> Estimates:
     """Return the means of values [U, N] over N with standard errors that hold where documents agree within clusters.
 
     Of G clusters: stderr² = G / (G − 1) · Σ_clusters (Σ_documents value − mean)² / N², with G − 1 degrees of freedom (the
-    usual cluster-robust variance of a mean; documents that are all alone give the usual one). NaN for a single cluster.
+    usual cluster-robust variance of a mean; where each document is a cluster, the usual variance). NaN for a single cluster.
     """
     names, member = np.unique(np.asarray(clusters), return_inverse=True)
     mean, groups = values.mean(1), len(names)
@@ -107,7 +111,7 @@ _weights: dict[tuple[int, int], Values] = {}
 
 
 def _resampled_weights(clusters: int, seed: int) -> Values:
-    """Return how often each cluster is drawn in each resample, [RESAMPLES, clusters]; the last draw is kept."""
+    """Return how often each cluster is drawn in each resample, [RESAMPLES, clusters]; the last draw is cached."""
     if (clusters, seed) not in _weights:
         _weights.clear()
         rng = np.random.default_rng(seed)

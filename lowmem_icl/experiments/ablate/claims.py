@@ -22,7 +22,8 @@ from lowmem_icl.statistics.intervals import (
     mean_of_estimates,
     means_with_intervals,
 )
-from lowmem_icl.statistics.tests import q_values, top_mean
+from lowmem_icl.statistics.selection import top_mean
+from lowmem_icl.statistics.significance import q_values
 from lowmem_icl.tables.blocks import Block, unit_blocks
 from lowmem_icl.tasks.loading import TaskRows
 

@@ -123,15 +123,16 @@ class Estimates:
 def screened(estimates: Estimates, n_exact: int, seed: int) -> tuple[Indices, Indices]:
     """Return the units to be ablated exactly, ascending, and which of them chance picked.
 
-    Nine of ten are those whose effect could be largest: |estimate| + 2 standard errors. One of ten is drawn
-    from all others, so that what screening leaves out is measured, too. With as many as there are units all
-    are exact.
+    Nine of ten are those whose effect could be largest: |estimate| + 2 standard errors, or |estimate| alone
+    where these are infinite. One of ten is drawn from all others, so that what screening leaves out is
+    measured, too. With as many as there are units all are exact.
     """
     units = len(estimates.value)
     if n_exact >= units:
         return np.arange(units), np.arange(0)
     by_chance = n_exact // DRAWN_SHARE
-    order = np.argsort(-(np.abs(estimates.value) + 2 * estimates.stderr), kind="stable")
+    stderr = np.where(np.isfinite(estimates.stderr), estimates.stderr, 0.0)
+    order = np.argsort(-(np.abs(estimates.value) + 2 * stderr), kind="stable")
     largest, rest = order[: n_exact - by_chance], order[n_exact - by_chance :]
     drawn = np.random.default_rng(seed).choice(rest, by_chance, replace=False)
     return np.sort(np.concatenate([largest, drawn])), np.sort(drawn)

@@ -1,0 +1,74 @@
+"""Standard errors that hold within clusters, and what is chosen by them, against numbers computed by hand."""
+
+import math
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from lowmem_icl.experiments.ablate.measure import estimated_drops, screened
+from lowmem_icl.experiments.importance.measure import Importance, importance_columns
+from lowmem_icl.statistics.intervals import clustered_estimates, normal_bounds
+from lowmem_icl.tasks.packing import PackedTask
+
+# Four documents in two clusters. Mean 2; the clusters' sums of deviations are -2 and 2, so that
+# stderr = sqrt(2 / 1 * (4 + 4)) / 4 = 1. Taken alone the documents would give sqrt((1 + 1 + 1 + 1) / 3 / 4) = 0.577.
+VALUES = np.array([1.0, 1.0, 3.0, 3.0])
+CLUSTERS = ["set 0", "set 0", "set 1", "set 1"]
+
+
+def test_normal_bounds_are_1_96_standard_errors_away() -> None:
+    assert normal_bounds(1.0, 0.5) == pytest.approx((0.02, 1.98))
+    low, high = normal_bounds(np.array([1.0, 0.0]), np.array([0.5, np.nan]))
+    np.testing.assert_allclose(low, [0.02, np.nan])
+    np.testing.assert_allclose(high, [1.98, np.nan])
+
+
+def test_clustered_standard_errors_by_hand() -> None:
+    estimates = clustered_estimates(VALUES[None], CLUSTERS)
+    assert (estimates.value[0], estimates.stderr[0], estimates.freedom[0]) == (2, 1, 1)
+    alone = clustered_estimates(VALUES[None], ["a", "b", "c", "d"])
+    assert alone.stderr[0] == pytest.approx(math.sqrt(4 / 3 / 4))
+
+
+def test_estimated_drops_have_clustered_standard_errors() -> None:
+    value, stderr = estimated_drops(np.stack([VALUES, -VALUES], axis=1), CLUSTERS)
+    assert value.tolist() == [2, -2]
+    assert stderr.tolist() == [1, 1]
+
+
+def packed_task(clusters: list[str]) -> PackedTask:
+    """As much of a packed task as the importance experiment's columns are made from."""
+    task = SimpleNamespace(task="recall", shots=4, split="train", documents=clusters, clusters=clusters)
+    return cast(PackedTask, SimpleNamespace(task=task))
+
+
+def test_attribution_is_written_with_clustered_standard_errors() -> None:
+    scores = Importance(
+        gradient_heads=np.zeros((1, 1)),
+        gradient_ffns=np.zeros(1),
+        attribution_heads=VALUES.reshape(4, 1, 1),
+        attribution_ffns=10 * VALUES.reshape(4, 1),
+        head_documents=cast(Any, None),
+    )
+    blocks = importance_columns(packed_task(CLUSTERS), scores)
+    heads, ffns = (block for block in blocks if block["metric"] == "attribution")
+    for block, scale in ((heads, 1), (ffns, 10)):
+        written = [float(block[name][0]) for name in ("value", "stderr", "low", "high")]
+        assert written == pytest.approx([2 * scale, scale, 0.04 * scale, 3.96 * scale])
+
+
+def test_the_screen_prefers_units_whose_clusters_disagree() -> None:
+    # Unit 0: mean 2 with clustered stderr 1, so at most 4; unit 1: mean 3.5, the same in all documents.
+    by_document = np.stack([VALUES, np.full(4, 3.5)], axis=1)
+    exact, _ = screened(*estimated_drops(by_document, CLUSTERS), exact=1, seed=0)
+    assert exact.tolist() == [0], "documents taken alone would give 2 + 2 * 0.577 < 3.5"
+
+
+def test_a_single_cluster_is_screened_by_the_estimates_alone() -> None:
+    by_document = np.array([[0.1, -0.9, 0.3, 0.2], [0.1, -0.7, 0.3, 0.2]])
+    estimates, errors = estimated_drops(by_document, ["one", "one"])
+    assert np.isnan(errors).all()
+    exact, _ = screened(estimates, errors, exact=2, seed=0)
+    assert exact.tolist() == [1, 2]
