@@ -1,59 +1,45 @@
-"""What a finished run says on the terminal, and how far an unfinished one is."""
+"""What commands print of a run in tables; names and paths are printed as they are, never as markup."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lowmem_icl.report.numbers import (
-    CLAIMED_Q,
+    ACCURACY,
+    SIGNIFICANT_Q,
     accuracy,
-    claim_mark,
     induction_heads,
     pruned,
+    significance_mark,
     top_units,
+    total_seconds,
     unit_name,
 )
 from lowmem_icl.session.folder import run_record
 from lowmem_icl.tables.schema import read_table
+
+COMPARED_METHODS = ("gradient", "random")
 
 
 def show_summary(folder: Path, console: Console) -> None:
     """Print a run's main numbers: accuracies, greedy masks, top units, where the rest is."""
     record, results = run_record(folder), read_table(folder / "results.parquet", "results")
     _print_accuracy(results, record, console)
-    rows = pruned(results).filter(pl.col("method") == "greedy")
-    if len(rows):
-        layers, heads = record["model"]["layers"], record["model"]["heads"]
-        others = pruned(results).filter(pl.col("method") != "greedy")
-        table = Table(title="greedy pruning: accuracy left, beside masks of equal size", title_justify="left")
-        for column in ("task", "shots", "heads removed", "FFNs removed", "greedy", "gradient", "random"):
-            table.add_column(column, justify="left" if column == "task" else "right")
-        for row in rows.iter_rows(named=True):
-            beside = {
-                other["method"]: f"{other['value']:.3f}"
-                for other in others.iter_rows(named=True)
-                if (other["task"], other["shots"]) == (row["task"], row["shots"])
-            }
-            table.add_row(
-                row["task"],
-                str(row["shots"]),
-                f"{row['heads_removed']}/{layers * heads}",
-                f"{row['ffns_removed']}/{layers}",
-                f"{row['value']:.3f}",
-                beside.get("gradient", ""),
-                beside.get("random", ""),
-            )
-        console.print(table)
+    _print_greedy(results, record, console)
     for (shots,), units in top_units(results).group_by("shots", maintain_order=True):
         named = ", ".join(
-            f"{unit_name(unit['kind'], unit['layer'], unit['head'])} {unit['value']:.2f}{claim_mark(unit)}"
+            f"{unit_name(unit['kind'], unit['layer'], unit['head'])} "
+            f"{unit['value']:.2f}{significance_mark(unit)}"
             for unit in units.iter_rows(named=True)
         )
         console.print(
-            f"costliest units alone at {shots} shots (nats of gold log-probability; * where q ≤ {CLAIMED_Q}): {named}"
+            f"costliest units alone at {shots} shots (nats of gold log-probability; * where q ≤ "
+            f"{SIGNIFICANT_Q}): {named}"
         )
     scored = ", ".join(
         f"{unit_name('head', row['layer'], row['head'])} {row['value']:.2f}"
@@ -61,33 +47,59 @@ def show_summary(folder: Path, console: Console) -> None:
     )
     if scored:
         console.print(f"heads by prefix matching (1: all attention goes where it should): {scored}")
-    seconds = sum(stage["seconds"] for stage in record["stages"].values())
-    console.print(
-        f"{seconds:.0f} s; tables, masks and report.html in {folder}", highlight=False, soft_wrap=True
-    )
+    _print_line(console, f"{total_seconds(record):.0f} s; tables, masks and report.html in {folder}")
 
 
-def _print_accuracy(results: pl.DataFrame, record: dict[str, Any], console: Console) -> None:
-    rows = accuracy(results)
-    if not len(rows):
+def _print_accuracy(results: pl.DataFrame, record: Mapping[str, Any], console: Console) -> None:
+    records = accuracy(results)
+    if records.is_empty():
         return
-    shots = sorted(set(rows["shots"]))
-    table = Table(
-        title=f"{record['model']['id']} in {record['model']['weights']}: accuracy by demonstrations",
-        title_justify="left",
+    shots = sorted(set(records["shots"]))
+    model = record["model"]
+    table = _table(
+        f"{model['id']} in {model['weights']}: accuracy by demonstrations",
+        ("task", "chance", *(f"{n_shots}-shot" for n_shots in shots)),
     )
-    for column in ("task", "chance", *(f"{count}-shot" for count in shots)):
-        table.add_column(column, justify="left" if column == "task" else "right")
-    for (task,), of_task in rows.group_by("task", maintain_order=True):
-        at = {row["shots"]: row for row in of_task.iter_rows(named=True)}
+    for (task,), of_task in records.group_by("task", maintain_order=True):
+        by_shots = {row["shots"]: row for row in of_task.iter_rows(named=True)}
         chance = of_task["chance"][0]
         table.add_row(
-            str(task),
+            Text(str(task)),
             "" if chance is None else f"{chance:.3f}",
-            *(
-                f"{at[count]['value']:.3f} ± {at[count]['stderr']:.3f}" if count in at else ""
-                for count in shots
-            ),
+            *(_accuracy_text(by_shots.get(n_shots)) for n_shots in shots),
+        )
+    console.print(table)
+
+
+def _accuracy_text(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    error = "" if row["stderr"] is None else f" ± {row['stderr']:.3f}"
+    return f"{row['value']:.3f}{error}"
+
+
+def _print_greedy(results: pl.DataFrame, record: Mapping[str, Any], console: Console) -> None:
+    masks = pruned(results)
+    searched = masks.filter(pl.col("method") == "greedy")
+    if searched.is_empty():
+        return
+    layers, heads = record["model"]["layers"], record["model"]["heads"]
+    accuracies = {
+        (row["task"], row["shots"], row["method"]): f"{row['value']:.3f}"
+        for row in masks.iter_rows(named=True)
+    }
+    table = _table(
+        "greedy pruning: accuracy left, beside masks of equal size",
+        ("task", "shots", "heads removed", "FFNs removed", "greedy", *COMPARED_METHODS),
+    )
+    for row in searched.iter_rows(named=True):
+        table.add_row(
+            Text(row["task"]),
+            str(row["shots"]),
+            f"{row['heads_removed']}/{layers * heads}",
+            f"{row['ffns_removed']}/{layers}",
+            f"{row['value']:.3f}",
+            *(accuracies.get((row["task"], row["shots"], method), "") for method in COMPARED_METHODS),
         )
     console.print(table)
 
@@ -95,28 +107,45 @@ def _print_accuracy(results: pl.DataFrame, record: dict[str, Any], console: Cons
 def show_evaluation(folder: Path, console: Console) -> None:
     """Print accuracies clean and under every mask."""
     results = read_table(folder / "results.parquet", "results")
-    rows = results.filter((pl.col("experiment") == "evaluate") & pl.col("metric").is_in(["acc", "em"]))
-    masks = list(dict.fromkeys(rows["mask"]))
-    table = Table("task", "shots", *masks)
-    for (task, shots), members in rows.group_by("task", "shots", maintain_order=True):
-        at = dict(zip(members["mask"], members["value"], strict=True))
-        table.add_row(str(task), str(shots), *(f"{at[mask]:.3f}" if mask in at else "" for mask in masks))
+    records = results.filter((pl.col("experiment") == "evaluate") & pl.col("metric").is_in(ACCURACY))
+    masks = list(dict.fromkeys(records["mask"]))
+    table = Table("task", "shots")
+    for mask in masks:
+        table.add_column(Text(str(mask)))
+    for (task, shots), members in records.group_by("task", "shots", maintain_order=True):
+        by_mask = dict(zip(members["mask"], members["value"], strict=True))
+        values = (f"{by_mask[mask]:.3f}" if mask in by_mask else "" for mask in masks)
+        table.add_row(Text(str(task)), str(shots), *values)
     console.print(table)
-    console.print(f"tables in {folder}", highlight=False, soft_wrap=True)
+    _print_line(console, f"tables in {folder}")
 
 
-def show_status(state: dict[str, Any], console: Console) -> None:
+def show_status(state: Mapping[str, Any], console: Console) -> None:
     """Print what `status_of` returns."""
     for name in ("folder", "state", "started", "parts"):
-        console.print(f"{name}: {state[name]}", highlight=False, soft_wrap=True)
+        _print_line(console, f"{name}: {state[name]}")
     for name in state["experiments"]:
-        done = state["finished"].get(name)
-        console.print(f"  {name}: " + ("not finished" if done is None else f"finished in {done:.1f} s"))
-    if state["state"] != "finished":
-        console.print(f"left as planned: {state['seconds_left_planned']:.0f} s")
-    for unit in state["best_units"]:
-        console.print(
-            f"  {unit['shots']} shots: {unit_name(unit['kind'], unit['layer'], unit['head'])} {unit['value']:.3f} nats"
+        seconds = state["finished"].get(name)
+        _print_line(
+            console, f"  {name}: " + ("not finished" if seconds is None else f"finished in {seconds:.1f} s")
         )
+    if state["state"] != "finished":
+        _print_line(console, f"time left as planned: {state['seconds_left_planned']:.0f} s")
+    for unit in state["best_units"]:
+        name = unit_name(unit["kind"], unit["layer"], unit["head"])
+        _print_line(console, f"  {unit['shots']} shots: {name} {unit['value']:.3f} nats")
     for warning in state["warnings"]:
-        console.print(f"warning: {warning}", soft_wrap=True)
+        _print_line(console, f"warning: {warning}")
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    """Return a table whose first column is text and whose others are numbers."""
+    table = Table(title=Text(title, style="table.title"), title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    return table
+
+
+def _print_line(console: Console, line: str) -> None:
+    """Print a line that may hold names or paths: unstyled, and broken by the terminal alone."""
+    console.print(Text(line), soft_wrap=True)

@@ -1,1 +1,1 @@
-"""The page and its figures, drawn from the tables."""
+"""The page of a run, its figures and its main numbers, all from the tables and run.json."""

@@ -1,75 +1,73 @@
-"""What the page says about rankings: how far they agree, how far they could, and which heads work in context."""
+"""The page's section on how far rankings of heads agree between tasks and shot counts, and could agree."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import polars as pl
+from matplotlib.figure import Figure
 
-from lowmem_icl.report.numbers import unit_name
+from lowmem_icl.protocols import AGGREGATE, OUT_OF_DOMAIN_TASKS
+from lowmem_icl.report.figures import new_figure, page_figure, task_order
+from lowmem_icl.report.section import Record, Section, number_text
 
-AGREEMENT_COLUMNS = (
+COLUMNS = (
     "method", "shots", "against", "pairs", "Spearman, mean", "variance", "ceiling", "Kendall",
     "top 30 % in common", "of index vectors",
 )  # fmt: skip
-IN_CONTEXT_COLUMNS = ("unit", "shots", "nats more than without demonstrations", "95 %")
 COMMON_PERCENT = 30
-TOP_IN_CONTEXT = 5
-
+TEXT = "Spearman's rank correlation of head scores between tasks, and between shot counts of a task."
+CEILING_NOTE = (
+    " Ceiling: √(a·b) of the rankings' split-half reliabilities a and b, mean over pairs; two tasks' "
+    "rankings from so many documents could not agree further if their heads did the same. A task at two "
+    "shot counts is measured on the same documents, whose noise both rankings share, so it may exceed the "
+    "ceiling."
+)
 ORDER_NOTE = (
-    " The last column is what the paper's code computed in place of Spearman: it correlates lists of head numbers sorted by "
-    "importance, so it asks whether the same number stands at the same place of both lists, not whether heads rank alike; for "
-    "heads that could change numbers it is near 0 even where Spearman is 0.99."
+    " The last column is what the paper's code computed in place of Spearman: it correlates lists of head "
+    "indices sorted by importance, so it asks whether the same index stands at the same rank of both lists, "
+    "not whether heads rank alike; for exchangeable heads it is near 0 even where Spearman is 0.99."
 )
-IN_CONTEXT_NOTE = (
-    "A unit's drop with demonstrations minus its drop without, on the same documents: red heads matter more once there is "
-    "something to learn from (in-context heads), those near 0 serve the language in general, with or without demonstrations."
-)
+PAIR = ("task", "shots", "method", "other_task", "other_shots", "other_method")
 
 
-def agreement_note(results: pl.DataFrame) -> str:
-    """Return the sentences above the table of agreement."""
-    note = "Spearman's rank correlation of head scores between tasks, and between shot counts of a task."
-    if len(results.filter(pl.col("metric") == "split_half")):
-        note += (
-            " Ceiling: √(a·b) of the rankings' split-half reliabilities a and b, mean over pairs; two tasks' rankings from so "
-            "many documents could not agree further if their heads did the same. A task at two shot counts is measured on "
-            "the same documents and shares their noise, so it may agree beyond it."
-        )
-    return note + (ORDER_NOTE if len(results.filter(pl.col("metric") == "spearman_of_order")) else "")
-
-
-def agreement_table(results: pl.DataFrame) -> list[list[str]]:
-    """Return formatted rows of AGREEMENT_COLUMNS: tasks against tasks, and tasks against themselves at other shot counts."""
-    pairs = ["task", "shots", "method", "other_task", "other_shots", "other_method"]
-    of_pairs = results.filter(
-        (pl.col("experiment") == "overlap")
-        & (pl.col("method") == pl.col("other_method"))
-        & (pl.col("task") != "aggregate")
-        & (pl.col("other_task") != "aggregate")
+def agreement_section(results: pl.DataFrame, record: Record) -> Section | None:
+    """Return the agreement of rankings; None where none were compared."""
+    overlap = results.filter(pl.col("experiment") == "overlap")
+    if overlap.is_empty():
+        return None
+    return Section(
+        "Agreement between tasks",
+        agreement_note(overlap),
+        page_figure(
+            "overlap", "Gradient scores. 1: the same order of heads; 0: unrelated.", overlap_matrix, overlap
+        ),
+        COLUMNS,
+        agreement_rows(overlap),
     )
 
-    def metric(name: str) -> pl.DataFrame:
-        chosen = of_pairs.filter(
-            (pl.col("metric") == name) & (pl.col("k").is_null() | (pl.col("k") == COMMON_PERCENT))
-        )
-        return chosen.select(*pairs, pl.col("value").alias(name))
 
-    reliability = results.filter(pl.col("metric") == "split_half").select(
-        "task", "shots", "method", pl.col("value").clip(lower_bound=0)
-    )
-    table = metric("spearman")
-    for name in ("kendall", "top_overlap", "spearman_of_order"):
-        table = table.join(metric(name), on=pairs, how="left")
-    for prefix in ("", "other_"):
-        named = reliability.rename(
-            {name: prefix + name for name in ("task", "shots", "method")} | {"value": f"{prefix}reliability"}
-        )
-        table = table.join(named, on=[f"{prefix}{name}" for name in ("task", "shots", "method")], how="left")
-    grouped = (
-        table.with_columns(ceiling=(pl.col("reliability") * pl.col("other_reliability")).sqrt())
+def agreement_note(overlap: pl.DataFrame) -> str:
+    """Return the sentences above the table."""
+    metrics = set(overlap["metric"])
+    ceiling = CEILING_NOTE if "split_half" in metrics else ""
+    return TEXT + ceiling + (ORDER_NOTE if "spearman_of_order" in metrics else "")
+
+
+def agreement_rows(overlap: pl.DataFrame) -> list[list[str]]:
+    """Return formatted rows of COLUMNS: means over pairs of rankings by the same method.
+
+    The pairs are tasks against other tasks, and tasks against themselves at other shot counts. Tasks that are
+    out of domain have no part in these means.
+    """
+    measures = ("ceiling", "kendall", "top_overlap", "spearman_of_order")
+    means = (
+        compared_pairs(overlap)
         .group_by("method", "shots", "other_shots")
         .agg(
             pl.len().alias("pairs"),
             pl.col("spearman").mean(),
             pl.col("spearman").var().alias("variance"),
-            pl.col("ceiling", "kendall", "top_overlap", "spearman_of_order").mean(),
+            pl.col(measures).mean(),
         )
         .sort("method", "shots", "other_shots")
     )
@@ -79,40 +77,63 @@ def agreement_table(results: pl.DataFrame) -> list[list[str]]:
             str(row["shots"]),
             "other tasks" if row["shots"] == row["other_shots"] else f"itself at {row['other_shots']} shots",
             str(row["pairs"]),
-            *(
-                _number(row[name])
-                for name in (
-                    "spearman", "variance", "ceiling", "kendall", "top_overlap", "spearman_of_order"
-                )
-            ),
+            *(number_text(row[name]) for name in ("spearman", "variance", *measures)),
         ]
-        for row in grouped.iter_rows(named=True)
-    ]  # fmt: skip
-
-
-def in_context_table(results: pl.DataFrame) -> list[list[str]]:
-    """Return formatted rows of IN_CONTEXT_COLUMNS: the units of the largest effects, mean over tasks where there are several."""
-    effects = results.filter(pl.col("metric") == "icl_effect")
-    over_tasks = effects.filter(pl.col("task") == "aggregate")
-    effects = over_tasks if len(over_tasks) else effects
-    if effects["task"].n_unique() > 1:
-        # Under screening tasks may have no unit in common: then there is no mean.
-        return []
-    top = (
-        effects.sort(["shots", "value"], descending=[False, True])
-        .group_by("shots", maintain_order=True)
-        .head(TOP_IN_CONTEXT)
-    )
-    return [
-        [
-            unit_name(row["kind"], row["layer"], row["head"]),
-            str(row["shots"]),
-            _number(row["value"]),
-            f"{_number(row['low'])} to {_number(row['high'])}",
-        ]
-        for row in top.iter_rows(named=True)
+        for row in means.iter_rows(named=True)
     ]
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None or value != value else f"{value:.3f}"
+def compared_pairs(overlap: pl.DataFrame) -> pl.DataFrame:
+    """Return measures and ceiling of each pair of rankings by one method, of tasks in domain."""
+    left_out = (AGGREGATE, *OUT_OF_DOMAIN_TASKS)
+    records = overlap.filter(
+        (pl.col("method") == pl.col("other_method"))
+        & ~pl.col("task").is_in(left_out)
+        & ~pl.col("other_task").is_in(left_out)
+        & (pl.col("percent").is_null() | (pl.col("percent") == COMMON_PERCENT))
+    )
+    pairs = _measure(records, "spearman")
+    for name in ("kendall", "top_overlap", "spearman_of_order"):
+        pairs = pairs.join(_measure(records, name), on=PAIR, how="left")
+    reliability = overlap.filter(pl.col("metric") == "split_half").select(
+        *PAIR[:3], pl.col("value").clip(lower_bound=0).alias("reliability")
+    )
+    for side in (PAIR[:3], PAIR[3:]):
+        named = dict(zip((*PAIR[:3], "reliability"), (*side, f"{side[0]}_reliability"), strict=True))
+        pairs = pairs.join(reliability.rename(named), on=side, how="left")
+    return pairs.with_columns(ceiling=(pl.col("task_reliability") * pl.col("other_task_reliability")).sqrt())
+
+
+def _measure(records: pl.DataFrame, name: str) -> pl.DataFrame:
+    return records.filter(pl.col("metric") == name).select(*PAIR, pl.col("value").alias(name))
+
+
+def overlap_matrix(overlap: pl.DataFrame, method: str = "gradient") -> Figure | None:
+    """Draw rank correlations of heads between tasks, a panel per shot count."""
+    records = overlap.filter(
+        (pl.col("metric") == "spearman")
+        & (pl.col("method") == method)
+        & (pl.col("other_method") == method)
+        & (pl.col("shots") == pl.col("other_shots"))
+    )
+    if records.is_empty():
+        return None
+    shots = sorted(set(records["shots"]))
+    names: Sequence[str] = task_order(sorted({*records["task"], *records["other_task"]}))
+    side = max(2.6, 0.42 * len(names) + 1)
+    figure, axes = new_figure(side * len(shots), side, 1, len(shots))
+    for column, n_shots in enumerate(shots):
+        grid = np.full((len(names), len(names)), np.nan)
+        np.fill_diagonal(grid, 1)
+        for record in records.filter(pl.col("shots") == n_shots).iter_rows(named=True):
+            left, right = names.index(record["task"]), names.index(record["other_task"])
+            grid[left, right] = grid[right, left] = record["value"]
+        axis = axes[0, column]
+        axis.imshow(grid, cmap="RdBu_r", vmin=-1, vmax=1)
+        for (y, x), value in np.ndenumerate(grid):
+            text = f"{value:.2f}" if np.isfinite(value) else ""
+            axis.text(x, y, text, ha="center", va="center", fontsize=6)
+        axis.set_title(f"{n_shots} shots", fontsize=9)
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(names)), names if column == 0 else [""] * len(names), fontsize=7)
+    return figure

@@ -1,70 +1,111 @@
-"""What a finished run says on the terminal, and how far an unfinished one is."""
+"""The main numbers of a run, for the page, the terminal and `--json`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.session.folder import run_record
 from lowmem_icl.tables.schema import read_table
 
+ACCURACY = ("acc", "em")
+"""A task's own accuracy goes by either name."""
 TOP_UNITS = 5
-CLAIMED_Q = 0.05
-UNIT_KEYS = ["shots", "kind", "layer", "head"]
+SIGNIFICANT_Q = 0.05
+UNIT_KEYS = ("shots", "kind", "layer", "head")
+
+
+def mean_over_tasks(records: pl.DataFrame) -> pl.DataFrame:
+    """Return the records of the mean over tasks, those of task `aggregate`.
+
+    Where there are none, those of the only task in domain, or of the only task; and else no records: a mean
+    that is not in the table cannot be shown.
+    """
+    means = records.filter(pl.col("task") == AGGREGATE)
+    if len(means):
+        return means
+    tasks = records["task"].drop_nulls().unique().to_list()
+    counted = [task for task in tasks if in_domain(task)] or tasks
+    return records.filter(pl.col("task") == counted[0]) if len(counted) == 1 else records.clear()
+
+
+def subject(records: pl.DataFrame) -> str:
+    """Return what records from `mean_over_tasks` are about: "mean over tasks", or a task's name."""
+    named = [task for task in records["task"].unique() if task != AGGREGATE]
+    return str(named[0]) if named else "mean over tasks"
+
+
+def clean_accuracy(results: pl.DataFrame) -> pl.DataFrame:
+    """Return the records of the clean run's accuracy on the evaluation split."""
+    return results.filter(
+        (pl.col("experiment") == "evaluate") & (pl.col("mask") == "clean") & pl.col("metric").is_in(ACCURACY)
+    )
 
 
 def accuracy(results: pl.DataFrame) -> pl.DataFrame:
-    """Return the clean run's accuracy by task and shots, with chance and the accuracy of the best constant answer."""
-    clean = results.filter((pl.col("experiment") == "evaluate") & (pl.col("mask") == "clean"))
-    majority = clean.filter(pl.col("metric") == "majority").select(
-        "task", "shots", pl.col("value").alias("majority")
-    )
+    """Return clean accuracy by task and shots, with chance and the accuracy of the best constant answer."""
+    majority = results.filter(
+        (pl.col("experiment") == "evaluate") & (pl.col("mask") == "clean") & (pl.col("metric") == "majority")
+    ).select("task", "shots", pl.col("value").alias("majority"))
     columns = ("task", "shots", "metric", "value", "stderr", "low", "high", "chance", "documents")
     return (
-        clean.filter(pl.col("metric").is_in(["acc", "em"]))
+        clean_accuracy(results)
         .select(columns)
         .join(majority, on=["task", "shots"], how="left", maintain_order="left")
     )
 
 
+def greedy_accuracy(results: pl.DataFrame) -> pl.DataFrame:
+    """Return the records of accuracy under greedy masks and others of equal size, on their own tasks."""
+    return results.filter(
+        (pl.col("experiment") == "prune")
+        & (pl.col("procedure") == "greedy")
+        & (pl.col("mask_task") == pl.col("task"))
+        & pl.col("metric").is_in(ACCURACY)
+    )
+
+
 def pruned(results: pl.DataFrame) -> pl.DataFrame:
-    """Return, for each search, what its masks removed and the accuracy they leave; curves are left out."""
+    """Return, for each greedy search, what its masks removed and the accuracy they leave."""
     return (
-        results.filter((pl.col("experiment") == "prune") & pl.col("metric").is_in(["acc", "em"]))
-        .filter(pl.col("k").is_null())
-        .filter((pl.col("task") == "aggregate") | ~pl.col("mask").str.contains("-aggregate-", literal=True))
+        greedy_accuracy(results)
         .select("task", "shots", "method", "mask", "heads_removed", "ffns_removed", "value", "low", "high")
         .sort("task", "shots", "method")
     )
 
 
-def top_units(results: pl.DataFrame, count: int = TOP_UNITS) -> pl.DataFrame:
-    """Return the units whose removal alone costs most gold log-probability, mean over tasks, by shots.
+def unit_drops(results: pl.DataFrame) -> pl.DataFrame:
+    """Return the records of gold log-probability lost with each unit alone, exact or estimated."""
+    return results.filter((pl.col("experiment") == "ablate") & (pl.col("metric") == "gold_logprob_drop"))
 
-    `q_value`: of the mean, Benjamini and Hochberg's over all units; null where it is not known.
+
+def top_units(results: pl.DataFrame, n: int = TOP_UNITS) -> pl.DataFrame:
+    """Return the n units per shot count that cost most when removed alone, mean over tasks.
+
+    `value` is the drop of gold log-probability in nats; `q_value` that of the mean, Benjamini and Hochberg's
+    over all units; null where it is unknown.
     """
-    drops = results.filter((pl.col("experiment") == "ablate") & (pl.col("metric") == "gold_logprob_drop"))
-    of_mean = pl.lit(True) if drops["task"].n_unique() == 1 else pl.col("task") == "aggregate"
-    claims = results.filter((pl.col("metric") == "q_value") & of_mean).select(
-        *UNIT_KEYS, pl.col("value").alias("q_value")
-    )
+    keys = ["task", *UNIT_KEYS]
+    q_values = results.filter(pl.col("metric") == "q_value").select(*keys, pl.col("value").alias("q_value"))
     return (
-        drops.join(claims, on=UNIT_KEYS, how="left", nulls_equal=True)
-        .group_by(UNIT_KEYS)
-        .agg(pl.col("value").mean(), pl.col("q_value").first())
+        mean_over_tasks(unit_drops(results))
+        .join(q_values, on=keys, how="left", nulls_equal=True)
+        .select(*UNIT_KEYS, "value", "q_value")
         .sort(["shots", "value", "layer", "head"], descending=[False, True, False, False])
         .group_by("shots", maintain_order=True)
-        .head(count)
+        .head(n)
     )
 
 
-def induction_heads(results: pl.DataFrame, count: int = TOP_UNITS) -> pl.DataFrame:
-    """Return the heads with the highest prefix-matching scores."""
+def induction_heads(results: pl.DataFrame, n: int = TOP_UNITS) -> pl.DataFrame:
+    """Return the n heads with the highest prefix-matching scores."""
     return (
         results.filter((pl.col("experiment") == "induction") & (pl.col("metric") == "prefix_matching"))
         .select("layer", "head", "value", "stderr")
         .sort("value", "layer", "head", descending=[True, False, False])
-        .head(count)
+        .head(n)
     )
 
 
@@ -73,9 +114,9 @@ def unit_name(kind: str, layer: int, head: int | None) -> str:
     return f"L{layer}F" if kind == "ffn" else f"L{layer}H{head}"
 
 
-def claim_mark(unit: dict[str, Any]) -> str:
-    """Return a star for a unit of `top_units` whose drop can be claimed among all units."""
-    return "*" if unit["q_value"] is not None and unit["q_value"] <= CLAIMED_Q else ""
+def significance_mark(unit: Mapping[str, Any]) -> str:
+    """Return a star for a unit of `top_units` whose q-value is at most SIGNIFICANT_Q."""
+    return "*" if unit["q_value"] is not None and unit["q_value"] <= SIGNIFICANT_Q else ""
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -90,15 +131,21 @@ def summary(folder: Path) -> dict[str, Any]:
         "top_units": top_units(results).to_dicts(),
         "induction_heads": induction_heads(results).to_dicts(),
         "warnings": record["warnings"],
-        "seconds": round(sum(stage["seconds"] for stage in record["stages"].values()), 1),
+        "seconds": total_seconds(record),
     }
 
 
+def total_seconds(record: Mapping[str, Any]) -> float:
+    """Return how long a run's stages took together."""
+    return float(round(sum(stage["seconds"] for stage in record["stages"].values()), 1))
+
+
 def status_of(folder: Path) -> dict[str, Any]:
-    """Return a run's state, finished stages, parts and planned time left."""
+    """Return a run's state, finished stages, parts, best units so far and the planned time that is left."""
     record = run_record(folder)
     stages = record.get("stages", {})
     planned = {stage["experiment"]: stage["seconds"] for stage in record["plan"]["stages"]}
+    table = folder / "results.parquet"
     return {
         "folder": str(folder),
         "state": record["state"],
@@ -107,8 +154,6 @@ def status_of(folder: Path) -> dict[str, Any]:
         "finished": {name: stage["seconds"] for name, stage in stages.items()},
         "parts": len(list((folder / "parts").glob("*.npz"))),
         "seconds_left_planned": round(sum(time for name, time in planned.items() if name not in stages), 1),
-        "best_units": top_units(read_table(folder / "results.parquet", "results")).to_dicts()
-        if (folder / "results.parquet").is_file()
-        else [],
+        "best_units": top_units(read_table(table, "results")).to_dicts() if table.is_file() else [],
         "warnings": record["warnings"],
     }

@@ -35,8 +35,8 @@ def kendall(left: Values, right: Values) -> float:
 def correlation_of_orders(left: Values, right: Values) -> float:
     """Return what the paper's code calls the rank correlation of two scores [N] (paper.md §4).
 
-    It correlates the lists of unit indices in ascending order of importance: which unit has a rank, not which rank a unit
-    has. Where units are exchangeable it is about 0, however well their orders agree.
+    It correlates the lists of unit indices in ascending order of importance: which unit has a rank, not which
+    rank a unit has. Where units are exchangeable it is about 0, however well their orders agree.
     """
     return float(stats.spearmanr(np.argsort(left, kind="stable"), np.argsort(right, kind="stable")).statistic)
 

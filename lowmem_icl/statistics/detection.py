@@ -17,7 +17,7 @@ Z = float(stats.norm.ppf(0.975))
 
 
 class Measure(NamedTuple):
-    """A value, the bounds of its 95 % interval (NaN where there is none), and its mean under unrelated scores."""
+    """A value, the bounds of its 95 % interval (NaN where there is none), and its mean by chance."""
 
     value: float
     low: float
@@ -26,7 +26,10 @@ class Measure(NamedTuple):
 
 
 def rank_correlation(left: Values, right: Values) -> Measure:
-    """Return Spearman's correlation of two scores [U], with Bonett and Wright's (2000) interval; NaN where one is constant."""
+    """Return Spearman's correlation of two scores [U]; NaN where one is constant.
+
+    The interval is Bonett and Wright's (2000).
+    """
     if np.ptp(left) == 0 or np.ptp(right) == 0:
         return Measure(np.nan, np.nan, np.nan, 0.0)
     value = float(stats.spearmanr(left, right).statistic)
@@ -49,10 +52,10 @@ def precision_at(scores: Values, members: Flags, count: int) -> Measure:
 
 
 def area_under_curve(scores: Values, members: Flags) -> Measure:
-    """Return how often a member's score exceeds a non-member's, ties counting half: the area under the ROC curve.
+    """Return the area under the ROC curve: how often a member outscores a non-member, ties counting half.
 
-    scores, members: [U]. The interval is Newcombe's (2006, method 5), which holds for few members and near 0 and 1. NaN
-    where all units are members, or none.
+    scores, members: [U]. The interval is Newcombe's (2006, method 5), which holds for few members and near 0
+    and 1. NaN where all units are members, or none.
     """
     n_members, n_others = int(members.sum()), int((~members).sum())
     if not n_members or not n_others:

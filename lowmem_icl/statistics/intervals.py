@@ -38,15 +38,16 @@ class Intervals(NamedTuple):
 
 
 def normal_bounds(value: Number, stderr: Number) -> tuple[Number, Number]:
-    """Return the bounds of normal 95 % intervals: value ± 1.96 standard errors, NaN where the standard error is."""
+    """Return the bounds of normal 95 % intervals: value ± 1.96 standard errors."""
     return value - NORMAL_95 * stderr, value + NORMAL_95 * stderr
 
 
 def means_with_intervals(values: Values, clusters: Sequence[str], *, seed: int) -> Intervals:
-    """Return the means of values [U, N] over N with a percentile bootstrap over clusters, the same draws for all U.
+    """Return the means of values [U, N] over N with percentile bootstrap intervals over clusters.
 
-    Documents of one cluster (a passage, or a set of demonstrations) are drawn together. A single cluster says nothing about
-    others: its standard error is NaN and its bounds are the mean.
+    All units share the same draws, and documents of one cluster (a passage, or a set of demonstrations) are
+    drawn together. A single cluster says nothing about others: its standard error is NaN and its bounds are
+    the mean.
     """
     mean = values.mean(1)
     names, member = np.unique(np.asarray(clusters), return_inverse=True)
@@ -67,7 +68,7 @@ def means_with_intervals(values: Values, clusters: Sequence[str], *, seed: int) 
 
 
 def mean_with_interval(values: Values, clusters: Sequence[str], *, seed: int) -> Interval:
-    """Return the mean of values [N] with a percentile bootstrap over clusters, as `means_with_intervals` does."""
+    """Return the mean of values [N] with its interval, as `means_with_intervals` does."""
     return Interval(*(float(column[0]) for column in means_with_intervals(values[None], clusters, seed=seed)))
 
 
@@ -80,10 +81,10 @@ class Estimates(NamedTuple):
 
 
 def clustered_estimates(values: Values, clusters: Sequence[str]) -> Estimates:
-    """Return the means of values [U, N] over N with standard errors that hold where documents agree within clusters.
+    """Return the means of values [U, N] over N with cluster-robust standard errors.
 
-    Of G clusters: stderr² = G / (G − 1) · Σ_clusters (Σ_documents value − mean)² / N², with G − 1 degrees of freedom (the
-    usual cluster-robust variance of a mean; where each document is a cluster, the usual variance). NaN for a single cluster.
+    Of G clusters: stderr² = G / (G − 1) · Σ_clusters (Σ_documents value − mean)² / N², with G − 1 degrees of
+    freedom (where each document is a cluster of its own, the usual standard error). NaN for a single cluster.
     """
     names, member = np.unique(np.asarray(clusters), return_inverse=True)
     mean, groups = values.mean(1), len(names)
@@ -111,7 +112,7 @@ _weights: dict[tuple[int, int], Values] = {}
 
 
 def _resampled_weights(clusters: int, seed: int) -> Values:
-    """Return how often each cluster is drawn in each resample, [RESAMPLES, clusters]; the last draw is cached."""
+    """Return how often each cluster is drawn in each resample, [RESAMPLES, clusters]; cached."""
     if (clusters, seed) not in _weights:
         _weights.clear()
         rng = np.random.default_rng(seed)

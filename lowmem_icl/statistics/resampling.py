@@ -1,4 +1,4 @@
-"""Rankings under other documents: intervals of their correlations, and how well one half of the documents predicts the other.
+"""Rankings under other documents: intervals of their correlations, and split-half reliability.
 
 Axis letters: R resamples, N documents, U units.
 """
@@ -28,11 +28,12 @@ Draw = Callable[[int, np.random.Generator], NDArray[np.generic]]
 
 @dataclass(frozen=True, eq=False)
 class DocumentScores:
-    """What each document of a task contributes to its units' scores: score u is Σ_n values[n, u] / Σ_n sizes[n].
+    """What each document of a task contributes to its units' scores.
 
-    values: [N, U]; sizes: [N, 1], ones where the score is a mean over documents, predicted tokens where it is the gradient
-    score (Bansal et al. 2023, eq. 8), or [N, U] where they differ between units. clusters [N]: the passage or set of
-    demonstrations of each document, which is drawn as a whole.
+    Score u is Σ_n values[n, u] / Σ_n sizes[n]. values: [N, U]; sizes: [N, 1], ones where the score is a mean
+    over documents, predicted tokens where it is the gradient score (Bansal et al. 2023, eq. 8), or [N, U]
+    where they differ between units. clusters [N]: the passage or set of demonstrations of each document,
+    which is drawn as a whole.
     """
 
     task: str
@@ -58,8 +59,9 @@ class DocumentScores:
     def bootstrap_counts(self, seed: int) -> Values:
         """Return how often each document is drawn in each of RESAMPLES bootstrap samples, [R, N].
 
-        Documents of a cluster are drawn together. The same task with the same clusters gets the same draws, so rankings of
-        the same documents at two shot counts or by two methods are resampled as a pair; all others are independent.
+        Documents of a cluster are drawn together. The same task with the same clusters gets the same draws,
+        so rankings of the same documents at two shot counts or by two methods are resampled as a pair; all
+        others are independent.
         """
         return self._by_cluster(
             "resample",
@@ -68,7 +70,10 @@ class DocumentScores:
         )
 
     def first_halves(self, seed: int) -> Values:
-        """Return 1 for each document in the first half and else 0, in each of SPLITS random splits by cluster, [R, N]."""
+        """Return which documents are in the first half, as 1 or 0, in each of SPLITS random splits, [R, N].
+
+        Documents of a cluster are in the same half.
+        """
         return self._by_cluster(
             "halve",
             seed,
@@ -84,7 +89,7 @@ class DocumentScores:
 
 @dataclass(frozen=True, eq=False)
 class DocumentRanking:
-    """A ranking and the documents behind it: of one task, or of several combined by their ranks or their raw scores."""
+    """A ranking and the documents behind it: of one task, or of several by their ranks or raw scores."""
 
     members: tuple[DocumentScores, ...]
     combined_by: Literal["ranks", "scores"] = "ranks"
@@ -96,7 +101,7 @@ class DocumentRanking:
 
     @property
     def can_be_split(self) -> bool:
-        """Whether each task has at least two clusters, without which nothing can be said about other documents."""
+        """Whether each task has two clusters or more, without which nothing is known of other documents."""
         return all(len(set(member.clusters)) > 1 for member in self.members)
 
     def ranks(self, weights: Sequence[Values]) -> Values:
@@ -107,9 +112,10 @@ class DocumentRanking:
         return np.asarray(rankdata(np.mean(scores, axis=0), axis=1))
 
     def resampled(self, seed: int) -> NDArray[np.float32]:
-        """Return standardised ranks [R, U] with document weights STEP of the way to RESAMPLES bootstrap samples.
+        """Return standardised ranks [R, U], documents weighted STEP of the way to bootstrap samples.
 
-        Ranks of a full bootstrap sample contain the documents' noise twice, so they vary too little between samples.
+        Ranks of a full bootstrap sample contain the documents' noise twice, so they vary too little between
+        samples.
         """
         return standardised(
             self.ranks([1 + STEP * (member.bootstrap_counts(seed) - 1) for member in self.members])
@@ -117,7 +123,7 @@ class DocumentRanking:
 
 
 def standardised(ranks: Values) -> NDArray[np.float32]:
-    """Return ranks [R, U] with mean 0 and length 1, so that their products are Spearman's ρ; NaN where all are equal."""
+    """Return ranks [R, U] with mean 0 and length 1, whose products are Spearman's ρ; NaN for constants."""
     centred = ranks - ranks.mean(1, keepdims=True)
     lengths = np.linalg.norm(centred, axis=1, keepdims=True)
     return np.divide(
@@ -128,12 +134,13 @@ def standardised(ranks: Values) -> NDArray[np.float32]:
 def correlation_interval(
     value: float, left: NDArray[np.float32], right: NDArray[np.float32]
 ) -> Interval | None:
-    """Return a rank correlation's 95 % interval from the standardised ranks [R, U] of both rankings in every resample.
+    """Return a rank correlation's 95 % interval from both rankings' resampled standardised ranks [R, U].
 
-    On Fisher's scale, atanh, it is the value ± 1.96 standard deviations of the resamples divided by STEP. The resamples'
-    percentiles would lie too low, since each resample adds noise to both rankings. The interval covers the correlation
-    that as many other documents would give. Without the rankings' noise that would be higher; the split-half reliability
-    says how much noise there is. None where some resample ranks all units the same.
+    On Fisher's scale, atanh, it is the value ± 1.96 standard deviations of the resamples divided by STEP. The
+    resamples' percentiles would lie too low, since each resample adds noise to both rankings. The interval
+    covers the correlation that as many other documents would give. Without the rankings' noise that would be
+    higher; the split-half reliability says how much noise there is. None where some resample ranks all units
+    the same.
     """
     resampled = np.einsum("ru,ru->r", left, right, dtype=np.float64)
     if not np.isfinite(resampled).all():
@@ -152,11 +159,11 @@ def correlation_interval(
 def split_half(ranking: DocumentRanking, seed: int) -> float:
     """Return a ranking's split-half reliability: the rank correlation expected with as many other documents.
 
-    r is Spearman's ρ between the rankings of two random halves of the documents (of every task, by cluster), averaged over
-    SPLITS splits; 2 r / (1 + |r|) is returned, the Spearman-Brown correction to the full number of documents. It limits
-    the correlation of rankings from different documents: with reliabilities a and b no more than √(a·b) can be expected,
-    whatever the units do. Rankings of the same documents share their noise and may exceed it. NaN where a task has a
-    single cluster or where a half ranks all units the same.
+    r is Spearman's ρ between the rankings of two random halves of the documents (of every task, by cluster),
+    averaged over SPLITS splits; 2 r / (1 + |r|) is returned, the Spearman-Brown correction to the full number
+    of documents. It limits the correlation of rankings from different documents: with reliabilities a and b
+    no more than √(a·b) can be expected, whatever the units do. Rankings of the same documents share their
+    noise and may exceed it. NaN where a task has a single cluster or where a half ranks all units the same.
     """
     if not ranking.can_be_split:
         return float("nan")
