@@ -3,6 +3,7 @@
 import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.figures import COLOURS, head_maps, new_figure, page_figure
@@ -11,6 +12,8 @@ from lowmem_icl.report.section import Record, Section
 from lowmem_icl.statistics.agreement import spearman
 
 DROP = "gold_logprob_drop"
+LINEAR_NATS = 0.01
+"""Up to here the axes of estimates and exact drops are linear, beyond logarithmic."""
 # The units that an estimate is compared on, by the method of the comparison's records.
 COMPARED = {"attribution": "all exact units", "attribution-drawn": "those drawn at random"}
 
@@ -77,6 +80,7 @@ def ffn_bars(drops: pl.DataFrame) -> Figure | None:
         axis.bar(x, bars["value"], width, color=COLOURS[number % len(COLOURS)], label=f"{n_shots} shots")
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set(xlabel="layer", ylabel="drop, nats")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(frameon=False, fontsize=8)
     return figure
 
@@ -107,7 +111,11 @@ def estimate_against_exact(results: pl.DataFrame) -> Figure | None:
         title = f"{n_shots} shots" + (f", Spearman {rank:.2f}" if np.isfinite(rank) else "")
         axis.set_title(title, fontsize=9)
         axis.set(xlabel="estimate, nats", ylabel="exact drop, nats" if column == 0 else "")
-        axis.set_xscale("symlog", linthresh=0.01)
-        axis.set_yscale("symlog", linthresh=0.01)
+        axis.set_xscale("symlog", linthresh=LINEAR_NATS)
+        axis.set_yscale("symlog", linthresh=LINEAR_NATS)
+        # Plain labels: the default ones are formulas, which our style leaves unparsed.
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.tick_params(axis="x", labelrotation=90)
     axes[0, 0].legend(frameon=False, fontsize=8)
     return figure

@@ -95,7 +95,8 @@ def pruning_curves(points: pl.DataFrame, kind: str) -> Figure | None:
 
 
 def _draw_panel(axis: Axes, panel: pl.DataFrame) -> None:
-    control = panel.filter((pl.col("method") == "random") & pl.col("seed").is_null()).sort("percent")
+    # Single draws have a mask, their mean has none.
+    control = panel.filter((pl.col("method") == "random") & pl.col("mask").is_null()).sort("percent")
     if len(control):
         x = control["percent"]
         axis.fill_between(x, control["low"], control["high"], color="0.85", linewidth=0)

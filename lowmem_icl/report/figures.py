@@ -27,7 +27,7 @@ STYLE = {
     "axes.spines.right": False,
     "font.size": 9,
     "figure.facecolor": "white",
-    # A task's name may hold dollar signs.
+    # Dollar signs in names are no formulas.
     "text.parse_math": False,
 }
 

@@ -79,7 +79,8 @@ def pruning_bars(results: pl.DataFrame) -> Figure | None:
         axis.set(ylim=(0, 1.13), ylabel="accuracy")
         axis.set_title(f"{n_shots} shots", fontsize=9)
         axis.set_xticks(range(len(tasks)), tasks, fontsize=8, rotation=30 if len(tasks) > 6 else 0)
-    axes[0, 0].legend(frameon=False, fontsize=8, ncols=3, loc="lower right")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=8, ncols=3)
     return figure
 
 
