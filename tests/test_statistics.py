@@ -7,13 +7,14 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from lowmem_icl.experiments.ablate.measure import estimated_drops, screened
-from lowmem_icl.experiments.importance.measure import Importance, importance_columns
+from lowmem_icl.experiments.ablate.measure import Estimates, screened
+from lowmem_icl.experiments.importance.measure import Importance, importance_blocks
 from lowmem_icl.statistics.intervals import clustered_estimates, normal_bounds
 from lowmem_icl.tasks.packing import PackedTask
 
-# Four documents in two clusters. Mean 2; the clusters' sums of deviations are -2 and 2, so that
-# stderr = sqrt(2 / 1 * (4 + 4)) / 4 = 1. Taken alone the documents would give sqrt((1 + 1 + 1 + 1) / 3 / 4) = 0.577.
+# Four documents in two clusters. Mean 2; the clusters' sums of deviations are -2 and 2, so that the
+# standard error is sqrt(2 / 1 * (4 + 4)) / 4 = 1. Taken alone the documents would give
+# sqrt((1 + 1 + 1 + 1) / 3 / 4) = 0.577.
 VALUES = np.array([1.0, 1.0, 3.0, 3.0])
 CLUSTERS = ["set 0", "set 0", "set 1", "set 1"]
 
@@ -33,13 +34,13 @@ def test_clustered_standard_errors_by_hand() -> None:
 
 
 def test_estimated_drops_have_clustered_standard_errors() -> None:
-    value, stderr = estimated_drops(np.stack([VALUES, -VALUES], axis=1), CLUSTERS)
-    assert value.tolist() == [2, -2]
-    assert stderr.tolist() == [1, 1]
+    estimates = Estimates.of_documents(np.stack([VALUES, -VALUES], axis=1), CLUSTERS)
+    assert estimates.value.tolist() == [2, -2]
+    assert estimates.stderr.tolist() == [1, 1]
 
 
 def packed_task(clusters: list[str]) -> PackedTask:
-    """As much of a packed task as the importance experiment's columns are made from."""
+    """As much of a packed task as the importance experiment's blocks are made from."""
     task = SimpleNamespace(task="recall", shots=4, split="train", documents=clusters, clusters=clusters)
     return cast(PackedTask, SimpleNamespace(task=task))
 
@@ -52,7 +53,7 @@ def test_attribution_is_written_with_clustered_standard_errors() -> None:
         attribution_ffns=10 * VALUES.reshape(4, 1),
         head_documents=cast(Any, None),
     )
-    blocks = importance_columns(packed_task(CLUSTERS), scores)
+    blocks = importance_blocks(packed_task(CLUSTERS), scores)
     heads, ffns = (block for block in blocks if block["metric"] == "attribution")
     for block, scale in ((heads, 1), (ffns, 10)):
         written = [float(block[name][0]) for name in ("value", "stderr", "low", "high")]
@@ -62,13 +63,13 @@ def test_attribution_is_written_with_clustered_standard_errors() -> None:
 def test_the_screen_prefers_units_whose_clusters_disagree() -> None:
     # Unit 0: mean 2 with clustered stderr 1, so at most 4; unit 1: mean 3.5, the same in all documents.
     by_document = np.stack([VALUES, np.full(4, 3.5)], axis=1)
-    exact, _ = screened(*estimated_drops(by_document, CLUSTERS), exact=1, seed=0)
+    exact, _ = screened(Estimates.of_documents(by_document, CLUSTERS), n_exact=1, seed=0)
     assert exact.tolist() == [0], "documents taken alone would give 2 + 2 * 0.577 < 3.5"
 
 
 def test_a_single_cluster_is_screened_by_the_estimates_alone() -> None:
     by_document = np.array([[0.1, -0.9, 0.3, 0.2], [0.1, -0.7, 0.3, 0.2]])
-    estimates, errors = estimated_drops(by_document, ["one", "one"])
-    assert np.isnan(errors).all()
-    exact, _ = screened(estimates, errors, exact=2, seed=0)
+    estimates = Estimates.of_documents(by_document, ["one", "one"])
+    assert not np.isfinite(estimates.stderr).any()
+    exact, _ = screened(estimates, n_exact=2, seed=0)
     assert exact.tolist() == [1, 2]

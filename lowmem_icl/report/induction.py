@@ -49,7 +49,7 @@ def induction_section(results: pl.DataFrame, record: Record) -> Section | None:
         (
             *page_figure(
                 "induction",
-                "Heads by layer, layer 0 at the bottom. Copying by eigenvalues: −1 to 1, from the weights "
+                "Heads by layer, layer 0 at the bottom. Copying by eigenvalues: -1 to 1, from the weights "
                 "alone.",
                 score_maps, induction, shape,
             ),

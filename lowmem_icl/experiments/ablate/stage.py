@@ -185,7 +185,7 @@ def _result(
 
 
 def _means(results: pl.DataFrame) -> pl.DataFrame:
-    """Return the means over tasks of the units' drops and in-context effects."""
+    """Return the means over tasks of units' drops and in-context effects, and of how far estimates agree."""
     of_units = pl.col("procedure").is_in(["single", "icl-effect"]) & ~pl.col("metric").is_in(NOT_AVERAGED)
     per_task = results.filter(of_units & (pl.col("task") != AGGREGATE)).with_columns(method=pl.lit(METHOD))
     # Which tasks there are differs between shot counts.
@@ -195,7 +195,11 @@ def _means(results: pl.DataFrame) -> pl.DataFrame:
     )
     # A mean that has an estimate in it is an estimate.
     method = pl.when(pl.col("exact")).then(pl.lit(METHOD)).otherwise(pl.lit("attribution"))
-    return means.with_columns(method=method)
+    agreement = results.filter(pl.col("procedure") == "agreement")
+    return pl.concat(
+        [means.with_columns(method=method)]
+        + [over_tasks(members) for _, members in agreement.group_by("shots", maintain_order=True)]
+    )
 
 
 def _agreement(selection: Selection, task: TaskRows, exact_means: Values) -> Iterator[blocks.Block]:
