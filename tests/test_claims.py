@@ -150,7 +150,7 @@ def test_in_context_effects_by_hand() -> None:
     assert effect is not None
     # Units 0 and 2 and documents 5 and 9 are in both.
     assert effect.indices.tolist() == [0, 2]
-    np.testing.assert_allclose(effect.gold, [[1 - 0, 3 - 0.5], [7 - 0, 9 - 9]])
+    np.testing.assert_allclose(effect.gold, np.array([[1 - 0, 3 - 0.5], [7 - 0, 9 - 9]]))
     np.testing.assert_allclose(effect.accuracy, [[1, 0], [1, 0]])
     assert effect.clusters == ["0:5", "0:9"]
     heads, ffns, *_ = in_context_blocks(UNITS, [effect], seed=0)

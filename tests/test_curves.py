@@ -118,8 +118,9 @@ def test_knees_are_chosen_on_training_and_reported_on_evaluation_rows() -> None:
     def row(split: str, level: int, drop: float) -> dict[str, object]:
         return {
             "procedure": "curve-heads", "task": "a", "shots": 0, "method": "gradient", "kind": "head",
-            "other_task": None, "other_shots": None, "mask_task": "a", "mask_shots": 0, "percent": level, "metric": "acc_drop", "value": drop, "stderr": 0.02, "low": drop,
-            "high": drop, "split": split, "documents": 8, "mask": f"m{level}", "heads_removed": level,
+            "other_task": None, "other_shots": None, "mask_task": "a", "mask_shots": 0, "percent": level,
+            "metric": "acc_drop", "value": drop, "stderr": 0.02, "low": drop, "high": drop, "split": split,
+            "documents": 8, "mask": f"m{level}", "heads_removed": level,
             "ffns_removed": 0,
         }  # fmt: skip
 
@@ -138,9 +139,9 @@ def test_knees_are_chosen_on_training_and_reported_on_evaluation_rows() -> None:
 def test_the_control_has_a_mean_and_a_band() -> None:
     values = np.linspace(0.2, 0.8, 21)
     rows = [
-        {"procedure": "random", "task": "a", "shots": 0, "split": "test", "kind": "head", "percent": 50, "metric": "acc",
-         "heads_removed": 16, "ffns_removed": 0, "documents": 8, "method": "random", "value": value,
-         "chance": 0.5}
+        {"procedure": "random", "task": "a", "shots": 0, "split": "test", "kind": "head", "percent": 50,
+         "metric": "acc", "heads_removed": 16, "ffns_removed": 0, "documents": 8, "method": "random",
+         "value": value, "chance": 0.5}
         for value in values
     ]  # fmt: skip
     (band,) = control_records(rows)

@@ -41,7 +41,7 @@ PREPARED: Any = SimpleNamespace(
 
 
 def options_of(folder: Path, **changes: Any) -> RunOptions:
-    return RunOptions(**({"out": folder, "device": "cpu"} | changes))
+    return RunOptions.model_validate({"out": folder, "device": "cpu"} | changes)
 
 
 def identity(options: RunOptions, **changes: Any) -> Identity:
