@@ -28,8 +28,7 @@ from lowmem_icl.engine.cost import SweepCost, operations, sweep_cost
 from lowmem_icl.engine.passes import PassSetup, sweep
 from lowmem_icl.engine.schedule import BlockRow, Job, PlannedWave, SweepLimits, Variant
 from lowmem_icl.engine.wave import Wave
-from lowmem_icl.experiments.ablate.measure import ablation_masks
-from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.mask import Mask, all_heads
 from lowmem_icl.model.store import NON_LAYER, open_store
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.rows import PackedRows
@@ -224,7 +223,7 @@ def growth_point(inputs: Inputs, layers: int, documents: int, ablations: int) ->
     return time and added memory.
     """
     store = open_store(inputs.folder / f"opt-125m-{layers}-layers")
-    heads = ablation_masks(layers, store.skeleton.heads)[1 : 1 + layers * store.skeleton.heads]
+    heads = [unit.as_mask() for unit in all_heads(layers, store.skeleton.heads)]
     masks = [heads[place] for place in np.linspace(0, len(heads) - 1, ablations).round().astype(int)]
     job = Job(inputs.task("piqa", store.skeleton.width, documents).packed, tuple(masks))
     with (

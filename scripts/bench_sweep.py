@@ -62,7 +62,7 @@ from bench_sides import (
 from rich.console import Console
 from rich.table import Table
 
-from lowmem_icl.experiments.ablate.measure import ablation_masks
+from lowmem_icl.experiments.ablate.measure import ablated_units
 from lowmem_icl.masks.mask import Mask
 
 CASES = ("1", "2", "3a", "3b", "4a", "4b", "5", "6")
@@ -122,7 +122,8 @@ def ablations(case: str, inputs: Inputs, say: Any) -> list[Row]:
     shots = 0 if case == "1" else 5
     checkpoint = random_checkpoint(inputs.folder / "opt-125m", OPT_125M, inputs.tokenizer, torch.float32)
     in_child(converted, checkpoint, inputs.folder / "opt-125m-float32", "float32")
-    masks = ablation_masks(OPT_125M.num_hidden_layers, OPT_125M.num_attention_heads)[1:]
+    units = ablated_units(OPT_125M.num_hidden_layers, OPT_125M.num_attention_heads)
+    masks = [unit.as_mask() for unit in units]
     places = sample_of(masks, SAMPLED[case])
     sample = [masks[place] for place in places]
     kinds = ("HuggingFace", "TransformerLens")

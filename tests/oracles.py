@@ -20,7 +20,7 @@ def option_logprob(
     """Log-probability of a continuation after `path` minus it,
     by one run of the whole model on this option alone.
     """
-    return float(_summed_logprob(model, path, continuation, mask))
+    return float(_summed_logprob(model, path, continuation, mask).detach())
 
 
 def _summed_logprob(model: OPTForCausalLM, path: list[int], continuation: list[int], mask: Mask) -> Tensor:

@@ -12,8 +12,10 @@ from commands import invoke, run_small
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem_icl.experiments.ablate.measure import estimated_drops, screened
-from lowmem_icl.session.work import OutOfTime, Work, doubling_chunks
+from lowmem_icl.engine.answers import Scores
+from lowmem_icl.experiments.ablate.measure import Estimates, screened
+from lowmem_icl.experiments.ablate.stage import doubling_chunks
+from lowmem_icl.session.work import OutOfTime, SweepPart, Work
 from lowmem_icl.tables.schema import read_table
 
 
@@ -34,25 +36,25 @@ def test_a_screen_takes_what_could_be_largest_and_a_tenth_by_chance(
 ) -> None:
     rng = np.random.default_rng(seed)
     by_document = rng.normal(0, 1, (4, units)) * rng.exponential(1, units)
-    estimates, errors = estimated_drops(by_document)
-    chosen, drawn = screened(estimates, errors, exact, seed)
+    estimates = Estimates.of_documents(by_document, list("abcd"))
+    chosen, drawn = screened(estimates, exact, seed)
     assert len(chosen) == min(exact, units)
     assert sorted(set(chosen)) == list(chosen)
     if exact < units:
         assert len(drawn) == exact // 10
         assert set(drawn) <= set(chosen)
-        bound = np.abs(estimates) + 2 * errors
+        bound = np.abs(estimates.value) + 2 * estimates.stderr
         by_size = sorted(set(chosen) - set(drawn))
         left = np.setdiff1d(np.arange(units), by_size)
         assert not len(by_size) or bound[by_size].min() >= bound[left].max()
-    again, _ = screened(estimates, errors, exact, seed)
+    again, _ = screened(estimates, exact, seed)
     assert np.array_equal(again, chosen)
 
 
 def test_one_document_leaves_every_estimate_uncertain() -> None:
-    estimates, errors = estimated_drops(np.array([[0.5, -0.2]]))
-    assert estimates.tolist() == [0.5, -0.2]
-    assert np.isinf(errors).all()
+    estimates = Estimates.of_documents(np.array([[0.5, -0.2]]), ["alone"])
+    assert estimates.value.tolist() == [0.5, -0.2]
+    assert np.isinf(estimates.stderr).all()
 
 
 def test_a_screened_run_marks_what_is_estimated_and_says_how_far_that_agrees(
@@ -82,15 +84,21 @@ def test_a_screened_run_marks_what_is_estimated_and_says_how_far_that_agrees(
     others = screened_rows.filter(pl.col("metric").is_in(["acc_drop", "gold_prob_drop", "margin_drop"]))
     assert others["exact"].all()
     agreement = screened_rows.filter(pl.col("metric") == "estimate_spearman")
-    assert set(agreement.filter(pl.col("method") == "attribution")["k"]) == {20}
-    assert set(agreement.filter(pl.col("method") == "attribution-drawn")["k"]) <= {2}
+    assert set(agreement.filter(pl.col("method") == "attribution")["count"]) == {20}
+    assert set(agreement.filter(pl.col("method") == "attribution-drawn")["count"]) <= {2}
     assert agreement["value"].is_between(-1, 1).all()
     effects = read_table(out / "effects.parquet", "effects")
     assert effects.select(keys).n_unique() == len(exact)
     page = (out / "report.html").read_text()
     assert "estimated" in page
     units = read_table(out / "results.parquet", "results").filter(pl.col("method") == "ablation")
-    assert set(units.filter(pl.col("experiment") == "overlap")["k"].drop_nulls()) == {10, 20, 30, 40, 50}
+    assert set(units.filter(pl.col("experiment") == "overlap")["percent"].drop_nulls()) == {
+        10,
+        20,
+        30,
+        40,
+        50,
+    }
 
 
 @pytest.mark.parametrize(
@@ -98,8 +106,8 @@ def test_a_screened_run_marks_what_is_estimated_and_says_how_far_that_agrees(
     [
         (("--exact", "5"), "expected with --screen attribution"),
         (("--screen", "attribution", "--experiments", "ablate"), "its estimates come from importance"),
-        (("--hours", "0"), "--hours: input should be greater than 0"),
-        (("--demonstration-sets", "0"), "--demonstration-sets: input should be greater than or equal to 1"),
+        (("--hours", "0"), "--hours: expected a number above 0"),
+        (("--demonstration-sets", "0"), "--demonstration-sets: expected a whole number of at least 1"),
     ],
 )
 def test_options_that_make_no_sense_are_told(
@@ -116,18 +124,14 @@ def test_a_run_out_of_time_keeps_whole_chunks_and_the_same_command_goes_on(
 ) -> None:
     experiments = ["evaluate", "importance", "ablate", "overlap"]
     out, more = tmp_path / "run", ("--experiments", ",".join(experiments))
-    checks = 0
-    patient = Work.check_time
+    patient = Work.sweep
 
-    def impatient(self: Work, experiment: str) -> None:
-        nonlocal checks
-        checks += experiment == "ablate"
-        # Two checks a chunk: before it and behind its only wave.
-        if experiment == "ablate" and checks == 5:
+    def impatient(self: Work, part: SweepPart) -> list[Scores]:
+        if part.name == "ablate-000002":
             raise OutOfTime
-        patient(self, experiment)
+        return patient(self, part)
 
-    monkeypatch.setattr(Work, "check_time", impatient)
+    monkeypatch.setattr(Work, "sweep", impatient)
     result = run_small(out, stores, "--hours", 10, *more)
     assert result.exit_code == 0, result.output
     record = json.loads((out / "run.json").read_text())
@@ -138,7 +142,7 @@ def test_a_run_out_of_time_keeps_whole_chunks_and_the_same_command_goes_on(
     assert "overlap" in record["stages"], "what follows is done with what there is"
     effects = read_table(out / "effects.parquet", "effects")
     assert effects.filter((pl.col("task") == "recall") & (pl.col("shots") == 0))["document"].n_unique() == 2
-    monkeypatch.setattr(Work, "check_time", patient)
+    monkeypatch.setattr(Work, "sweep", patient)
     assert run_small(out, stores, "--hours", 5, *more).exit_code == 0, "hours belong to no run"
     assert json.loads((out / "run.json").read_text())["state"] == "finished"
     ours, whole = (read_table(folder / "results.parquet", "results") for folder in (out, small_run))

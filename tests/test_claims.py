@@ -1,20 +1,23 @@
 """Claims about single units against scipy and simulation; in-context effects by hand."""
 
 import numpy as np
+import polars as pl
 import pytest
 from scipy import stats
 
 from lowmem_icl.experiments.ablate.claims import (
-    Measured,
-    claim_columns,
+    ExactDrops,
+    claim_blocks,
     in_context,
-    in_context_columns,
-    top_drop_rows,
+    in_context_blocks,
+    top_drop_records,
 )
 from lowmem_icl.masks.mask import Unit
 from lowmem_icl.statistics.intervals import Estimates, clustered_estimates, mean_of_estimates
 from lowmem_icl.statistics.selection import alternate_halves, top_mean
 from lowmem_icl.statistics.significance import q_values
+from lowmem_icl.tables.aggregate import over_tasks
+from lowmem_icl.tables.blocks import frame
 from lowmem_icl.tasks.loading import Document, TaskRows
 
 UNITS = [Unit("head", 0, 0), Unit("head", 0, 1), Unit("ffn", 0)]
@@ -49,10 +52,10 @@ def task_rows(
     return TaskRows(task, shots, "train", documents, "acc", ())
 
 
-def measured(task: TaskRows, gold: np.ndarray, places: list[int] | None = None) -> Measured:
+def measured(task: TaskRows, gold: np.ndarray, places: list[int] | None = None) -> ExactDrops:
     """What is measured of a task in which every document is scored alone."""
     at = np.arange(len(gold)) if places is None else np.array(places)
-    return Measured(task, at, gold, np.sign(gold), list(task.clusters))
+    return ExactDrops(task, at, gold, np.sign(gold), list(task.clusters))
 
 
 def test_standard_errors_and_q_values_are_scipys_where_documents_are_alone() -> None:
@@ -134,11 +137,11 @@ def test_halves_hold_whole_passages() -> None:
 
 def test_top_drops_by_hand() -> None:
     gold = np.array([[4.0, 0, 4, 0], [1, 2, 1, 2], [9, 9, 9, 9]])
-    rows = list(top_drop_rows(UNITS, measured(task_rows("a", 1, [0, 1, 2, 3]), gold), seed=0))
+    rows = list(top_drop_records(UNITS, measured(task_rows("a", 1, [0, 1, 2, 3]), gold), seed=0))
     # Documents 0 and 2 choose head 0, by which 1 and 3 lose nothing; these choose head 1, by which 0 and 2
     # lose 1.
-    assert [(row["kind"], row["k"], row["value"]) for row in rows] == [("head", 1, 0.5), ("ffn", 1, 9)]
-    assert not list(top_drop_rows(UNITS, measured(task_rows("a", 1, [0]), gold[:, :1]), seed=0))
+    assert [(row["kind"], row["count"], row["value"]) for row in rows] == [("head", 1, 0.5), ("ffn", 1, 9)]
+    assert not list(top_drop_records(UNITS, measured(task_rows("a", 1, [0]), gold[:, :1]), seed=0))
 
 
 def test_in_context_effects_by_hand() -> None:
@@ -147,11 +150,11 @@ def test_in_context_effects_by_hand() -> None:
     effect = in_context(shown, without)
     assert effect is not None
     # Units 0 and 2 and documents 5 and 9 are in both.
-    assert effect.places.tolist() == [0, 2]
-    np.testing.assert_allclose(effect.gold, [[1 - 0, 3 - 0.5], [7 - 0, 9 - 9]])
+    assert effect.indices.tolist() == [0, 2]
+    np.testing.assert_allclose(effect.gold, np.array([[1 - 0, 3 - 0.5], [7 - 0, 9 - 9]]))
     np.testing.assert_allclose(effect.accuracy, [[1, 0], [1, 0]])
     assert effect.clusters == ["0:5", "0:9"]
-    heads, ffns, *_ = in_context_columns(UNITS, [effect], seed=0)
+    heads, ffns, *_ = in_context_blocks(UNITS, [effect], seed=0)
     assert (heads["metric"], heads["task"], heads["shots"], heads["other_shots"]) == ("icl_effect", "a", 4, 0)
     assert (heads["value"], ffns["value"]) == (pytest.approx([1.75]), pytest.approx([3.5]))
     assert heads["documents"] == 2
@@ -159,9 +162,9 @@ def test_in_context_effects_by_hand() -> None:
 
 
 def test_a_question_counts_as_a_whole_in_both() -> None:
-    def of(shots: int, rows: list[int], questions: list[str], accuracy: list[float]) -> Measured:
+    def of(shots: int, rows: list[int], questions: list[str], accuracy: list[float]) -> ExactDrops:
         task = task_rows("a", shots, rows, questions, ["passage"] * len(rows))
-        return Measured(
+        return ExactDrops(
             task, np.array([0]), np.zeros((1, len(rows))), np.array([accuracy]), ["passage"] * len(accuracy)
         )
 
@@ -181,21 +184,17 @@ def test_the_mean_over_tasks_leaves_out_what_is_out_of_domain() -> None:
         for shots in (0, 2)
     ]
     effects = [in_context(shown, without) for without, shown in zip(*both, strict=True)]
-    blocks = in_context_columns(UNITS, [effect for effect in effects if effect is not None], seed=0)
-    (mean,) = [
-        block for block in blocks
-        if (block["task"], block["metric"], block["kind"]) == ("aggregate", "icl_effect", "head")
-    ]  # fmt: skip
-    of_tasks = [
-        block for block in blocks
-        if block["task"] in ("piqa", "copa") and (block["metric"], block["kind"]) == ("icl_effect", "head")
-    ]  # fmt: skip
-    np.testing.assert_allclose(mean["value"], np.mean([block["value"] for block in of_tasks], axis=0))
-    np.testing.assert_allclose(
-        mean["stderr"], np.sqrt(np.square([block["stderr"] for block in of_tasks]).sum(0)) / 2
-    )
-    assert (mean["documents"], mean["other_shots"], mean["shots"]) == (12, 0, 2)
-    claims = claim_columns(UNITS, [one for of_shots in both for one in of_shots])
+    blocks = in_context_blocks(UNITS, [effect for effect in effects if effect is not None], seed=0)
+    results = frame("results", blocks).filter((pl.col("metric") == "icl_effect") & (pl.col("kind") == "head"))
+    means = over_tasks(results)
+    piqa, copa = (results.filter(pl.col("task") == task) for task in ("piqa", "copa"))
+    assert len(means) == len(piqa) == 2
+    np.testing.assert_allclose(means["value"], (piqa["value"] + copa["value"]) / 2)
+    np.testing.assert_allclose(means["stderr"], np.hypot(piqa["stderr"], copa["stderr"]) / 2)
+    assert set(means.select("task", "documents", "other_shots", "shots").iter_rows()) == {
+        ("aggregate", 12, 0, 2)
+    }
+    claims = claim_blocks(UNITS, [one for of_shots in both for one in of_shots])
     assert {(block["task"], block["shots"]) for block in claims} == {
         (task, shots) for task in (*tasks, "aggregate") for shots in (0, 2)
     }

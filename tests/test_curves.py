@@ -10,15 +10,14 @@ import polars as pl
 import pytest
 from commands import invoke
 
-from lowmem_icl.experiments.prune.curves import (
+from lowmem_icl.experiments.prune.measure import control_records, knee, knee_records
+from lowmem_icl.experiments.prune.points import (
     LEVELS,
+    CurveOptions,
     CurvePoint,
-    Rankings,
+    CurveRankings,
     TaskShots,
-    control_rows,
     curve_points,
-    knee,
-    knees,
     transfer_donors,
 )
 from lowmem_icl.masks.files import read_mask
@@ -30,16 +29,20 @@ LAYERS, HEADS = 4, 8
 TASKS, SHOTS = ("a", "b", "c", "d"), (0, 1, 5)
 
 
-def rankings(ffn_method: str = "ablation") -> Rankings:
+def rankings(ffn_method: str = "ablation") -> CurveRankings:
     rng = np.random.default_rng(3)
     keys = [RankingKey(task, shots, "gradient") for task in (*TASKS, "aggregate") for shots in SHOTS]
     heads = {key: rng.random((LAYERS, HEADS)) for key in keys}
     ffns = {key._replace(method=ffn_method): rng.random(LAYERS) for key in keys}
-    return Rankings(heads, ffns, ffn_method, "aggregate", TASKS)
+    return CurveRankings(heads, ffns, ffn_method, TASKS)
+
+
+def options_of(*curves: str) -> CurveOptions:
+    return CurveOptions(curves, SHOTS, random_draws=3, seed=42)
 
 
 def points_of(*curves: str) -> list[CurvePoint]:
-    return list(curve_points(TaskShots("a", 1), curves, rankings(), SHOTS, random_draws=3, seed=42))
+    return list(curve_points(TaskShots("a", 1), options_of(*curves), rankings()))
 
 
 @pytest.mark.parametrize(
@@ -58,14 +61,14 @@ def test_levels_of_a_ranking_are_nested_and_hold_the_least_important() -> None:
     for curve in ("heads", "ffns"):
         by_curve: dict[object, list[CurvePoint]] = {}
         for point in points_of(curve):
-            by_curve.setdefault(point.curve, []).append(point)
+            by_curve.setdefault(point.donor, []).append(point)
         assert len(by_curve) == 2, "the task's own ranking and that of all tasks"
         for points in by_curve.values():
             assert [point.percent for point in points] == list(LEVELS)
             for one, other in itertools.pairwise(points):
                 assert len(one.mask - other.mask) == 0
     own = rankings().heads[RankingKey("a", 1, "gradient")]
-    half = next(p for p in points_of("heads") if p.percent == 50 and p.donor is None)
+    half = next(p for p in points_of("heads") if p.percent == 50 and p.donor == TaskShots("a", 1))
     kept = [
         own[layer, head]
         for layer in range(LAYERS)
@@ -86,9 +89,7 @@ def test_donors_are_chosen_by_rank_correlation() -> None:
     scores = np.arange(LAYERS * HEADS, dtype=np.float64).reshape(LAYERS, HEADS)
     noise = np.random.default_rng(0).permutation(scores.ravel()).reshape(scores.shape)
     heads = dict(zip(TASKS, (scores, scores * 2 + 1, noise, -scores), strict=True))
-    ours = Rankings(
-        {RankingKey(t, 0, "gradient"): s for t, s in heads.items()}, {}, "ablation", "aggregate", TASKS
-    )
+    ours = CurveRankings({RankingKey(t, 0, "gradient"): s for t, s in heads.items()}, {}, "ablation", TASKS)
     assert transfer_donors(TaskShots("a", 0), ours) == {"gradient-highest": "b", "gradient-lowest": "d"}
     assert transfer_donors(TaskShots("mathqa", 0), ours) == {}, (
         "judged by its own and the aggregate's ranking only"
@@ -97,7 +98,7 @@ def test_donors_are_chosen_by_rank_correlation() -> None:
 
 def test_random_draws_are_nested_the_same_for_all_and_as_many_as_asked() -> None:
     points = points_of("random")
-    assert points == list(curve_points(TaskShots("b", 5), ("random",), rankings(), SHOTS, 3, 42))
+    assert points == list(curve_points(TaskShots("b", 5), options_of("random"), rankings()))
     assert {point.seed for point in points} == {42, 43, 44}
     for seed in (42, 43, 44):
         masks = [p.mask for p in points if p.seed == seed and p.kind == "head"]
@@ -116,15 +117,16 @@ def test_a_knee_is_the_largest_level_within_a_point_and_a_standard_error() -> No
 def test_knees_are_chosen_on_training_and_reported_on_evaluation_rows() -> None:
     def row(split: str, level: int, drop: float) -> dict[str, object]:
         return {
-            "task": "a", "shots": 0, "method": "gradient", "kind": "head", "other_task": None,
-            "other_shots": None, "k": level, "metric": "acc_drop", "value": drop, "stderr": 0.02, "low": drop,
-            "high": drop, "split": split, "documents": 8, "mask": f"m{level}", "heads_removed": level,
+            "procedure": "curve-heads", "task": "a", "shots": 0, "method": "gradient", "kind": "head",
+            "other_task": None, "other_shots": None, "mask_task": "a", "mask_shots": 0, "percent": level,
+            "metric": "acc_drop", "value": drop, "stderr": 0.02, "low": drop, "high": drop, "split": split,
+            "documents": 8, "mask": f"m{level}", "heads_removed": level,
             "ffns_removed": 0,
         }  # fmt: skip
 
     training = [row("train", level, drop) for level, drop in ((0, 0.0), (10, 0.0), (20, 0.005), (30, 0.3))]
     evaluation = [row("test", level, drop) for level, drop in ((0, 0.0), (10, 0.01), (20, 0.04), (30, 0.0))]
-    chosen, cost = knees(training, evaluation)
+    chosen, cost = knee_records(training, evaluation)
     assert (chosen["metric"], chosen["value"], chosen["split"]) == ("knee", 20, "test")
     assert (cost["metric"], cost["value"], cost["split"], cost["mask"]) == (
         "knee_acc_drop",
@@ -137,12 +139,12 @@ def test_knees_are_chosen_on_training_and_reported_on_evaluation_rows() -> None:
 def test_the_control_has_a_mean_and_a_band() -> None:
     values = np.linspace(0.2, 0.8, 21)
     rows = [
-        {"task": "a", "shots": 0, "split": "test", "kind": "head", "k": 50, "metric": "acc",
-         "heads_removed": 16, "ffns_removed": 0, "documents": 8, "method": "random", "value": value,
-         "chance": 0.5}
+        {"procedure": "random", "task": "a", "shots": 0, "split": "test", "kind": "head", "percent": 50,
+         "metric": "acc", "heads_removed": 16, "ffns_removed": 0, "documents": 8, "method": "random",
+         "value": value, "chance": 0.5}
         for value in values
     ]  # fmt: skip
-    (band,) = control_rows(rows)
+    (band,) = control_records(rows)
     assert band["value"] == pytest.approx(values.mean())
     assert (band["low"], band["high"]) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
 
@@ -157,8 +159,8 @@ def paper_run(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
     """A run of all curves, small."""
     folder = tmp_path_factory.mktemp("curves")
     result = invoke(
-        "run", "--tasks", "recall,category,knowledge", "--shots", "0,4", "--limit", 24, "--train-limit", 8,
-        "--curve-limit", 16, "--experiments", "evaluate,importance,ablate,prune", "--random-draws", 2,
+        "run", "--tasks", "recall,category,knowledge", "--shots", "0,4", "--limit", 12, "--train-limit", 4,
+        "--curve-limit", 8, "--experiments", "evaluate,importance,ablate,prune", "--random-draws", 2,
         "--rescore", "--curves", "heads,ffns,combined,transfer,cross-shot,random", "--direction", "up",
         "--order", "joint", "--store-dir", stores, "--out", folder / "run", "--quiet",
     )  # fmt: skip
@@ -170,8 +172,8 @@ def test_every_curve_is_there_with_all_its_levels(paper_run: Path) -> None:
     rows = read_table(paper_run / "run" / "results.parquet", "results").filter(
         pl.col("experiment") == "prune"
     )
-    curves = rows.filter(pl.col("k").is_not_null() & (pl.col("metric") == "acc"))
-    levels = {(method, kind): set(of["k"]) for (method, kind), of in curves.group_by("method", "kind")}
+    curves = rows.filter(pl.col("percent").is_not_null() & (pl.col("metric") == "acc"))
+    levels = {(method, kind): set(of["percent"]) for (method, kind), of in curves.group_by("method", "kind")}
     every = set(LEVELS)
     assert levels["gradient", "head"] == levels["rescored", "head"] == levels["ablation", "ffn"] == every
     assert levels["gradient-highest", "head"] == levels["gradient-lowest", "head"] == {10, 30, 50, 70, 90}
@@ -186,7 +188,7 @@ def test_every_curve_is_there_with_all_its_levels(paper_run: Path) -> None:
         "knowledge",
         "aggregate",
     }
-    assert set(curves["documents"].drop_nulls()) == {16, 48}
+    assert set(curves["documents"].drop_nulls()) == {8, 24}
 
 
 def test_a_point_is_what_an_evaluation_of_its_mask_says(
@@ -195,7 +197,7 @@ def test_a_point_is_what_an_evaluation_of_its_mask_says(
     name = "gradient-heads-50-recall-4shot"
     result = invoke(
         "evaluate", "--mask", paper_run / "run" / "masks" / f"{name}.json", "--tasks", "recall", "--shots", 4,
-        "--limit", 16, "--store-dir", stores, "--out", tmp_path / "alone", "--quiet",
+        "--limit", 8, "--store-dir", stores, "--out", tmp_path / "alone", "--quiet",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     alone = read_table(tmp_path / "alone" / "results.parquet", "results").filter(pl.col("mask") == name)

@@ -19,7 +19,7 @@ from lowmem_icl.engine.passes import GradientJob, PassSetup, sweep, unit_gradien
 from lowmem_icl.engine.schedule import Job, SweepLimits, schedule
 from lowmem_icl.engine.unit_gradients import UnitGradients
 from lowmem_icl.errors import DoesNotFit
-from lowmem_icl.experiments.ablate.measure import ablation_masks
+from lowmem_icl.experiments.ablate.measure import ablated_units
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import StreamedModel
@@ -69,6 +69,11 @@ def random_task(seed: int, documents: int = 5, shortest: int = 3, shared: int = 
 
 def packed_task(seed: int, shared: int = 0, *, gold_only: bool = False) -> PackedTask:
     return pack(random_task(seed, 9 if shared else 5, shared=shared), ids, LIMITS, gold_only=gold_only)
+
+
+def ablation_masks(layers: int, heads: int) -> tuple[Mask, ...]:
+    """The clean run and every unit removed alone."""
+    return (Mask(), *(unit.as_mask() for unit in ablated_units(layers, heads)))
 
 
 def random_rows(seed: int, shared: int) -> tuple[Row, ...]:

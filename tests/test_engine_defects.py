@@ -9,7 +9,7 @@ import oracles
 import pytest
 import torch
 from conftest import make_checkpoint, make_store, reference_model
-from test_engine import CPU, PLENTY, cache_of, gradients, packed_task, swept
+from test_engine import CPU, PLENTY, ablation_masks, cache_of, gradients, packed_task, swept
 from transformers import AttentionInterface
 
 from lowmem_icl.engine import head_scores
@@ -20,7 +20,6 @@ from lowmem_icl.engine.head_scores import HeadQuestions, HeadScores
 from lowmem_icl.engine.passes import GradientJob, PassSetup, score_heads, sweep, unit_gradients
 from lowmem_icl.engine.schedule import EarlierWork, Job, SweepLimits, schedule
 from lowmem_icl.engine.unit_gradients import UnitGradients
-from lowmem_icl.experiments.ablate.measure import ablation_masks
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.layer import ATTENTION
 from lowmem_icl.model.store import Store

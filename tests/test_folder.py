@@ -41,7 +41,7 @@ PREPARED: Any = SimpleNamespace(
 
 
 def options_of(folder: Path, **changes: Any) -> RunOptions:
-    return RunOptions(**({"out": folder, "device": "cpu"} | changes))
+    return RunOptions.model_validate({"out": folder, "device": "cpu"} | changes)
 
 
 def identity(options: RunOptions, **changes: Any) -> Identity:
@@ -346,6 +346,7 @@ def test_spilled_residuals_are_planned_for_the_disk_they_go_to(
 
     monkeypatch.setattr("lowmem_icl.planning.memory.free_bytes", free_bytes)
     for options in (RunOptions(out=tmp_path / "elsewhere"), RunOptions()):
-        plan_memory(options, float_store, 8)
+        prepared: Any = SimpleNamespace(options=options, store=float_store, skeleton=float_store.skeleton)
+        plan_memory(prepared, 8)
         assert asked.pop() == run_folder(options)
     assert run_folder(RunOptions(out=tmp_path)) == tmp_path

@@ -29,6 +29,7 @@ from lowmem_icl.experiments.induction import measure as induction
 from lowmem_icl.experiments.induction.stage import head_questions
 from lowmem_icl.masks.files import read_mask
 from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.rankings import RankingKey
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.options import RunOptions
@@ -292,10 +293,10 @@ def test_without_merges_the_middle_of_the_ids_is_drawn_and_no_special_token() ->
 def test_capacity_retained_equals_the_loop() -> None:
     rng = np.random.default_rng(0)
     scores, ranking = rng.random((5, 6)), rng.permutation(30).reshape(5, 6).astype(float)
-    ranked = {("recall", 4, "gradient"): ranking}
-    ours, drawn = induction.capacity_columns("copying", scores, ranked, seed=0)
+    ranked = {RankingKey("recall", 4, "gradient"): ranking}
+    ours, drawn = induction.capacity_blocks("copying", scores, ranked, seed=0)
     flat, order = scores.ravel(), np.argsort(ranking.ravel())
-    for percent, value, removed in zip(ours["k"], ours["value"], ours["heads_removed"], strict=True):
+    for percent, value, removed in zip(ours["percent"], ours["value"], ours["heads_removed"], strict=True):
         count = 30 * percent // 100
         assert removed == count
         assert value == pytest.approx(sum(flat[place] for place in order[count:]) / flat.sum(), abs=1e-12)
@@ -437,7 +438,7 @@ def test_a_run_tells_all_of_it(small_run: Path) -> None:
         variance = rows.filter(pl.col("metric") == f"{metric}_variance")["value"].to_numpy()
         np.testing.assert_allclose(of_metric["stderr"].to_numpy(), np.sqrt(variance / 100))
     assert len(rows.filter(pl.col("metric") == "copying_eigenvalues")) == 32
-    curves = rows.filter((pl.col("metric") == "capacity_retained") & pl.col("k").is_not_null())
+    curves = rows.filter((pl.col("metric") == "capacity_retained") & pl.col("percent").is_not_null())
     keys = curves.filter(pl.col("method") == "gradient").select("task", "shots", "other_method").unique()
     assert len(keys) == 3 * 2 * 2, "two tasks and the aggregate, two shot counts, two capacities"
     assert set(curves["method"]) == {"gradient", "attribution", "ablation", "icl_effect", "random"}

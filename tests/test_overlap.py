@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lowmem_icl.experiments.overlap.measure import TOP_PERCENTS, overlap_rows
+from lowmem_icl.experiments.overlap.measure import TOP_PERCENTS, overlap_records
 from lowmem_icl.masks.rankings import RankingKey, mean_of_normalised
 from lowmem_icl.statistics.agreement import correlation_of_orders, kendall, spearman
 from lowmem_icl.statistics.resampling import (
@@ -49,8 +49,8 @@ def test_kendall_is_scipys(seed: int) -> None:
 @given(seeds)
 def test_rows_of_a_pair_are_scipys(seed: int) -> None:
     one, other = np.random.default_rng(seed).integers(0, 9, (2, LAYERS, HEADS)).astype(float)
-    rows = overlap_rows({RankingKey("a", 0, "gradient"): one, RankingKey("b", 0, "gradient"): other})
-    values = {(row["metric"], row.get("k")): row["value"] for row in rows}
+    rows = overlap_records({RankingKey("a", 0, "gradient"): one, RankingKey("b", 0, "gradient"): other})
+    values = {(row["metric"], row.get("percent")): row["value"] for row in rows}
     assert values["spearman", None] == pytest.approx(stats.spearmanr(one.ravel(), other.ravel())[0])
     assert values["kendall", None] == pytest.approx(stats.kendalltau(one.ravel(), other.ravel())[0])
     assert {k for metric, k in values if metric == "top_overlap"} == set(TOP_PERCENTS) == {10, 20, 30, 40, 50}
@@ -63,10 +63,10 @@ def test_chance_of_the_top_in_common_is_that_of_unrelated_rankings() -> None:
     for _ in range(150):
         one, other = rng.normal(size=(2, LAYERS, HEADS))
         rankings = {RankingKey("a", 0, "gradient"): one, RankingKey("b", 0, "gradient"): other}
-        for row in overlap_rows(rankings):
+        for row in overlap_records(rankings):
             if row["metric"] == "top_overlap":
-                found.setdefault(row["k"], []).append(row["value"])
-                expected[row["k"]] = row["chance"]
+                found.setdefault(row["percent"], []).append(row["value"])
+                expected[row["percent"]] = row["chance"]
     for percent, values in found.items():
         assert expected[percent] == pytest.approx(percent / 100)
         assert np.mean(values) == pytest.approx(percent / 100, abs=4 * np.std(values) / np.sqrt(len(values)))
@@ -179,8 +179,8 @@ def test_intervals_and_ceilings_stand_at_rankings_with_documents() -> None:
         rankings[key] = score(scores).reshape(LAYERS, HEADS)
         if task != "c":
             documents[key] = DocumentRanking((scores,))
-    rows = list(overlap_rows(rankings, documents, seed=1))
-    assert rows == list(overlap_rows(dict(reversed(rankings.items())), documents, seed=1)), (
+    rows = list(overlap_records(rankings, documents, seed=1))
+    assert rows == list(overlap_records(dict(reversed(rankings.items())), documents, seed=1)), (
         "order is no matter"
     )
     correlations = [row for row in rows if row["metric"] == "spearman"]

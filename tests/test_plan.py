@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,11 +25,16 @@ DEMO = Path(__file__).parents[1] / "lowmem_icl" / "demo"
 ROW = 128
 
 
+def prepared(store: Store, options: RunOptions) -> Any:
+    """What memory is planned from: a store and options, without documents."""
+    return SimpleNamespace(options=options, store=store, skeleton=store.skeleton)
+
+
 def test_all_parts_together_are_the_allowance(int8_store: Store) -> None:
     options = RunOptions(memory=200_000_000)
-    plan = plan_memory(options, int8_store, ROW)
+    plan = plan_memory(prepared(int8_store, options), ROW)
     parts = (
-        plan.outside_bytes,
+        plan.non_layer_bytes,
         plan.streaming_bytes,
         plan.working_bytes,
         plan.resident_bytes,
@@ -40,20 +47,20 @@ def test_all_parts_together_are_the_allowance(int8_store: Store) -> None:
 
 def test_the_memory_it_names_is_the_smallest_that_does(int8_store: Store) -> None:
     with pytest.raises(DoesNotFit, match="--memory") as refused:
-        plan_memory(RunOptions(memory=1_000_000), int8_store, ROW)
+        plan_memory(prepared(int8_store, RunOptions(memory=1_000_000)), ROW)
     smallest = int(str(refused.value).rsplit(" ", 1)[1].removesuffix("MB")) * 10**6
-    plan_memory(RunOptions(memory=smallest), int8_store, ROW)
+    plan_memory(prepared(int8_store, RunOptions(memory=smallest)), ROW)
     with pytest.raises(DoesNotFit):
-        plan_memory(RunOptions(memory=smallest - 10**6), int8_store, ROW)
+        plan_memory(prepared(int8_store, RunOptions(memory=smallest - 10**6)), ROW)
 
 
 def test_a_device_holds_all_but_the_cache_and_what_is_read(int8_store: Store) -> None:
-    plan = plan_memory(RunOptions(memory=50_000_000), int8_store, ROW, device_bytes=200_000_000)
-    on_device = plan.outside_bytes + plan.working_bytes + plan.resident_bytes + plan.alive_bytes
+    plan = plan_memory(prepared(int8_store, RunOptions(memory=50_000_000)), ROW, device_bytes=200_000_000)
+    on_device = plan.non_layer_bytes + plan.working_bytes + plan.resident_bytes + plan.alive_bytes
     assert on_device < 200_000_000
     assert plan.cache_bytes < 50_000_000
     with pytest.raises(DoesNotFit, match="--device-memory"):
-        plan_memory(RunOptions(memory=50_000_000), int8_store, ROW, device_bytes=1_000_000)
+        plan_memory(prepared(int8_store, RunOptions(memory=50_000_000)), ROW, device_bytes=1_000_000)
 
 
 def test_device_memory_without_a_device_is_refused() -> None:
@@ -95,7 +102,7 @@ def test_planning_converts_nothing(tmp_path: Path) -> None:
     told = invoke("plan", "--shots", 0, "--json", *arguments)
     assert told.exit_code == 0, told.output
     plan = json.loads(told.stdout)
-    assert not stores.exists()
+    assert [path.name for path in stores.iterdir()] == ["texts"], "what is kept of texts, and no store"
     assert plan["convert_bytes"] == (folder / "model.safetensors").stat().st_size
     assert {stage["experiment"] for stage in plan["stages"]} == {
         "evaluate",
@@ -121,7 +128,7 @@ def planned(**hours: float) -> Plan:
     return Plan(None, 0, 0, None, 1, stages)  # type: ignore[arg-type]
 
 
-CHUNKS = [(1, HOUR), (2, HOUR), (4, 2 * HOUR), (8, 4 * HOUR)]
+CHUNKS = {"ablate": [(1, HOUR), (2, HOUR), (4, 2 * HOUR), (8, 4 * HOUR)]}
 
 
 def test_ablations_take_the_hours_that_the_others_leave() -> None:
@@ -129,7 +136,7 @@ def test_ablations_take_the_hours_that_the_others_leave() -> None:
     cut = within_hours(plan, 8, CHUNKS)
     stages = {stage.experiment: stage for stage in cut.stages}
     assert stages["ablate"].documents == 4, "4 hours of chunks fit 8 - 2 - 1.3"
-    assert not stages["prune"].skipped
+    assert not stages["prune"].postponed
     assert cut.stop_after["ablate"] == pytest.approx((8 - 1.3) * HOUR)
     assert cut.stop_after["prune"] == 8 * HOUR
     whole = within_hours(plan, 12, CHUNKS)
@@ -138,9 +145,10 @@ def test_ablations_take_the_hours_that_the_others_leave() -> None:
 
 def test_a_long_search_waits_until_the_ablations_are_done() -> None:
     cut = within_hours(planned(evaluate=1, ablate=8, prune=10), 6, CHUNKS)
-    assert cut.skipped == {"prune"}
+    assert [stage.experiment for stage in cut.stages if stage.postponed] == ["prune"]
     assert cut.stop_after["ablate"] == 6 * HOUR
-    assert within_hours(planned(prune=10), 6, []).skipped == frozenset(), "then it goes on, night after night"
+    alone = within_hours(planned(prune=10), 6, {})
+    assert not any(stage.postponed for stage in alone.stages), "then it goes on, night after night"
 
 
 def test_hours_too_short_for_the_basis_name_what_would_do() -> None:

@@ -14,11 +14,13 @@ from commands import invoke, run_small
 from conftest import reference_model
 from test_engine import gradients, packed_task
 
-from lowmem_icl.experiments.evaluate.measure import evaluation_rows, mean_over_tasks, top_answer_share
+from lowmem_icl.experiments.evaluate.measure import MaskScores, evaluation_records, top_answer_share
 from lowmem_icl.experiments.importance.measure import importance
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.store import Store
 from lowmem_icl.protocols import CORRECTED, DIFFERENCES, REFERENCE, Protocol
+from lowmem_icl.tables.aggregate import over_tasks
+from lowmem_icl.tables.blocks import frame
 from lowmem_icl.tables.schema import read_table
 from lowmem_icl.tasks.catalogue import PAPER_TASKS
 from lowmem_icl.tasks.listing import known_tasks
@@ -270,14 +272,16 @@ def test_a_model_that_always_says_the_same_is_seen(data: Path) -> None:
     packed = pack(rows, lambda texts: [[3] * max(1, len(text)) for text in texts], PackingLimits(512, 128, 2))
     told = {
         row["metric"]: row["value"]
-        for row in evaluation_rows(packed, "clean", Mask(), constant, np.zeros(10, dtype=bool), 42)
+        for row in evaluation_records(
+            packed, MaskScores("clean", Mask(), constant, np.zeros(10, dtype=bool)), 42
+        )
     }
     assert told["majority"] == 0.5
     assert told["acc"] == 0.5
     assert told["top_answer_share"] == 1
     both = [
-        {"task": task, "metric": "majority", "value": value, "documents": 2}
+        {"task": task, "metric": "majority", "value": value, "documents": 2, "exact": True}
         for task, value in (("a", 0.5), ("b", 1.0))
     ]
-    (mean,) = mean_over_tasks(both, ())
+    (mean,) = over_tasks(frame("results", both)).to_dicts()
     assert (mean["value"], mean["stderr"], mean["low"]) == (0.75, None, None)

@@ -48,7 +48,9 @@ def test_a_run_leaves_what_the_contract_names(small_run: Path) -> None:
 
 def test_every_unit_of_every_task_has_its_drops(small_run: Path) -> None:
     ablate = read_table(small_run / "results.parquet", "results").filter(
-        (pl.col("experiment") == "ablate") & pl.col("metric").str.ends_with("_drop") & pl.col("k").is_null()
+        (pl.col("experiment") == "ablate")
+        & pl.col("metric").str.ends_with("_drop")
+        & (pl.col("procedure") == "single")
     )
     counts = ablate.group_by("task", "shots", "metric", "kind").len()
     assert set(counts.filter(pl.col("kind") == "head")["len"]) == {32}

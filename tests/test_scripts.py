@@ -1,5 +1,6 @@
 """The overnight scripts as they are started: what they print stays, twice is safe, configs are whole."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -46,18 +47,24 @@ def overnight(folder: Path, command: str, stores: Path) -> subprocess.CompletedP
 
 
 def test_a_night_ends_with_a_page_and_a_log_and_can_be_started_again(stores: Path, tmp_path: Path) -> None:
-    command = f'exec {shlex.join(PROCESS)} "$@"'
-    first = overnight(tmp_path, command, stores)
+    first = overnight(tmp_path, f'exec {shlex.join(PROCESS)} "$@"', stores)
     assert first.returncode == 0, first.stdout + first.stderr
     folder = tmp_path / "runs" / "demo"
     assert (folder / "report.html").is_file()
     written = (folder / "results.parquet").read_bytes()
-    again = overnight(tmp_path, command, stores)
+    arguments = tmp_path / "arguments"
+    again = overnight(tmp_path, f'echo "$@" >> {arguments}', stores)
     assert again.returncode == 0, again.stdout + again.stderr
     assert (folder / "results.parquet").read_bytes() == written
     log = (folder / "overnight.log").read_text(encoding="utf-8")
     assert log.count("demo, 1 hours") == 2
     assert "accuracy by demonstrations" in log
+    # What the script starts a second time, started here: it goes on in the same folder and changes nothing.
+    planned, ran = (line.split() for line in arguments.read_text(encoding="utf-8").splitlines())
+    assert (planned[0], ran[0]) == ("plan", "run")
+    assert invoke(*ran).exit_code == 0
+    assert (folder / "results.parquet").read_bytes() == written
+    assert json.loads((folder / "run.json").read_text())["parts"]["made"] == 0
 
 
 def test_a_mistake_stops_the_night_before_it_starts(stores: Path, tmp_path: Path) -> None:

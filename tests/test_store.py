@@ -20,7 +20,7 @@ from lowmem_icl.conversion.locate import ensure_store, locate
 from lowmem_icl.errors import DoesNotFit, InputError
 from lowmem_icl.model.families import Skeleton
 from lowmem_icl.model.reading import LayerReader
-from lowmem_icl.model.store import Store, Weights, layer_file, open_store, verify_store
+from lowmem_icl.model.store import Store, Weights, layer_file, open_store, save_tensors, verify_store
 
 
 def test_int8_layers_have_bitsandbytes_names_and_values(checkpoint: Path, int8_store: Store) -> None:
@@ -110,10 +110,9 @@ def test_a_stopped_conversion_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
 def test_what_the_disk_spoils_is_named_and_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_checkpoint(tmp_path / "checkpoint")
     whole = make_store(folder, tmp_path / "whole", "int8")
-    written = convert_module.save_tensors
 
     def spoils_the_second(path: Path, *arguments: Any) -> None:
-        written(path, *arguments)
+        save_tensors(path, *arguments)
         if path.name == "001.safetensors":
             content = path.read_bytes()
             path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

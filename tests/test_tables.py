@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.experiments.evaluate.measure import mean_over_tasks
-from lowmem_icl.experiments.overlap.measure import overlap_rows
+from lowmem_icl.experiments.overlap.measure import overlap_records
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.rankings import (
     RankingKey,
@@ -25,13 +24,14 @@ from lowmem_icl.masks.rankings import (
 from lowmem_icl.session.parts import Draft, Parts
 from lowmem_icl.statistics.agreement import spearman, top_overlap
 from lowmem_icl.statistics.intervals import mean_with_interval
-from lowmem_icl.tables.blocks import columns_frame, rows_frame
+from lowmem_icl.tables.aggregate import over_tasks
+from lowmem_icl.tables.blocks import frame
 from lowmem_icl.tables.schema import RESULTS, TABLES, read_table, write_table
 
 CONTRACT = (
-    "experiment, task, shots, split, protocol, demonstrations, model, weights, method, mask, kind, layer, head, "
-    "heads_removed, ffns_removed, k, other_task, other_shots, other_method, metric, value, stderr, low, high, chance, "
-    "exact, documents, seed"
+    "experiment, procedure, task, shots, split, protocol, demonstrations, labels, ablation, model, weights, "
+    "method, mask, mask_task, mask_shots, kind, layer, head, heads_removed, ffns_removed, percent, count, "
+    "other_task, other_shots, other_method, metric, value, stderr, low, high, chance, exact, documents, seed"
 )
 
 
@@ -46,10 +46,10 @@ def test_the_columns_are_those_of_the_contract() -> None:
 
 
 def test_a_table_comes_back_with_its_types_and_foreign_files_are_refused(tmp_path: Path) -> None:
-    frame = rows_frame("results", [{"task": "piqa", "value": 0.5, "shots": 1}], {"model": "demo"})
-    write_table(frame, "results", tmp_path / "results.parquet")
-    assert read_table(tmp_path / "results.parquet", "results").equals(frame)
-    assert frame["head"].null_count() == 1
+    table = frame("results", [{"task": "piqa", "value": 0.5, "shots": 1}], {"model": "demo"})
+    write_table(table, "results", tmp_path / "results.parquet")
+    assert read_table(tmp_path / "results.parquet", "results").equals(table)
+    assert table["head"].null_count() == 1
     with pytest.raises(InputError, match="expected the effects table"):
         read_table(tmp_path / "results.parquet", "effects")
     pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "foreign.parquet")
@@ -67,11 +67,11 @@ def test_whole_columns_make_the_same_table_as_rows() -> None:
         "layer": [0, None],
         "value": np.array([0.5, 1.5]),
     }
-    frame = columns_frame("effects", [block, block])
+    table = frame("effects", [block, block])
     row = {"experiment": "ablate", "document": 1, "layer": None, "value": 1.5}
-    assert frame[1].equals(rows_frame("effects", [row]))
-    assert len(frame) == 4
-    assert columns_frame("effects", []).schema == pl.Schema(TABLES["effects"])
+    assert table[1].equals(frame("effects", [row]))
+    assert len(table) == 4
+    assert frame("effects", []).schema == pl.Schema(TABLES["effects"])
 
 
 def test_parts_are_made_once_and_broken_ones_named(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_part_that_is_stopped_leaves_what_it_had_and_goes_on_from_there(tmp_pa
 
     def make(draft: Draft) -> dict[str, np.ndarray]:
         values = np.full(4, np.nan)
-        draft.begin(lambda: {"a": values})
+        draft.resume(lambda: {"a": values})
         for place in np.flatnonzero(np.isnan(values)):
             seen.append(int(place))
             values[place] = place
@@ -111,11 +111,11 @@ def test_a_part_that_is_stopped_leaves_what_it_had_and_goes_on_from_there(tmp_pa
 
 
 def test_a_draft_of_other_shapes_is_not_used(tmp_path: Path) -> None:
-    np.savez(tmp_path / "one.begun.npz", a=np.ones(3))
+    np.savez(tmp_path / "one.draft.npz", a=np.ones(3))
     values = np.zeros(2)
 
     def make(draft: Draft) -> dict[str, np.ndarray]:
-        draft.begin(lambda: {"a": values})
+        draft.resume(lambda: {"a": values})
         return {"a": values}
 
     assert Parts(tmp_path).get_or_make("one", make)["a"].tolist() == [0, 0]
@@ -201,7 +201,7 @@ def test_the_mean_over_tasks_counts_em_as_accuracy_and_needs_all_tasks() -> None
         }
 
     rows = [row("a", "acc", 0.4), row("b", "em", 0.8), row("b", "f1", 0.9)]
-    (mean,) = mean_over_tasks(rows, ("shots",))
+    (mean,) = over_tasks(frame("results", rows)).to_dicts()
     assert (mean["task"], mean["metric"], mean["documents"]) == ("aggregate", "acc", 10)
     assert mean["value"] == pytest.approx(0.6)
     assert mean["stderr"] == pytest.approx(np.sqrt(0.02) / 2)
@@ -213,7 +213,7 @@ def test_overlap_compares_what_differs_in_one_thing(
     one: np.ndarray, two: np.ndarray, three: np.ndarray
 ) -> None:
     keys = [RankingKey("a", 0, "gradient"), RankingKey("b", 0, "gradient"), RankingKey("b", 1, "gradient")]
-    rows = list(overlap_rows(dict(zip(keys, (one, two, three), strict=True))))
+    rows = list(overlap_records(dict(zip(keys, (one, two, three), strict=True))))
     compared = {
         (row["task"], row["shots"], row["other_task"], row["other_shots"])
         for row in rows

@@ -343,7 +343,7 @@ def test_a_hub_out_of_reach_is_told(monkeypatch: pytest.MonkeyPatch, error: Exce
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(InputError, match="rows could not be loaded .*; give a folder with --data-dir"):
+    with pytest.raises(InputError, match=r"rows could not be loaded .*; give a folder with --data-dir"):
         open_task("piqa", None)
 
 

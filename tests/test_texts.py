@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from lm_eval.api.task import ConfigurableTask
 
+from lowmem_icl.conversion import locate
 from lowmem_icl.options import RunOptions, run_options
 from lowmem_icl.rows import PackedRows, outline
 from lowmem_icl.session import prepare as preparing
@@ -37,7 +38,7 @@ class Calls:
 
     def __init__(self) -> None:
         self.prompted: Counter[tuple[int, ...]] = Counter()
-        self.rows: list[dict] = []
+        self.rows: list[dict[str, Any]] = []
         self.tokenised: Counter[str] = Counter()
         self.laid_out: Counter[Any] = Counter()
 
@@ -48,9 +49,9 @@ class Calls:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     counted = Calls()
-    context, load, rows = ConfigurableTask.fewshot_context, preparing.load_tokenizer, preparing.packed
+    context, load, rows = ConfigurableTask.fewshot_context, locate.load_tokenizer, packing.packed
 
-    def fewshot_context(self: ConfigurableTask, row: dict, shots: int, **more: Any) -> Any:
+    def fewshot_context(self: ConfigurableTask, row: dict[str, Any], shots: int, **more: Any) -> Any:
         # Documents may say the same: what tells them apart is which row they are.
         counted.rows += [row, *self.sampler.drawn]
         counted.prompted[id(row), *map(id, self.sampler.drawn)] += 1
@@ -131,7 +132,7 @@ def test_documents_and_rows_equal_those_made_without_keeping(tmp_path: Path, mor
     path.write_text("\n".join(map(json.dumps, rows)))
     options = small_options(tmp_path, **({"tasks": f"recall,{path}"} | more))
     for prepared in (prepare(options), prepare(options)):
-        tokenise = preparing.text_tokeniser(preparing.load_tokenizer(prepared.store.tokenizer_folder))
+        tokenise = preparing.text_tokeniser(locate.load_tokenizer(prepared.store.tokenizer_folder))
         for task in preparing.open_tasks(options):
             for shots in options.resolved_shots:
                 for name, part in preparing.part_limits(options).items():
@@ -209,7 +210,7 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, kind: str, damage: bytes |
         spoiled = {
             "flip": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
             "cut": whole[:-9],
-        }.get(damage, damage)  # type: ignore[arg-type, call-overload]
+        }.get(damage, damage)  # type: ignore[arg-type]
         path.unlink()  # Not written over: the first Prepared has it mapped.
         path.write_bytes(spoiled)
     assert digests(prepare(options)) == made
