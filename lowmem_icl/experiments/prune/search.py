@@ -150,7 +150,7 @@ class _GreedyState:
         return tried
 
     def _allows(self, unit: Unit, lost: float) -> bool:
-        """Visit a unit; tell whether the tolerance for all units visited so far covers the whole loss without it."""
+        """Visit a unit; tell whether the tolerance for all visited so far covers the loss without it too."""
         self._visited += self._plan.weight(unit)
         return lost <= self._tolerance * self._visited / self._whole
 
