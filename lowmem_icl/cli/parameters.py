@@ -74,7 +74,9 @@ def takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
             options = GivenOptions({name: given.pop(name) for name in names}, given.pop("config"))
             command(options, **given)
 
-        signature = inspect.Signature([*flags, config, *(one.replace(kind=_KEYWORD) for one in own)])
+        signature = inspect.Signature(
+            [*flags, config, *(parameter.replace(kind=_KEYWORD) for parameter in own)]
+        )
         wrapped.__signature__ = signature  # type: ignore[attr-defined]
         wrapped.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}
         return wrapped

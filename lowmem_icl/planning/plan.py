@@ -204,7 +204,7 @@ def within_hours(plan: Plan, hours: float, chunks: dict[str, list[tuple[int, flo
     stop_after = dict.fromkeys(seconds, total)
     stages = []
     for stage in plan.stages:
-        share = next(one.share for one in STAGES if one.name == stage.experiment)
+        share = next(known.share for known in STAGES if known.name == stage.experiment)
         if share == "stretched":
             stop_after[stage.experiment] = first + for_stretched
             documents, is_cut = _reached(chunks[stage.experiment], for_stretched)

@@ -13,7 +13,7 @@ from lowmem_icl.masks.files import MaskFile, write_mask
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.session.folder import RunFolder
 from lowmem_icl.session.prepare import Prepared
-from lowmem_icl.session.result import MadeMask, StageResult
+from lowmem_icl.session.result import MaskResult, StageResult
 from lowmem_icl.tables.schema import TABLES, write_table
 
 SECONDS_BETWEEN_PAGES = 120.0
@@ -77,7 +77,7 @@ class Publisher:
         if time.monotonic() - self._published >= SECONDS_BETWEEN_PAGES:
             self.publish()
 
-    def _mask_file(self, made: MadeMask) -> MaskFile:
+    def _mask_file(self, made: MaskResult) -> MaskFile:
         tasks = [made.task]
         if made.task == AGGREGATE:
             tasks = list(dict.fromkeys(task.task for task in self._prepared.train))

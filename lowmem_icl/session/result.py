@@ -19,7 +19,7 @@ Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class MadeMask:
+class MaskResult:
     """A mask that a run made: for which task and shot count, by which method, from how many documents; `note`
     says more.
     """
@@ -63,7 +63,7 @@ class StageResult:
     results: pl.DataFrame = field(default_factory=lambda: empty_frame("results"))
     effects: pl.DataFrame = field(default_factory=lambda: empty_frame("effects"))
     answers: pl.DataFrame = field(default_factory=lambda: empty_frame("answers"))
-    masks: tuple[MadeMask, ...] = ()
+    masks: tuple[MaskResult, ...] = ()
     rankings: Rankings = field(default_factory=Rankings)
     warnings: tuple[str, ...] = ()
     record: Mapping[str, Any] = field(default_factory=dict)

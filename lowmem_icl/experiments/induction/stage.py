@@ -19,7 +19,7 @@ from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.options import RunOptions
 from lowmem_icl.rows import stem_of
 from lowmem_icl.session.prepare import Prepared
-from lowmem_icl.session.result import MadeMask, Rankings, StageResult, rankings_of, stamp
+from lowmem_icl.session.result import MaskResult, Rankings, StageResult, rankings_of, stamp
 from lowmem_icl.session.work import (
     HeadScoresPart,
     Part,
@@ -123,7 +123,7 @@ def run(
     record = {"induction": prepared.random_sequences(prepared.options.seed).as_record()}
     scored = StageResult(results=results, record=record)
     yield scored
-    removed = _removal(work, scores)
+    removed = _remove_heads(work, scores)
     yield StageResult(
         results=pl.concat([results, removed.results]),
         masks=removed.masks,
@@ -148,7 +148,7 @@ def _score_blocks(questions: HeadQuestions, scores: HeadScores) -> Iterator[bloc
 
 
 def _comparisons(
-    scores: HeadScores, rankings: Rankings, masks: Sequence[MadeMask], seed: int
+    scores: HeadScores, rankings: Rankings, masks: Sequence[MaskResult], seed: int
 ) -> Iterator[blocks.Block]:
     """Yield how far important heads are induction heads, and what rankings and masks leave of capacities."""
     yield from measure.important_heads_records(scores.prefix_matching.mean(0), rankings.heads)
@@ -167,7 +167,7 @@ def _comparisons(
 
 
 @dataclass(frozen=True)
-class _Removed:
+class _Removal:
     """One way to remove heads: the mask's name, the mask, and how it was made."""
 
     name: str
@@ -180,7 +180,7 @@ class _Removed:
         return {"procedure": "removal", "method": self.method, "seed": self.seed}
 
 
-def _removal(work: Work, scores: HeadScores) -> StageResult:
+def _remove_heads(work: Work, scores: HeadScores) -> StageResult:
     """Remove the top induction heads together, and as many others of the same layers, many times over."""
     prepared, seed = work.prepared, work.prepared.options.seed
     prefix_matching, previous_token = scores.prefix_matching.mean(0), scores.previous_token.mean(0)
@@ -190,68 +190,70 @@ def _removal(work: Work, scores: HeadScores) -> StageResult:
     if not _tasks_with_demonstrations(prepared):
         return StageResult(warnings=(NO_DEMONSTRATIONS,))
     draws = measure.random_draws(heads, prefix_matching, previous_token, seed)
-    removed = [
-        _Removed(CLEAN, Mask(), None, None),
-        _Removed(measure.HEADS_MASK, heads, "induction", seed),
+    removals = [
+        _Removal(CLEAN, Mask(), None, None),
+        _Removal(measure.HEADS_MASK, heads, "induction", seed),
         *(
-            _Removed(f"{measure.RANDOM_MASK}-{number:02d}", mask, "random", seed)
+            _Removal(f"{measure.RANDOM_MASK}-{number:02d}", mask, "random", seed)
             for number, mask in enumerate(draws, start=1)
         ),
     ]
-    results = blocks.frame("results", _removal_records(work, removed), stamp(prepared, "induction"))
+    results = blocks.frame("results", _removal_records(work, removals), stamp(prepared, "induction"))
     results = pl.concat([results, over_tasks(results)])
     drawn = [record for record in results.iter_rows(named=True) if record["method"] == "random"]
     bands = blocks.frame("results", measure.band_records(drawn), stamp(prepared, "induction"))
     clean = _accuracies(results, CLEAN)
     masks = tuple(
-        MadeMask(
-            one.name,
-            one.mask,
-            str(one.method),
+        MaskResult(
+            removal.name,
+            removal.mask,
+            str(removal.method),
             SEQUENCES_NAME,
             0,
             scores.prefix_matching.shape[0],
             seed,
-            {"split": "evaluation", "acc": _accuracies(results, one.name), "acc_clean": clean},
+            {"split": "evaluation", "acc": _accuracies(results, removal.name), "acc_clean": clean},
         )
-        for one in removed[1:]
+        for removal in removals[1:]
     )
     return StageResult(
         results=pl.concat([results, bands]), masks=masks, warnings=() if draws else (NO_DRAWS,)
     )
 
 
-def _removal_records(work: Work, removed: Sequence[_Removed]) -> Iterator[blocks.Block]:
+def _removal_records(work: Work, removals: Sequence[_Removal]) -> Iterator[blocks.Block]:
     """Yield the records of all masks; the clean run and induction heads have more documents than the random
     draws.
     """
     prepared, tasks = work.prepared, _tasks_with_demonstrations(work.prepared)
-    swept = work.sweep(removal_part(prepared, [one.mask for one in removed]))
+    swept = work.sweep(removal_part(prepared, [removal.mask for removal in removals]))
     some, more = swept[: len(tasks)], iter(swept[len(tasks) :])
     for task, score in zip(tasks, some, strict=True):
         both = Scores(score.logprobs[:2], score.greedy[:2], score.scored[:2])
         if len(task.documents) > MORE_DOCUMENTS.start:
             both = joined([both, next(more)])
         everything = prepared.pack(task, slice(0, MORE_DOCUMENTS.stop))
-        yield from _mask_records(everything, removed[:2], both, prepared.options.seed)
-        if len(removed) > 2:
+        yield from _mask_records(everything, removals[:2], both, prepared.options.seed)
+        if len(removals) > 2:
             few = prepared.pack(task, DRAWN_DOCUMENTS)
-            for record in _mask_records(few, removed, score, prepared.options.seed):
+            for record in _mask_records(few, removals, score, prepared.options.seed):
                 if record["method"] == "random":
                     yield record
 
 
 def _mask_records(
-    packed: PackedTask, removed: Sequence[_Removed], scores: Scores, seed: int
+    packed: PackedTask, removals: Sequence[_Removal], scores: Scores, seed: int
 ) -> Iterator[dict[str, Any]]:
     """Yield the records under each mask, with the accuracy that it costs on the same documents."""
     drops = unit_drops(packed, scores.logprobs, scores.greedy)
     lost = means_with_intervals(drops.accuracy, drops.accuracy_clusters, seed=seed)
-    for index, one in enumerate(removed):
-        under = evaluation.MaskScores(one.name, one.mask, scores.logprobs[index], scores.greedy[index])
+    for index, removal in enumerate(removals):
+        under = evaluation.MaskScores(
+            removal.name, removal.mask, scores.logprobs[index], scores.greedy[index]
+        )
         record: dict[str, Any] = {}
         for block in evaluation.evaluation_records(packed, under, seed):
-            record = {**block, **one.fields}
+            record = {**block, **removal.fields}
             yield record
         if index:
             interval = {name: float(values[index - 1]) for name, values in lost._asdict().items()}

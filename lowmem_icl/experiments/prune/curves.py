@@ -23,7 +23,7 @@ from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.masks.rankings import RankingKey, mean_of_ranks
 from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.session.prepare import Prepared
-from lowmem_icl.session.result import MadeMask, Rankings, StageResult, Values, stamp
+from lowmem_icl.session.result import MaskResult, Rankings, StageResult, Values, stamp
 from lowmem_icl.session.work import Part, SweepPart, Work, scores_by_task, sweep_in_chunks
 from lowmem_icl.tables import blocks
 from lowmem_icl.tables.aggregate import over_tasks
@@ -76,7 +76,7 @@ def run(work: Work, rankings: Rankings) -> StageResult:
     return StageResult(
         results=results,
         effects=pl.concat([reported.effects, chosen_on.effects]),
-        masks=tuple(_made_masks(prepared, points, reported.records)),
+        masks=tuple(_mask_results(prepared, points, reported.records)),
     )
 
 
@@ -188,7 +188,9 @@ def _curve_records(
     return _CurveRecords(pl.concat([results, over_tasks(results)]), blocks.frame("effects", effects))
 
 
-def _made_masks(prepared: Prepared, points: Points, reported: Sequence[Mapping[str, Any]]) -> list[MadeMask]:
+def _mask_results(
+    prepared: Prepared, points: Points, reported: Sequence[Mapping[str, Any]]
+) -> list[MaskResult]:
     """Return the masks of all levels, with what they leave of the task (or of all tasks) that they were made
     for.
     """
@@ -200,7 +202,7 @@ def _made_masks(prepared: Prepared, points: Points, reported: Sequence[Mapping[s
             )
     splits = {(record["task"], record["shots"]): record["split"] for record in reported}
     train = {(task.task, task.shots): len(task.documents) for task in prepared.train}
-    made: dict[str, MadeMask] = {}
+    made: dict[str, MaskResult] = {}
     for task, task_points in zip(prepared.curves, points, strict=True):
         for point in task_points:
             if point.name == CLEAN or point.name in made:
@@ -215,7 +217,7 @@ def _made_masks(prepared: Prepared, points: Points, reported: Sequence[Mapping[s
                 if metric in after
             }
             kept = {metric: value for metric, value in after.items() if not metric.endswith("_drop")}
-            made[point.name] = MadeMask(
+            made[point.name] = MaskResult(
                 point.name,
                 point.mask,
                 point.method.partition("-")[0],

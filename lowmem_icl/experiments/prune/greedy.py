@@ -19,7 +19,7 @@ from lowmem_icl.masks.naming import CLEAN, mask_name
 from lowmem_icl.masks.rankings import RankingKey, lowest_ffns, lowest_heads, random_mask
 from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.session.prepare import Prepared
-from lowmem_icl.session.result import MadeMask, Rankings, StageResult, stamp
+from lowmem_icl.session.result import MaskResult, Rankings, StageResult, stamp
 from lowmem_icl.session.work import (
     MaskedDocuments,
     Part,
@@ -109,24 +109,24 @@ def parts(prepared: Prepared) -> Iterator[Part]:
     yield from judging_parts(
         prepared,
         [
-            MadeMask(setting.mask_name(method), stand_in, method, setting.task, setting.shots, 0)
+            MaskResult(setting.mask_name(method), stand_in, method, setting.task, setting.shots, 0)
             for setting in settings_of(prepared)
             for method in METHODS
         ],
     )
 
 
-def judging_parts(prepared: Prepared, made: Sequence[MadeMask]) -> list[SweepPart]:
+def judging_parts(prepared: Prepared, made: Sequence[MaskResult]) -> list[SweepPart]:
     """Return the sweeps of the evaluation documents under the masks made for their task, or for all, at their
     shot count.
     """
     tasks = prepared.evaluate
-    masks = [[one.mask for one in _masks_for(made, task.task, task.shots)] for task in tasks]
+    masks = [[judged.mask for judged in _masks_for(made, task.task, task.shots)] for task in tasks]
     return sweep_in_chunks("prune-evaluate", "evaluate masks", tasks, masks, evaluate.CHUNK)
 
 
-def _masks_for(made: Sequence[MadeMask], task: str, shots: int) -> list[MadeMask]:
-    return [one for one in made if one.shots == shots and one.task in (task, AGGREGATE)]
+def _masks_for(made: Sequence[MaskResult], task: str, shots: int) -> list[MaskResult]:
+    return [mask for mask in made if mask.shots == shots and mask.task in (task, AGGREGATE)]
 
 
 def run(work: Work, rankings: Rankings) -> StageResult:
@@ -168,7 +168,7 @@ def _by_setting(results: pl.DataFrame) -> dict[tuple[str, int, str], dict[str, f
     return scores
 
 
-def _judged(work: Work, made: Sequence[MadeMask]) -> pl.DataFrame:
+def _judged(work: Work, made: Sequence[MaskResult]) -> pl.DataFrame:
     """Return the evaluation of all masks, and of those made for all tasks the means over tasks."""
     prepared, tasks = work.prepared, work.prepared.evaluate
     sweeps = judging_parts(prepared, made)
@@ -176,19 +176,21 @@ def _judged(work: Work, made: Sequence[MadeMask]) -> pl.DataFrame:
     found: list[blocks.Block] = []
     for task, score in zip(tasks, scores, strict=True):
         packed = prepared.pack(task)
-        for index, one in enumerate(_masks_for(made, task.task, task.shots)):
-            under = evaluation.MaskScores(one.name, one.mask, score.logprobs[index], score.greedy[index])
+        for index, judged in enumerate(_masks_for(made, task.task, task.shots)):
+            under = evaluation.MaskScores(
+                judged.name, judged.mask, score.logprobs[index], score.greedy[index]
+            )
             fields = {
                 "procedure": "greedy",
-                "method": one.method,
-                "mask_task": one.task,
-                "mask_shots": one.shots,
-                "seed": one.seed,
+                "method": judged.method,
+                "mask_task": judged.task,
+                "mask_shots": judged.shots,
+                "seed": judged.seed,
             }
             records = evaluation.evaluation_records(packed, under, prepared.options.seed)
             found += [{**record, **fields} for record in records]
     results = blocks.frame("results", found, stamp(prepared, "prune"))
-    shared = results.filter(pl.col("mask").is_in([one.name for one in made if one.task == AGGREGATE]))
+    shared = results.filter(pl.col("mask").is_in([mask.name for mask in made if mask.task == AGGREGATE]))
     return pl.concat([results, over_tasks(shared)])
 
 
@@ -198,7 +200,7 @@ class FoundMasks:
     warnings.
     """
 
-    masks: tuple[MadeMask, ...]
+    masks: tuple[MaskResult, ...]
     checked: list[dict[str, Any]]
     warnings: tuple[str, ...]
 
@@ -219,12 +221,12 @@ def search_masks(work: Work, rankings: Rankings) -> FoundMasks:
     compared = scorer.compare(
         {name: search.Request("check", (Mask(), mask)) for name, mask in by_gradient.items()}
     )
-    made: list[MadeMask] = []
+    made: list[MaskResult] = []
     checked: list[dict[str, Any]] = []
     for name, setting in settings.items():
         result = found[name]
         documents = sum(len(prepared.train[index].documents) for index in setting.tasks)
-        blank = MadeMask("", Mask(), "", setting.task, setting.shots, documents)
+        blank = MaskResult("", Mask(), "", setting.task, setting.shots, documents)
         checked.append(_checked(setting, "greedy", result.lost, result.lost_stderr))
         returned, note = result.mask, ""
         if name in compared:

@@ -7,7 +7,7 @@ import polars as pl
 from lowmem_icl.experiments.prune import curves, greedy
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.session.prepare import Prepared
-from lowmem_icl.session.result import MadeMask, StageResult, rankings_of
+from lowmem_icl.session.result import MaskResult, StageResult, rankings_of
 from lowmem_icl.session.work import Part, Work
 
 
@@ -19,7 +19,7 @@ def parts(prepared: Prepared, importance: StageResult | None, ablate: StageResul
 def expected(prepared: Prepared) -> StageResult:
     """Return the masks that searches end with, as yet empty."""
     masks = [
-        MadeMask(setting.mask_name(method), Mask(), method, setting.task, setting.shots, 0)
+        MaskResult(setting.mask_name(method), Mask(), method, setting.task, setting.shots, 0)
         for setting in greedy.settings_of(prepared)
         for method in greedy.METHODS
     ]
