@@ -4,7 +4,7 @@ workstation.
 
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # torch asks once, when it is imported: tensors of megabytes then lie in large pages. With small ones the page
 # faults of a layer of OPT-66B took as long as a sixth of its products.
