@@ -164,6 +164,15 @@ def test_the_removal_of_induction_heads_is_told_of_the_mean() -> None:
     assert "the accuracy of piqa at 4 shots from 0.900 to 0.500" in sentence
 
 
+def test_where_no_head_was_removed_nothing_is_told_of_it() -> None:
+    scores = {"experiment": "induction", "procedure": "scores", "metric": "prefix_matching", "kind": "head"}
+    results = table({**scores, "layer": 0, "head": 1, "value": 0.1})
+    assert induction.removal_note(results) == []
+    section = induction.induction_section(results, record())
+    assert section is not None
+    assert section.text == "No head reaches a prefix-matching score of 0.3."
+
+
 def overlap(task: str, other: str, metric: str, value: float, shots: int = 4, **columns: Any) -> Row:
     return {
         "experiment": "overlap", "task": task, "shots": 4, "method": "gradient", "other_task": other,

@@ -160,7 +160,9 @@ def removal_note(induction: pl.DataFrame) -> list[str]:
     records = mean_over_tasks(
         induction.filter((pl.col("procedure") == "removal") & pl.col("metric").is_in([*ACCURACY, "acc_drop"]))
     )
-    records = records.filter(pl.col("shots") == records["shots"].max())
+    if records.is_empty():
+        return []
+    records = records.filter(pl.col("shots") == pl.col("shots").max())
     by_method = {
         (record["method"], record["metric"] == "acc_drop"): record for record in records.iter_rows(named=True)
     }
