@@ -15,18 +15,20 @@ ProtocolName = Literal["corrected", "reference"]
 class Protocol:
     """Choices by which numbers of the paper's code differ from ours.
 
-    training_in_file_order: training documents are a file's first, not a shuffle's first. may_show_scored:
-    demonstrations of a training document may hold that document. bare_continuations: gradients are of the
-    gold answer without the space that stands before it when it is scored (BARE_TASKS);
-        MathQA's demonstrations lack it everywhere.
+    training_in_file_order: training documents are a file's first, not a shuffle's first.
+    may_show_scored: demonstrations of a training document may hold that document.
+    bare_continuations: gradients are of the gold answer without the space that stands before it when it is
+        scored (BARE_TASKS); MathQA's demonstrations lack it everywhere.
     first_answer_only: gradients are of the first accepted answer, not of the best-scoring one (ReCoRD).
     one_split_for_all: a task without a training split (LAMBADA) is ranked and judged on the same documents,
-    not on halves. last_layer_by_continuation: the last layer's importance is divided by answer tokens, other
-    layers' by all tokens. aggregate_of_raw_scores: heads are ranked for all tasks by the plain mean of
-    scores, not of ranks. ffns_by_evaluation: FFNs are ranked by what removing them costs on the evaluation
-    documents themselves. spurious_prefix_entries: prefix matching counts three entries that follow no earlier
-    occurrence. copying_of_own_token: copying is scored by what a head makes of the token at a place itself,
-    embeddings fed to every layer.
+        not on halves.
+    last_layer_by_continuation: the last layer's importance is divided by answer tokens, other layers' by all
+        tokens.
+    aggregate_of_raw_scores: heads are ranked for all tasks by the plain mean of scores, not of ranks.
+    ffns_by_evaluation: FFNs are ranked by what removing them costs on the evaluation documents themselves.
+    spurious_prefix_entries: prefix matching counts three entries that follow no earlier occurrence.
+    copying_of_own_token: copying is scored by what a head makes of the token at a position itself, with every
+        layer reading the embeddings.
     """
 
     name: ProtocolName
