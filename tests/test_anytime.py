@@ -69,14 +69,20 @@ def test_a_screened_run_marks_what_is_estimated_and_says_how_far_that_agrees(
         for folder in (out, small_run)
     )
     keys = ["task", "shots", "kind", "layer", "head"]
-    drops = screened_rows.filter(pl.col("metric") == "gold_logprob_drop")
-    assert set(drops.group_by("task", "shots").len()["len"]) == {36}, "every unit has a number"
+    all_drops = screened_rows.filter(pl.col("metric") == "gold_logprob_drop")
+    assert set(all_drops.group_by("task", "shots").len()["len"]) == {36}, "every unit has a number"
+    drops = all_drops.filter(pl.col("task") != "aggregate")
     assert set(drops.group_by("task", "shots").agg(pl.col("exact").sum())["exact"]) == {20}
     exact, estimated = drops.filter(pl.col("exact")), drops.filter(~pl.col("exact"))
     assert set(exact["method"]) == {"ablation"}
     assert set(estimated["method"]) == {"attribution"}
     both = exact.join(whole_rows.filter(pl.col("metric") == "gold_logprob_drop"), on=keys, nulls_equal=True)
     assert (both["value"] == both["value_right"]).all(), "exact ones are those of a whole run"
+    of_units = drops.group_by(*keys[1:]).agg(pl.col("exact").all(), pl.col("value").mean())
+    means = all_drops.filter(pl.col("task") == "aggregate").join(of_units, on=keys[1:], nulls_equal=True)
+    assert len(means) == 2 * 36
+    assert (means["exact"] == means["exact_right"]).all(), "a mean is exact where each task's drop is"
+    np.testing.assert_allclose(means["value"], means["value_right"])
     importance = read_table(out / "results.parquet", "results").filter(pl.col("metric") == "attribution")
     both = estimated.join(importance, on=keys, nulls_equal=True)
     assert len(both) == len(estimated)
@@ -136,7 +142,7 @@ def test_a_run_out_of_time_keeps_whole_chunks_and_the_same_command_goes_on(
     assert result.exit_code == 0, result.output
     record = json.loads((out / "run.json").read_text())
     assert record["state"] == "out of time"
-    assert "ablate: the time was over after 2 of 8 documents a task" in record["warnings"][-1]
+    assert "ablate: the time was over after 2 of 8 documents per task" in record["warnings"][-1]
     ablate = read_table(out / "results.parquet", "results").filter(pl.col("experiment") == "ablate")
     assert set(ablate.filter(pl.col("task") != "aggregate")["documents"]) == {2}
     assert "overlap" in record["stages"], "what follows is done with what there is"
