@@ -46,22 +46,93 @@ def test_a_run_leaves_what_the_contract_names(small_run: Path) -> None:
     assert list((small_run / "figures").glob("*.svg"))
 
 
-def test_every_unit_of_every_task_has_its_drops(small_run: Path) -> None:
+def test_every_unit_of_every_task_has_its_drops_and_the_mean_over_tasks_too(small_run: Path) -> None:
     ablate = read_table(small_run / "results.parquet", "results").filter(
         (pl.col("experiment") == "ablate")
-        & pl.col("metric").str.ends_with("_drop")
         & (pl.col("procedure") == "single")
+        & pl.col("metric").str.ends_with("_drop")
     )
     counts = ablate.group_by("task", "shots", "metric", "kind").len()
     assert set(counts.filter(pl.col("kind") == "head")["len"]) == {32}
     assert set(counts.filter(pl.col("kind") == "ffn")["len"]) == {4}
+    assert len(counts) == 3 * 2 * 4 * 2, "two tasks and their mean, shot counts, metrics, kinds"
     assert set(ablate["metric"]) == {"gold_logprob_drop", "gold_prob_drop", "margin_drop", "acc_drop"}
     effects = read_table(small_run / "effects.parquet", "effects")
     means = effects.group_by("task", "shots", "kind", "layer", "head", "metric").agg(pl.col("value").mean())
     keys = ["task", "shots", "kind", "layer", "head", "metric"]
-    both = ablate.join(means, on=keys, nulls_equal=True, suffix="_effects")
-    assert len(both) == len(ablate)
+    of_tasks = ablate.filter(pl.col("task") != "aggregate")
+    both = of_tasks.join(means, on=keys, nulls_equal=True, suffix="_effects")
+    assert len(both) == len(of_tasks)
     np.testing.assert_allclose(both["value"], both["value_effects"], atol=1e-5)
+    over_tasks = of_tasks.group_by(keys[1:]).agg(pl.col("value").mean(), pl.col("documents").sum())
+    aggregate = ablate.filter(pl.col("task") == "aggregate").join(over_tasks, on=keys[1:], nulls_equal=True)
+    assert len(aggregate) == len(over_tasks)
+    np.testing.assert_allclose(aggregate["value"], aggregate["value_right"], atol=1e-12)
+    assert (aggregate["documents"] == aggregate["documents_right"]).all()
+
+
+def test_every_number_says_its_procedure_its_labels_and_how_units_were_removed(small_run: Path) -> None:
+    results = read_table(small_run / "results.parquet", "results")
+    procedures = {
+        experiment: set(names)
+        for experiment, names in results.group_by("experiment").agg(pl.col("procedure").unique()).iter_rows()
+    }
+    assert procedures == {
+        "evaluate": {None},
+        "importance": {None},
+        "ablate": {"single", "top", "icl-effect"},
+        "prune": {"greedy"},
+        "induction": {"scores", "capacity", "important-heads", "removal"},
+        "overlap": {"pair", "reliability", "cross-shot"},
+    }
+    shown = results.filter(pl.col("shots") > 0)
+    assert set(shown["labels"]) == {"right"}
+    assert results.filter(pl.col("shots").is_null() | (pl.col("shots") == 0))["labels"].null_count() == (
+        len(results) - len(shown)
+    )
+    removed = pl.col("heads_removed").fill_null(0) + pl.col("ffns_removed").fill_null(0) > 0
+    assert set(results.filter(removed)["ablation"]) == {"zero"}
+    assert set(results.filter(~removed)["ablation"]) == {None}
+    # Nothing need be parsed out of a name: the columns say what a mask was made for and how.
+    prune = results.filter(pl.col("experiment") == "prune")
+    names = prune.select("mask", "method", "mask_task", "mask_shots").unique()
+    for mask, method, task, shots in names.iter_rows():
+        assert mask == f"{method}-{task}-{shots}shot"
+        made = read_mask(small_run / "masks" / f"{mask}.json").made
+        assert (made["method"], made["shots"]) == (method, [shots])
+        assert made["tasks"] == (["recall", "knowledge"] if task == "aggregate" else [task])
+    assert results.filter(pl.col("experiment") == "evaluate")["mask_task"].null_count() == len(
+        results.filter(pl.col("experiment") == "evaluate")
+    )
+    assert prune["percent"].null_count() == len(prune)
+
+
+def test_run_json_tells_what_each_session_did(small_run: Path) -> None:
+    record = json.loads((small_run / "run.json").read_text())
+    assert record["format"] == "lowmem-icl-run/2"
+    (session,) = record["sessions"]
+    for name in (
+        "state",
+        "finished",
+        "command",
+        "versions",
+        "machine",
+        "plan",
+        "stages",
+        "warnings",
+        "parts",
+    ):
+        assert session[name] == record[name], name
+    assert session["started"] == record["started"]
+    assert session["parts"]["reused"] == 1, "prune starts from the clean evaluation"
+    assert session["parts"]["made"] == len(list((small_run / "parts").glob("*.npz")))
+    planned = {stage["experiment"]: stage for stage in record["plan"]["stages"]}
+    for name, stage in session["stages"].items():
+        assert set(stage) == {"seconds", "planned_seconds", "read_bytes", "planned_read_bytes"}
+        expected = planned.get(name, {"seconds": 0.0, "read_bytes": 0})
+        assert stage["planned_seconds"] == pytest.approx(expected["seconds"], abs=0.01)
+        assert stage["planned_read_bytes"] == expected["read_bytes"]
+    assert not list((small_run / "parts").glob("*.draft.npz"))
 
 
 def test_claims_and_in_context_effects_come_from_the_documents_of_the_drops(small_run: Path) -> None:
