@@ -81,7 +81,7 @@ def test_every_number_says_its_procedure_its_labels_and_how_units_were_removed(s
         "evaluate": {None},
         "importance": {None},
         "ablate": {"single", "top", "icl-effect"},
-        "prune": {"greedy"},
+        "prune": {"curve-heads", "curve-ffns", "greedy"},
         "induction": {"scores", "capacity", "important-heads", "removal"},
         "overlap": {"pair", "reliability", "cross-shot"},
     }
@@ -93,18 +93,47 @@ def test_every_number_says_its_procedure_its_labels_and_how_units_were_removed(s
     removed = pl.col("heads_removed").fill_null(0) + pl.col("ffns_removed").fill_null(0) > 0
     assert set(results.filter(removed)["ablation"]) == {"zero"}
     assert set(results.filter(~removed)["ablation"]) == {None}
-    # Nothing need be parsed out of a name: the columns say what a mask was made for and how.
+
+
+def test_nothing_need_be_parsed_out_of_a_masks_name(small_run: Path) -> None:
+    """What a mask was made for, how, and at which level stand in columns of their own."""
+    results = read_table(small_run / "results.parquet", "results")
     prune = results.filter(pl.col("experiment") == "prune")
-    names = prune.select("mask", "method", "mask_task", "mask_shots").unique()
-    for mask, method, task, shots in names.iter_rows():
-        assert mask == f"{method}-{task}-{shots}shot"
-        made = read_mask(small_run / "masks" / f"{mask}.json").made
-        assert (made["method"], made["shots"]) == (method, [shots])
-        assert made["tasks"] == (["recall", "knowledge"] if task == "aggregate" else [task])
-    assert results.filter(pl.col("experiment") == "evaluate")["mask_task"].null_count() == len(
-        results.filter(pl.col("experiment") == "evaluate")
-    )
-    assert prune["percent"].null_count() == len(prune)
+    fields = ("procedure", "method", "kind", "percent", "mask_task", "mask_shots", "mask")
+    removing = prune.filter(pl.col("mask").is_not_null() & (pl.col("mask") != "clean"))
+    rows = removing.select(fields).unique().to_dicts()
+    assert {row["procedure"] for row in rows} == {"curve-heads", "curve-ffns", "greedy"}
+    for row in rows:
+        kind = {"curve-heads": "heads", "curve-ffns": "ffns", "greedy": None}[row["procedure"]]
+        level = f"-{kind}-{row['percent']}" if kind else ""
+        assert (row["percent"] is None) == (kind is None)
+        assert row["mask"] == f"{row['method']}{level}-{row['mask_task']}-{row['mask_shots']}shot"
+        made = read_mask(small_run / "masks" / f"{row['mask']}.json").made
+        assert (made["method"], made["shots"]) == (row["method"], [row["mask_shots"]])
+        assert made["tasks"] == (
+            ["recall", "knowledge"] if row["mask_task"] == "aggregate" else [row["mask_task"]]
+        )
+    # The clean run was made from nothing; tasks that each prune by their own ranking have no one mask.
+    clean = prune.filter(pl.col("mask") == "clean")
+    assert clean["mask_task"].null_count() == clean["mask_shots"].null_count() == len(clean) > 0
+    own = prune.filter(pl.col("mask").is_null())
+    assert set(own["task"]) == {"aggregate"}
+    assert set(own["mask_task"]) == {None}
+    assert (own["mask_shots"] == own["shots"]).all()
+    evaluate = results.filter(pl.col("experiment") == "evaluate")
+    for column in ("mask_task", "mask_shots", "percent", "count"):
+        assert evaluate[column].null_count() == len(evaluate)
+    assert set(results.filter(pl.col("count").is_not_null())["procedure"]) == {
+        "top",
+        "important-heads",
+        "pair",
+    }
+    assert set(results.filter(pl.col("percent").is_not_null())["procedure"]) == {
+        "curve-heads",
+        "curve-ffns",
+        "capacity",
+        "pair",
+    }
 
 
 def test_run_json_tells_what_each_session_did(small_run: Path) -> None:
