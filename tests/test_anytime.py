@@ -83,7 +83,18 @@ def test_a_screened_run_marks_what_is_estimated_and_says_how_far_that_agrees(
     keys = ["task", "shots", "kind", "layer", "head"]
     drops = screened_rows.filter(pl.col("metric") == "gold_logprob_drop")
     assert set(drops.group_by("task", "shots").len()["len"]) == {36}, "every unit has a number"
+    means, drops = (
+        drops.filter(of_mean) for of_mean in (pl.col("task") == "aggregate", pl.col("task") != "aggregate")
+    )
     assert set(drops.group_by("task", "shots").agg(pl.col("exact").sum())["exact"]) == {20}
+    by_unit = drops.group_by(keys[1:]).agg(pl.col("exact").all(), pl.col("value").mean())
+    both = means.join(by_unit, on=keys[1:], nulls_equal=True)
+    assert len(both) == len(means) == 2 * 36
+    assert (both["exact"] == both["exact_right"]).all(), "a mean that has an estimate in it is one"
+    assert not both["exact"].all()
+    np.testing.assert_allclose(both["value"], both["value_right"])
+    assert set(both.filter(pl.col("exact"))["method"]) == {"ablation"}
+    assert set(both.filter(~pl.col("exact"))["method"]) == {"attribution"}
     exact, estimated = drops.filter(pl.col("exact")), drops.filter(~pl.col("exact"))
     assert set(exact["method"]) == {"ablation"}
     assert set(estimated["method"]) == {"attribution"}
