@@ -7,6 +7,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 # The tests have a cache of their own. Set here, above the imports that read it, and so for every child
 # process too.
@@ -47,6 +49,7 @@ from lowmem_icl.conversion.calibration import fixed_text
 from lowmem_icl.conversion.checkpoint import open_checkpoint
 from lowmem_icl.conversion.convert import Conversion, convert
 from lowmem_icl.model.store import Store
+from lowmem_icl.options import RunOptions
 from lowmem_icl.planning import measure
 
 # Machines are noisy: a slow example is no failure. CI draws the same examples every time.
@@ -159,6 +162,11 @@ def make_store(checkpoint_folder: Path, folder: Path, weights: str) -> Store:
         tokenise=byte_tokens,
         fixed_text=fixed_text(),
     )
+
+
+def without_documents(store: Store, options: RunOptions) -> Any:
+    """What the planner of memory asks of a prepared run: options and store, no documents."""
+    return SimpleNamespace(options=options, store=store, skeleton=store.skeleton)
 
 
 @pytest.fixture(scope="session")

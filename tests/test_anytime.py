@@ -36,7 +36,7 @@ def test_a_screen_takes_what_could_be_largest_and_a_tenth_by_chance(
 ) -> None:
     rng = np.random.default_rng(seed)
     by_document = rng.normal(0, 1, (4, units)) * rng.exponential(1, units)
-    estimates = Estimates.of_documents(by_document, list("abcd"))
+    estimates = Estimates.of_documents(by_document, ["a", "b", "c", "d"])
     chosen, drawn = screened(estimates, exact, seed)
     assert len(chosen) == min(exact, units)
     assert sorted(set(chosen)) == list(chosen)
@@ -51,10 +51,22 @@ def test_a_screen_takes_what_could_be_largest_and_a_tenth_by_chance(
     assert np.array_equal(again, chosen)
 
 
-def test_one_document_leaves_every_estimate_uncertain() -> None:
-    estimates = Estimates.of_documents(np.array([[0.5, -0.2]]), ["alone"])
-    assert estimates.value.tolist() == [0.5, -0.2]
-    assert np.isinf(estimates.stderr).all()
+def test_one_document_or_one_cluster_leaves_every_estimate_uncertain() -> None:
+    for values, clusters in (([[0.5, -0.2]], ["a"]), ([[0.25, -0.2], [0.75, -0.2]], ["a", "a"])):
+        estimates = Estimates.of_documents(np.array(values), clusters)
+        assert estimates.value.tolist() == [0.5, -0.2]
+        assert np.isinf(estimates.stderr).all()
+
+
+def test_a_screen_counts_documents_that_share_demonstrations_once() -> None:
+    """Unit 0 differs between two sets of demonstrations, unit 1 as much between documents of a set."""
+    clusters = ["set 0"] * 8 + ["set 1"] * 8
+    by_document = np.stack([np.repeat([1.0, -1.0], 8), np.tile([1.0, -1.0], 8)], axis=1)
+    estimates = Estimates.of_documents(by_document, clusters)
+    assert estimates.stderr[0] == pytest.approx(1.0), "two observations, not sixteen"
+    assert estimates.stderr[1] == pytest.approx(0)
+    chosen, _ = screened(estimates, 1, seed=0)
+    assert chosen.tolist() == [0]
 
 
 def test_a_screened_run_marks_what_is_estimated_and_says_how_far_that_agrees(
@@ -69,10 +81,20 @@ def test_a_screened_run_marks_what_is_estimated_and_says_how_far_that_agrees(
         for folder in (out, small_run)
     )
     keys = ["task", "shots", "kind", "layer", "head"]
-    all_drops = screened_rows.filter(pl.col("metric") == "gold_logprob_drop")
-    assert set(all_drops.group_by("task", "shots").len()["len"]) == {36}, "every unit has a number"
-    drops = all_drops.filter(pl.col("task") != "aggregate")
+    drops = screened_rows.filter(pl.col("metric") == "gold_logprob_drop")
+    assert set(drops.group_by("task", "shots").len()["len"]) == {36}, "every unit has a number"
+    means, drops = (
+        drops.filter(of_mean) for of_mean in (pl.col("task") == "aggregate", pl.col("task") != "aggregate")
+    )
     assert set(drops.group_by("task", "shots").agg(pl.col("exact").sum())["exact"]) == {20}
+    by_unit = drops.group_by(keys[1:]).agg(pl.col("exact").all(), pl.col("value").mean())
+    both = means.join(by_unit, on=keys[1:], nulls_equal=True)
+    assert len(both) == len(means) == 2 * 36
+    assert (both["exact"] == both["exact_right"]).all(), "a mean that has an estimate in it is one"
+    assert not both["exact"].all()
+    np.testing.assert_allclose(both["value"], both["value_right"])
+    assert set(both.filter(pl.col("exact"))["method"]) == {"ablation"}
+    assert set(both.filter(~pl.col("exact"))["method"]) == {"attribution"}
     exact, estimated = drops.filter(pl.col("exact")), drops.filter(~pl.col("exact"))
     assert set(exact["method"]) == {"ablation"}
     assert set(estimated["method"]) == {"attribution"}
@@ -98,13 +120,8 @@ def test_a_screened_run_marks_what_is_estimated_and_says_how_far_that_agrees(
     page = (out / "report.html").read_text()
     assert "estimated" in page
     units = read_table(out / "results.parquet", "results").filter(pl.col("method") == "ablation")
-    assert set(units.filter(pl.col("experiment") == "overlap")["percent"].drop_nulls()) == {
-        10,
-        20,
-        30,
-        40,
-        50,
-    }
+    overlap = units.filter(pl.col("experiment") == "overlap")
+    assert set(overlap["percent"].drop_nulls()) == {10, 20, 30, 40, 50}
 
 
 @pytest.mark.parametrize(
@@ -130,14 +147,24 @@ def test_a_run_out_of_time_keeps_whole_chunks_and_the_same_command_goes_on(
 ) -> None:
     experiments = ["evaluate", "importance", "ablate", "overlap"]
     out, more = tmp_path / "run", ("--experiments", ",".join(experiments))
-    patient = Work.sweep
+    checks, at_work = 0, ""
+    patient, swept = Work.check_time, Work.sweep
 
-    def impatient(self: Work, part: SweepPart) -> list[Scores]:
-        if part.name == "ablate-000002":
+    def noted(self: Work, part: SweepPart) -> list[Scores]:
+        nonlocal at_work
+        at_work = part.name
+        return swept(self, part)
+
+    def impatient(self: Work) -> None:
+        nonlocal checks
+        checks += at_work.startswith("ablate")
+        # Two checks per chunk: before it and behind its only wave.
+        if at_work.startswith("ablate") and checks == 5:
             raise OutOfTime
-        return patient(self, part)
+        patient(self)
 
-    monkeypatch.setattr(Work, "sweep", impatient)
+    monkeypatch.setattr(Work, "sweep", noted)
+    monkeypatch.setattr(Work, "check_time", impatient)
     result = run_small(out, stores, "--hours", 10, *more)
     assert result.exit_code == 0, result.output
     record = json.loads((out / "run.json").read_text())
@@ -148,7 +175,7 @@ def test_a_run_out_of_time_keeps_whole_chunks_and_the_same_command_goes_on(
     assert "overlap" in record["stages"], "what follows is done with what there is"
     effects = read_table(out / "effects.parquet", "effects")
     assert effects.filter((pl.col("task") == "recall") & (pl.col("shots") == 0))["document"].n_unique() == 2
-    monkeypatch.setattr(Work, "sweep", patient)
+    monkeypatch.setattr(Work, "check_time", patient)
     assert run_small(out, stores, "--hours", 5, *more).exit_code == 0, "hours belong to no run"
     assert json.loads((out / "run.json").read_text())["state"] == "finished"
     ours, whole = (read_table(folder / "results.parquet", "results") for folder in (out, small_run))

@@ -52,9 +52,9 @@ def task_rows(
     return TaskRows(task, shots, "train", documents, "acc", ())
 
 
-def measured(task: TaskRows, gold: np.ndarray, places: list[int] | None = None) -> ExactDrops:
-    """What is measured of a task in which every document is scored alone."""
-    at = np.arange(len(gold)) if places is None else np.array(places)
+def drops_of(task: TaskRows, gold: np.ndarray, indices: list[int] | None = None) -> ExactDrops:
+    """The drops of a task in which every document is scored alone."""
+    at = np.arange(len(gold)) if indices is None else np.array(indices)
     return ExactDrops(task, at, gold, np.sign(gold), list(task.clusters))
 
 
@@ -137,16 +137,19 @@ def test_halves_hold_whole_passages() -> None:
 
 def test_top_drops_by_hand() -> None:
     gold = np.array([[4.0, 0, 4, 0], [1, 2, 1, 2], [9, 9, 9, 9]])
-    rows = list(top_drop_records(UNITS, measured(task_rows("a", 1, [0, 1, 2, 3]), gold), seed=0))
+    rows = list(top_drop_records(UNITS, drops_of(task_rows("a", 1, [0, 1, 2, 3]), gold), seed=0))
     # Documents 0 and 2 choose head 0, by which 1 and 3 lose nothing; these choose head 1, by which 0 and 2
     # lose 1.
-    assert [(row["kind"], row["count"], row["value"]) for row in rows] == [("head", 1, 0.5), ("ffn", 1, 9)]
-    assert not list(top_drop_records(UNITS, measured(task_rows("a", 1, [0]), gold[:, :1]), seed=0))
+    assert [(row["procedure"], row["kind"], row["count"], row["value"]) for row in rows] == [
+        ("top", "head", 1, 0.5),
+        ("top", "ffn", 1, 9),
+    ]
+    assert not list(top_drop_records(UNITS, drops_of(task_rows("a", 1, [0]), gold[:, :1]), seed=0))
 
 
 def test_in_context_effects_by_hand() -> None:
-    shown = measured(task_rows("a", 4, [5, 2, 9]), np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]))
-    without = measured(task_rows("a", 0, [9, 5, 7]), np.array([[0.5, 0, 100], [9, 0, 100]]), [0, 2])
+    shown = drops_of(task_rows("a", 4, [5, 2, 9]), np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]))
+    without = drops_of(task_rows("a", 0, [9, 5, 7]), np.array([[0.5, 0, 100], [9, 0, 100]]), [0, 2])
     effect = in_context(shown, without)
     assert effect is not None
     # Units 0 and 2 and documents 5 and 9 are in both.
@@ -156,9 +159,10 @@ def test_in_context_effects_by_hand() -> None:
     assert effect.clusters == ["0:5", "0:9"]
     heads, ffns, *_ = in_context_blocks(UNITS, [effect], seed=0)
     assert (heads["metric"], heads["task"], heads["shots"], heads["other_shots"]) == ("icl_effect", "a", 4, 0)
+    assert heads["procedure"] == ffns["procedure"] == "icl-effect"
     assert (heads["value"], ffns["value"]) == (pytest.approx([1.75]), pytest.approx([3.5]))
     assert heads["documents"] == 2
-    assert in_context(shown, measured(task_rows("a", 0, [1]), np.zeros((3, 1)))) is None
+    assert in_context(shown, drops_of(task_rows("a", 0, [1]), np.zeros((3, 1)))) is None
 
 
 def test_a_question_counts_as_a_whole_in_both() -> None:
@@ -180,21 +184,26 @@ def test_the_mean_over_tasks_leaves_out_what_is_out_of_domain() -> None:
     rng = np.random.default_rng(0)
     tasks = ("piqa", "copa", "lambada")
     both = [
-        [measured(task_rows(task, shots, list(range(6))), rng.normal(size=(3, 6))) for task in tasks]
+        [drops_of(task_rows(task, shots, list(range(6))), rng.normal(size=(3, 6))) for task in tasks]
         for shots in (0, 2)
     ]
     effects = [in_context(shown, without) for without, shown in zip(*both, strict=True)]
     blocks = in_context_blocks(UNITS, [effect for effect in effects if effect is not None], seed=0)
-    results = frame("results", blocks).filter((pl.col("metric") == "icl_effect") & (pl.col("kind") == "head"))
-    means = over_tasks(results)
-    piqa, copa = (results.filter(pl.col("task") == task) for task in ("piqa", "copa"))
-    assert len(means) == len(piqa) == 2
-    np.testing.assert_allclose(means["value"], (piqa["value"] + copa["value"]) / 2)
-    np.testing.assert_allclose(means["stderr"], np.hypot(piqa["stderr"], copa["stderr"]) / 2)
-    assert set(means.select("task", "documents", "other_shots", "shots").iter_rows()) == {
-        ("aggregate", 12, 0, 2)
-    }
-    claims = claim_blocks(UNITS, [one for of_shots in both for one in of_shots])
+    heads = frame("results", [block for block in blocks if block["kind"] == "head"])
+    mean = over_tasks(heads).filter(pl.col("metric") == "icl_effect")
+    assert set(mean["task"]) == {"aggregate"}
+    of_tasks = [
+        heads.filter((pl.col("task") == task) & (pl.col("metric") == "icl_effect"))
+        for task in ("piqa", "copa")
+    ]
+    np.testing.assert_allclose(mean["value"], np.mean([rows["value"] for rows in of_tasks], axis=0))
+    np.testing.assert_allclose(
+        mean["stderr"], np.sqrt(np.square([rows["stderr"] for rows in of_tasks]).sum(0)) / 2
+    )
+    assert (set(mean["documents"]), set(mean["other_shots"]), set(mean["shots"])) == ({12}, {0}, {2})
+    # Of what a task is compared with, itself without demonstrations, the mean has no task.
+    assert set(mean["other_task"]) == {None}
+    claims = claim_blocks(UNITS, [drops for of_shots in both for drops in of_shots])
     assert {(block["task"], block["shots"]) for block in claims} == {
         (task, shots) for task in (*tasks, "aggregate") for shots in (0, 2)
     }
@@ -203,3 +212,8 @@ def test_the_mean_over_tasks_leaves_out_what_is_out_of_domain() -> None:
     }
     together = q_values(Estimates(*clustered_estimates(both[0][0].gold, alone(6))))
     np.testing.assert_allclose(np.concatenate([by_kind["head"], by_kind["ffn"]]), together)
+    of_mean = np.concatenate(
+        [block["value"] for block in claims if (block["task"], block["shots"]) == ("aggregate", 0)]
+    )
+    members = [clustered_estimates(drops.gold, alone(6)) for drops in both[0][:2]]
+    np.testing.assert_allclose(of_mean, q_values(mean_of_estimates(members)))

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 from commands import invoke
 
-from lowmem_icl.experiments.prune.measure import control_records, knee, knee_records
+from lowmem_icl.experiments.prune.measure import control_records, knee, knee_records, point_fields
 from lowmem_icl.experiments.prune.points import (
     LEVELS,
     CurveOptions,
@@ -27,6 +27,7 @@ from lowmem_icl.tables.schema import read_table
 
 LAYERS, HEADS = 4, 8
 TASKS, SHOTS = ("a", "b", "c", "d"), (0, 1, 5)
+OWN = TaskShots("a", 1)
 
 
 def rankings(ffn_method: str = "ablation") -> CurveRankings:
@@ -37,12 +38,8 @@ def rankings(ffn_method: str = "ablation") -> CurveRankings:
     return CurveRankings(heads, ffns, ffn_method, TASKS)
 
 
-def options_of(*curves: str) -> CurveOptions:
-    return CurveOptions(curves, SHOTS, random_draws=3, seed=42)
-
-
-def points_of(*curves: str) -> list[CurvePoint]:
-    return list(curve_points(TaskShots("a", 1), options_of(*curves), rankings()))
+def points_of(*curves: str, own: TaskShots = OWN) -> list[CurvePoint]:
+    return list(curve_points(own, CurveOptions(curves, SHOTS, random_draws=3, seed=42), rankings()))
 
 
 @pytest.mark.parametrize(
@@ -59,16 +56,17 @@ def test_a_percentage_is_rounded_down(units: int, counts: list[int]) -> None:
 
 def test_levels_of_a_ranking_are_nested_and_hold_the_least_important() -> None:
     for curve in ("heads", "ffns"):
-        by_curve: dict[object, list[CurvePoint]] = {}
+        by_curve: dict[TaskShots | None, list[CurvePoint]] = {}
         for point in points_of(curve):
+            assert point.procedure == f"curve-{curve}"
             by_curve.setdefault(point.donor, []).append(point)
-        assert len(by_curve) == 2, "the task's own ranking and that of all tasks"
+        assert set(by_curve) == {OWN, TaskShots("aggregate", 1)}
         for points in by_curve.values():
             assert [point.percent for point in points] == list(LEVELS)
             for one, other in itertools.pairwise(points):
                 assert len(one.mask - other.mask) == 0
     own = rankings().heads[RankingKey("a", 1, "gradient")]
-    half = next(p for p in points_of("heads") if p.percent == 50 and p.donor == TaskShots("a", 1))
+    half = next(p for p in points_of("heads") if p.percent == 50 and p.donor == OWN)
     kept = [
         own[layer, head]
         for layer in range(LAYERS)
@@ -98,11 +96,47 @@ def test_donors_are_chosen_by_rank_correlation() -> None:
 
 def test_random_draws_are_nested_the_same_for_all_and_as_many_as_asked() -> None:
     points = points_of("random")
-    assert points == list(curve_points(TaskShots("b", 5), options_of("random"), rankings()))
+    assert points == points_of("random", own=TaskShots("b", 5))
     assert {point.seed for point in points} == {42, 43, 44}
     for seed in (42, 43, 44):
         masks = [p.mask for p in points if p.seed == seed and p.kind == "head"]
         assert all(len(one - other) == 0 for one, other in itertools.pairwise(masks))
+
+
+def test_a_curve_whose_ranking_is_missing_is_left_out() -> None:
+    every = ("heads", "ffns", "combined", "transfer", "cross-shot")
+    nobody = TaskShots("mathqa", 1)
+    assert {point.donor for point in points_of(*every, own=nobody)} == {TaskShots("aggregate", 1)}
+
+
+def test_records_tell_whose_ranking_made_a_mask_without_its_name() -> None:
+    """Procedure, percent, mask_task and mask_shots say all that the mask's name says."""
+    points = points_of("heads", "ffns", "combined", "transfer", "cross-shot", "random")
+    fields = [(point, point_fields(OWN, point)) for point in points]
+    assert {record["procedure"] for _, record in fields} == {
+        "curve-heads",
+        "curve-ffns",
+        "curve-combined",
+        "transfer",
+        "cross-shot",
+        "random",
+    }
+    for point, record in fields:
+        assert record["percent"] == point.percent
+        made_by = (record["mask_task"], record["mask_shots"])
+        if point.procedure == "random":
+            assert record["seed"] in (42, 43, 44)
+            assert made_by == (record["other_task"], record["other_shots"]) == (None, None)
+            continue
+        assert record["seed"] is None
+        assert made_by == ((None, None) if record["mask"] == "clean" else point.donor)
+        # Another ranking than the task's own is named also where its lowest level removes nothing.
+        other = (record["other_task"], record["other_shots"])
+        assert other == ((None, None) if point.donor == OWN else point.donor)
+    transferred = [record for point, record in fields if point.procedure == "transfer"]
+    assert {record["mask_task"] for record in transferred} <= {"b", "c", "d"}
+    across = [record for point, record in fields if point.procedure == "cross-shot"]
+    assert {(record["mask_task"], record["mask_shots"]) for record in across} == {("a", 0), ("a", 5)}
 
 
 def test_a_knee_is_the_largest_level_within_a_point_and_a_standard_error() -> None:
@@ -118,10 +152,9 @@ def test_knees_are_chosen_on_training_and_reported_on_evaluation_rows() -> None:
     def row(split: str, level: int, drop: float) -> dict[str, object]:
         return {
             "procedure": "curve-heads", "task": "a", "shots": 0, "method": "gradient", "kind": "head",
-            "other_task": None, "other_shots": None, "mask_task": "a", "mask_shots": 0, "percent": level,
-            "metric": "acc_drop", "value": drop, "stderr": 0.02, "low": drop, "high": drop, "split": split,
-            "documents": 8, "mask": f"m{level}", "heads_removed": level,
-            "ffns_removed": 0,
+            "other_task": None, "other_shots": None, "percent": level, "metric": "acc_drop", "value": drop,
+            "stderr": 0.02, "low": drop, "high": drop, "split": split, "documents": 8, "mask": f"m{level}",
+            "mask_task": "a", "mask_shots": 0, "heads_removed": level, "ffns_removed": 0,
         }  # fmt: skip
 
     training = [row("train", level, drop) for level, drop in ((0, 0.0), (10, 0.0), (20, 0.005), (30, 0.3))]
@@ -134,6 +167,9 @@ def test_knees_are_chosen_on_training_and_reported_on_evaluation_rows() -> None:
         "test",
         "m20",
     )
+    for record in (chosen, cost):
+        assert (record["procedure"], record["percent"]) == ("curve-heads", 20)
+        assert (record["mask_task"], record["mask_shots"]) == ("a", 0)
 
 
 def test_the_control_has_a_mean_and_a_band() -> None:
@@ -141,10 +177,13 @@ def test_the_control_has_a_mean_and_a_band() -> None:
     rows = [
         {"procedure": "random", "task": "a", "shots": 0, "split": "test", "kind": "head", "percent": 50,
          "metric": "acc", "heads_removed": 16, "ffns_removed": 0, "documents": 8, "method": "random",
-         "value": value, "chance": 0.5}
-        for value in values
+         "value": value, "chance": 0.5, "seed": draw, "mask": f"m{draw}"}
+        for draw, value in enumerate(values)
     ]  # fmt: skip
     (band,) = control_records(rows)
+    assert (band["procedure"], band["percent"], band["documents"]) == ("random", 50, 8)
+    assert "seed" not in band
+    assert "mask" not in band
     assert band["value"] == pytest.approx(values.mean())
     assert (band["low"], band["high"]) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from conftest import without_documents
 
 from lowmem_icl import __version__
 from lowmem_icl.errors import InputError, InUse
@@ -346,7 +347,6 @@ def test_spilled_residuals_are_planned_for_the_disk_they_go_to(
 
     monkeypatch.setattr("lowmem_icl.planning.memory.free_bytes", free_bytes)
     for options in (RunOptions(out=tmp_path / "elsewhere"), RunOptions()):
-        prepared: Any = SimpleNamespace(options=options, store=float_store, skeleton=float_store.skeleton)
-        plan_memory(prepared, 8)
+        plan_memory(without_documents(float_store, options), 8)
         assert asked.pop() == run_folder(options)
     assert run_folder(RunOptions(out=tmp_path)) == tmp_path

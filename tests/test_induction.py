@@ -36,6 +36,7 @@ from lowmem_icl.options import RunOptions
 from lowmem_icl.rows import stem_of
 from lowmem_icl.session.prepare import prepare, with_store
 from lowmem_icl.statistics.detection import area_under_curve, precision_at, rank_correlation
+from lowmem_icl.tables.blocks import frame
 from lowmem_icl.tables.schema import read_table
 from lowmem_icl.tasks.random_sequences import Drawable, drawable_ids, random_sequences
 
@@ -295,6 +296,10 @@ def test_capacity_retained_equals_the_loop() -> None:
     scores, ranking = rng.random((5, 6)), rng.permutation(30).reshape(5, 6).astype(float)
     ranked = {RankingKey("recall", 4, "gradient"): ranking}
     ours, drawn = induction.capacity_blocks("copying", scores, ranked, seed=0)
+    for block, method in ((ours, "gradient"), (drawn, "random")):
+        assert (block["procedure"], block["other_method"], block["method"]) == ("capacity", "copying", method)
+        assert "mask" not in block
+    assert (ours["task"], ours["shots"]) == ("recall", 4)
     flat, order = scores.ravel(), np.argsort(ranking.ravel())
     for percent, value, removed in zip(ours["percent"], ours["value"], ours["heads_removed"], strict=True):
         count = 30 * percent // 100
@@ -305,9 +310,69 @@ def test_capacity_retained_equals_the_loop() -> None:
     assert (drawn["low"] <= drawn["chance"] + 1e-12).all()
     assert (drawn["chance"] <= drawn["high"] + 1e-12).all()
     mask = Mask(frozenset([(0, 0), (4, 5)]))
-    row = induction.capacity_of_mask("copying", scores, mask)
-    assert row["value"] == pytest.approx(1 - (scores[0, 0] + scores[4, 5]) / scores.sum())
-    assert row["chance"] == pytest.approx(28 / 30)
+    record = induction.capacity_of_mask("copying", scores, mask)
+    assert record["value"] == pytest.approx(1 - (scores[0, 0] + scores[4, 5]) / scores.sum())
+    assert record["chance"] == pytest.approx(28 / 30)
+    assert (record["procedure"], record["heads_removed"], record["ffns_removed"]) == ("capacity", 2, 0)
+
+
+def test_important_heads_are_compared_with_as_many_as_there_are_induction_heads() -> None:
+    prefix = np.zeros((2, 5))
+    prefix[0, 1], prefix[1, 4], prefix[1, 0] = 0.9, 0.4, 0.29
+    ranking = np.arange(10.0).reshape(2, 5)
+    records = {
+        record["metric"]: record
+        for record in induction.important_heads_records(prefix, {RankingKey("a", 1, "gradient"): ranking})
+    }
+    assert set(records) == {"induction_spearman", "induction_precision", "induction_auc"}
+    for record in records.values():
+        assert (record["procedure"], record["other_method"]) == ("important-heads", "prefix_matching")
+        assert (record["task"], record["shots"], record["method"]) == ("a", 1, "gradient")
+    assert records["induction_spearman"]["count"] is None
+    # Two heads reach 0.3; of the two most important ones one is among them.
+    assert (records["induction_precision"]["count"], records["induction_precision"]["value"]) == (2, 0.5)
+    # It is more important than all 8 others, the other one than 1 of them.
+    assert records["induction_auc"]["value"] == pytest.approx(9 / 16)
+    none = induction.important_heads_records(prefix * 0.1, {RankingKey("a", 1, "gradient"): ranking})
+    assert [record["metric"] for record in none] == ["induction_spearman"]
+
+
+def test_a_score_has_its_mean_over_sequences_and_their_variance() -> None:
+    by_sequence = np.random.default_rng(0).random((5, 2, 3))
+    table = frame("results", induction.score_blocks("copying", "output", by_sequence))
+    assert set(table["procedure"]) == {"scores"}
+    assert set(table["documents"]) == {5}
+    of_metric = {
+        metric: table.filter(pl.col("metric") == metric).sort("layer", "head")
+        for metric in ("copying", "copying_variance")
+    }
+    variance = by_sequence.var(0, ddof=1).ravel()
+    np.testing.assert_allclose(of_metric["copying"]["value"], by_sequence.mean(0).ravel())
+    np.testing.assert_allclose(of_metric["copying_variance"]["value"], variance)
+    np.testing.assert_allclose(of_metric["copying"]["stderr"], np.sqrt(variance / 5))
+    alone = frame("results", induction.score_blocks("copying", "output", by_sequence[:1]))
+    assert alone.filter(pl.col("metric") == "copying")["stderr"].is_nan().all()
+
+
+def test_the_band_of_random_draws_is_over_draws_of_one_task_and_metric() -> None:
+    values = np.linspace(0, 1, 20)
+    records = [
+        {"task": task, "shots": 4, "metric": metric, "mask": f"induction-random-{draw:02d}", "seed": 42}
+        | {"procedure": "removal", "method": "random", "value": value + shift, "stderr": 0.1}
+        for task, metric, shift in (("a", "acc", 0.0), ("b", "acc", 1.0), ("a", "acc_drop", 2.0))
+        for draw, value in enumerate(values, start=1)
+    ]
+    bands = list(induction.band_records(records))
+    assert [(band["task"], band["metric"]) for band in bands] == [
+        ("a", "acc"),
+        ("b", "acc"),
+        ("a", "acc_drop"),
+    ]
+    for band, shift in zip(bands, (0.0, 1.0, 2.0), strict=True):
+        assert (band["method"], band["mask"]) == ("random-median", "induction-random")
+        assert (band["procedure"], band["stderr"]) == ("removal", None)
+        assert band["value"] == pytest.approx(0.5 + shift)
+        assert (band["low"], band["high"]) == pytest.approx((0.025 + shift, 0.975 + shift))
 
 
 @pytest.mark.parametrize("count", [1, 3, 17, 39])
@@ -438,13 +503,33 @@ def test_a_run_tells_all_of_it(small_run: Path) -> None:
         variance = rows.filter(pl.col("metric") == f"{metric}_variance")["value"].to_numpy()
         np.testing.assert_allclose(of_metric["stderr"].to_numpy(), np.sqrt(variance / 100))
     assert len(rows.filter(pl.col("metric") == "copying_eigenvalues")) == 32
-    curves = rows.filter((pl.col("metric") == "capacity_retained") & pl.col("percent").is_not_null())
+    procedures = dict(rows.group_by("procedure").agg(pl.col("metric").unique()).iter_rows())
+    assert set(procedures) == {"scores", "capacity", "important-heads", "removal"}
+    assert set(procedures["capacity"]) == {"capacity_retained"}
+    assert set(procedures["important-heads"]) == {
+        "induction_spearman",
+        "induction_precision",
+        "induction_auc",
+    }
+    of_masks = rows.filter((pl.col("procedure") == "capacity") & pl.col("mask").is_not_null())
+    masks = {path.stem for path in (folder / "masks").glob("*.json")}
+    pruned = {name for name in masks if not name.startswith("induction-")}
+    assert set(of_masks["mask"]) == pruned
+    assert len(of_masks) == 2 * len(pruned), "of two capacities"
+    assert (of_masks["mask_task"] == of_masks["task"]).all()
+    assert (of_masks["mask_shots"] == of_masks["shots"]).all()
+    assert of_masks["percent"].null_count() == len(of_masks)
+    curves = rows.filter((pl.col("procedure") == "capacity") & pl.col("percent").is_not_null())
+    assert set(curves["metric"]) == {"capacity_retained"}
     keys = curves.filter(pl.col("method") == "gradient").select("task", "shots", "other_method").unique()
     assert len(keys) == 3 * 2 * 2, "two tasks and the aggregate, two shot counts, two capacities"
     assert set(curves["method"]) == {"gradient", "attribution", "ablation", "icl_effect", "random"}
     areas = rows.filter(pl.col("metric") == "induction_auc")
     assert set(areas["chance"]) == {0.5}
     assert areas["low"].null_count() == 0
+    assert set(areas["count"]) == {
+        int((rows.filter(pl.col("metric") == "prefix_matching")["value"] >= induction.HEAD_SCORE).sum())
+    }
     effects = rows.filter(pl.col("mask").is_not_null() & (pl.col("metric") == "acc"))
     assert set(effects["shots"]) == {4}
     assert set(effects["task"]) == {"recall", "knowledge", "aggregate"}

@@ -53,7 +53,8 @@ def test_rows_of_a_pair_are_scipys(seed: int) -> None:
     values = {(row["metric"], row.get("percent")): row["value"] for row in rows}
     assert values["spearman", None] == pytest.approx(stats.spearmanr(one.ravel(), other.ravel())[0])
     assert values["kendall", None] == pytest.approx(stats.kendalltau(one.ravel(), other.ravel())[0])
-    assert {k for metric, k in values if metric == "top_overlap"} == set(TOP_PERCENTS) == {10, 20, 30, 40, 50}
+    percents = {percent for metric, percent in values if metric == "top_overlap"}
+    assert percents == set(TOP_PERCENTS) == {10, 20, 30, 40, 50}
 
 
 def test_chance_of_the_top_in_common_is_that_of_unrelated_rankings() -> None:
@@ -67,6 +68,7 @@ def test_chance_of_the_top_in_common_is_that_of_unrelated_rankings() -> None:
             if row["metric"] == "top_overlap":
                 found.setdefault(row["percent"], []).append(row["value"])
                 expected[row["percent"]] = row["chance"]
+                assert row["count"] == UNITS * row["percent"] // 100
     for percent, values in found.items():
         assert expected[percent] == pytest.approx(percent / 100)
         assert np.mean(values) == pytest.approx(percent / 100, abs=4 * np.std(values) / np.sqrt(len(values)))
@@ -183,6 +185,8 @@ def test_intervals_and_ceilings_stand_at_rankings_with_documents() -> None:
     assert rows == list(overlap_records(dict(reversed(rankings.items())), documents, seed=1)), (
         "order is no matter"
     )
+    procedures = {"split_half": "reliability", "cross_shot_spearman": "cross-shot"}
+    assert all(row["procedure"] == procedures.get(row["metric"], "pair") for row in rows)
     correlations = [row for row in rows if row["metric"] == "spearman"]
     for row in correlations:
         with_documents = row["method"] == row["other_method"] and "c" not in (row["task"], row["other_task"])

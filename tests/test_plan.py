@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from commands import invoke
-from conftest import make_checkpoint
+from conftest import make_checkpoint, without_documents
 from test_engine import PLENTY, packed_task, swept
 
 from lowmem_icl.engine.schedule import BlockRow, Job, SweepLimits, row_blocks
@@ -17,7 +17,7 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.reading import LayerReader
 from lowmem_icl.model.store import Store
 from lowmem_icl.options import RunOptions
-from lowmem_icl.planning.memory import plan_memory
+from lowmem_icl.planning.memory import MemoryPlan, plan_memory
 from lowmem_icl.planning.plan import Plan, StagePlan, within_hours
 from lowmem_icl.system.machine import device_allowance
 
@@ -25,14 +25,9 @@ DEMO = Path(__file__).parents[1] / "lowmem_icl" / "demo"
 ROW = 128
 
 
-def prepared(store: Store, options: RunOptions) -> Any:
-    """What memory is planned from: a store and options, without documents."""
-    return SimpleNamespace(options=options, store=store, skeleton=store.skeleton)
-
-
 def test_all_parts_together_are_the_allowance(int8_store: Store) -> None:
     options = RunOptions(memory=200_000_000)
-    plan = plan_memory(prepared(int8_store, options), ROW)
+    plan = plan_memory(without_documents(int8_store, options), ROW)
     parts = (
         plan.non_layer_bytes,
         plan.streaming_bytes,
@@ -46,21 +41,52 @@ def test_all_parts_together_are_the_allowance(int8_store: Store) -> None:
 
 
 def test_the_memory_it_names_is_the_smallest_that_does(int8_store: Store) -> None:
+    def planned_for(memory: int) -> MemoryPlan:
+        return plan_memory(without_documents(int8_store, RunOptions(memory=memory)), ROW)
+
     with pytest.raises(DoesNotFit, match="--memory") as refused:
-        plan_memory(prepared(int8_store, RunOptions(memory=1_000_000)), ROW)
+        planned_for(1_000_000)
     smallest = int(str(refused.value).rsplit(" ", 1)[1].removesuffix("MB")) * 10**6
-    plan_memory(prepared(int8_store, RunOptions(memory=smallest)), ROW)
+    planned_for(smallest)
     with pytest.raises(DoesNotFit):
-        plan_memory(prepared(int8_store, RunOptions(memory=smallest - 10**6)), ROW)
+        planned_for(smallest - 10**6)
 
 
 def test_a_device_holds_all_but_the_cache_and_what_is_read(int8_store: Store) -> None:
-    plan = plan_memory(prepared(int8_store, RunOptions(memory=50_000_000)), ROW, device_bytes=200_000_000)
+    prepared = without_documents(int8_store, RunOptions(memory=50_000_000))
+    plan = plan_memory(prepared, ROW, device_bytes=200_000_000)
     on_device = plan.non_layer_bytes + plan.working_bytes + plan.resident_bytes + plan.alive_bytes
     assert on_device < 200_000_000
     assert plan.cache_bytes < 50_000_000
     with pytest.raises(DoesNotFit, match="--device-memory"):
-        plan_memory(prepared(int8_store, RunOptions(memory=50_000_000)), ROW, device_bytes=1_000_000)
+        plan_memory(prepared, ROW, device_bytes=1_000_000)
+
+
+def test_a_disk_too_small_for_the_longest_row_is_named(
+    int8_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowmem_icl.planning.memory.free_bytes", lambda folder: 1000)
+    prepared = without_documents(int8_store, RunOptions(out=tmp_path))
+    with pytest.raises(DoesNotFit, match=f"--out {tmp_path}: .* choose another disk"):
+        plan_memory(prepared, ROW)
+
+
+def test_of_ways_to_share_memory_the_one_is_taken_that_reads_least(int8_store: Store) -> None:
+    """Where not all layers can stay: as many as the sweeps say, of equals the fewest."""
+    large: Any = SimpleNamespace(
+        layer_bytes=10**9, manifest=int8_store.manifest, skeleton=int8_store.skeleton
+    )
+    prepared = without_documents(large, RunOptions(memory=4 * 10**9))
+    fewest, most = (
+        plan_memory(prepared, ROW, layers_read=layers_read)
+        for layers_read in (lambda plan: 0.0, lambda plan: -float(plan.resident_bytes))
+    )
+    assert fewest.resident_bytes == 0
+    assert most.resident_bytes > 10**9, "a layer at least"
+    for plan in (fewest, most):
+        shared = plan.resident_bytes + plan.alive_bytes + plan.cache_bytes
+        rest = 4 * 10**9 - plan.non_layer_bytes - plan.streaming_bytes - plan.working_bytes
+        assert shared == pytest.approx(rest, rel=1e-6)
 
 
 def test_device_memory_without_a_device_is_refused() -> None:
@@ -102,7 +128,8 @@ def test_planning_converts_nothing(tmp_path: Path) -> None:
     told = invoke("plan", "--shots", 0, "--json", *arguments)
     assert told.exit_code == 0, told.output
     plan = json.loads(told.stdout)
-    assert [path.name for path in stores.iterdir()] == ["texts"], "what is kept of texts, and no store"
+    # Only the texts, as tokens: a run finds them there.
+    assert [path.name for path in stores.iterdir()] == ["texts"]
     assert plan["convert_bytes"] == (folder / "model.safetensors").stat().st_size
     assert {stage["experiment"] for stage in plan["stages"]} == {
         "evaluate",
@@ -145,10 +172,10 @@ def test_ablations_take_the_hours_that_the_others_leave() -> None:
 
 def test_a_long_search_waits_until_the_ablations_are_done() -> None:
     cut = within_hours(planned(evaluate=1, ablate=8, prune=10), 6, CHUNKS)
-    assert [stage.experiment for stage in cut.stages if stage.postponed] == ["prune"]
+    assert cut.postponed == {"prune"}
     assert cut.stop_after["ablate"] == 6 * HOUR
     alone = within_hours(planned(prune=10), 6, {})
-    assert not any(stage.postponed for stage in alone.stages), "then it goes on, night after night"
+    assert alone.postponed == frozenset(), "then it goes on, night after night"
 
 
 def test_hours_too_short_for_the_basis_name_what_would_do() -> None:

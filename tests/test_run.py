@@ -46,23 +46,122 @@ def test_a_run_leaves_what_the_contract_names(small_run: Path) -> None:
     assert list((small_run / "figures").glob("*.svg"))
 
 
-def test_every_unit_of_every_task_has_its_drops(small_run: Path) -> None:
+def test_every_unit_of_every_task_has_its_drops_and_the_mean_over_tasks_too(small_run: Path) -> None:
     ablate = read_table(small_run / "results.parquet", "results").filter(
         (pl.col("experiment") == "ablate")
-        & pl.col("metric").str.ends_with("_drop")
         & (pl.col("procedure") == "single")
+        & pl.col("metric").str.ends_with("_drop")
     )
     counts = ablate.group_by("task", "shots", "metric", "kind").len()
     assert set(counts.filter(pl.col("kind") == "head")["len"]) == {32}
     assert set(counts.filter(pl.col("kind") == "ffn")["len"]) == {4}
+    assert len(counts) == 3 * 2 * 4 * 2, "two tasks and their mean, shot counts, metrics, kinds"
     assert set(ablate["metric"]) == {"gold_logprob_drop", "gold_prob_drop", "margin_drop", "acc_drop"}
     effects = read_table(small_run / "effects.parquet", "effects")
     means = effects.group_by("task", "shots", "kind", "layer", "head", "metric").agg(pl.col("value").mean())
     keys = ["task", "shots", "kind", "layer", "head", "metric"]
-    own = ablate.filter(pl.col("task") != "aggregate")
-    both = own.join(means, on=keys, nulls_equal=True, suffix="_effects")
-    assert len(both) == len(own)
+    of_tasks = ablate.filter(pl.col("task") != "aggregate")
+    both = of_tasks.join(means, on=keys, nulls_equal=True, suffix="_effects")
+    assert len(both) == len(of_tasks)
     np.testing.assert_allclose(both["value"], both["value_effects"], atol=1e-5)
+    over_tasks = of_tasks.group_by(keys[1:]).agg(pl.col("value").mean(), pl.col("documents").sum())
+    aggregate = ablate.filter(pl.col("task") == "aggregate").join(over_tasks, on=keys[1:], nulls_equal=True)
+    assert len(aggregate) == len(over_tasks)
+    np.testing.assert_allclose(aggregate["value"], aggregate["value_right"], atol=1e-12)
+    assert (aggregate["documents"] == aggregate["documents_right"]).all()
+
+
+def test_every_number_says_its_procedure_its_labels_and_how_units_were_removed(small_run: Path) -> None:
+    results = read_table(small_run / "results.parquet", "results")
+    procedures = {
+        experiment: set(names)
+        for experiment, names in results.group_by("experiment").agg(pl.col("procedure").unique()).iter_rows()
+    }
+    assert procedures == {
+        "evaluate": {None},
+        "importance": {None},
+        "ablate": {"single", "top", "icl-effect"},
+        "prune": {"curve-heads", "curve-ffns", "greedy"},
+        "induction": {"scores", "capacity", "important-heads", "removal"},
+        "overlap": {"pair", "reliability", "cross-shot"},
+    }
+    shown = results.filter(pl.col("shots") > 0)
+    assert set(shown["labels"]) == {"right"}
+    assert results.filter(pl.col("shots").is_null() | (pl.col("shots") == 0))["labels"].null_count() == (
+        len(results) - len(shown)
+    )
+    removed = pl.col("heads_removed").fill_null(0) + pl.col("ffns_removed").fill_null(0) > 0
+    assert set(results.filter(removed)["ablation"]) == {"zero"}
+    assert set(results.filter(~removed)["ablation"]) == {None}
+
+
+def test_nothing_need_be_parsed_out_of_a_masks_name(small_run: Path) -> None:
+    """What a mask was made for, how, and at which level stand in columns of their own."""
+    results = read_table(small_run / "results.parquet", "results")
+    prune = results.filter(pl.col("experiment") == "prune")
+    fields = ("procedure", "method", "kind", "percent", "mask_task", "mask_shots", "mask")
+    removing = prune.filter(pl.col("mask").is_not_null() & (pl.col("mask") != "clean"))
+    rows = removing.select(fields).unique().to_dicts()
+    assert {row["procedure"] for row in rows} == {"curve-heads", "curve-ffns", "greedy"}
+    for row in rows:
+        kind = {"curve-heads": "heads", "curve-ffns": "ffns", "greedy": None}[row["procedure"]]
+        level = f"-{kind}-{row['percent']}" if kind else ""
+        assert (row["percent"] is None) == (kind is None)
+        assert row["mask"] == f"{row['method']}{level}-{row['mask_task']}-{row['mask_shots']}shot"
+        made = read_mask(small_run / "masks" / f"{row['mask']}.json").made
+        assert (made["method"], made["shots"]) == (row["method"], [row["mask_shots"]])
+        assert made["tasks"] == (
+            ["recall", "knowledge"] if row["mask_task"] == "aggregate" else [row["mask_task"]]
+        )
+    # The clean run was made from nothing; tasks that each prune by their own ranking have no one mask.
+    clean = prune.filter(pl.col("mask") == "clean")
+    assert clean["mask_task"].null_count() == clean["mask_shots"].null_count() == len(clean) > 0
+    own = prune.filter(pl.col("mask").is_null())
+    assert set(own["task"]) == {"aggregate"}
+    assert set(own["mask_task"]) == {None}
+    assert (own["mask_shots"] == own["shots"]).all()
+    evaluate = results.filter(pl.col("experiment") == "evaluate")
+    for column in ("mask_task", "mask_shots", "percent", "count"):
+        assert evaluate[column].null_count() == len(evaluate)
+    assert set(results.filter(pl.col("count").is_not_null())["procedure"]) == {
+        "top",
+        "important-heads",
+        "pair",
+    }
+    assert set(results.filter(pl.col("percent").is_not_null())["procedure"]) == {
+        "curve-heads",
+        "curve-ffns",
+        "capacity",
+        "pair",
+    }
+
+
+def test_run_json_tells_what_each_session_did(small_run: Path) -> None:
+    record = json.loads((small_run / "run.json").read_text())
+    assert record["format"] == "lowmem-icl-run/2"
+    (session,) = record["sessions"]
+    for name in (
+        "state",
+        "finished",
+        "command",
+        "versions",
+        "machine",
+        "plan",
+        "stages",
+        "warnings",
+        "parts",
+    ):
+        assert session[name] == record[name], name
+    assert session["started"] == record["started"]
+    assert session["parts"]["reused"] == 1, "prune starts from the clean evaluation"
+    assert session["parts"]["made"] == len(list((small_run / "parts").glob("*.npz")))
+    planned = {stage["experiment"]: stage for stage in record["plan"]["stages"]}
+    for name, stage in session["stages"].items():
+        assert set(stage) == {"seconds", "planned_seconds", "read_bytes", "planned_read_bytes"}
+        expected = planned.get(name, {"seconds": 0.0, "read_bytes": 0})
+        assert stage["planned_seconds"] == pytest.approx(expected["seconds"], abs=0.01)
+        assert stage["planned_read_bytes"] == expected["read_bytes"]
+    assert not list((small_run / "parts").glob("*.draft.npz"))
 
 
 def test_claims_and_in_context_effects_come_from_the_documents_of_the_drops(small_run: Path) -> None:

@@ -1,11 +1,15 @@
 """A stage describes its work once: what the planner counts is what a run does, whatever the options."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 
 from lowmem_icl.engine.answers import Scores
@@ -16,6 +20,7 @@ from lowmem_icl.experiments.order import STAGES, run_stages
 from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.costs import planned_work
 from lowmem_icl.session.prepare import Prepared, prepare
+from lowmem_icl.session.publish import Publisher
 from lowmem_icl.session.result import StageResult
 from lowmem_icl.session.work import GradientsPart, HeadScoresPart, OutOfTime, Part, SweepPart, Work
 
@@ -193,3 +198,67 @@ def test_a_run_that_was_cut_by_its_hours_continues_with_what_the_plan_says_is_le
     second = played(prepared, finished=set(first.finished))
     assert not any(result.unfinished for _, result, is_over in run_stages(second, {}, frozenset()) if is_over)
     assert [described(part) for part in left] == [described(part) for part in second.asked]
+
+
+def test_means_over_tasks_leave_out_what_is_out_of_domain_in_every_experiment(tmp_path: Path) -> None:
+    """LAMBADA is judged and ranked, and is in no mean: of scores, drops, curves, rankings or searches."""
+    (tmp_path / "lambada").mkdir()
+    rows = [json.dumps({"text": f"{' '.join(['the cat saw a dog'] * n)} wug"}) for n in range(1, 9)]
+    (tmp_path / "lambada" / "validation.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    prepared = prepared_for(
+        tasks=("recall", "knowledge", "lambada"), data_dir=tmp_path, shots=(0, 2), curves=ALL_CURVES
+    )
+    found: dict[str, StageResult] = {}
+    for stage, result, _ in run_stages(played(prepared), {}, frozenset()):
+        found[stage.name] = result
+    for name, result in found.items():
+        assert "lambada" in set(result.results["task"]), name
+    results = pl.concat([result.results for result in found.values()])
+    kept = ("shots", "metric", "kind", "layer", "head", "percent", "heads_removed", "ffns_removed", "mask")
+    for experiment, procedure, metrics in (
+        ("evaluate", None, ("acc", "gold_logprob", "gold_prob", "majority")),
+        ("ablate", "single", ("gold_logprob_drop", "gold_prob_drop", "acc_drop")),
+        ("ablate", "icl-effect", ("icl_effect", "icl_effect_acc")),
+        ("induction", "removal", ("acc", "gold_logprob", "acc_drop")),
+        ("importance", None, ("gradient",)),
+    ):
+        records = results.filter(
+            (pl.col("experiment") == experiment)
+            & pl.col("procedure").eq_missing(pl.lit(procedure))
+            & pl.col("metric").is_in(metrics)
+            & pl.col("method").ne_missing(pl.lit("random-median"))
+        )
+        expected = (
+            records.filter(pl.col("task").is_in(["recall", "knowledge"]))
+            .group_by(kept)
+            .agg(pl.col("value").mean(), pl.col("documents").sum())
+        )
+        means = records.filter(pl.col("task") == "aggregate")
+        both = means.join(expected, on=kept, nulls_equal=True, validate="1:1")
+        assert len(both) == len(means) == len(expected) > 0, (experiment, procedure)
+        np.testing.assert_allclose(both["value"], both["value_right"], err_msg=f"{experiment} {procedure}")
+        assert (both["documents"] == both["documents_right"]).all()
+    # Its own ranking prunes it, no other task is pruned by it, and no search for all tasks counts it.
+    prune = results.filter(pl.col("experiment") == "prune")
+    assert not set(prune.filter(pl.col("task") != "lambada")["mask_task"]) & {"lambada"}
+    own = {"curve-heads", "curve-ffns", "cross-shot", "rescored", "greedy"}
+    assert set(prune.filter(pl.col("mask_task") == "lambada")["procedure"]) <= own
+    assert not len(prune.filter((pl.col("procedure") == "transfer") & (pl.col("task") == "lambada")))
+    means = prune.filter(pl.col("task") == "aggregate")
+    counts = {shots: 2 * len(prepared.curves[0].documents) for shots in (0, 2)}
+    curves = means.filter(
+        pl.col("procedure").is_in(["curve-heads", "curve-ffns", "curve-combined", "random"])
+    )
+    judged = curves.filter(~pl.col("metric").str.starts_with("knee"))
+    assert set(judged["documents"]) == set(counts.values())
+    # A mask made for all tasks says which these are, and how many documents it was made from.
+    publisher = Publisher(prepared, SimpleNamespace(path=tmp_path), [], lambda folder: None)  # type: ignore[arg-type]
+    shared = [made for made in found["prune"].masks if made.task == "aggregate"]
+    assert {made.method for made in shared} >= {"greedy", "gradient", "ablation", "combined"}
+    for made in shared:
+        assert made.documents == 2 * len(prepared.train[0].documents), made.name
+        assert publisher._mask_file(made).made["tasks"] == ["recall", "knowledge"]
+    ranked = found["importance"].rankings | found["ablate"].rankings
+    for key, documents in ranked.documents.items():
+        if key.task == "aggregate":
+            assert {member.task for member in documents.members} == {"recall", "knowledge"}

@@ -1,5 +1,7 @@
 """Tables, rankings and statistics against polars, scipy and hand-computed values."""
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from scipy import stats
 
 from lowmem_icl.errors import InputError
 from lowmem_icl.experiments.overlap.measure import overlap_records
-from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.mask import Mask, Unit
 from lowmem_icl.masks.rankings import (
     RankingKey,
     highest_heads,
@@ -25,7 +27,7 @@ from lowmem_icl.session.parts import Draft, Parts
 from lowmem_icl.statistics.agreement import spearman, top_overlap
 from lowmem_icl.statistics.intervals import mean_with_interval
 from lowmem_icl.tables.aggregate import over_tasks
-from lowmem_icl.tables.blocks import frame
+from lowmem_icl.tables.blocks import Block, frame, unit_blocks
 from lowmem_icl.tables.schema import RESULTS, TABLES, read_table, write_table
 
 CONTRACT = (
@@ -50,6 +52,7 @@ def test_a_table_comes_back_with_its_types_and_foreign_files_are_refused(tmp_pat
     write_table(table, "results", tmp_path / "results.parquet")
     assert read_table(tmp_path / "results.parquet", "results").equals(table)
     assert table["head"].null_count() == 1
+    assert table["model"].to_list() == ["demo"]
     with pytest.raises(InputError, match="expected the effects table"):
         read_table(tmp_path / "results.parquet", "effects")
     pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "foreign.parquet")
@@ -60,7 +63,25 @@ def test_a_table_comes_back_with_its_types_and_foreign_files_are_refused(tmp_pat
         read_table(tmp_path / "broken.parquet", "results")
 
 
-def test_whole_columns_make_the_same_table_as_rows() -> None:
+def test_a_table_of_another_schema_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    """Of the first schema, which had `k`; one that says this schema and has other columns is refused, too."""
+    old = pl.DataFrame({"experiment": ["prune"], "k": [10], "value": [0.5]})
+    for version, message in {
+        "1": "this version reads tables of schema version 2, this one has 1; run the same command with "
+        "another --out, or read it with the version that wrote it",
+        "2": "expected the results table of schema version 2",
+    }.items():
+        path = tmp_path / f"schema-{version}.parquet"
+        stated = json.dumps({"table": "results", "schema_version": version})
+        old.write_parquet(path, metadata={"lowmem_icl": stated})
+        with pytest.raises(InputError, match=re.escape(f"{path}: {message}")):
+            read_table(path, "results")
+    # A table of another version that is also another table.
+    with pytest.raises(InputError, match="expected the effects table of schema version 2"):
+        read_table(tmp_path / "schema-1.parquet", "effects")
+
+
+def test_whole_columns_make_the_same_table_as_records() -> None:
     block = {
         "experiment": "ablate",
         "document": np.array([3, 1]),
@@ -68,10 +89,42 @@ def test_whole_columns_make_the_same_table_as_rows() -> None:
         "value": np.array([0.5, 1.5]),
     }
     table = frame("effects", [block, block])
-    row = {"experiment": "ablate", "document": 1, "layer": None, "value": 1.5}
-    assert table[1].equals(frame("effects", [row]))
+    record = {"experiment": "ablate", "document": 1, "layer": None, "value": 1.5}
+    assert table[1].equals(frame("effects", [record]))
     assert len(table) == 4
+    mixed = frame("effects", [record, block, record])
+    assert mixed["document"].to_list() == [1, 3, 1, 1], "in their order"
+    assert mixed[0].equals(mixed[2])
     assert frame("effects", []).schema == pl.Schema(TABLES["effects"])
+
+
+def test_a_stamp_gives_what_a_block_leaves_out_and_no_more() -> None:
+    stamp = {"seed": 42, "task": "piqa"}
+    records: list[Block] = [{"value": 1.0}, {"value": 2.0, "seed": 7}, {"value": 3.0, "seed": None}]
+    columns = {"value": np.array([4.0, 5.0]), "seed": np.array([8, 9])}
+    table = frame("results", [*records, columns], stamp)
+    assert table["seed"].to_list() == [42, 7, None, 8, 9]
+    assert set(table["task"]) == {"piqa"}
+
+
+def test_a_column_that_no_table_has_is_our_own_defect() -> None:
+    for block in ({"k": 3, "value": 1.0}, {"k": np.array([3]), "value": np.array([1.0])}):
+        with pytest.raises(AssertionError, match=r"unknown columns \{'k'\}"):
+            frame("results", [block])
+
+
+def test_a_unit_has_its_kind_layer_and_head() -> None:
+    units = [Unit("head", 1, 3), Unit("ffn", 0), Unit("head", 2, 0)]
+    blocks = unit_blocks(units, {"value": np.array([0.1, 0.2, 0.3])}, task="piqa", metric="acc_drop")
+    table = frame("results", blocks)
+    columns = ["kind", "layer", "head", "heads_removed", "ffns_removed", "value"]
+    assert table.select(columns).rows() == [
+        ("head", 1, 3, 1, 0, 0.1),
+        ("head", 2, 0, 1, 0, 0.3),
+        ("ffn", 0, None, 0, 1, 0.2),
+    ]
+    assert set(table["ablation"]) == {"zero"}
+    assert unit_blocks([], {"value": np.array([])}) == []
 
 
 def test_parts_are_made_once_and_broken_ones_named(tmp_path: Path) -> None:
@@ -189,7 +242,7 @@ def test_documents_of_a_passage_are_drawn_together() -> None:
 
 
 def test_the_mean_over_tasks_counts_em_as_accuracy_and_needs_all_tasks() -> None:
-    def row(task: str, metric: str, value: float) -> dict[str, object]:
+    def record(task: str, metric: str, value: float) -> dict[str, object]:
         return {
             "task": task,
             "metric": metric,
@@ -198,10 +251,11 @@ def test_the_mean_over_tasks_counts_em_as_accuracy_and_needs_all_tasks() -> None
             "chance": 0.2,
             "documents": 5,
             "shots": 0,
+            "exact": True,
         }
 
-    rows = [row("a", "acc", 0.4), row("b", "em", 0.8), row("b", "f1", 0.9)]
-    (mean,) = over_tasks(frame("results", rows)).to_dicts()
+    records = [record("a", "acc", 0.4), record("b", "em", 0.8), record("b", "f1", 0.9)]
+    (mean,) = over_tasks(frame("results", records)).to_dicts()
     assert (mean["task"], mean["metric"], mean["documents"]) == ("aggregate", "acc", 10)
     assert mean["value"] == pytest.approx(0.6)
     assert mean["stderr"] == pytest.approx(np.sqrt(0.02) / 2)

@@ -10,7 +10,7 @@ import polars as pl
 
 from lowmem_icl import __version__
 from lowmem_icl.masks.files import MaskFile, write_mask
-from lowmem_icl.protocols import AGGREGATE
+from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.session.folder import RunFolder
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import MaskResult, StageResult
@@ -80,7 +80,7 @@ class Publisher:
     def _mask_file(self, made: MaskResult) -> MaskFile:
         tasks = [made.task]
         if made.task == AGGREGATE:
-            tasks = list(dict.fromkeys(task.task for task in self._prepared.train))
+            tasks = list(dict.fromkeys(task.task for task in self._prepared.train if in_domain(task.task)))
         fields = {
             "method": made.method,
             "tasks": tasks,

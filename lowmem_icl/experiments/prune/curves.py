@@ -209,7 +209,11 @@ def _mask_results(
                 continue
             # Random draws are the same for all tasks; they say what they leave of the first.
             name, shots = point.donor or TaskShots(task.task, task.shots)
-            every = sum(count for (_, of_shots), count in train.items() if of_shots == shots)
+            every = sum(
+                count
+                for (task_name, of_shots), count in train.items()
+                if of_shots == shots and in_domain(task_name)
+            )
             after = scores.get((name, shots, point.name), {})
             before = {
                 metric: after[metric] + after[f"{metric}_drop"]
