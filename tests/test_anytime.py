@@ -100,11 +100,6 @@ def test_a_screened_run_marks_what_is_estimated_and_says_how_far_that_agrees(
     assert set(estimated["method"]) == {"attribution"}
     both = exact.join(whole_rows.filter(pl.col("metric") == "gold_logprob_drop"), on=keys, nulls_equal=True)
     assert (both["value"] == both["value_right"]).all(), "exact ones are those of a whole run"
-    of_units = drops.group_by(*keys[1:]).agg(pl.col("exact").all(), pl.col("value").mean())
-    means = all_drops.filter(pl.col("task") == "aggregate").join(of_units, on=keys[1:], nulls_equal=True)
-    assert len(means) == 2 * 36
-    assert (means["exact"] == means["exact_right"]).all(), "a mean is exact where each task's drop is"
-    np.testing.assert_allclose(means["value"], means["value_right"])
     importance = read_table(out / "results.parquet", "results").filter(pl.col("metric") == "attribution")
     both = estimated.join(importance, on=keys, nulls_equal=True)
     assert len(both) == len(estimated)
