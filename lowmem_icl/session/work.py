@@ -174,7 +174,8 @@ class Work:
                 GradientJob(task.packed.rows, partial(best_gold, task), mask)
                 for task, mask in zip(packed, part.masks, strict=True)
             ]
-            cost = gradients_cost([task.packed for task in packed], skeleton.layers)
+            # The vocabulary's share is not reported as progress.
+            cost = replace(gradients_cost([task.packed for task in packed], skeleton.layers), answers=0)
             with self._counted(part.label, cost) as advance:
                 unit_gradients(self._setup(advance, draft), jobs, gradients)
             return _by_job(gradients)
