@@ -18,7 +18,7 @@ from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.engine.unit_gradients import UnitGradients
 from lowmem_icl.experiments.order import STAGES, run_stages
 from lowmem_icl.options import RunOptions
-from lowmem_icl.planning.costs import planned_work
+from lowmem_icl.planning.costs import largest_sweeps, planned_work, row_lengths
 from lowmem_icl.session.prepare import Prepared, prepare
 from lowmem_icl.session.publish import Publisher
 from lowmem_icl.session.result import StageResult
@@ -198,6 +198,90 @@ def test_a_run_that_was_cut_by_its_hours_continues_with_what_the_plan_says_is_le
     second = played(prepared, finished=set(first.finished))
     assert not any(result.unfinished for _, result, is_over in run_stages(second, {}, frozenset()) if is_over)
     assert [described(part) for part in left] == [described(part) for part in second.asked]
+
+
+def last_results(work: PlayedWork, postponed: frozenset[str] = frozenset()) -> dict[str, StageResult]:
+    """What every stage ends with."""
+    return {stage.name: result for stage, result, is_over in run_stages(work, {}, postponed) if is_over}
+
+
+def test_a_stage_that_waits_asks_for_nothing_and_says_so() -> None:
+    work = played(prepared_for())
+    results = last_results(work, frozenset({"prune"}))
+    waiting = "prune: waits until the ablations are done; the same command continues"
+    assert {name: result.unfinished for name, result in results.items() if result.unfinished} == {
+        "prune": waiting
+    }
+    assert not [part.name for part in work.asked if part.name.startswith(("prune", "curves"))]
+    assert results["prune"].results.is_empty()
+    # Those behind it go on with what there is.
+    induction = results["induction"].results
+    assert len(induction.filter(pl.col("procedure") == "capacity"))
+    assert induction.filter((pl.col("procedure") == "capacity") & pl.col("mask").is_not_null()).is_empty()
+    assert len(results["overlap"].results)
+
+
+def test_without_what_screens_nothing_is_ablated() -> None:
+    prepared = prepared_for(
+        experiments=("evaluate", "importance", "ablate", "overlap"), screen="attribution", exact=5
+    )
+    work = played(prepared, allowed=1)
+    results = last_results(work)
+    assert [part.name for part in work.asked] == ["evaluate-000000"]
+    assert not results["evaluate"].unfinished
+    for name in ("importance", "ablate"):
+        assert results[name].unfinished.startswith(f"{name}: the time was over before it was finished")
+        assert results[name].results.is_empty()
+    assert results["overlap"].warnings == (
+        "overlap: no rankings to compare; run it with importance or ablate",
+    )
+
+
+def test_ablations_that_are_cut_tell_how_far_they_came_and_show_it() -> None:
+    prepared = prepared_for(experiments=("evaluate", "importance", "ablate", "overlap"), train_limit=6)
+    results = last_results(played(prepared, allowed=4))
+    sentence = "ablate: the time was over after 2 of 6 documents per task; the same command continues"
+    assert results["ablate"].unfinished == sentence
+    singles = results["ablate"].results.filter(pl.col("procedure") == "single")
+    assert set(singles.filter(pl.col("task") != "aggregate")["documents"]) == {2}
+    assert results["ablate"].effects["document"].n_unique() > 1
+    methods = set(results["overlap"].results["method"])
+    assert methods >= {"gradient", "ablation"}, "later stages have the rankings there are"
+
+
+def test_the_lengths_that_memory_is_planned_for_are_those_of_the_rows() -> None:
+    prepared = prepared_for(experiments=("evaluate", "importance", "ablate", "induction"))
+    planned = planned_work(prepared)
+    packed = {
+        (task.task, task.shots, name): prepared.pack(task, gold_only=name == "importance").packed
+        for name in ("evaluate", "train", "importance")
+        for task in getattr(prepared, name)
+    }
+    in_sweeps = [row for rows in packed.values() for row in rows.rows]
+    longest = max(len(row) + (0 if row.stem is None else len(row.stem)) for row in in_sweeps)
+    lengths = row_lengths(prepared, planned)
+    sequences = [len(tokens) for tokens in prepared.random_sequences(42).repeated]
+    assert lengths.longest == max(longest, *sequences)
+    assert min(map(len, in_sweeps)) <= lengths.mean <= longest
+    without = [work for work in planned if work.stage.name != "induction"]
+    assert row_lengths(prepared, without).longest <= longest
+    # Where nothing is left to do, by a row of the clean evaluation.
+    assert 0 < row_lengths(prepared, []).longest <= longest
+
+
+def test_memory_is_dealt_out_by_the_largest_sweep_of_every_stage_that_is_known() -> None:
+    prepared = prepared_for(train_limit=6)
+    planned = planned_work(prepared)
+    sweeps = {part.name for part in largest_sweeps(prepared, planned)}
+    ablate = [part for work in planned if work.stage.name == "ablate" for part in work.parts]
+    documents = {
+        part.name: sum(len(job.task.documents[job.documents]) for job in part.jobs)
+        for part in ablate
+        if isinstance(part, SweepPart)
+    }
+    most = max(documents.values())
+    assert sweeps - {"evaluate-000000"} <= {name for name, n in documents.items() if n == most}
+    assert len(sweeps) == 2, "what searches and induction ask for is not known beforehand"
 
 
 def test_means_over_tasks_leave_out_what_is_out_of_domain_in_every_experiment(tmp_path: Path) -> None:
