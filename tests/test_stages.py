@@ -249,6 +249,22 @@ def test_ablations_that_are_cut_tell_how_far_they_came_and_show_it() -> None:
     assert methods >= {"gradient", "ablation"}, "later stages have the rankings there are"
 
 
+def test_curves_are_for_later_stages_where_the_searches_behind_them_are_cut() -> None:
+    prepared = prepared_for(curves=("heads",))
+    whole = played(prepared)
+    last_results(whole)
+    first_step = next(number for number, part in enumerate(whole.asked) if part.name == "prune-00000")
+    cut = played(prepared, allowed=first_step + 1, finished={"induction", "induction-evaluate"})
+    results = last_results(cut)
+    assert results["prune"].unfinished.startswith("prune: the time was over")
+    assert not results["induction"].unfinished
+    curves = {made.name for made in results["prune"].masks}
+    assert curves
+    induction = results["induction"].results
+    of_masks = induction.filter((pl.col("procedure") == "capacity") & pl.col("mask").is_not_null())
+    assert set(of_masks["mask"]) == curves
+
+
 def test_the_lengths_that_memory_is_planned_for_are_those_of_the_rows() -> None:
     prepared = prepared_for(experiments=("evaluate", "importance", "ablate", "induction"))
     planned = planned_work(prepared)

@@ -85,8 +85,9 @@ def run_stages(
             try:
                 timed = replace(work, deadline=deadlines.get(stage.name, float("inf")))
                 for latest in stage.run(timed, **stage.given(results)):
+                    # Also where it is cut: later stages go on with what there is.
+                    results[stage.name] = latest
                     yield stage, latest, False
-                results[stage.name] = latest
             except OutOfTime:
                 sentence = (
                     f"{stage.name}: the time was over before it was finished; the same command continues"
