@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import invoke
+from commands import HASTE, invoke
 from conftest import make_checkpoint, small_config
 from demo_scores import DEMO
 from safetensors.torch import save_file
@@ -27,7 +27,8 @@ SHARD_BYTES = 20_000_000
 
 # Every command runs twice: first on a tiny model, so that what counts is the work and not what libraries
 # load.
-CHILD = """
+CHILD = f"""
+{HASTE}
 import contextlib, io, json, sys
 from lowmem_icl.cli.app import app
 from lowmem_icl.system.machine import peak_resident_bytes
