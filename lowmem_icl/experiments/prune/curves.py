@@ -33,6 +33,14 @@ NO_RANKINGS = "prune: curves remove units by their importance; run them with imp
 
 Points = list[list[CurvePoint]]
 
+# By a task's metric, what it lost; a task's own metric counts as its accuracy.
+DROPS = {
+    "acc": "acc_drop",
+    "em": "acc_drop",
+    "gold_logprob": "gold_logprob_drop",
+    "gold_prob": "gold_prob_drop",
+}
+
 
 def parts(prepared: Prepared, rankings: Rankings) -> list[Part]:
     """Return the work of all curves asked for by these rankings."""
@@ -215,11 +223,7 @@ def _mask_results(
                 if of_shots == shots and in_domain(task_name)
             )
             after = scores.get((name, shots, point.name), {})
-            before = {
-                metric: after[metric] + after[f"{metric}_drop"]
-                for metric in ("acc", "gold_logprob", "gold_prob")
-                if metric in after
-            }
+            before = {metric: after[metric] + after[DROPS[metric]] for metric in DROPS if metric in after}
             kept = {metric: value for metric, value in after.items() if not metric.endswith("_drop")}
             made[point.name] = MaskResult(
                 point.name,
