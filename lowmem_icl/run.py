@@ -101,7 +101,15 @@ def _run_stages(
             StreamedModel(prepared.store, device=device, resident_bytes=memory.resident_bytes)
         )
         cache = stack.enter_context(CleanCache(memory.cache_bytes, memory.spill_bytes, opened.parts_folder))
-        work = Work(prepared, model, plan.limits, cache, opened.parts, audience.progress)
+        work = Work(
+            prepared,
+            model,
+            plan.limits,
+            cache,
+            opened.parts,
+            audience.progress,
+            wants_results=publisher.is_due,
+        )
         now = time.monotonic()
         deadlines = {name: now + seconds for name, seconds in plan.stop_after.items()}
         started, read_bytes = now, model.read_bytes

@@ -72,9 +72,13 @@ class Publisher:
         self._write_page(folder)
         self._published = time.monotonic()
 
+    def is_due(self) -> bool:
+        """Tell whether the last page was a while ago."""
+        return time.monotonic() - self._published >= SECONDS_BETWEEN_PAGES
+
     def publish_if_due(self) -> None:
         """Write everything, unless that was done a moment ago."""
-        if time.monotonic() - self._published >= SECONDS_BETWEEN_PAGES:
+        if self.is_due():
             self.publish()
 
     def _mask_file(self, made: MaskResult) -> MaskFile:

@@ -13,6 +13,7 @@ import json
 import logging
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ logger = logging.getLogger(__name__)
 Arrays = Mapping[str, NDArray[Any]]
 
 FOLDER = "texts"
+RECENT_BYTES = 16 << 20
+"""How much of the rows used last stays in memory."""
+# Token, position, end and owner, as int64, and a little for the answers.
+ROW_TOKEN_BYTES = 48
 _TYPES = {"BOOL": np.bool_, "U8": np.uint8, "I32": np.int32, "I64": np.int64}
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
@@ -44,6 +49,7 @@ class KeptTexts:
         self.folder = folder
         self._in_memory: dict[Path, Arrays] = {}
         self._outlines: dict[Path, PackedRows] = {}
+        self._recent: OrderedDict[Path, PackedRows] = OrderedDict()
 
     def table(self, key: str, make: Callable[[], Arrays], *, again: bool = False) -> tuple[PromptTable, str]:
         """Return the prompts of a key and a digest of them; those on disk, unless they are to be made
@@ -71,7 +77,12 @@ class KeptTexts:
     def rows(self, key: str, name: str, plan: Callable[[], PackedRows]) -> PackedRows:
         """Return rows by name, laid out by `plan` where that was never done."""
         path = self.folder / key / f"rows-{name}.npz"
-        return self._kept(path, rows_of_arrays) or self._keep(path, plan())
+        rows = self._recent.pop(path, None) or self._kept(path, rows_of_arrays) or self._keep(path, plan())
+        self._recent[path] = rows
+        # A search asks for the same few rows at every step.
+        while len(self._recent) > 1 and sum(map(_size_bytes, self._recent.values())) > RECENT_BYTES:
+            self._recent.popitem(last=False)
+        return rows
 
     def outline(self, key: str, name: str, plan: Callable[[], PackedRows]) -> PackedRows:
         """Return outlines of the rows by name: their sizes and no content, of which nothing more is read."""
@@ -104,6 +115,11 @@ class KeptTexts:
             logger.info("%s cannot be kept (%s); its rows stay in memory", path, error)
             self._in_memory[path] = arrays
         return rows
+
+
+def _size_bytes(rows: PackedRows) -> int:
+    """Return about how much memory rows take."""
+    return ROW_TOKEN_BYTES * rows.token_count
 
 
 def digest_of(arrays: Arrays) -> str:

@@ -118,7 +118,8 @@ Part = SweepPart | GradientsPart | HeadScoresPart
 class Work:
     """What executes the parts of a stage: the model, the memory for residuals, and where finished parts are.
 
-    `deadline`: the time by `clock` at which the stage must stop.
+    `deadline`: the time by `clock` at which the stage must stop. `wants_results`: whether anybody would look
+    at what there is before a stage is over; it costs seconds to compute.
     """
 
     prepared: Prepared
@@ -129,6 +130,7 @@ class Work:
     progress: Progress
     deadline: float = float("inf")
     clock: Callable[[], float] = time.monotonic
+    wants_results: Callable[[], bool] = lambda: True
 
     def check_time(self) -> None:
         """Raise OutOfTime where the stage's time is over."""

@@ -140,7 +140,8 @@ def run(work: Work, importance: ImportanceResult | None) -> Iterator[StageResult
             return
         for job, score in zip(part.jobs, scores, strict=True):
             done[next(index for index, task in enumerate(tasks) if task is job.task)].append(score)
-        if number + 1 < len(sweeps) and not work.parts.has(sweeps[number + 1].name):
+        is_new = number + 1 < len(sweeps) and not work.parts.has(sweeps[number + 1].name)
+        if is_new and work.wants_results():
             yield _result(work.prepared, selected, done)
     yield _result(work.prepared, selected, done)
 
