@@ -198,8 +198,8 @@ def paper_run(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
     """A run of all curves, small."""
     folder = tmp_path_factory.mktemp("curves")
     result = invoke(
-        "run", "--tasks", "recall,category,knowledge", "--shots", "0,4", "--limit", 12, "--train-limit", 4,
-        "--curve-limit", 8, "--experiments", "evaluate,importance,ablate,prune", "--random-draws", 2,
+        "run", "--tasks", "recall,category,knowledge", "--shots", "0,4", "--limit", 24, "--train-limit", 8,
+        "--curve-limit", 16, "--experiments", "evaluate,importance,ablate,prune", "--random-draws", 2,
         "--rescore", "--curves", "heads,ffns,combined,transfer,cross-shot,random", "--direction", "up",
         "--order", "joint", "--store-dir", stores, "--out", folder / "run", "--quiet",
     )  # fmt: skip
@@ -227,7 +227,7 @@ def test_every_curve_is_there_with_all_its_levels(paper_run: Path) -> None:
         "knowledge",
         "aggregate",
     }
-    assert set(curves["documents"].drop_nulls()) == {8, 24}
+    assert set(curves["documents"].drop_nulls()) == {16, 48}
 
 
 def test_a_point_is_what_an_evaluation_of_its_mask_says(
@@ -236,7 +236,7 @@ def test_a_point_is_what_an_evaluation_of_its_mask_says(
     name = "gradient-heads-50-recall-4shot"
     result = invoke(
         "evaluate", "--mask", paper_run / "run" / "masks" / f"{name}.json", "--tasks", "recall", "--shots", 4,
-        "--limit", 8, "--store-dir", stores, "--out", tmp_path / "alone", "--quiet",
+        "--limit", 16, "--store-dir", stores, "--out", tmp_path / "alone", "--quiet",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     alone = read_table(tmp_path / "alone" / "results.parquet", "results").filter(pl.col("mask") == name)
