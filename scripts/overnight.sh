@@ -15,7 +15,7 @@ mkdir -p "$out"
 exec > >(tee -a "$out/overnight.log") 2>&1
 
 printf '\n%s  %s, %s hours\n' "$(date -u +%FT%TZ)" "$model" "$hours"
-lowmem-icl plan --config "$config" --model "$model" --hours "$hours" "$@" || exit $?
+lowmem-icl plan --config "$config" --model "$model" --hours "$hours" --out "$out" "$@" || exit $?
 lowmem-icl run --config "$config" --model "$model" --hours "$hours" --out "$out" "$@"
 status=$?
 case $status in

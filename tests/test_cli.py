@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -354,3 +355,15 @@ def test_amounts_are_short() -> None:
         "12 days",
     ]
     assert rate_text(5e6, "bytes") == "5 MB/s"
+
+
+def test_a_mask_named_like_the_clean_run_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    source = read_mask(PACKAGE.parent / "masks" / "demo" / "greedy-recall-16shot.json")
+    write_mask(tmp_path / "m.json", replace(source, name="clean"))
+    out = tmp_path / "out"
+    result = invoke(
+        "evaluate", "--mask", tmp_path / "m.json", "--tasks", "recall", "--limit", 2, "--out", out
+    )
+    assert result.exit_code == 2
+    assert "'clean' is what the run without a mask is called" in result.stderr
+    assert not out.exists()

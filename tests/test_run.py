@@ -136,6 +136,32 @@ def test_nothing_need_be_parsed_out_of_a_masks_name(small_run: Path) -> None:
     }
 
 
+def test_plan_says_what_is_left_of_a_run_that_was_begun(
+    small_run: Path, stores: Path, tmp_path: Path
+) -> None:
+    def planned(out: Path) -> dict[str, int]:
+        result = invoke("plan", *SMALL, "--store-dir", stores, "--out", out, "--json")
+        assert result.exit_code == 0, result.output
+        return {stage["experiment"]: stage["operations"] for stage in json.loads(result.stdout)["stages"]}
+
+    whole, left = planned(tmp_path / "new"), planned(small_run)
+    assert whole.keys() == {"evaluate", "importance", "ablate", "prune", "induction"}
+    assert not left
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_never_writes_to_a_store(stores: Path, tmp_path: Path) -> None:
+    def files() -> dict[str, tuple[int, int]]:
+        kept = [path for path in stores.rglob("*") if path.is_file() and "texts" not in path.parts]
+        return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in kept}
+
+    before = files()
+    more = ("--experiments", "importance", "--limit", 2, "--train-limit", 2)
+    assert run_small(tmp_path / "out", stores, *more).exit_code == 0
+    assert before
+    assert files() == before
+
+
 def test_run_json_tells_what_each_session_did(small_run: Path) -> None:
     record = json.loads((small_run / "run.json").read_text())
     assert record["format"] == "lowmem-icl-run/2"

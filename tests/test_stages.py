@@ -17,13 +17,24 @@ from lowmem_icl.engine.head_scores import HeadScores
 from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.engine.unit_gradients import UnitGradients
 from lowmem_icl.experiments.order import STAGES, run_stages
-from lowmem_icl.options import RunOptions
+from lowmem_icl.options import EXPERIMENTS, RunOptions
 from lowmem_icl.planning.costs import largest_sweeps, planned_work, row_lengths
+from lowmem_icl.planning.measure import Rates
+from lowmem_icl.planning.plan import make_plan
 from lowmem_icl.session.prepare import Prepared, prepare
 from lowmem_icl.session.publish import Publisher
 from lowmem_icl.session.result import StageResult
 from lowmem_icl.session.work import GradientsPart, HeadScoresPart, OutOfTime, Part, SweepPart, Work
 
+RATES = Rates(
+    call_seconds=0,
+    attention_seconds=1e-6,
+    projection_seconds=1e-6,
+    ffn_seconds=2e-6,
+    backward_seconds=1e-5,
+    answer_seconds=1e-6,
+    disk_bytes_per_second=1e12,
+)
 ALL_CURVES = ("heads", "ffns", "combined", "transfer", "cross-shot", "random")
 SMALL = {"limit": 3, "train_limit": 3, "random_draws": 2, "shots": (0, 4)}
 
@@ -108,21 +119,27 @@ def documents_of(part: Part) -> tuple[Any, ...]:
     return described(part)
 
 
+def is_curve(part: Part) -> bool:
+    return part.name.startswith("curves")
+
+
 def is_search(part: Part) -> bool:
     return part.name == "" or part.name.startswith(("prune-0", "prune-compared"))
 
 
 def all_options() -> Iterator[Mapping[str, Any]]:
-    for screen, protocol, curves in product(
-        (None, "attribution"), ("corrected", "reference"), ((), ALL_CURVES)
+    for screen, protocol, curves, shared in product(
+        (None, "attribution"), ("corrected", "reference"), ((), ALL_CURVES), (False, True)
     ):
-        yield {"screen": screen, "exact": 5 if screen else None, "protocol": protocol, "curves": curves}
+        demonstrations = {"demonstrations": "shared", "demonstration_sets": 2} if shared else {}
+        exact = 5 if screen else None
+        yield {"screen": screen, "exact": exact, "protocol": protocol, "curves": curves} | demonstrations
+    for n_experiments in range(1, len(EXPERIMENTS)):
+        yield {"experiments": EXPERIMENTS[:n_experiments]}
+        yield {"experiments": EXPERIMENTS[-n_experiments:]}
     yield {"rescore": True}
-    yield {"demonstrations": "shared", "demonstration_sets": 2}
-    yield {"experiments": ("evaluate",)}
     yield {"experiments": ("importance", "prune")}
     yield {"experiments": ("ablate", "prune", "overlap")}
-    yield {"experiments": ("induction",)}
     yield {"tasks": ("recall",), "shots": (4,)}
     yield {"direction": "up", "order": "joint"}
 
@@ -148,7 +165,11 @@ def test_the_plan_describes_what_a_run_does(changes: Mapping[str, Any]) -> None:
         if stage.name in results and not stage.rough:
             again = [part for part in stage.parts(prepared, **stage.given(results)) if not is_search(part)]
             names = {part.name for part in again}
-            assert [part for part in asked if part.name in names] == again or stage.name == "induction"
+            assert [part for part in asked if part.name in names] == again
+    if "prune" in results and prepared.options.protocol == "corrected" and not prepared.options.rescore:
+        prune = next(stage for stage in STAGES if stage.name == "prune")
+        again = [part for part in prune.parts(prepared, **prune.given(results)) if is_curve(part)]
+        assert [part for part in asked if is_curve(part)] == again
 
 
 def test_curves_are_counted_with_about_as_many_masks_as_there_are() -> None:
@@ -198,6 +219,62 @@ def test_a_run_that_was_cut_by_its_hours_continues_with_what_the_plan_says_is_le
     second = played(prepared, finished=set(first.finished))
     assert not any(result.unfinished for _, result, is_over in run_stages(second, {}, frozenset()) if is_over)
     assert [described(part) for part in left] == [described(part) for part in second.asked]
+
+
+@dataclass
+class PlayedClock:
+    """A clock that moves by what this machine would take for each part."""
+
+    seconds: float = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@dataclass(frozen=True)
+class TimedWork(PlayedWork):
+    """Work that takes as long as planned; a part that ends after the deadline is not finished."""
+
+    rates: Rates = RATES
+
+    def _ask(self, part: Part) -> np.random.Generator:
+        self.check_time()
+        if part.name not in self.finished:
+            assert isinstance(self.clock, PlayedClock)
+            cost = part.cost(self.prepared, self.limits, ())
+            self.clock.seconds += self.rates.seconds(cost, self.limits.micro_batch_tokens)
+            self.check_time()
+        return super()._ask(part)
+
+
+def timed(prepared: Prepared, limits: SweepLimits) -> TimedWork:
+    nothing: Any = None
+    parts: Any = _NoParts()
+    return TimedWork(prepared, nothing, limits, nothing, parts, nothing, clock=PlayedClock())
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.8, 1.1])
+@pytest.mark.parametrize("postponed", [False, True])
+def test_hours_reach_the_documents_that_the_plan_names(
+    share: float, postponed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowmem_icl.planning.plan.measure", lambda *_, **__: RATES)
+    pruned = ("prune",) if postponed else ()
+    prepared = prepared_for(experiments=("evaluate", "importance", "ablate", *pruned), train_limit=12)
+    seconds = {stage.experiment: stage.seconds for stage in make_plan(prepared).stages}
+    hours = (seconds["evaluate"] + seconds["importance"] + share * seconds["ablate"]) / 3600
+    plan = make_plan(prepared, hours=hours)
+    (ablate,) = (stage for stage in plan.stages if stage.experiment == "ablate")
+    work = timed(prepared, plan.limits)
+    results: dict[str, StageResult] = {}
+    for stage, result, _ in run_stages(work, plan.stop_after, plan.postponed):
+        results[stage.name] = result
+    sweeps = [part for part in work.asked if isinstance(part, SweepPart)]
+    reached = [part.documents for part in sweeps if part.name.startswith("ablate-")]
+    assert ablate.documents == (None if share > 1 else max(reached, default=0))
+    assert bool(results["ablate"].unfinished) == (share < 1)
+    assert plan.postponed == (frozenset({"prune"}) if postponed else frozenset())
+    assert not any(is_search(part) for part in work.asked)
 
 
 def last_results(work: PlayedWork, postponed: frozenset[str] = frozenset()) -> dict[str, StageResult]:

@@ -93,7 +93,8 @@ def run(given: GivenOptions, quiet: QuietOption = False, as_json: JsonOption = F
 def plan(given: GivenOptions, quiet: QuietOption = False, as_json: JsonOption = False) -> None:
     """Say what `run` with the same options would read, hold, compute and take, before anything starts.
 
-    Nothing is converted and no weights are fetched; two seconds go into measuring this machine.
+    Nothing is converted and no weights are fetched; two seconds go into measuring this machine. Of a run
+    that was begun, it is what is left.
 
     lowmem-icl plan --model facebook/opt-66b --memory 12GB
     """
@@ -101,10 +102,12 @@ def plan(given: GivenOptions, quiet: QuietOption = False, as_json: JsonOption = 
     from lowmem_icl.cli.plan import show_plan
     from lowmem_icl.cli.terminal import Terminal
     from lowmem_icl.planning.plan import make_plan
+    from lowmem_icl.session.folder import check_output, parts_of
     from lowmem_icl.session.prepare import prepare
 
     terminal = Terminal(quiet)
-    planned = make_plan(prepare(options, progress=terminal.progress), hours=options.hours)
+    finished = parts_of(check_output(options)).has
+    planned = make_plan(prepare(options, progress=terminal.progress), hours=options.hours, finished=finished)
     if as_json:
         _print_json(planned.as_record())
     else:

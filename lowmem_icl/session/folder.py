@@ -93,6 +93,11 @@ def check_output(options: RunOptions) -> Path:
     return folder
 
 
+def parts_of(folder: Path) -> Parts:
+    """Return the finished pieces of a run's work, none where it was not begun."""
+    return Parts(folder / "parts")
+
+
 def _check_writable(flag: str, folder: Path) -> None:
     try:
         existing = existing_folder(folder)
@@ -120,7 +125,7 @@ class RunFolder:
 
     def __init__(self, path: Path, identity: Identity, earlier: dict[str, Any] | None) -> None:
         self.path = path
-        self.parts = Parts(path / "parts")
+        self.parts = parts_of(path)
         self.record: dict[str, Any] = earlier or {"format": RUN_FORMAT, "sessions": []}
         self.session: dict[str, Any] = {}
         self._identity = identity
