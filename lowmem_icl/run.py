@@ -54,17 +54,18 @@ def run(
     """Do everything that the options ask for; parts finished by an earlier run of the same options are
     reused.
 
-    With `mask_files` only `evaluate` runs, clean and under each of them. Tables and page are written whenever
-    an experiment is over, and from time to time while ablations go on. Raises InputError, DoesNotFit or InUse
+    With `mask_files` only `evaluate` runs, clean and under each of them. Tables and page are written at the
+    end, and before that whenever the last ones are two minutes old. Raises InputError, DoesNotFit or InUse
     before any long work; on Ctrl-C, and when --hours are over, what is finished stays.
     """
     started = time.monotonic()
     folder = check_output(options)
     masks = {name: mask_file.mask for name, mask_file in (mask_files or {}).items()}
     prepared = replace(prepare(options, progress=audience.progress), masks=masks)
-    check_names((task.task for task in prepared.evaluate), masks)
-    # Before a conversion of hours.
-    check_memory(prepared)
+    check_names((), masks)
+    if not prepared.store.is_written:
+        # Before a conversion of hours.
+        check_memory(prepared)
     prepared = with_store(prepared, announce=audience.announce, progress=audience.progress)
     warnings = [check_fits(mask_file, prepared.mask_model) for mask_file in (mask_files or {}).values()]
     if options.weights == "int8":
@@ -72,7 +73,9 @@ def run(
     device = resolved_device(options.device)
     identity = identity_of(options, device.type, prepared.store.manifest.digest, prepared.tasks_digest, masks)
     with open_folder(folder, identity, announce=audience.announce) as opened:
-        hours = None if options.hours is None else options.hours - (time.monotonic() - started) / 3600
+        hours = None
+        if options.hours is not None:
+            hours = max(0.0, options.hours - (time.monotonic() - started) / 3600)
         plan = make_plan(prepared, hours=hours, finished=opened.parts.has)
         audience.show_plan(plan)
         opened.begin(options, prepared, plan.as_record())
@@ -100,7 +103,7 @@ def _run_stages(
         model = stack.enter_context(
             StreamedModel(prepared.store, device=device, resident_bytes=memory.resident_bytes)
         )
-        cache = stack.enter_context(CleanCache(memory.cache_bytes, memory.spill_bytes, opened.parts_folder))
+        cache = stack.enter_context(CleanCache(memory.cache_bytes, memory.spill_bytes, opened.parts.folder))
         work = Work(
             prepared,
             model,
@@ -116,12 +119,13 @@ def _run_stages(
         for stage, result, is_over in run_stages(work, deadlines, plan.postponed):
             publisher.fold(stage.name, result)
             if is_over:
-                expected = planned.get(stage.name)
+                expected = None if stage.name in plan.postponed else planned.get(stage.name)
                 actuals = StageActuals(
                     seconds=round(time.monotonic() - started, 2),
                     planned_seconds=round(expected.seconds, 2) if expected else 0.0,
                     read_bytes=model.read_bytes - read_bytes,
                     planned_read_bytes=expected.read_bytes if expected else 0,
+                    finished=not result.unfinished,
                 )
                 opened.add_stage(stage.name, actuals)
                 publisher.write_record()

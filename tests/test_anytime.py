@@ -140,7 +140,7 @@ def test_options_that_make_no_sense_are_told(
 def test_a_run_out_of_time_keeps_whole_chunks_and_the_same_command_goes_on(
     small_run: Path, stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experiments = ["evaluate", "importance", "ablate", "overlap"]
+    experiments = ["evaluate", "importance", "ablate", "prune", "overlap"]
     out, more = tmp_path / "run", ("--experiments", ",".join(experiments))
     checks, at_work = 0, ""
     patient, swept = Work.check_time, Work.sweep
@@ -164,7 +164,12 @@ def test_a_run_out_of_time_keeps_whole_chunks_and_the_same_command_goes_on(
     assert result.exit_code == 0, result.output
     record = json.loads((out / "run.json").read_text())
     assert record["state"] == "out of time"
-    assert "ablate: the time was over after 2 of 8 documents per task" in record["warnings"][-1]
+    cut, waiting = record["warnings"][-2:]
+    assert "ablate: the time was over after 2 of 8 documents per task" in cut
+    assert "prune: waits for the ablations to finish" in waiting, "its masks depend on all of them"
+    finished = {name: stage["finished"] for name, stage in record["stages"].items()}
+    assert finished == {name: name not in ("ablate", "prune") for name in experiments}
+    assert read_table(out / "results.parquet", "results").filter(experiment="prune").is_empty()
     ablate = read_table(out / "results.parquet", "results").filter(pl.col("experiment") == "ablate")
     assert set(ablate.filter(pl.col("task") != "aggregate")["documents"]) == {2}
     assert "overlap" in record["stages"], "what follows is done with what there is"

@@ -25,7 +25,7 @@ from lowmem_icl.session.run_form import StageActuals
 from lowmem_icl.tables.schema import TABLES, read_table, write_table
 
 PLAN = {"stages": [{"experiment": name, "seconds": 2.0} for name in ("evaluate", "ablate")]}
-STAGE = StageActuals(seconds=1.5, planned_seconds=2.0, read_bytes=100, planned_read_bytes=90)
+STAGE = StageActuals(seconds=1.5, planned_seconds=2.0, read_bytes=100, planned_read_bytes=90, finished=True)
 TASK = SimpleNamespace(
     task="recall", shots=4, split="validation", documents=[0, 1], metric="acc", chance=0.1, majority=0.2
 )
@@ -57,6 +57,7 @@ def session(folder: Path, *stages: str, work: Callable[[RunFolder], None] = lamb
         opened.begin(options, PREPARED, PLAN)
         for name in stages:
             opened.add_stage(name, STAGE)
+            opened.write_record()
         work(opened)
 
 

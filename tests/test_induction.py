@@ -458,7 +458,7 @@ def test_transformer_lens_finds_the_same_heads(stores: Path) -> None:
         base_tokens=whole.base_tokens[chosen],
     )
     theirs = []
-    for repeated in demo.random_sequences(42).repeated[chosen]:
+    for repeated in demo.random_sequences.repeated[chosen]:
         tokens = torch.from_numpy(repeated)[None]
         bridge.to_tokens = lambda text, tokens=tokens: tokens
         theirs.append(detect_head(bridge, "", "induction_head").numpy())

@@ -112,10 +112,8 @@ def _variants_cost(
     return SweepCost(attention, projection, ffn, answers=answers)
 
 
-def gradients_cost(packed: Sequence[PackedRows], layers: int, blocks: int = 1) -> SweepCost:
-    """Return what the gradients of rows take: forward through all layers and back, in so many blocks."""
+def gradients_cost(packed: Sequence[PackedRows], layers: int) -> SweepCost:
+    """Return what the gradients of rows take: forward through all layers, and back."""
     tokens = layers * sum(rows.token_count for rows in packed)
     answers = sum(len(row.reads) for rows in packed for row in rows.rows)
-    return SweepCost(
-        tokens, tokens, tokens, backward_tokens=tokens, answers=answers, layers_read=2 * layers * blocks
-    )
+    return SweepCost(tokens, tokens, tokens, backward_tokens=tokens, answers=answers, layers_read=2 * layers)

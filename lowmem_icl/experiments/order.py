@@ -29,8 +29,8 @@ class Stage:
     **needs) to its result, as often as there is more to show. `expected`: a stand-in for its result before
     there is one, by which the planner describes later stages. `share`: what it gets of limited hours.
     `whole`: all it takes, the others build on it; `beside`: what it takes, as far as there is time;
-    `stretched`: it goes on while there is time; `postponed`: it waits for another run where that is too
-    little. `rough`: how much it takes depends on what it finds.
+    `stretched`: it goes on while there is time; `postponed`: it waits for another run until all it needs is
+    finished. `rough`: how much it takes depends on what it finds.
     """
 
     name: Experiment
@@ -64,6 +64,12 @@ STAGES = (
 )
 
 
+def _is_whole(work: Work, stage: Stage, results: Mapping[str, StageResult]) -> bool:
+    """Tell whether the stages that a stage needs are finished; its parts depend on all they find."""
+    asked = [name for name in stage.needs if name in work.prepared.options.experiments]
+    return all(name in results and not results[name].unfinished for name in asked)
+
+
 def run_stages(
     work: Work, deadlines: Mapping[str, float], postponed: frozenset[str]
 ) -> Iterator[tuple[Stage, StageResult, bool]]:
@@ -77,9 +83,9 @@ def run_stages(
         if stage.name not in work.prepared.options.experiments:
             continue
         latest = StageResult()
-        if stage.name in postponed:
+        if stage.name in postponed or (stage.share == "postponed" and not _is_whole(work, stage, results)):
             latest = StageResult(
-                unfinished=f"{stage.name}: waits until the ablations are done; the same command continues"
+                unfinished=f"{stage.name}: waits for the ablations to finish; the same command continues"
             )
         else:
             try:

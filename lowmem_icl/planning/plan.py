@@ -3,8 +3,9 @@ hours there are.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import NamedTuple
 
 from lowmem_icl.engine.cost import SweepCost, operations
 from lowmem_icl.engine.schedule import SweepLimits
@@ -23,10 +24,6 @@ from lowmem_icl.system.machine import device_allowance, resolved_device
 # computing.
 WAVE_SECONDS = 900.0
 COMPUTE_TO_READ = 4.0
-# Of the time left for stretched and postponed stages, the latter may take so much; else they wait for another
-# run.
-POSTPONED_SHARE = 0.5
-ROUGH_MARGIN = 1.3
 SHORTEST_MEASURED_ROW = 16
 
 
@@ -120,7 +117,7 @@ def make_plan(
     wave_tokens = _wave_tokens(store, rates, len(resident))
     counting = _Counting(prepared, rates, memory.limits(wave_tokens), resident)
     stages: list[StagePlan] = []
-    chunks: dict[str, list[tuple[int, float]]] = {}
+    chunks: dict[str, list[Chunk]] = {}
     for work in planned:
         stage, chunks[work.stage.name] = counting.stage(work)
         stages += [stage] if stage.operations else []
@@ -141,16 +138,15 @@ class _Counting:
         self._prepared, self._rates, self._limits, self._resident = prepared, rates, limits, resident
         self._has_read_resident = False
 
-    def stage(self, work: StageWork) -> tuple[StagePlan, list[tuple[int, float]]]:
-        """Return a stage's plan, and after which of its parts how many documents are done in how many
-        seconds.
-        """
+    def stage(self, work: StageWork) -> tuple[StagePlan, list["Chunk"]]:
+        """Return a stage's plan, and the documents and seconds of each of its sweeps."""
         store, cost = self._prepared.store, SweepCost()
-        chunks = []
+        chunks: list[Chunk] = []
         for part, part_cost in work.costs(self._prepared, self._limits, self._resident):
             cost += part_cost
             if isinstance(part, SweepPart):
-                chunks.append((part.documents, self.seconds(part_cost)))
+                first = part.jobs[0].documents.start or 0
+                chunks.append(Chunk(first, part.documents, self.seconds(part_cost)))
         if cost.attention_tokens and not self._has_read_resident:
             cost += SweepCost(layers_read=len(self._resident))
             self._has_read_resident = True
@@ -177,10 +173,10 @@ def _wave_tokens(store: Store, rates: Rates, n_resident: int) -> int:
     return max(1, round(max(WAVE_SECONDS, COMPUTE_TO_READ * reading) / per_token))
 
 
-def within_hours(plan: Plan, hours: float, chunks: dict[str, list[tuple[int, float]]]) -> Plan:
+def within_hours(plan: Plan, hours: float, chunks: Mapping[str, Sequence["Chunk"]]) -> Plan:
     """Return the plan with the largest programme that fits: stretched stages take what the others leave.
 
-    chunks: by experiment, after which of its parts how many documents are done, and the seconds of that part.
+    chunks: by experiment, the documents and seconds of each of its sweeps.
     """
     total = hours * 3600
     seconds = {stage.experiment: stage.seconds for stage in plan.stages}
@@ -194,32 +190,38 @@ def within_hours(plan: Plan, hours: float, chunks: dict[str, list[tuple[int, flo
             stage.name for stage in STAGES if stage.share == "whole" and stage.name in seconds
         )
         raise DoesNotFit(
-            f"--hours {hours:g}: {named} alone take about {first / 3600:.2g} hours; give --hours "
+            f"--hours: {hours:.2g} hours are left; {named} alone take about {first / 3600:.2g}; give --hours "
             f"{math.ceil(10 * first / 3600) / 10:g} or more, or fewer documents (--limit, --train-limit)"
         )
     left = max(0.0, total - first - taken("beside"))
-    postponable, stretchable = ROUGH_MARGIN * taken("postponed"), taken("stretched")
-    postpones = bool(stretchable) and postponable > max(left - stretchable, POSTPONED_SHARE * left)
-    for_stretched = left - (0.0 if postpones else min(postponable, left))
+    postpones = taken("stretched") > left
     stop_after = dict.fromkeys(seconds, total)
     stages = []
     for stage in plan.stages:
         share = next(known.share for known in STAGES if known.name == stage.experiment)
+        if share in ("stretched", "postponed"):
+            stop_after[stage.experiment] = first + left
         if share == "stretched":
-            stop_after[stage.experiment] = first + for_stretched
-            documents, is_cut = _reached(chunks[stage.experiment], for_stretched)
+            documents, is_cut = _reached(chunks[stage.experiment], left)
             if is_cut:
-                stage = replace(stage, documents=documents, seconds=min(stage.seconds, for_stretched))
+                stage = replace(stage, documents=documents, seconds=min(stage.seconds, left))
         stages.append(replace(stage, postponed=share == "postponed" and postpones))
     return replace(plan, stages=tuple(stages), hours=hours, stop_after=stop_after)
 
 
-def _reached(chunks: Sequence[tuple[int, float]], seconds: float) -> tuple[int, bool]:
+class Chunk(NamedTuple):
+    """A sweep of some documents per task: from `first` on until `documents` are done, in so many seconds."""
+
+    first: int
+    documents: int
+    seconds: float
+
+
+def _reached(chunks: Sequence[Chunk], seconds: float) -> tuple[int, bool]:
     """Return how many documents are done in so many seconds, and whether these are not all."""
-    reached, used = 0, 0.0
-    for documents, needed in chunks:
-        used += needed
+    used = 0.0
+    for chunk in chunks:
+        used += chunk.seconds
         if used > seconds:
-            return reached, True
-        reached = documents
-    return reached, False
+            return chunk.first, True
+    return chunks[-1].documents if chunks else 0, False

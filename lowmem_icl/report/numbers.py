@@ -143,7 +143,7 @@ def total_seconds(record: Mapping[str, Any]) -> float:
 def status_of(folder: Path) -> dict[str, Any]:
     """Return a run's state, finished stages, parts, best units so far and the planned time that is left."""
     record = run_record(folder)
-    stages = record.get("stages", {})
+    stages = {name: stage for name, stage in record.get("stages", {}).items() if stage["finished"]}
     planned = {stage["experiment"]: stage["seconds"] for stage in record["plan"]["stages"]}
     table = folder / "results.parquet"
     return {

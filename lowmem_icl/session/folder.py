@@ -130,11 +130,6 @@ class RunFolder:
         self.session: dict[str, Any] = {}
         self._identity = identity
 
-    @property
-    def parts_folder(self) -> Path:
-        """Folder of finished parts and of what is spilled while the run goes on."""
-        return self.parts.folder
-
     def begin(self, options: RunOptions, prepared: "Prepared", plan: Mapping[str, Any]) -> None:
         """Begin a session and write it as running: if this process is killed, the next one sees that.
 
@@ -170,10 +165,10 @@ class RunFolder:
         self.write_record()
 
     def add_stage(self, name: str, actuals: StageActuals) -> None:
-        """Note that a stage is over in this session, and write it."""
+        """Note that a stage is over in this session; `write_record` writes it."""
         self.session["stages"][name] = actuals.model_dump()
-        logger.info("%s finished in %.1f s", name, actuals.seconds)
-        self.write_record()
+        said = "finished in" if actuals.finished else "was cut after"
+        logger.info("%s %s %.1f s", name, said, actuals.seconds)
 
     def write_record(
         self, *, warnings: Sequence[str] | None = None, fields: Mapping[str, Any] | None = None
@@ -218,7 +213,7 @@ def open_folder(
             opened = RunFolder(folder, identity, earlier)
             announce(f"run folder {folder}")
             # Left by a process that was killed; the lock says that nobody uses them.
-            for leftover in opened.parts_folder.glob("residuals-*"):
+            for leftover in opened.parts.folder.glob("residuals-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             try:
                 yield opened

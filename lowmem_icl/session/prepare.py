@@ -14,6 +14,7 @@ from lowmem_icl.conversion.locate import ModelLocation, ensure_store, load_token
 from lowmem_icl.errors import InputError
 from lowmem_icl.masks.files import MaskModel
 from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.naming import check_names
 from lowmem_icl.model.families import Skeleton
 from lowmem_icl.model.store import Store
 from lowmem_icl.options import DEMO, RunOptions
@@ -123,17 +124,17 @@ class Prepared:
         name = hashlib.sha256(packing + counts.tobytes() + numbers.tobytes()).hexdigest()[:24]
         return keep(kept.key, name, lambda: packed(task, options, gold_only=gold_only))
 
-    def random_sequences(self, seed: int) -> RandomSequences:
-        """Draw the sequences that heads are scored on; raise InputError where the model allows none."""
+    @cached_property
+    def random_sequences(self) -> RandomSequences:
+        """The sequences that heads are scored on; raises InputError where the model allows none."""
         tokenizer = load_tokenizer(self.store.tokenizer_folder)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         form = {} if backend is None else json.loads(backend.to_str())
         skeleton = self.skeleton
         drawable = drawable_ids(form, tokenizer.all_special_ids, skeleton.vocabulary)
         bos = tokenizer.bos_token_id
-        return random_sequences(
-            drawable, self.limits.empty_context if bos is None else bos, skeleton.context_tokens, seed
-        )
+        first = self.limits.empty_context if bos is None else bos
+        return random_sequences(drawable, first, skeleton.context_tokens, self.options.seed)
 
     @cached_property
     def tasks_digest(self) -> str:
@@ -277,6 +278,7 @@ def prepare(options: RunOptions, *, progress: Progress = unseen) -> Prepared:
     maker = _TextMaker(options, limits, text_tokeniser(tokenizer), digest, texts)
     tables: dict[TaskKey, KeptTable] = {}
     documents: dict[str, list[TaskRows]] = {name: [] for name in part_limits(options)}
+    check_names(task_names(options))
     wanted = [(task, shots) for task in open_tasks(options) for shots in options.resolved_shots]
     with progress("texts", len(wanted), "tasks") as advance:
         for task, shots in wanted:

@@ -20,7 +20,7 @@ class _Form(BaseModel):
 
 
 class StageActuals(BaseModel):
-    """What a stage took and what was planned for it, in one session or in all."""
+    """What a stage took and what was planned for it, in one session or in all; whether it is finished."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
@@ -28,6 +28,7 @@ class StageActuals(BaseModel):
     planned_seconds: float
     read_bytes: int
     planned_read_bytes: int
+    finished: bool
 
     def __add__(self, other: "StageActuals") -> "StageActuals":
         return StageActuals(
@@ -35,6 +36,7 @@ class StageActuals(BaseModel):
             planned_seconds=round(self.planned_seconds + other.planned_seconds, 2),
             read_bytes=self.read_bytes + other.read_bytes,
             planned_read_bytes=self.planned_read_bytes + other.planned_read_bytes,
+            finished=other.finished,
         )
 
 

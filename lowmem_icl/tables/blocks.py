@@ -1,7 +1,7 @@
 """The one way from numbers to a table: blocks of columns, stamped with what all of them share."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -95,8 +95,3 @@ def _with_derived(results: pl.DataFrame) -> pl.DataFrame:
         labels=pl.when(pl.col("shots") > 0).then(pl.lit("right")),
         ablation=pl.when(removed > 0).then(pl.lit("zero")),
     )
-
-
-def records(results: pl.DataFrame) -> Iterator[dict[str, Any]]:
-    """Yield a table's records as plain values."""
-    return results.iter_rows(named=True)

@@ -56,7 +56,7 @@ def copying_form(options: RunOptions) -> CopyingForm:
 def head_questions(prepared: Prepared) -> HeadQuestions:
     """Return the rows that heads are scored on."""
     options = prepared.options
-    sequences = prepared.random_sequences(options.seed)
+    sequences = prepared.random_sequences
     return HeadQuestions(
         tuple(stem_of(tokens.tolist()) for tokens in sequences.repeated),
         tuple(stem_of(tokens.tolist()) for tokens in sequences.unrepeated),
@@ -120,7 +120,7 @@ def run(
         ),
     ]
     results = blocks.frame("results", found, stamp(prepared, "induction"))
-    record = {"induction": prepared.random_sequences(prepared.options.seed).as_record()}
+    record = {"induction": prepared.random_sequences.as_record()}
     scored = StageResult(results=results, record=record)
     yield scored
     removed = _remove_heads(work, scores)

@@ -18,8 +18,9 @@ def run(work: Work, importance: StageResult | None, ablate: StageResult | None) 
     """Compare every two rankings that differ in one thing only."""
     rankings, prepared = rankings_of(importance, ablate), work.prepared
     found = measure.overlap_records(rankings.heads, rankings.documents, prepared.options.seed)
+    asked = {"importance", "ablate"} & set(prepared.options.experiments)
     missing = "overlap: no rankings to compare; run it with importance or ablate"
     yield StageResult(
         results=blocks.frame("results", found, stamp(prepared, "overlap")),
-        warnings=() if rankings.heads else (missing,),
+        warnings=() if rankings.heads or asked else (missing,),
     )

@@ -94,8 +94,7 @@ def curve_rankings(
     """Return what there is to prune by; FFNs by the oracle where each was removed alone, else by their
     gradients.
     """
-    exact = {key: scores for key, scores in rankings.ffns.items() if key.method == "ablation"}
-    exact = dict(by_evaluation) or exact
+    exact = dict(by_evaluation) or _exact_ffns(prepared, rankings)
     ffns = {**rankings.ffns, **exact}
     method = "ablation" if exact else "gradient"
     for shots in prepared.options.resolved_shots if exact else ():
@@ -104,6 +103,12 @@ def curve_rankings(
             ffns[RankingKey(AGGREGATE, shots, method)] = mean_of_ranks(members)
     donors = tuple(dict.fromkeys(task.task for task in prepared.train if in_domain(task.task)))
     return CurveRankings(rankings.heads, ffns, method, donors)
+
+
+def _exact_ffns(prepared: Prepared, rankings: Rankings) -> dict[RankingKey, Values]:
+    """Return what removing each FFN alone costs, [L] by task; none where a screen left some task out."""
+    exact = {key: scores for key, scores in rankings.ffns.items() if key.method == "ablation"}
+    return exact if len(exact) == len(prepared.train) else {}
 
 
 def _points(prepared: Prepared, rankings: CurveRankings) -> Points:
@@ -139,7 +144,7 @@ def _ranks_ffns_by_evaluation(prepared: Prepared, rankings: Rankings) -> bool:
     was removed.
     """
     asked = prepared.options.protocol_choices.ffns_by_evaluation
-    return asked and any(key.method == "ablation" for key in rankings.ffns)
+    return asked and bool(_exact_ffns(prepared, rankings))
 
 
 def _ffn_parts(prepared: Prepared) -> list[SweepPart]:
@@ -228,7 +233,7 @@ def _mask_results(
             made[point.name] = MaskResult(
                 point.name,
                 point.mask,
-                point.method.partition("-")[0],
+                point.ranking,
                 name,
                 shots,
                 train.get((name, shots), every),

@@ -341,6 +341,6 @@ class _StepScorer:
 
     def _objective(self, job: MaskedDocuments, score: Scores) -> Values:
         """Return the objective of a job's documents under its masks, [M, N]."""
-        prepared = self._work.prepared
-        scored = document_scores(prepared.pack(job.task, job.documents).task, score.logprobs, score.greedy)
-        return scored[prepared.options.objective]
+        task = replace(job.task, documents=job.task.documents[job.documents])
+        scored = document_scores(task, score.logprobs, score.greedy)
+        return scored[self._work.prepared.options.objective]

@@ -38,8 +38,9 @@ class TaskShots(NamedTuple):
 class CurvePoint:
     """One level of one curve: what is removed, and by whose ranking.
 
-    `kind` is None where heads and FFNs are removed together. `percent`: of the heads, or of the FFNs where
-    only these go; `donor`: whose ranking it is, None for random draws; `seed`: of a random draw;
+    `method`: how the curve is called, by the method of its ranking (`ranking`) unless a curve has a name of
+    its own. `kind` is None where heads and FFNs are removed together. `percent`: of the heads, or of the FFNs
+    where only these go; `donor`: whose ranking it is, None for random draws; `seed`: of a random draw;
     `on_training`: whether it also runs on the training documents, where knees are chosen.
     """
 
@@ -47,6 +48,7 @@ class CurvePoint:
     mask: Mask
     procedure: str
     method: str
+    ranking: str
     kind: Kind | None
     percent: int
     donor: TaskShots | None = None
@@ -121,7 +123,7 @@ def _head_curve(
     for percent in levels:
         name = mask_name(f"{method}-heads-{percent}", *donor) if percent else CLEAN
         mask = lowest_heads(scores, removed_count(percent, scores.size))
-        yield CurvePoint(name, mask, procedure, method, "head", percent, donor)
+        yield CurvePoint(name, mask, procedure, method, method, "head", percent, donor)
 
 
 def _ffn_curve(donor: TaskShots, rankings: CurveRankings) -> Iterator[CurvePoint]:
@@ -132,7 +134,7 @@ def _ffn_curve(donor: TaskShots, rankings: CurveRankings) -> Iterator[CurvePoint
     for percent in LEVELS:
         name = mask_name(f"{method}-ffns-{percent}", *donor) if percent else CLEAN
         mask = lowest_ffns(scores, removed_count(percent, scores.size))
-        yield CurvePoint(name, mask, "curve-ffns", method, "ffn", percent, donor)
+        yield CurvePoint(name, mask, "curve-ffns", method, method, "ffn", percent, donor)
 
 
 def _grid(own: TaskShots, shared: TaskShots, rankings: CurveRankings) -> Iterator[CurvePoint]:
@@ -151,7 +153,9 @@ def _grid(own: TaskShots, shared: TaskShots, rankings: CurveRankings) -> Iterato
                 )
                 prefix = f"combined-heads-{head_percent}-ffns-{ffn_percent}"
                 name = mask_name(prefix, *donor) if head_percent or ffn_percent else CLEAN
-                yield CurvePoint(name, mask, "curve-combined", "combined", None, head_percent, donor)
+                yield CurvePoint(
+                    name, mask, "curve-combined", "combined", "combined", None, head_percent, donor
+                )
         return
 
 
@@ -190,4 +194,4 @@ def _random(rankings: CurveRankings, draws: int, seed: int) -> Iterator[CurvePoi
                 # One permutation per seed: its levels are nested, as those of a ranking are.
                 mask = random_mask(layers, heads, n_heads, n_ffns, seed + draw)
                 name = f"random-{kind}s-{percent}-draw{draw}" if percent else CLEAN
-                yield CurvePoint(name, mask, "random", "random", kind, percent, seed=seed + draw)
+                yield CurvePoint(name, mask, "random", "random", "random", kind, percent, seed=seed + draw)

@@ -79,4 +79,4 @@ def _point(prepared: Prepared, index: int, percent: int, mask: Mask) -> CurvePoi
     task = prepared.importance[index]
     donor = TaskShots(task.task, task.shots)
     name = mask_name(f"rescored-heads-{percent}", *donor) if percent else CLEAN
-    return CurvePoint(name, mask, "rescored", "rescored", "head", percent, donor)
+    return CurvePoint(name, mask, "rescored", "rescored", "rescored", "head", percent, donor)
