@@ -1,6 +1,7 @@
 """Slow and obvious: what the fast paths must equal. Nothing here shares code with what it checks."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -134,30 +135,36 @@ def reference_importance(model: OPTForCausalLM, examples: list[tuple[list[int], 
     return total
 
 
-def greedy_layerwise(
-    layers: int,
-    heads: int,
-    tolerance: float,
-    choose: Callable[[Mask], float],
-    check: Callable[[Mask], float],
-    *,
-    up: bool = False,
-    joint: bool = False,
-    weights: tuple[int, int] = (1, 1),
-) -> Mask:
-    """The pruner of the description, one evaluation at a time; choose, check: mask to how much is lost.
+@dataclass(frozen=True)
+class GreedyQuestion:
+    """What is pruned how: a model's shape, what may be lost in all, and in which order units are visited.
 
     `weights`: what a head and an FFN count, where they are removed jointly.
     """
-    order_of_layers = list(range(layers)) if up else list(reversed(range(layers)))
-    groups: list[list[Removable]] = [[(layer, head) for head in range(heads)] for layer in order_of_layers]
-    if joint:
+
+    layers: int
+    heads: int
+    tolerance: float
+    up: bool = False
+    joint: bool = False
+    weights: tuple[int, int] = (1, 1)
+
+
+def greedy_layerwise(
+    asked: GreedyQuestion, choose: Callable[[Mask], float], check: Callable[[Mask], float]
+) -> Mask:
+    """The pruner of the description, one evaluation at a time; choose, check: mask to how much is lost."""
+    order_of_layers = list(range(asked.layers)) if asked.up else list(reversed(range(asked.layers)))
+    groups: list[list[Removable]] = [
+        [(layer, head) for head in range(asked.heads)] for layer in order_of_layers
+    ]
+    if asked.joint:
         groups = [[*group, layer] for group, layer in zip(groups, order_of_layers, strict=True)]
     else:
         groups += [[layer] for layer in order_of_layers]
 
     def weight(unit: Removable) -> int:
-        return weights[isinstance(unit, int)]
+        return asked.weights[isinstance(unit, int)]
 
     mask, visited, whole = Mask(), 0, sum(weight(unit) for group in groups for unit in group)
     for group in groups:
@@ -168,7 +175,7 @@ def greedy_layerwise(
             for unit in order:
                 visited += weight(unit)
                 left.remove(unit)
-                if check(mask | _mask(unit)) <= tolerance * visited / whole:
+                if check(mask | _mask(unit)) <= asked.tolerance * visited / whole:
                     mask, removed = mask | _mask(unit), True
                     break
             if not removed:
