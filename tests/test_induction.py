@@ -486,21 +486,24 @@ def test_the_demos_induction_heads_are_what_recall_needs(small_run: Path, demo_s
     assert clean - np.median(random) < 0.1
 
 
-def test_a_run_tells_all_of_it(small_run: Path) -> None:
-    folder = small_run
-    record = json.loads((folder / "run.json").read_text())
+def induction_records(folder: Path) -> pl.DataFrame:
+    return read_table(folder / "results.parquet", "results").filter(pl.col("experiment") == "induction")
+
+
+def test_a_run_has_every_score_of_every_head(small_run: Path) -> None:
+    record = json.loads((small_run / "run.json").read_text())
     assert record["induction"] == {
         "sequences": 100, "base_tokens": [25, 120], "base_tokens_wanted": [25, 223], "drawable_ids": 483,
         "drawable_ids_ordered_by": "ids",
     }  # fmt: skip
-    rows = read_table(folder / "results.parquet", "results").filter(pl.col("experiment") == "induction")
+    rows = induction_records(small_run)
     for metric in ("prefix_matching", "copying", "previous_token", "duplicate_token"):
-        of_metric = rows.filter(pl.col("metric") == metric)
-        assert len(of_metric) == len(rows.filter(pl.col("metric") == f"{metric}_variance")) == 32
-        assert set(of_metric["kind"]) == {"head"}
-        assert set(of_metric["documents"]) == {100}
+        scores = rows.filter(pl.col("metric") == metric)
+        assert len(scores) == len(rows.filter(pl.col("metric") == f"{metric}_variance")) == 32
+        assert set(scores["kind"]) == {"head"}
+        assert set(scores["documents"]) == {100}
         variance = rows.filter(pl.col("metric") == f"{metric}_variance")["value"].to_numpy()
-        np.testing.assert_allclose(of_metric["stderr"].to_numpy(), np.sqrt(variance / 100))
+        np.testing.assert_allclose(scores["stderr"].to_numpy(), np.sqrt(variance / 100))
     assert len(rows.filter(pl.col("metric") == "copying_eigenvalues")) == 32
     procedures = dict(rows.group_by("procedure").agg(pl.col("metric").unique()).iter_rows())
     assert set(procedures) == {"scores", "capacity", "important-heads", "removal"}
@@ -510,25 +513,37 @@ def test_a_run_tells_all_of_it(small_run: Path) -> None:
         "induction_precision",
         "induction_auc",
     }
-    of_masks = rows.filter((pl.col("procedure") == "capacity") & pl.col("mask").is_not_null())
-    masks = {path.stem for path in (folder / "masks").glob("*.json")}
+
+
+def test_a_run_has_the_capacity_that_every_mask_and_ranking_leaves(small_run: Path) -> None:
+    rows = induction_records(small_run)
+    under_masks = rows.filter((pl.col("procedure") == "capacity") & pl.col("mask").is_not_null())
+    masks = {path.stem for path in (small_run / "masks").glob("*.json")}
     pruned = {name for name in masks if not name.startswith("induction-")}
-    assert set(of_masks["mask"]) == pruned
-    assert len(of_masks) == 2 * len(pruned), "of two capacities"
-    assert (of_masks["mask_task"] == of_masks["task"]).all()
-    assert (of_masks["mask_shots"] == of_masks["shots"]).all()
-    assert of_masks["percent"].null_count() == len(of_masks)
+    assert set(under_masks["mask"]) == pruned
+    assert len(under_masks) == 2 * len(pruned), "of two capacities"
+    assert (under_masks["mask_task"] == under_masks["task"]).all()
+    assert (under_masks["mask_shots"] == under_masks["shots"]).all()
+    assert under_masks["percent"].null_count() == len(under_masks)
     curves = rows.filter((pl.col("procedure") == "capacity") & pl.col("percent").is_not_null())
     assert set(curves["metric"]) == {"capacity_retained"}
     keys = curves.filter(pl.col("method") == "gradient").select("task", "shots", "other_method").unique()
     assert len(keys) == 3 * 2 * 2, "two tasks and the aggregate, two shot counts, two capacities"
     assert set(curves["method"]) == {"gradient", "attribution", "ablation", "icl_effect", "random"}
+
+
+def test_a_run_has_how_well_rankings_find_induction_heads(small_run: Path) -> None:
+    rows = induction_records(small_run)
     areas = rows.filter(pl.col("metric") == "induction_auc")
     assert set(areas["chance"]) == {0.5}
     assert areas["low"].null_count() == 0
     assert set(areas["count"]) == {
         int((rows.filter(pl.col("metric") == "prefix_matching")["value"] >= induction.HEAD_SCORE).sum())
     }
+
+
+def test_a_run_has_what_removing_induction_heads_costs(small_run: Path) -> None:
+    rows = induction_records(small_run)
     effects = rows.filter(pl.col("mask").is_not_null() & (pl.col("metric") == "acc"))
     assert set(effects["shots"]) == {4}
     assert set(effects["task"]) == {"recall", "knowledge", "aggregate"}
@@ -543,19 +558,23 @@ def test_a_run_tells_all_of_it(small_run: Path) -> None:
         for name in ("clean", "induction-heads")
     )
     assert costs.filter(pl.col("method") == "induction")["value"].item() == pytest.approx(clean - without)
-    mask = read_mask(folder / "masks" / "induction-heads.json")
+    mask = read_mask(small_run / "masks" / "induction-heads.json")
     assert mask.made["method"] == "induction"
     assert len(mask.mask) == effects.filter(pl.col("method") == "induction")["heads_removed"][0]
-    page = (folder / "report.html").read_text()
+
+
+def test_a_runs_page_tells_of_induction_heads(small_run: Path) -> None:
+    page = (small_run / "report.html").read_text()
     assert "Induction heads" in page
     assert "reach a prefix-matching score" in page
     assert "previous-token heads left out" in page
-    assert (folder / "figures" / "induction.svg").is_file()
-    assert (folder / "figures" / "capacity.svg").is_file()
-    stages = record["stages"]["induction"]
-    assert stages["read_bytes"] == stages["planned_read_bytes"] == 0, (
-        "importance has read what stays in memory"
-    )
+    assert (small_run / "figures" / "induction.svg").is_file()
+    assert (small_run / "figures" / "capacity.svg").is_file()
+
+
+def test_induction_reads_nothing_that_stays_in_memory(small_run: Path) -> None:
+    stage = json.loads((small_run / "run.json").read_text())["stages"]["induction"]
+    assert stage["read_bytes"] == stage["planned_read_bytes"] == 0, "importance has read what stays in memory"
 
 
 def test_options_of_copying_are_checked(tmp_path: Path) -> None:
