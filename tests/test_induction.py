@@ -121,14 +121,14 @@ def test_attention_is_what_hugging_face_gives(checkpoint: Path, float_store: Sto
         segments = plain_segments(model, [row])
         for number, layer in model.layers(range(3)):
             torch.testing.assert_close(residual, expected.hidden_states[number][0], atol=2e-5, rtol=1e-4)
-            attended = layer.attend(residual, segments, with_queries=True)
-            assert attended.queries is not None
-            assert attended.keys is not None
+            attention = layer.attend(residual, segments, with_queries=True)
+            assert attention.queries is not None
+            assert attention.keys is not None
             for rows in (7, 64):
-                for places, pattern in patterns(attended.queries, attended.keys, rows):
+                for places, pattern in patterns(attention.queries, attention.keys, rows):
                     wanted = expected.attentions[number][0, :, places, : places.stop]
                     torch.testing.assert_close(pattern, wanted, atol=1e-5, rtol=1e-4)
-            residual = layer.finish(residual, attended.z)
+            residual = layer.finish(residual, attention.z)
 
 
 FORMS = {
