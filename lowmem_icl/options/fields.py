@@ -51,7 +51,7 @@ class Group(StrEnum):
 
 @dataclass(frozen=True)
 class Flag:
-    """What is said about an option beside its type and its check.
+    """What is said about an option, apart from its type and its check.
 
     default: the text of a default that its value does not say, such as one that depends on other options.
     changes_results: whether anything measured depends on it; those that do make up a run's identity.
@@ -283,8 +283,8 @@ class RunOptions(BaseModel):
         return self.exact or DEFAULT_EXACT
 
     @property
-    def protocol_choices(self) -> Protocol:
-        """The protocol's choices."""
+    def protocol_flags(self) -> Protocol:
+        """Which of its steps the protocol does in the reference's way."""
         return PROTOCOLS[self.protocol]
 
     @property
