@@ -197,7 +197,7 @@ def within_hours(plan: Plan, hours: float, chunks: dict[str, list[tuple[int, flo
             f"--hours {hours:g}: {named} alone take about {first / 3600:.2g} hours; give --hours "
             f"{math.ceil(10 * first / 3600) / 10:g} or more, or fewer documents (--limit, --train-limit)"
         )
-    left = max(0.0, total - first - taken("beside"))
+    left = max(0.0, total - first - taken("leftover"))
     postponable, stretchable = ROUGH_MARGIN * taken("postponed"), taken("stretched")
     postpones = bool(stretchable) and postponable > max(left - stretchable, POSTPONED_SHARE * left)
     for_stretched = left - (0.0 if postpones else min(postponable, left))
