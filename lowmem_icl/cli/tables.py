@@ -60,9 +60,9 @@ def _print_accuracy(results: pl.DataFrame, record: Mapping[str, Any], console: C
         f"{model['id']} in {model['weights']}: accuracy by demonstrations",
         ("task", "chance", *(f"{n_shots}-shot" for n_shots in shots)),
     )
-    for (task,), of_task in records.group_by("task", maintain_order=True):
-        by_shots = {row["shots"]: row for row in of_task.iter_rows(named=True)}
-        chance = of_task["chance"][0]
+    for (task,), task_records in records.group_by("task", maintain_order=True):
+        by_shots = {row["shots"]: row for row in task_records.iter_rows(named=True)}
+        chance = task_records["chance"][0]
         table.add_row(
             Text(str(task)),
             "" if chance is None else f"{chance:.3f}",
