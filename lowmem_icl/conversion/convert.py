@@ -216,7 +216,9 @@ class _Claim:
                 if (folder / name).is_file() and (folder / name).stat().st_size == file.size_bytes:
                     self.files[name] = file
         elif folder.exists() and any(folder.iterdir()):
-            raise InputError(f"{folder} is not empty and no unfinished conversion; choose another STORE")
+            raise InputError(
+                f"{folder} is not empty and holds no unfinished conversion; choose another STORE"
+            )
         else:
             self._save()
 
