@@ -34,7 +34,7 @@ def _summed_logprob(model: OPTForCausalLM, path: list[int], continuation: list[i
     # In float32 as the design has it, summed in float64.
     logprobs = logits.float().log_softmax(-1).double()
     first = len(path) - len(continuation)
-    return torch.stack([logprobs[first + place, token] for place, token in enumerate(continuation)]).sum()
+    return torch.stack([logprobs[first + index, token] for index, token in enumerate(continuation)]).sum()
 
 
 def hook_mask(model: OPTForCausalLM, mask: Mask) -> list[torch.utils.hooks.RemovableHandle]:
@@ -224,7 +224,7 @@ def copying(
     bias: bool = False,
     own_token: bool = False,
 ) -> np.ndarray:
-    """Copying [L, H] of a row by paper.md 5.3, a head and a place at a time; `own_token`:
+    """Copying [L, H] of a row by paper.md 5.3, a head and a token at a time; `own_token`:
     its reference code's way.
     """
     heads, layers = model.config.num_attention_heads, model.model.decoder.layers
@@ -251,9 +251,9 @@ def copying(
             if softmax:
                 logits = logits.softmax(-1)
             total = 0.0
-            for place in range(1, len(tokens)):
-                attended = int(attention[0, head, place, : place + 1].argmax())
-                candidates = logits[place, tokens[: place + 1]].double()
+            for index in range(1, len(tokens)):
+                attended = int(attention[0, head, index, : index + 1].argmax())
+                candidates = logits[index, tokens[: index + 1]].double()
                 above = (candidates - candidates.mean()).relu()
                 total += float(above[attended] / above.sum()) if above.sum() > 0 else 0.0
             scores[number, head] = total / (len(tokens) - 1)

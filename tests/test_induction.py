@@ -71,8 +71,8 @@ def eager(checkpoint: Path) -> OPTForCausalLM:
 
 
 def dense_blocks(attention: torch.Tensor, rows: int = 64) -> Iterator[tuple[slice, torch.Tensor]]:
-    for places in query_blocks(attention.shape[1], rows):
-        yield places, attention[:, places, : places.stop]
+    for span in query_blocks(attention.shape[1], rows):
+        yield span, attention[:, span, : span.stop]
 
 
 @pytest.mark.parametrize("base", [2, 3, 7, 25, 40])
@@ -101,8 +101,8 @@ def test_an_ideal_head_scores_one_and_a_uniform_one_its_closed_form() -> None:
     assert ours.previous_token.tolist() == [0, 1, 0]
     assert ours.duplicate_token.tolist() == [0, 0, 1]
     uniform = (torch.ones(1, tokens, tokens, dtype=torch.float64) / (query + 1)[:, None]).tril()
-    places = np.arange(base + 1, tokens)
-    closed = float(np.sum((places - 1) // base / (places + 1)) / (3 * base))
+    queries = np.arange(base + 1, tokens)
+    closed = float(np.sum((queries - 1) // base / (queries + 1)) / (3 * base))
     ours = pattern_scores(dense_blocks(uniform), base)
     assert float(ours.prefix_matching[0]) == pytest.approx(closed, rel=1e-12)
     assert float(ours.duplicate_token[0]) == pytest.approx(closed, rel=1e-12)
@@ -125,8 +125,8 @@ def test_attention_is_what_hugging_face_gives(checkpoint: Path, float_store: Sto
             assert attention.queries is not None
             assert attention.keys is not None
             for rows in (7, 64):
-                for places, pattern in patterns(attention.queries, attention.keys, rows):
-                    wanted = expected.attentions[number][0, :, places, : places.stop]
+                for span, pattern in patterns(attention.queries, attention.keys, rows):
+                    wanted = expected.attentions[number][0, :, span, : span.stop]
                     torch.testing.assert_close(pattern, wanted, atol=1e-5, rtol=1e-4)
             residual = layer.finish(residual, attention.z)
 
@@ -304,7 +304,7 @@ def test_capacity_retained_equals_the_loop() -> None:
     for percent, value, removed in zip(ours["percent"], ours["value"], ours["heads_removed"], strict=True):
         count = 30 * percent // 100
         assert removed == count
-        assert value == pytest.approx(sum(flat[place] for place in order[count:]) / flat.sum(), abs=1e-12)
+        assert value == pytest.approx(sum(flat[index] for index in order[count:]) / flat.sum(), abs=1e-12)
     assert (ours["value"][0], ours["value"][-1]) == (1, 0)
     assert np.abs(drawn["value"] - drawn["chance"]).max() < 0.05
     assert (drawn["low"] <= drawn["chance"] + 1e-12).all()
@@ -388,8 +388,8 @@ def test_detection_measures_equal_scipys(count: int) -> None:
     assert area.high - area.low > 0.05, "even one member leaves doubt"
     assert area.chance == 0.5
     precise = precision_at(scores, members, count)
-    top = sorted(range(40), key=lambda place: (-scores[place], place))[:count]
-    assert precise.value == pytest.approx(np.mean([members[place] for place in top]))
+    top = sorted(range(40), key=lambda index: (-scores[index], index))[:count]
+    assert precise.value == pytest.approx(np.mean([members[index] for index in top]))
     assert precise.chance == count / 40
     assert 0 <= precise.low <= precise.value <= precise.high <= 1
     ranks = rank_correlation(scores, rng.random(40))
