@@ -125,7 +125,7 @@ DIFFERENCES = (
     ),
     Difference(
         "Rank correlations are taken between lists of head numbers in order of importance instead of "
-        "between scores; they are reported as spearman_of_order, beside spearman, under both protocols.",
+        "between scores; they are reported as spearman_of_order, next to spearman, under both protocols.",
         True,
     ),
     Difference(
@@ -133,7 +133,7 @@ DIFFERENCES = (
         True,
     ),
     Difference(
-        "Copying is scored from what a head makes of the token at a place itself, with embeddings fed to "
+        "Copying is scored from what a head makes of the token at a position itself, with embeddings fed to "
         "every layer, not from what it attends to.",
         True,
     ),

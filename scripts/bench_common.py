@@ -179,16 +179,14 @@ def real_task(
     *,
     documents: int,
     shots: int = 0,
-    sets: int | None = None,
-    row_tokens: int | None = None,
 ) -> PackedTask:
-    """Return a task's first documents as `lowmem-icl run` lays them out for a model of this width.
+    """Return a task's first documents as `lowmem-icl run` packs them for a model of this width.
 
-    With `sets` their demonstrations are so many shared sets.
+    With `shots` they all share one set of demonstrations.
     """
     loaded = load_tokenizer(tokenizer)
-    limits = PackingLimits(2048, row_tokens or PackingLimits.row_tokens_for(width), loaded.eos_token_id)
-    how = PER_DOCUMENT if sets is None else Demonstrations("shared", sets)
+    limits = PackingLimits(2048, PackingLimits.row_tokens_for(width), loaded.eos_token_id)
+    how = Demonstrations("shared", 1) if shots else PER_DOCUMENT
     rows = open_task(task, data_dir).rows(shots=shots, part="evaluate", limit=documents, demonstrations=how)
     return pack(rows, lambda texts: loaded(texts, add_special_tokens=False)["input_ids"], limits)
 
@@ -254,6 +252,23 @@ def bytes_from_disk() -> int:
     """Return how many bytes this process has had read from storage, as the kernel counts them."""
     counted = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(counted["read_bytes"])
+
+
+class Side:
+    """One side of a comparison: a process of its own that lives as long as the comparison."""
+
+    def __init__(self) -> None:
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def call(self, function: Any, *arguments: Any) -> Any:
+        """Return what a function gives there."""
+        return self._pool.submit(function, *arguments).result()
 
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:

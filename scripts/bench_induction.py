@@ -77,11 +77,11 @@ def main(
 ) -> None:
     """Measure and print."""
     with tempfile.TemporaryDirectory() as temporary:
-        place = folder or Path(temporary)
-        place.mkdir(parents=True, exist_ok=True)
+        models = folder or Path(temporary)
+        models.mkdir(parents=True, exist_ok=True)
         config = opt_config(layers, OPT_66B.num_attention_heads, OPT_66B.hidden_size)
-        store = random_store(place / f"opt66b-{layers}layers", config, tokenizer, layers, print)
-        own = place / "own.jsonl"
+        store = random_store(models / f"opt66b-{layers}layers", config, tokenizer, layers, print)
+        own = models / "own.jsonl"
         own.write_text('{"context": "a", "options": [" b", " c"], "gold": 0}\n' * 4)
         measured = in_child(score, store.folder, own, memory, sequences)
     print(json.dumps(measured, indent=1))

@@ -269,23 +269,23 @@ def main(
 ) -> None:
     """Measure a model of OPT-66B's shape on this machine."""
     console, err = Console(), Console(stderr=True)
-    for place, flag in ((data_dir, "--data-dir"), (tokenizer, "--tokenizer")):
-        if not place.is_dir():
-            raise typer.BadParameter(f"{flag}: folder {place} does not exist")
+    for given, flag in ((data_dir, "--data-dir"), (tokenizer, "--tokenizer")):
+        if not given.is_dir():
+            raise typer.BadParameter(f"{flag}: folder {given} does not exist")
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
-        place = folder or Path(temporary)
-        place.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(place).free
-        if full and free < FULL_BYTES and not (place / "opt-66b-full").is_dir():
-            raise typer.BadParameter(f"--full needs 70 GB in {place}, {free / 1e9:.0f} GB are free")
-        store = place / ("opt-66b-full" if full else "opt-66b")
+        models = folder or Path(temporary)
+        models.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(models).free
+        if full and free < FULL_BYTES and not (models / "opt-66b-full").is_dir():
+            raise typer.BadParameter(f"--full needs 70 GB in {models}, {free / 1e9:.0f} GB are free")
+        store = models / ("opt-66b-full" if full else "opt-66b")
         distinct = OPT_66B.num_hidden_layers if full else DISTINCT_LAYERS
         in_child(random_store, store, OPT_66B, tokenizer, distinct, print_line)
         err.print("scoring; about as long as 64 layers of integer products take: minutes on 2 cores")
         scored = in_child(score_opt66b, store, data_dir, tokenizer)
         compared = None
         if peer:
-            small = place / "opt-1.3b"
+            small = models / "opt-1.3b"
             if not (small / "store" / "manifest.json").is_file():
                 shutil.rmtree(small, ignore_errors=True)
                 err.print("making OPT-1.3B's shape")

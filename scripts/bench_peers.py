@@ -41,16 +41,16 @@ def padded(options: Sequence[OptionTokens]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def answer_places(options: Sequence[OptionTokens]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return for all answers of a batch the row, the place where it is read, and the token."""
+def answer_positions(options: Sequence[OptionTokens]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return for all answers of a batch the row, the position where it is read, and the token."""
     rows = [row for row, option in enumerate(options) for _ in option.continuation]
-    places = [
+    positions = [
         len(option.path) - len(option.continuation) + step
         for option in options
         for step in range(len(option.continuation))
     ]
     targets = [token for option in options for token in option.continuation]
-    return torch.tensor(rows), torch.tensor(places), torch.tensor(targets)
+    return torch.tensor(rows), torch.tensor(positions), torch.tensor(targets)
 
 
 def summed(logits: Tensor, targets: Tensor, options: Sequence[OptionTokens]) -> Scores:
@@ -97,8 +97,8 @@ class HuggingFace:
                 members = [options[number] for number in batch]
                 ids, attention = padded(members)
                 hidden = self.model.model.decoder(ids, attention_mask=attention).last_hidden_state
-                rows, places, targets = answer_places(members)
-                logits = self.model.lm_head(hidden[rows, places])
+                rows, positions, targets = answer_positions(members)
+                logits = self.model.lm_head(hidden[rows, positions])
                 for number, value in zip(batch, summed(logits, targets, members), strict=True):
                     scores[number] = value
         return scores
@@ -138,12 +138,12 @@ class TransformerLens:
             for batch in batches_by_length(options, batch_size):
                 members = [options[number] for number in batch]
                 ids, attention = padded(members)
-                rows, places, targets = answer_places(members)
+                rows, positions, targets = answer_positions(members)
 
                 def at_answers(
-                    hidden: Tensor, hook: Any, rows: Tensor = rows, places: Tensor = places
+                    hidden: Tensor, hook: Any, rows: Tensor = rows, positions: Tensor = positions
                 ) -> Tensor:
-                    return hidden[rows, places][None]
+                    return hidden[rows, positions][None]
 
                 logits = self.bridge.run_with_hooks(
                     ids,

@@ -5,6 +5,7 @@ and its peers' passes.
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,16 +52,22 @@ class Inputs:
         self.folder, self.data_dir, self.tokenizer = folder, data_dir, tokenizer
 
     def task(self, name: str, width: int, documents: int, shots: int = 0) -> PackedTask:
-        """Return a task's documents, not laid out yet; with demonstrations, one set for all."""
-        return real_task(
-            name,
-            self.data_dir,
-            self.tokenizer,
-            width,
-            documents=documents,
-            shots=shots,
-            sets=1 if shots else None,
-        )
+        """Return a task's documents, not packed yet; with demonstrations, one set for all."""
+        return real_task(name, self.data_dir, self.tokenizer, width, documents=documents, shots=shots)
+
+
+@dataclass(frozen=True)
+class BenchTask:
+    """What all sides score: the first documents of a task at a shot count."""
+
+    inputs: Inputs
+    name: str
+    shots: int
+    documents: int = DOCUMENTS
+
+    def rows_for(self, width: int) -> PackedTask:
+        """Return the documents as a model of this width gets them, not packed yet."""
+        return self.inputs.task(self.name, width, self.documents, self.shots)
 
 
 @cache
@@ -83,60 +90,53 @@ def _peer(kind: str, checkpoint: Path, tokenizer: Path) -> Any:
 
 
 def peer_scores(
-    kind: str,
-    inputs: Inputs,
-    name: str,
-    shots: int,
-    masks: Sequence[Mask],
-    batch_size: int,
-    documents: int = DOCUMENTS,
+    kind: str, task: BenchTask, masks: Sequence[Mask], batch_size: int
 ) -> tuple[float, list[list[float]]]:
     """Return the seconds of scoring a task under some masks, one pass each, and the scores."""
-    peer = _peer(kind, inputs.folder / "opt-125m", inputs.tokenizer)
-    options = inputs.task(name, OPT_125M.hidden_size, documents, shots).options
+    peer = _peer(kind, task.inputs.folder / "opt-125m", task.inputs.tokenizer)
+    options = task.rows_for(OPT_125M.hidden_size).options
     start = time.perf_counter()
     scores = [peer.score(options, mask, batch_size) for mask in masks]
     return time.perf_counter() - start, scores
 
 
-def best_batch_size(kind: str, inputs: Inputs, name: str, shots: int) -> int:
+def best_batch_size(kind: str, task: BenchTask) -> int:
     """Return the batch size at which a peer scores a quarter of the documents fastest;
     the first pass warms up.
     """
+    few = replace(task, documents=task.documents // 4)
 
     def seconds(size: int) -> float:
-        return peer_scores(kind, inputs, name, shots, [Mask()], size, DOCUMENTS // 4)[0]
+        return peer_scores(kind, few, [Mask()], size)[0]
 
     seconds(BATCH_SIZES[-1])
     return min(BATCH_SIZES, key=seconds)
 
 
-def arithmetic(inputs: Inputs, name: str, shots: int, masks: Sequence[Mask]) -> tuple[float, float]:
+def arithmetic(task: BenchTask, masks: Sequence[Mask]) -> tuple[float, float]:
     """Return the operations of one pass an ablation, and ours: layers,
     and the vocabulary where answers are read.
     """
-    skeleton = open_store(inputs.folder / "opt-125m-float32").skeleton
-    task = inputs.task(name, skeleton.width, DOCUMENTS, shots)
-    tokens = sum(len(option.path) for option in task.options)
-    answers = sum(len(option.continuation) for option in task.options)
+    skeleton = open_store(task.inputs.folder / "opt-125m-float32").skeleton
+    documents = task.rows_for(skeleton.width)
+    tokens = sum(len(option.path) for option in documents.options)
+    answers = sum(len(option.continuation) for option in documents.options)
     through = tokens * skeleton.layers
     whole = SweepCost(through, through, through, answers=answers) * len(masks)
-    ours = sweep_cost([Job(task.packed, tuple(masks))], skeleton.width, skeleton.layers, PLENTY)
+    ours = sweep_cost([Job(documents.packed, tuple(masks))], skeleton.width, skeleton.layers, PLENTY)
     return operations(whole, skeleton), operations(ours, skeleton)
 
 
-def our_scores(
-    inputs: Inputs, name: str, shots: int, masks: Sequence[Mask]
-) -> tuple[float, list[list[float]]]:
-    """Return the seconds of laying out and sweeping a task under all masks, and the scores."""
-    store = open_store(inputs.folder / "opt-125m-float32")
+def our_scores(task: BenchTask, masks: Sequence[Mask]) -> tuple[float, list[list[float]]]:
+    """Return the seconds of packing and sweeping a task under all masks, and the scores."""
+    store = open_store(task.inputs.folder / "opt-125m-float32")
     with StreamedModel(store, device=CPU, resident_bytes=store.size_bytes) as model:
         # Weights are in memory on both sides.
         for _ in model.layers(range(store.skeleton.layers)):
             pass
-        task = inputs.task(name, OPT_125M.hidden_size, DOCUMENTS, shots)
+        documents = task.rows_for(OPT_125M.hidden_size)
         start = time.perf_counter()
-        job = Job(task.packed, tuple(masks))
+        job = Job(documents.packed, tuple(masks))
         with CleanCache(PLENTY.cache_bytes) as cache_of_clean:
             (scores,) = sweep(PassSetup(model, PLENTY, cache_of_clean), [job])
         return time.perf_counter() - start, scores.logprobs.tolist()
@@ -224,7 +224,7 @@ def growth_point(inputs: Inputs, layers: int, documents: int, ablations: int) ->
     """
     store = open_store(inputs.folder / f"opt-125m-{layers}-layers")
     heads = [unit.as_mask() for unit in all_heads(layers, store.skeleton.heads)]
-    masks = [heads[place] for place in np.linspace(0, len(heads) - 1, ablations).round().astype(int)]
+    masks = [heads[index] for index in np.linspace(0, len(heads) - 1, ablations).round().astype(int)]
     job = Job(inputs.task("piqa", store.skeleton.width, documents).packed, tuple(masks))
     with (
         StreamedModel(store, device=CPU, resident_bytes=store.size_bytes) as model,

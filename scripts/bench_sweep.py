@@ -25,10 +25,8 @@ alternate and medians are taken.
 import json
 import statistics
 import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +38,7 @@ from bench_common import (
     OPT_66B,
     OPT_125M,
     SHARED,
+    Side,
     converted,
     in_child,
     offloaded,
@@ -48,6 +47,7 @@ from bench_common import (
     random_store,
 )
 from bench_sides import (
+    BenchTask,
     Inputs,
     Row,
     arithmetic,
@@ -69,34 +69,19 @@ CASES = ("1", "2", "3a", "3b", "4a", "4b", "5", "6")
 TARGETS = {"1": 3.0, "2": 18.0, "3a": 2.0, "3b": 10.0, "4a": 3.0, "4b": 12.0, "5": 0.8}
 READ_TARGET = 60.0
 TASKS = ("piqa", "hellaswag")
+PEERS = ("HuggingFace", "TransformerLens")
 SAMPLED = {"1": 12, "2": 4, "4a": 6, "4b": 8}
 EVALUATION_ROUNDS = 3
 DISK_ABLATIONS = 96
-
-
-class Side:
-    """One side of a comparison: a process of its own that lives as long as the comparison."""
-
-    def __init__(self) -> None:
-        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-
-    def __enter__(self) -> "Side":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-
-    def call(self, function: Any, *arguments: Any) -> Any:
-        """Return what a function of this module gives there."""
-        return self._pool.submit(function, *arguments).result()
-
-
-# The cases.
+COMPARISON_COLUMNS = (
+    "case", "against", "ours", "theirs", "ratio", "target", "", "largest difference", "sample",
+    "by arithmetic",
+)  # fmt: skip
 
 
 def sample_of(masks: Sequence[Mask], count: int) -> list[int]:
-    """Return places of so many masks, spread evenly."""
-    return [int(place) for place in np.linspace(0, len(masks) - 1, count).round()]
+    """Return the indices of `count` masks, spread evenly."""
+    return [int(index) for index in np.linspace(0, len(masks) - 1, count).round()]
 
 
 def compared(case: str, peer: str, ours: float, theirs: float, difference: float, **more: Any) -> Row:
@@ -124,59 +109,63 @@ def ablations(case: str, inputs: Inputs, say: Any) -> list[Row]:
     in_child(converted, checkpoint, inputs.folder / "opt-125m-float32", "float32")
     units = ablated_units(OPT_125M.num_hidden_layers, OPT_125M.num_attention_heads)
     masks = [unit.as_mask() for unit in units]
-    places = sample_of(masks, SAMPLED[case])
-    sample = [masks[place] for place in places]
-    kinds = ("HuggingFace", "TransformerLens")
-    ours_total, totals, differences = 0.0, dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0.0)
-    allowed = [arithmetic(inputs, name, shots, masks) for name in TASKS]
+    tasks = [BenchTask(inputs, name, shots) for name in TASKS]
+    allowed = [arithmetic(task, masks) for task in tasks]
     rows: list[Row] = []
     with ExitStack() as stack:
-        us, them = stack.enter_context(Side()), {kind: stack.enter_context(Side()) for kind in kinds}
-        for name in TASKS:
-            sizes = {kind: them[kind].call(best_batch_size, kind, inputs, name, shots) for kind in kinds}
-            spent: dict[str, list[tuple[float, list[list[float]]]]] = {kind: [] for kind in kinds}
-
-            def half(
-                members: Sequence[Mask], name: str = name, sizes: Any = sizes, spent: Any = spent
-            ) -> None:
-                for kind in kinds:
-                    told = them[kind].call(peer_scores, kind, inputs, name, shots, members, sizes[kind])
-                    spent[kind].append(told)
-
-            # Half of the sample before and half after, so that a machine that drifts favours nobody.
-            middle = len(sample) // 2
-            half(sample[:middle])
-            seconds, scores = us.call(our_scores, inputs, name, shots, masks)
-            half(sample[middle:])
-            ours_total += seconds
-            for kind in kinds:
-                theirs = sum(part for part, _ in spent[kind]) * len(masks) / len(sample)
-                told = [of_mask for _, part in spent[kind] for of_mask in part]
-                difference = largest_difference([scores[place] for place in places], told)
-                totals[kind] += theirs
-                differences[kind] = max(differences[kind], difference)
-                rows.append(
-                    {"case": case, "peer": kind, "task": name, "ours_seconds": seconds,
-                     "peer_seconds": theirs, "largest_difference": difference, "batch_size": sizes[kind],
-                     "sampled": f"{len(sample)} of {len(masks)}"}
-                )  # fmt: skip
+        us, peers = stack.enter_context(Side()), {peer: stack.enter_context(Side()) for peer in PEERS}
+        for task in tasks:
+            task_rows = ablations_of(task, case, masks, us, peers)
+            for row in task_rows:
                 say(
-                    f"case {case}, {name}: ours {seconds:.0f} s, {kind} {theirs:.0f} s "
-                    f"(batches of {sizes[kind]})"
+                    f"case {case}, {task.name}: ours {row['ours_seconds']:.0f} s, {row['peer']} "
+                    f"{row['peer_seconds']:.0f} s (batches of {row['batch_size']})"
                 )
+            rows += task_rows
+    # What operations alone would give, vocabulary included, were both as near the machine's limit.
+    arithmetic_ratio = sum(theirs for theirs, _ in allowed) / sum(ours for _, ours in allowed)
     return rows + [
         compared(
             case,
-            kind,
-            ours_total,
-            totals[kind],
-            differences[kind],
-            sampled=f"{len(sample)} of {len(masks)}",
-            # What operations alone would give, vocabulary included, were both as near the machine's limit.
-            arithmetic_ratio=sum(theirs for theirs, _ in allowed) / sum(ours for _, ours in allowed),
+            peer,
+            sum(row["ours_seconds"] for row in rows if row["peer"] == peer),
+            sum(row["peer_seconds"] for row in rows if row["peer"] == peer),
+            max(row["largest_difference"] for row in rows if row["peer"] == peer),
+            sampled=rows[0]["sampled"],
+            arithmetic_ratio=arithmetic_ratio,
         )
-        for kind in kinds
+        for peer in PEERS
     ]
+
+
+def ablations_of(
+    task: BenchTask, case: str, masks: Sequence[Mask], us: Side, peers: Mapping[str, Side]
+) -> list[Row]:
+    """Return a task's rows, one per peer, whose passes under a sample are scaled to all masks."""
+    indices = sample_of(masks, SAMPLED[case])
+    sample = [masks[index] for index in indices]
+    sizes = {peer: side.call(best_batch_size, peer, task) for peer, side in peers.items()}
+    peer_seconds = dict.fromkeys(peers, 0.0)
+    peer_logprobs: dict[str, list[list[float]]] = {peer: [] for peer in peers}
+
+    def score_half(half: Sequence[Mask]) -> None:
+        for peer, side in peers.items():
+            seconds, logprobs = side.call(peer_scores, peer, task, half, sizes[peer])
+            peer_seconds[peer] += seconds
+            peer_logprobs[peer] += logprobs
+
+    # Half of the sample before and half after, so that a machine that drifts favours nobody.
+    middle = len(sample) // 2
+    score_half(sample[:middle])
+    ours_seconds, ours = us.call(our_scores, task, masks)
+    score_half(sample[middle:])
+    return [
+        {"case": case, "peer": peer, "task": task.name, "ours_seconds": ours_seconds,
+         "peer_seconds": peer_seconds[peer] * len(masks) / len(sample),
+         "largest_difference": largest_difference([ours[index] for index in indices], peer_logprobs[peer]),
+         "batch_size": sizes[peer], "sampled": f"{len(sample)} of {len(masks)}"}
+        for peer in peers
+    ]  # fmt: skip
 
 
 def evaluation(case: str, inputs: Inputs, say: Any) -> list[Row]:
@@ -187,12 +176,13 @@ def evaluation(case: str, inputs: Inputs, say: Any) -> list[Row]:
     rows, ours_total, peer_total, worst = [], 0.0, 0.0, 0.0
     with Side() as us, Side() as them:
         for name in TASKS:
-            size = them.call(best_batch_size, "LmEval", inputs, name, shots)
-            us.call(our_scores, inputs, name, shots, [Mask()])
+            task = BenchTask(inputs, name, shots)
+            size = them.call(best_batch_size, "LmEval", task)
+            us.call(our_scores, task, [Mask()])
             ours, theirs = [], []
             for _ in range(EVALUATION_ROUNDS):
-                ours.append(us.call(our_scores, inputs, name, shots, [Mask()]))
-                theirs.append(them.call(peer_scores, "LmEval", inputs, name, shots, [Mask()], size))
+                ours.append(us.call(our_scores, task, [Mask()]))
+                theirs.append(them.call(peer_scores, "LmEval", task, [Mask()], size))
             difference = largest_difference(ours[0][1], theirs[0][1])
             seconds, peer_seconds = (statistics.median(part for part, _ in side) for side in (ours, theirs))
             ours_total, peer_total = ours_total + seconds, peer_total + peer_seconds
@@ -220,14 +210,14 @@ def from_disk(case: str, inputs: Inputs, say: Any) -> list[Row]:
         for layer in range(layers)
         for number in range(each)
     ]
-    places = sample_of(masks, SAMPLED[case])
-    middle = len(places) // 2
-    passes = [in_child(disk_offload_passes, inputs, name, documents, [masks[p] for p in places[:middle]])]
+    indices = sample_of(masks, SAMPLED[case])
+    first, second = indices[: len(indices) // 2], indices[len(indices) // 2 :]
+    passes = [in_child(disk_offload_passes, inputs, name, documents, [masks[index] for index in first])]
     ours = in_child(our_pass_from_disk, inputs, name, documents, masks)
-    passes.append(in_child(disk_offload_passes, inputs, name, documents, [masks[p] for p in places[middle:]]))
-    scale = len(masks) / len(places)
+    passes.append(in_child(disk_offload_passes, inputs, name, documents, [masks[index] for index in second]))
+    scale = len(masks) / len(indices)
     theirs = {key: scale * sum(part[key] for part in passes) for key in ("seconds", "read_bytes")}
-    scores = [of_mask for part in passes for of_mask in part["scores"]]
+    scores = [logprobs for part in passes for logprobs in part["scores"]]
     say(f"case {case}: ours {ours['seconds']:.1f} s, disk_offload {theirs['seconds']:.0f} s")
     return [
         compared(
@@ -235,8 +225,8 @@ def from_disk(case: str, inputs: Inputs, say: Any) -> list[Row]:
             "accelerate disk_offload",
             ours["seconds"],
             theirs["seconds"],
-            largest_difference([ours["scores"][place] for place in places], scores),
-            sampled=f"{len(places)} of {len(masks)}",
+            largest_difference([ours["scores"][index] for index in indices], scores),
+            sampled=f"{len(indices)} of {len(masks)}",
             ours_read_bytes=ours["read_bytes"],
             planned_read_bytes=ours["planned_bytes"],
             peer_read_bytes=theirs["read_bytes"],
@@ -296,25 +286,12 @@ RUN = {
 }  # fmt: skip
 
 
-def show(console: Console, rows: Sequence[Row]) -> None:
-    """Print the results."""
+def comparison_table(rows: Sequence[Row]) -> Table:
+    """Return the table of all comparisons, and of the bytes read where they were counted."""
     table = Table(title="one machine, one run: seconds, and how many times faster")
-    for column in (
-        "case",
-        "against",
-        "ours",
-        "theirs",
-        "ratio",
-        "target",
-        "",
-        "largest difference",
-        "sample",
-        "by arithmetic",
-    ):
+    for column in COMPARISON_COLUMNS:
         table.add_column(column, justify="left" if column in ("case", "against", "") else "right")
     for row in rows:
-        if row["case"] == "6":
-            continue
         ratio, target = row.get("ratio"), row.get("target")
         table.add_row(
             row["case"],
@@ -341,23 +318,33 @@ def show(console: Console, rows: Sequence[Row]) -> None:
                 "",
                 "",
             )
-    if table.row_count:
-        console.print(table)
+    return table
+
+
+def growth_table(rows: Sequence[Row]) -> Table:
+    """Return the table of how time and memory grow."""
+    table = Table(title="how cost grows (int8, OPT-125M's width)")
+    for column in ("with", "values", "seconds", "added memory, MB", "time ~ n^", "memory ~ n^"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(
+            row["axis"],
+            ", ".join(map(str, row["values"])),
+            ", ".join(f"{seconds:.1f}" for seconds in row["ours_seconds"]),
+            ", ".join(f"{size / 1e6:.0f}" for size in row["added_bytes"]),
+            f"{row['time_exponent']:.2f}",
+            f"{row['memory_exponent']:.2f}",
+        )
+    return table
+
+
+def show(console: Console, rows: Sequence[Row]) -> None:
+    """Print the results."""
     growing = [row for row in rows if row["case"] == "6"]
+    if len(growing) < len(rows):
+        console.print(comparison_table([row for row in rows if row["case"] != "6"]))
     if growing:
-        table = Table(title="how cost grows (int8, OPT-125M's width)")
-        for column in ("with", "values", "seconds", "added memory, MB", "time ~ n^", "memory ~ n^"):
-            table.add_column(column)
-        for row in growing:
-            table.add_row(
-                row["axis"],
-                ", ".join(map(str, row["values"])),
-                ", ".join(f"{seconds:.1f}" for seconds in row["ours_seconds"]),
-                ", ".join(f"{size / 1e6:.0f}" for size in row["added_bytes"]),
-                f"{row['time_exponent']:.2f}",
-                f"{row['memory_exponent']:.2f}",
-            )
-        console.print(table)
+        console.print(growth_table(growing))
 
 
 def main(
@@ -374,14 +361,14 @@ def main(
     unknown = [part for part in asked if part not in CASES]
     if unknown or not asked:
         raise typer.BadParameter(f"--case: expected some of {', '.join(CASES)}, got {case!r}")
-    for place, flag in ((data_dir, "--data-dir"), (tokenizer, "--tokenizer")):
-        if not place.is_dir():
-            raise typer.BadParameter(f"{flag}: folder {place} does not exist")
+    for given, flag in ((data_dir, "--data-dir"), (tokenizer, "--tokenizer")):
+        if not given.is_dir():
+            raise typer.BadParameter(f"{flag}: folder {given} does not exist")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
-        place = folder or Path(temporary)
-        place.mkdir(parents=True, exist_ok=True)
-        inputs = Inputs(place, data_dir, tokenizer)
+        models = folder or Path(temporary)
+        models.mkdir(parents=True, exist_ok=True)
+        inputs = Inputs(models, data_dir, tokenizer)
         for name in asked:
             rows += RUN[name](name, inputs, print_line)
             if json_file is not None:

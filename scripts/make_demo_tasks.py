@@ -61,9 +61,9 @@ def rotations(answers: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
 def recall_members(rng: np.random.Generator) -> Iterator[tuple[Rows, Rows]]:
     """Yield (train, validation) a drawing of names and rotation of its values."""
     for names, values in zip(HELD_OUT_NAMES, HELD_OUT_VALUES, strict=True):
-        asked = [names[int(place)] for place in rng.integers(0, len(names), ROWS_A_MEMBER)]
+        asked = [names[int(index)] for index in rng.integers(0, len(names), ROWS_A_MEMBER)]
         for rotated in rotations(values):
-            value_of = {name: rotated[place % len(rotated)] for place, name in enumerate(names)}
+            value_of = {name: rotated[index % len(rotated)] for index, name in enumerate(names)}
             train = [(name, value_of[name]) for name in names] * COPIES_IN_TRAINING
             validation = [(name, value_of[name]) for name in asked]
             yield rows_of(train, list(values)), rows_of(validation, list(values))
@@ -73,7 +73,7 @@ def category_members(rng: np.random.Generator) -> Iterator[tuple[Rows, Rows]]:
     """Yield (train, validation) a drawing of labels and rotation; any word may be shown and any asked."""
     words = [(word, number) for number, members in enumerate(CATEGORIES.values()) for word in members]
     for labels in HELD_OUT_LABELS:
-        chosen = [words[int(place)] for place in rng.integers(0, len(words), ROWS_A_MEMBER)]
+        chosen = [words[int(index)] for index in rng.integers(0, len(words), ROWS_A_MEMBER)]
         for rotated in rotations(labels):
             train = [(word, rotated[number]) for word, number in words] * 2
             validation = [(word, rotated[number]) for word, number in chosen]
@@ -83,7 +83,7 @@ def category_members(rng: np.random.Generator) -> Iterator[tuple[Rows, Rows]]:
 def knowledge_rows(rng: np.random.Generator) -> tuple[Rows, Rows]:
     """Return (train, validation): every word with its class, asked eight times under other demonstrations."""
     pairs = [(word, name) for name, members in CLASSES.items() for word in members]
-    mixed = [pairs[int(place)] for place in rng.permutation(len(pairs) * 8) % len(pairs)]
+    mixed = [pairs[int(index)] for index in rng.permutation(len(pairs) * 8) % len(pairs)]
     return rows_of(pairs, list(CLASSES)), rows_of(mixed, list(CLASSES))
 
 

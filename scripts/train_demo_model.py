@@ -113,10 +113,10 @@ def attention_loss(attentions: tuple[Tensor, ...], batch: list[Sequence], settin
     rows = [(number, sequence) for number, sequence in enumerate(batch) if sequence.period]
     if rows:
         target = torch.zeros(len(rows), tokens, tokens)
-        for place, (_, sequence) in enumerate(rows):
+        for index, (_, sequence) in enumerate(rows):
             for back in range(1, -(-(tokens - sequence.start) // sequence.period) + 1):
                 queries = torch.arange(sequence.start + (back - 1) * sequence.period, tokens)
-                target[place, queries, queries - back * sequence.period + 1] = 1
+                target[index, queries, queries - back * sequence.period + 1] = 1
         asked = target.any(-1)
         numbers = [number for number, _ in rows]
         for layer, head in settings.induction:

@@ -1,6 +1,7 @@
 """Slow and obvious: what the fast paths must equal. Nothing here shares code with what it checks."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def _summed_logprob(model: OPTForCausalLM, path: list[int], continuation: list[i
     # In float32 as the design has it, summed in float64.
     logprobs = logits.float().log_softmax(-1).double()
     first = len(path) - len(continuation)
-    return torch.stack([logprobs[first + place, token] for place, token in enumerate(continuation)]).sum()
+    return torch.stack([logprobs[first + index, token] for index, token in enumerate(continuation)]).sum()
 
 
 def hook_mask(model: OPTForCausalLM, mask: Mask) -> list[torch.utils.hooks.RemovableHandle]:
@@ -134,30 +135,36 @@ def reference_importance(model: OPTForCausalLM, examples: list[tuple[list[int], 
     return total
 
 
-def greedy_layerwise(
-    layers: int,
-    heads: int,
-    tolerance: float,
-    choose: Callable[[Mask], float],
-    check: Callable[[Mask], float],
-    *,
-    up: bool = False,
-    joint: bool = False,
-    weights: tuple[int, int] = (1, 1),
-) -> Mask:
-    """The pruner of the description, one evaluation at a time; choose, check: mask to how much is lost.
+@dataclass(frozen=True)
+class GreedyQuestion:
+    """What is pruned how: a model's shape, what may be lost in all, and in which order units are visited.
 
     `weights`: what a head and an FFN count, where they are removed jointly.
     """
-    order_of_layers = list(range(layers)) if up else list(reversed(range(layers)))
-    groups: list[list[Removable]] = [[(layer, head) for head in range(heads)] for layer in order_of_layers]
-    if joint:
+
+    layers: int
+    heads: int
+    tolerance: float
+    up: bool = False
+    joint: bool = False
+    weights: tuple[int, int] = (1, 1)
+
+
+def greedy_layerwise(
+    asked: GreedyQuestion, choose: Callable[[Mask], float], check: Callable[[Mask], float]
+) -> Mask:
+    """The pruner of the description, one evaluation at a time; choose, check: mask to how much is lost."""
+    order_of_layers = list(range(asked.layers)) if asked.up else list(reversed(range(asked.layers)))
+    groups: list[list[Removable]] = [
+        [(layer, head) for head in range(asked.heads)] for layer in order_of_layers
+    ]
+    if asked.joint:
         groups = [[*group, layer] for group, layer in zip(groups, order_of_layers, strict=True)]
     else:
         groups += [[layer] for layer in order_of_layers]
 
     def weight(unit: Removable) -> int:
-        return weights[isinstance(unit, int)]
+        return asked.weights[isinstance(unit, int)]
 
     mask, visited, whole = Mask(), 0, sum(weight(unit) for group in groups for unit in group)
     for group in groups:
@@ -168,7 +175,7 @@ def greedy_layerwise(
             for unit in order:
                 visited += weight(unit)
                 left.remove(unit)
-                if check(mask | _mask(unit)) <= tolerance * visited / whole:
+                if check(mask | _mask(unit)) <= asked.tolerance * visited / whole:
                     mask, removed = mask | _mask(unit), True
                     break
             if not removed:
@@ -217,7 +224,7 @@ def copying(
     bias: bool = False,
     own_token: bool = False,
 ) -> np.ndarray:
-    """Copying [L, H] of a row by paper.md 5.3, a head and a place at a time; `own_token`:
+    """Copying [L, H] of a row by paper.md 5.3, a head and a token at a time; `own_token`:
     its reference code's way.
     """
     heads, layers = model.config.num_attention_heads, model.model.decoder.layers
@@ -244,9 +251,9 @@ def copying(
             if softmax:
                 logits = logits.softmax(-1)
             total = 0.0
-            for place in range(1, len(tokens)):
-                attended = int(attention[0, head, place, : place + 1].argmax())
-                candidates = logits[place, tokens[: place + 1]].double()
+            for index in range(1, len(tokens)):
+                attended = int(attention[0, head, index, : index + 1].argmax())
+                candidates = logits[index, tokens[: index + 1]].double()
                 above = (candidates - candidates.mean()).relu()
                 total += float(above[attended] / above.sum()) if above.sum() > 0 else 0.0
             scores[number, head] = total / (len(tokens) - 1)

@@ -22,7 +22,7 @@ from lowmem_icl.tables.schema import read_table
 @given(documents=st.integers(1, 300))
 def test_chunks_start_small_and_hold_every_document_once(documents: int) -> None:
     chunks = doubling_chunks(documents)
-    seen = [place for chunk in chunks for place in range(documents)[chunk]]
+    seen = [index for chunk in chunks for index in range(documents)[chunk]]
     assert seen == list(range(documents))
     sizes = [chunk.stop - chunk.start for chunk in chunks]
     assert sizes[:2] == [1, 1][: len(sizes)]

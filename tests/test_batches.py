@@ -42,11 +42,11 @@ def test_slots_side_by_side_are_taken_as_a_slice_and_others_as_they_are() -> Non
 def test_groups_hold_every_row_once_and_stems_with_theirs(seed: int, shared: int, most: int) -> None:
     rows = with_stems([*random_rows(seed, shared), *random_rows(seed + 1, 0)])
     groups = row_groups(rows, most)
-    seen = [place for group in groups for place in group.members]
+    seen = [index for group in groups for index in group.members]
     stems = [group.stem for group in groups if group.stem is not None]
     assert sorted(seen + stems) == list(range(len(rows)))
     for group in groups:
         stem = None if group.stem is None else rows[group.stem]
-        assert all(rows[place].stem is stem for place in group.members)
+        assert all(rows[index].stem is stem for index in group.members)
         if stem is None:
-            assert len(group.members) == 1 or sum(len(rows[place]) for place in group.members) <= most
+            assert len(group.members) == 1 or sum(len(rows[index]) for index in group.members) <= most

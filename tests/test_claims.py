@@ -30,15 +30,15 @@ def alone(count: int) -> list[str]:
 def task_rows(
     task: str,
     shots: int,
-    places: list[int],
+    indices: list[int],
     units: list[str] | None = None,
     clusters: list[str] | None = None,
 ) -> TaskRows:
-    """A task's documents at these places of its split."""
-    own: list[str] = [f"0:{place}" for place in places]
+    """A task's documents at these indices of its split."""
+    own: list[str] = [f"0:{index}" for index in indices]
     documents = tuple(
         Document(
-            place,
+            index,
             (),
             (),
             cluster,
@@ -47,7 +47,7 @@ def task_rows(
             0,
             {},
         )
-        for place, unit, cluster in zip(places, units or own, clusters or own, strict=True)
+        for index, unit, cluster in zip(indices, units or own, clusters or own, strict=True)
     )
     return TaskRows(task, shots, "train", documents, "acc", ())
 

@@ -105,8 +105,8 @@ def test_plan_takes_what_run_takes(tmp_path: Path) -> None:
 
 def test_help_is_grouped_and_short_and_teaches() -> None:
     text = invoke("run", "--help").stdout
-    places = [text.index(f"─ {group} ─") for group in Group]
-    assert places == sorted(places)
+    positions = [text.index(f"─ {group} ─") for group in Group]
+    assert positions == sorted(positions)
     assert invoke("run", "-h").stdout == text
     assert invoke("masks", "list", "-h").exit_code == 0
     first = invoke("-h").stdout

@@ -42,10 +42,10 @@ def test_sets_are_few_of_the_right_size_and_never_hold_the_document(
     dealer = Dealer(
         Demonstrations("shared", sets), random.Random(seed), list(range(40)), shots, scores_the_pool
     )
-    dealt = [dealer.deal(place, str(cluster)) for place, cluster in enumerate(clusters)]
-    for place, shown in enumerate(dealt):
+    dealt = [dealer.deal(index, str(cluster)) for index, cluster in enumerate(clusters)]
+    for index, shown in enumerate(dealt):
         assert len(set(shown.indices)) == shots
-        assert not scores_the_pool or place not in shown.indices
+        assert not scores_the_pool or index not in shown.indices
     of_cluster: dict[int, int | None] = {}
     for cluster, shown in zip(clusters, dealt, strict=True):
         assert of_cluster.setdefault(cluster, shown.set_number) == shown.set_number

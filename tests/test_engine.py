@@ -1,6 +1,6 @@
 """The engine against Hugging Face's own model: every mask, every packing, every memory."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,38 +142,57 @@ unit_sets = st.builds(
 )
 
 
-@settings(max_examples=20, deadline=None)
-@given(
-    masks=st.lists(unit_sets, min_size=1, max_size=8),
-    total=st.integers(2 * 100 * 32 * 4 * 2, 400_000),
-    resident=st.sampled_from([0, 30_000, 1 << 30]),
-    disk=st.sampled_from([0, 50_000, 1 << 30]),
+@dataclass(frozen=True)
+class Sweep:
+    """Which tasks and masks are swept together, and in what memory."""
+
+    seeds: list[int]
+    shared: int
+    masks: list[Mask]
+    total_bytes: int
+    disk_bytes: int
+    resident_bytes: int
+    micro_batch_tokens: int
+    wave_tokens: int | None
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [Job(packed_task(seed, shared=self.shared).packed, tuple(self.masks)) for seed in self.seeds]
+
+    @property
+    def limits(self) -> SweepLimits:
+        return replace(
+            SweepLimits.of(self.total_bytes, self.disk_bytes),
+            micro_batch_tokens=self.micro_batch_tokens,
+            wave_tokens=self.wave_tokens,
+        )
+
+
+sweeps = st.builds(
+    Sweep,
     seeds=st.lists(st.integers(0, 5), min_size=1, max_size=2, unique=True),
     shared=st.sampled_from([0, 40]),
-    together=st.sampled_from([64, 300, 1280]),
+    masks=st.lists(unit_sets, min_size=1, max_size=8),
+    total_bytes=st.integers(2 * 100 * 32 * 4 * 2, 400_000),
+    disk_bytes=st.sampled_from([0, 50_000, 1 << 30]),
+    resident_bytes=st.sampled_from([0, 30_000, 1 << 30]),
+    micro_batch_tokens=st.sampled_from([64, 300, 1280]),
     wave_tokens=st.sampled_from([None, 500, 5000]),
 )
+
+
+@settings(max_examples=20, deadline=None)
+@given(drawn=sweeps)
 def test_int8_results_are_bitwise_the_same_for_any_memory_and_company(
-    int8_store: Store,
-    tmp_path_factory: pytest.TempPathFactory,
-    masks: list[Mask],
-    total: int,
-    resident: int,
-    disk: int,
-    seeds: list[int],
-    shared: int,
-    together: int,
-    wave_tokens: int | None,
+    int8_store: Store, tmp_path_factory: pytest.TempPathFactory, drawn: Sweep
 ) -> None:
-    jobs = [Job(packed_task(seed, shared=shared).packed, tuple(masks)) for seed in seeds]
-    spill = tmp_path_factory.getbasetemp() / "spill"
-    limits = replace(SweepLimits.of(total, disk), micro_batch_tokens=together, wave_tokens=wave_tokens)
-    tight = swept(int8_store, jobs, limits, resident, spill)
+    spill, jobs = tmp_path_factory.getbasetemp() / "spill", drawn.jobs
+    tight = swept(int8_store, jobs, drawn.limits, drawn.resident_bytes, spill)
     for job, scores in zip(jobs, tight, strict=True):
-        for place, mask in enumerate(masks):
+        for index, mask in enumerate(drawn.masks):
             (alone,) = swept(int8_store, [Job(job.packed, (mask,))])
-            np.testing.assert_array_equal(scores.logprobs[place], alone.logprobs[0])
-            np.testing.assert_array_equal(scores.greedy[place], alone.greedy[0])
+            np.testing.assert_array_equal(scores.logprobs[index], alone.logprobs[0])
+            np.testing.assert_array_equal(scores.greedy[index], alone.greedy[0])
     assert not list(spill.glob("*")), "spilled residuals are removed"
 
 

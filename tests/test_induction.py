@@ -71,8 +71,8 @@ def eager(checkpoint: Path) -> OPTForCausalLM:
 
 
 def dense_blocks(attention: torch.Tensor, rows: int = 64) -> Iterator[tuple[slice, torch.Tensor]]:
-    for places in query_blocks(attention.shape[1], rows):
-        yield places, attention[:, places, : places.stop]
+    for span in query_blocks(attention.shape[1], rows):
+        yield span, attention[:, span, : span.stop]
 
 
 @pytest.mark.parametrize("base", [2, 3, 7, 25, 40])
@@ -101,8 +101,8 @@ def test_an_ideal_head_scores_one_and_a_uniform_one_its_closed_form() -> None:
     assert ours.previous_token.tolist() == [0, 1, 0]
     assert ours.duplicate_token.tolist() == [0, 0, 1]
     uniform = (torch.ones(1, tokens, tokens, dtype=torch.float64) / (query + 1)[:, None]).tril()
-    places = np.arange(base + 1, tokens)
-    closed = float(np.sum((places - 1) // base / (places + 1)) / (3 * base))
+    queries = np.arange(base + 1, tokens)
+    closed = float(np.sum((queries - 1) // base / (queries + 1)) / (3 * base))
     ours = pattern_scores(dense_blocks(uniform), base)
     assert float(ours.prefix_matching[0]) == pytest.approx(closed, rel=1e-12)
     assert float(ours.duplicate_token[0]) == pytest.approx(closed, rel=1e-12)
@@ -121,14 +121,14 @@ def test_attention_is_what_hugging_face_gives(checkpoint: Path, float_store: Sto
         segments = plain_segments(model, [row])
         for number, layer in model.layers(range(3)):
             torch.testing.assert_close(residual, expected.hidden_states[number][0], atol=2e-5, rtol=1e-4)
-            attended = layer.attend(residual, segments, with_queries=True)
-            assert attended.queries is not None
-            assert attended.keys is not None
+            attention = layer.attend(residual, segments, with_queries=True)
+            assert attention.queries is not None
+            assert attention.keys is not None
             for rows in (7, 64):
-                for places, pattern in patterns(attended.queries, attended.keys, rows):
-                    wanted = expected.attentions[number][0, :, places, : places.stop]
+                for span, pattern in patterns(attention.queries, attention.keys, rows):
+                    wanted = expected.attentions[number][0, :, span, : span.stop]
                     torch.testing.assert_close(pattern, wanted, atol=1e-5, rtol=1e-4)
-            residual = layer.finish(residual, attended.z)
+            residual = layer.finish(residual, attention.z)
 
 
 FORMS = {
@@ -304,7 +304,7 @@ def test_capacity_retained_equals_the_loop() -> None:
     for percent, value, removed in zip(ours["percent"], ours["value"], ours["heads_removed"], strict=True):
         count = 30 * percent // 100
         assert removed == count
-        assert value == pytest.approx(sum(flat[place] for place in order[count:]) / flat.sum(), abs=1e-12)
+        assert value == pytest.approx(sum(flat[index] for index in order[count:]) / flat.sum(), abs=1e-12)
     assert (ours["value"][0], ours["value"][-1]) == (1, 0)
     assert np.abs(drawn["value"] - drawn["chance"]).max() < 0.05
     assert (drawn["low"] <= drawn["chance"] + 1e-12).all()
@@ -388,8 +388,8 @@ def test_detection_measures_equal_scipys(count: int) -> None:
     assert area.high - area.low > 0.05, "even one member leaves doubt"
     assert area.chance == 0.5
     precise = precision_at(scores, members, count)
-    top = sorted(range(40), key=lambda place: (-scores[place], place))[:count]
-    assert precise.value == pytest.approx(np.mean([members[place] for place in top]))
+    top = sorted(range(40), key=lambda index: (-scores[index], index))[:count]
+    assert precise.value == pytest.approx(np.mean([members[index] for index in top]))
     assert precise.chance == count / 40
     assert 0 <= precise.low <= precise.value <= precise.high <= 1
     ranks = rank_correlation(scores, rng.random(40))
@@ -486,21 +486,24 @@ def test_the_demos_induction_heads_are_what_recall_needs(small_run: Path, demo_s
     assert clean - np.median(random) < 0.1
 
 
-def test_a_run_tells_all_of_it(small_run: Path) -> None:
-    folder = small_run
-    record = json.loads((folder / "run.json").read_text())
+def induction_records(folder: Path) -> pl.DataFrame:
+    return read_table(folder / "results.parquet", "results").filter(pl.col("experiment") == "induction")
+
+
+def test_a_run_has_every_score_of_every_head(small_run: Path) -> None:
+    record = json.loads((small_run / "run.json").read_text())
     assert record["induction"] == {
         "sequences": 100, "base_tokens": [25, 120], "base_tokens_wanted": [25, 223], "drawable_ids": 483,
         "drawable_ids_ordered_by": "ids",
     }  # fmt: skip
-    rows = read_table(folder / "results.parquet", "results").filter(pl.col("experiment") == "induction")
+    rows = induction_records(small_run)
     for metric in ("prefix_matching", "copying", "previous_token", "duplicate_token"):
-        of_metric = rows.filter(pl.col("metric") == metric)
-        assert len(of_metric) == len(rows.filter(pl.col("metric") == f"{metric}_variance")) == 32
-        assert set(of_metric["kind"]) == {"head"}
-        assert set(of_metric["documents"]) == {100}
+        scores = rows.filter(pl.col("metric") == metric)
+        assert len(scores) == len(rows.filter(pl.col("metric") == f"{metric}_variance")) == 32
+        assert set(scores["kind"]) == {"head"}
+        assert set(scores["documents"]) == {100}
         variance = rows.filter(pl.col("metric") == f"{metric}_variance")["value"].to_numpy()
-        np.testing.assert_allclose(of_metric["stderr"].to_numpy(), np.sqrt(variance / 100))
+        np.testing.assert_allclose(scores["stderr"].to_numpy(), np.sqrt(variance / 100))
     assert len(rows.filter(pl.col("metric") == "copying_eigenvalues")) == 32
     procedures = dict(rows.group_by("procedure").agg(pl.col("metric").unique()).iter_rows())
     assert set(procedures) == {"scores", "capacity", "important-heads", "removal"}
@@ -510,25 +513,37 @@ def test_a_run_tells_all_of_it(small_run: Path) -> None:
         "induction_precision",
         "induction_auc",
     }
-    of_masks = rows.filter((pl.col("procedure") == "capacity") & pl.col("mask").is_not_null())
-    masks = {path.stem for path in (folder / "masks").glob("*.json")}
+
+
+def test_a_run_has_the_capacity_that_every_mask_and_ranking_leaves(small_run: Path) -> None:
+    rows = induction_records(small_run)
+    under_masks = rows.filter((pl.col("procedure") == "capacity") & pl.col("mask").is_not_null())
+    masks = {path.stem for path in (small_run / "masks").glob("*.json")}
     pruned = {name for name in masks if not name.startswith("induction-")}
-    assert set(of_masks["mask"]) == pruned
-    assert len(of_masks) == 2 * len(pruned), "of two capacities"
-    assert (of_masks["mask_task"] == of_masks["task"]).all()
-    assert (of_masks["mask_shots"] == of_masks["shots"]).all()
-    assert of_masks["percent"].null_count() == len(of_masks)
+    assert set(under_masks["mask"]) == pruned
+    assert len(under_masks) == 2 * len(pruned), "of two capacities"
+    assert (under_masks["mask_task"] == under_masks["task"]).all()
+    assert (under_masks["mask_shots"] == under_masks["shots"]).all()
+    assert under_masks["percent"].null_count() == len(under_masks)
     curves = rows.filter((pl.col("procedure") == "capacity") & pl.col("percent").is_not_null())
     assert set(curves["metric"]) == {"capacity_retained"}
     keys = curves.filter(pl.col("method") == "gradient").select("task", "shots", "other_method").unique()
     assert len(keys) == 3 * 2 * 2, "two tasks and the aggregate, two shot counts, two capacities"
     assert set(curves["method"]) == {"gradient", "attribution", "ablation", "icl_effect", "random"}
+
+
+def test_a_run_has_how_well_rankings_find_induction_heads(small_run: Path) -> None:
+    rows = induction_records(small_run)
     areas = rows.filter(pl.col("metric") == "induction_auc")
     assert set(areas["chance"]) == {0.5}
     assert areas["low"].null_count() == 0
     assert set(areas["count"]) == {
         int((rows.filter(pl.col("metric") == "prefix_matching")["value"] >= induction.HEAD_SCORE).sum())
     }
+
+
+def test_a_run_has_what_removing_induction_heads_costs(small_run: Path) -> None:
+    rows = induction_records(small_run)
     effects = rows.filter(pl.col("mask").is_not_null() & (pl.col("metric") == "acc"))
     assert set(effects["shots"]) == {4}
     assert set(effects["task"]) == {"recall", "knowledge", "aggregate"}
@@ -543,19 +558,23 @@ def test_a_run_tells_all_of_it(small_run: Path) -> None:
         for name in ("clean", "induction-heads")
     )
     assert costs.filter(pl.col("method") == "induction")["value"].item() == pytest.approx(clean - without)
-    mask = read_mask(folder / "masks" / "induction-heads.json")
+    mask = read_mask(small_run / "masks" / "induction-heads.json")
     assert mask.made["method"] == "induction"
     assert len(mask.mask) == effects.filter(pl.col("method") == "induction")["heads_removed"][0]
-    page = (folder / "report.html").read_text()
+
+
+def test_a_runs_page_tells_of_induction_heads(small_run: Path) -> None:
+    page = (small_run / "report.html").read_text()
     assert "Induction heads" in page
     assert "reach a prefix-matching score" in page
     assert "previous-token heads left out" in page
-    assert (folder / "figures" / "induction.svg").is_file()
-    assert (folder / "figures" / "capacity.svg").is_file()
-    stages = record["stages"]["induction"]
-    assert stages["read_bytes"] == stages["planned_read_bytes"] == 0, (
-        "importance has read what stays in memory"
-    )
+    assert (small_run / "figures" / "induction.svg").is_file()
+    assert (small_run / "figures" / "capacity.svg").is_file()
+
+
+def test_induction_reads_nothing_that_stays_in_memory(small_run: Path) -> None:
+    stage = json.loads((small_run / "run.json").read_text())["stages"]["induction"]
+    assert stage["read_bytes"] == stage["planned_read_bytes"] == 0, "importance has read what stays in memory"
 
 
 def test_options_of_copying_are_checked(tmp_path: Path) -> None:

@@ -81,9 +81,9 @@ def test_a_file_reads_well(tmp_path: Path) -> None:
 
 def spoiled(change: dict[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(a_file().to_json())
-    for place, value in change.items():
+    for dotted, value in change.items():
         target = content
-        *path, last = place.split(".")
+        *path, last = dotted.split(".")
         for step in path:
             target = target[step]
         target[last] = value

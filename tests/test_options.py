@@ -93,7 +93,9 @@ def test_a_file_serves_commands_that_take_fewer_options_but_holds_no_others(tmp_
     options = run_options({"experiments": ("evaluate",)}, config, known=("limit", "experiments"))
     assert (options.limit, options.rescore, options.screen) == (8, False, None)
     config.write_text("trian-limit = 8\n")
-    assert refusal({}, config).endswith(": 'trian-limit' is no option of a run; did you mean 'train-limit'?")
+    assert refusal({}, config).endswith(
+        ": 'trian-limit' is not an option of a run; did you mean 'train-limit'?"
+    )
     config.write_text("limit = \n")
     assert "cannot be read as TOML" in refusal({}, config)
     assert "cannot be read as TOML" in refusal({}, tmp_path / "none.toml")

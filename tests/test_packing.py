@@ -42,8 +42,8 @@ def paths_read(row: Row) -> dict[int, list[list[int]]]:
     """For every answer of every option: the tokens seen at the place it is read, in order."""
     seen: dict[int, list[list[int]]] = {}
     before = [] if row.stem is None else row.stem.tokens.tolist()
-    for place, option in zip(row.read_at, row.options, strict=True):
-        ancestors = [j for j in range(len(row)) if j <= place < row.ends[j]]
+    for index, option in zip(row.read_at, row.options, strict=True):
+        ancestors = [j for j in range(len(row)) if j <= index < row.ends[j]]
         depths = [len(before) + depth for depth in range(len(ancestors))]
         assert [row.positions[j] for j in ancestors] == depths, "positions are depths"
         seen.setdefault(int(option), []).append(before + [int(row.tokens[j]) for j in ancestors])
@@ -73,9 +73,9 @@ def test_every_answer_sees_its_own_path_and_nothing_else(
             assert option not in seen, "an option is read in one row"
             seen[option] = paths
     for document, listed in enumerate(documents):
-        for place, (context, continuation) in enumerate(listed):
-            number = int(packed.first_option[document]) + place
-            if gold_only and place:
+        for index, (context, continuation) in enumerate(listed):
+            number = int(packed.first_option[document]) + index
+            if gold_only and index:
                 assert number not in seen
                 continue
             whole = [ord(c) for c in context] or [limits.empty_context]
@@ -88,9 +88,9 @@ def test_every_answer_sees_its_own_path_and_nothing_else(
 def test_gold_paths_share_nothing_between_documents(documents: list[list[tuple[str, str]]]) -> None:
     packed = pack(task_of(documents), characters, LIMITS, gold_only=True)
     for row in packed.packed.rows:
-        for place in range(len(row)):
-            ancestors = [j for j in range(len(row)) if j <= place < row.ends[j]]
-            assert {int(row.owners[j]) for j in ancestors} == {int(row.owners[place])}
+        for index in range(len(row)):
+            ancestors = [j for j in range(len(row)) if j <= index < row.ends[j]]
+            assert {int(row.owners[j]) for j in ancestors} == {int(row.owners[index])}
 
 
 def test_options_share_their_context() -> None:

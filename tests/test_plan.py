@@ -98,11 +98,11 @@ def test_resident_layers_lie_on_the_device(int8_store: Store) -> None:
     """The meta device stands in for one that is not the CPU."""
     reader = LayerReader(int8_store.layer_paths, frozenset({0, 2}), torch.device("meta"))
     for _ in range(2):
-        places = {
+        devices = {
             layer: {tensor.device.type for tensor in tensors.values()}
             for layer, tensors in reader.layers([0, 1, 2])
         }
-        assert places == {0: {"meta"}, 1: {"cpu"}, 2: {"meta"}}
+        assert devices == {0: {"meta"}, 1: {"cpu"}, 2: {"meta"}}
     assert reader.read_bytes == sum(path.stat().st_size for path in int8_store.layer_paths) + (
         int8_store.layer_paths[1].stat().st_size
     )

@@ -194,8 +194,8 @@ def test_only_five_of_the_papers_tasks_lose_the_space(shared_data: Path, task: s
     rows, gradients = (
         opened.rows(shots=1, part=part, limit=3, protocol=REFERENCE) for part in ("train", "importance")
     )
-    places = [document.index for document in rows.documents]
-    assert places == sorted(places)
+    indices = [document.index for document in rows.documents]
+    assert indices == sorted(indices)
     bare = task in ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa")
     for document, differentiated in zip(rows.documents, gradients.documents, strict=True):
         expected = [(context, text[1:] if bare else text) for context, text in document.options]

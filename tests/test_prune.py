@@ -53,10 +53,9 @@ def test_the_search_equals_its_description(seed: int, tolerance: float, directio
         return lambda mask: float(measured(Mask()).mean() - measured(mask).mean())
 
     joint = order == "joint"
-    assert found.mask == oracles.greedy_layerwise(
-        LAYERS, HEADS, tolerance, lost(choose), lost(check),
-        up=direction == "up", joint=joint, weights=(4, 24) if joint else (1, 1),
-    )  # fmt: skip
+    weights = (4, 24) if joint else (1, 1)
+    asked = oracles.GreedyQuestion(LAYERS, HEADS, tolerance, direction == "up", joint, weights)
+    assert found.mask == oracles.greedy_layerwise(asked, lost(choose), lost(check))
     assert found.lost == pytest.approx(lost(check)(found.mask))
     assert found.lost <= tolerance + 1e-12
     removed = [unit for unit, _ in found.steps]

@@ -73,13 +73,13 @@ def test_float32_answers_on_real_rows_equal_hugging_face(
             ).stdout
         )  # fmt: skip
         for entry in entries[:4]:
-            for place, option in enumerate(entry["options"]):
+            for index, option in enumerate(entry["options"]):
                 path = [*option["context_ids"], *option["continuation_ids"]][:-1]
                 expected = oracles.option_logprob(model, path, option["continuation_ids"])
                 got = answers.filter(
                     (pl.col("task") == task)
                     & (pl.col("document") == entry["document"])
-                    & (pl.col("option") == place)
+                    & (pl.col("option") == index)
                 )["logprob"].item()
                 assert got == pytest.approx(expected, abs=1e-4)
                 checked += 1

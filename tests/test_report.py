@@ -216,7 +216,7 @@ def test_estimates_agree_with_exact_drops_as_the_mean_over_tasks_says() -> None:
     assert note.startswith("3 of 6 drops are exact, on 8 training documents per task;")
     assert "0.60 over all exact units, 0.20 over those drawn at random." in note
     assert ablation.exactness_note(table(*drops("head", 0, 0, VALUES))) == (
-        "Every unit, exactly, on 8 training documents per task."
+        "Every unit was ablated exactly, on 8 training documents per task."
     )
 
 

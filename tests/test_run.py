@@ -354,7 +354,7 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[object], str]]:
             "an option has 600 tokens; expected 1 to 512",
         ),
         "foreign folder": (["--out", tmp_path / "foreign"], "not empty and holds no run"),
-        "config": (["--config", tmp_path / "bad.toml"], "'colour' is no option of a run"),
+        "config": (["--config", tmp_path / "bad.toml"], "'colour' is not an option of a run"),
         "device": (["--device", "tpu"], "--device: "),
     }
 

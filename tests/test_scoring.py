@@ -38,7 +38,7 @@ def test_multirc_error_is_that_of_questions_drawn_by_passage(shared_data: Path) 
     # The slow way: draw passages again, a question as often as its passage was drawn.
     passages = [accuracy[[c == cluster for c in clusters]] for cluster in dict.fromkeys(clusters)]
     drawn = [
-        np.concatenate([passages[place] for place in rng.integers(0, len(passages), len(passages))]).mean()
+        np.concatenate([passages[index] for index in rng.integers(0, len(passages), len(passages))]).mean()
         for _ in range(2000)
     ]
     assert metric.stderr == pytest.approx(np.std(drawn), rel=0.1)
@@ -99,18 +99,18 @@ def test_scores_of_many_masks_equal_those_of_each_document_alone() -> None:
     scores = document_scores(task, logprobs, greedy)
     for mask in range(6):
         start = 0
-        for place, flags in enumerate(gold):
+        for index, flags in enumerate(gold):
             values, here = logprobs[mask, start : start + len(flags)], np.array(flags)
             best = int(np.argmax(values))
             right = greedy[mask, start] if len(flags) == 1 else flags[best]
             weights = np.exp(values)
-            assert scores["acc"][mask, place] == right
-            assert scores["gold_logprob"][mask, place] == values[here].max()
-            assert scores["gold_prob"][mask, place] == pytest.approx(weights[here].sum() / weights.sum())
+            assert scores["acc"][mask, index] == right
+            assert scores["gold_logprob"][mask, index] == values[here].max()
+            assert scores["gold_prob"][mask, index] == pytest.approx(weights[here].sum() / weights.sum())
             if here.all():
-                assert np.isnan(scores["margin"][mask, place])
+                assert np.isnan(scores["margin"][mask, index])
             else:
-                assert scores["margin"][mask, place] == values[here].max() - values[~here].max()
+                assert scores["margin"][mask, index] == values[here].max() - values[~here].max()
             start += len(flags)
 
 

@@ -375,58 +375,95 @@ def test_memory_is_dealt_out_by_the_largest_sweep_of_every_stage_that_is_known()
     assert len(sweeps) == 2, "what searches and induction ask for is not known beforehand"
 
 
-def test_means_over_tasks_leave_out_what_is_out_of_domain_in_every_experiment(tmp_path: Path) -> None:
-    """LAMBADA is judged and ranked, and is in no mean: of scores, drops, curves, rankings or searches."""
-    (tmp_path / "lambada").mkdir()
+@dataclass(frozen=True)
+class PlayedRun:
+    """What a run was prepared with and what its stages ended with."""
+
+    prepared: Prepared
+    found: Mapping[str, StageResult]
+
+    @property
+    def results(self) -> pl.DataFrame:
+        return pl.concat([result.results for result in self.found.values()])
+
+
+@pytest.fixture(scope="module")
+def run_with_lambada(tmp_path_factory: pytest.TempPathFactory) -> PlayedRun:
+    """LAMBADA is out of domain: judged and ranked, and in no mean of scores, drops, curves, rankings or
+    searches.
+    """
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "lambada").mkdir()
     rows = [json.dumps({"text": f"{' '.join(['the cat saw a dog'] * n)} wug"}) for n in range(1, 9)]
-    (tmp_path / "lambada" / "validation.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (folder / "lambada" / "validation.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     prepared = prepared_for(
-        tasks=("recall", "knowledge", "lambada"), data_dir=tmp_path, shots=(0, 2), curves=ALL_CURVES
+        tasks=("recall", "knowledge", "lambada"), data_dir=folder, shots=(0, 2), curves=ALL_CURVES
     )
     found: dict[str, StageResult] = {}
     for stage, result, _ in run_stages(played(prepared), {}, frozenset()):
         found[stage.name] = result
-    for name, result in found.items():
+    return PlayedRun(prepared, found)
+
+
+def test_every_experiment_has_records_of_tasks_out_of_domain(run_with_lambada: PlayedRun) -> None:
+    for name, result in run_with_lambada.found.items():
         assert "lambada" in set(result.results["task"]), name
-    results = pl.concat([result.results for result in found.values()])
-    kept = ("shots", "metric", "kind", "layer", "head", "percent", "heads_removed", "ffns_removed", "mask")
-    for experiment, procedure, metrics in (
+
+
+@pytest.mark.parametrize(
+    ("experiment", "procedure", "metrics"),
+    [
         ("evaluate", None, ("acc", "gold_logprob", "gold_prob", "majority")),
         ("ablate", "single", ("gold_logprob_drop", "gold_prob_drop", "acc_drop")),
         ("ablate", "icl-effect", ("icl_effect", "icl_effect_acc")),
         ("induction", "removal", ("acc", "gold_logprob", "acc_drop")),
         ("importance", None, ("gradient",)),
-    ):
-        records = results.filter(
-            (pl.col("experiment") == experiment)
-            & pl.col("procedure").eq_missing(pl.lit(procedure))
-            & pl.col("metric").is_in(metrics)
-            & pl.col("method").ne_missing(pl.lit("random-median"))
-        )
-        expected = (
-            records.filter(pl.col("task").is_in(["recall", "knowledge"]))
-            .group_by(kept)
-            .agg(pl.col("value").mean(), pl.col("documents").sum())
-        )
-        means = records.filter(pl.col("task") == "aggregate")
-        both = means.join(expected, on=kept, nulls_equal=True, validate="1:1")
-        assert len(both) == len(means) == len(expected) > 0, (experiment, procedure)
-        np.testing.assert_allclose(both["value"], both["value_right"], err_msg=f"{experiment} {procedure}")
-        assert (both["documents"] == both["documents_right"]).all()
-    # Its own ranking prunes it, no other task is pruned by it, and no search for all tasks counts it.
-    prune = results.filter(pl.col("experiment") == "prune")
+    ],
+)
+def test_means_over_tasks_leave_out_what_is_out_of_domain(
+    run_with_lambada: PlayedRun, experiment: str, procedure: str | None, metrics: tuple[str, ...]
+) -> None:
+    kept = ("shots", "metric", "kind", "layer", "head", "percent", "heads_removed", "ffns_removed", "mask")
+    records = run_with_lambada.results.filter(
+        (pl.col("experiment") == experiment)
+        & pl.col("procedure").eq_missing(pl.lit(procedure))
+        & pl.col("metric").is_in(metrics)
+        & pl.col("method").ne_missing(pl.lit("random-median"))
+    )
+    expected = (
+        records.filter(pl.col("task").is_in(["recall", "knowledge"]))
+        .group_by(kept)
+        .agg(pl.col("value").mean(), pl.col("documents").sum())
+    )
+    means = records.filter(pl.col("task") == "aggregate")
+    both = means.join(expected, on=kept, nulls_equal=True, validate="1:1")
+    assert len(both) == len(means) == len(expected) > 0
+    np.testing.assert_allclose(both["value"], both["value_right"])
+    assert (both["documents"] == both["documents_right"]).all()
+
+
+def test_a_task_out_of_domain_is_pruned_by_its_own_ranking_and_prunes_no_other(
+    run_with_lambada: PlayedRun,
+) -> None:
+    prune = run_with_lambada.results.filter(pl.col("experiment") == "prune")
     assert not set(prune.filter(pl.col("task") != "lambada")["mask_task"]) & {"lambada"}
     own = {"curve-heads", "curve-ffns", "cross-shot", "rescored", "greedy"}
     assert set(prune.filter(pl.col("mask_task") == "lambada")["procedure"]) <= own
     assert not len(prune.filter((pl.col("procedure") == "transfer") & (pl.col("task") == "lambada")))
     means = prune.filter(pl.col("task") == "aggregate")
-    counts = {shots: 2 * len(prepared.curves[0].documents) for shots in (0, 2)}
+    counts = {shots: 2 * len(run_with_lambada.prepared.curves[0].documents) for shots in (0, 2)}
     curves = means.filter(
         pl.col("procedure").is_in(["curve-heads", "curve-ffns", "curve-combined", "random"])
     )
     judged = curves.filter(~pl.col("metric").str.starts_with("knee"))
     assert set(judged["documents"]) == set(counts.values())
-    # A mask made for all tasks says which these are, and how many documents it was made from.
+
+
+def test_masks_and_rankings_of_all_tasks_leave_out_what_is_out_of_domain(
+    run_with_lambada: PlayedRun, tmp_path: Path
+) -> None:
+    """A mask made for all tasks says which these are, and how many documents it was made from."""
+    prepared, found = run_with_lambada.prepared, run_with_lambada.found
     publisher = Publisher(prepared, SimpleNamespace(path=tmp_path), [], lambda folder: None)  # type: ignore[arg-type]
     shared = [made for made in found["prune"].masks if made.task == "aggregate"]
     assert {made.method for made in shared} >= {"greedy", "gradient", "ablation", "combined"}

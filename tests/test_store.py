@@ -138,7 +138,7 @@ def test_a_planned_store_has_the_sizes_of_the_store(tmp_path: Path) -> None:
 def test_a_folder_of_another_conversion_is_refused(tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "mine.txt").write_text("keep me")
-    with pytest.raises(InputError, match="not empty and no unfinished conversion"):
+    with pytest.raises(InputError, match="not empty and holds no unfinished conversion"):
         make_store(checkpoint, tmp_path / "store", "int8")
     assert (tmp_path / "store" / "mine.txt").read_text() == "keep me"
 

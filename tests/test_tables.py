@@ -67,7 +67,7 @@ def test_a_table_of_another_schema_is_refused_with_what_to_do(tmp_path: Path) ->
     """Of the first schema, which had `k`; one that says this schema and has other columns is refused, too."""
     old = pl.DataFrame({"experiment": ["prune"], "k": [10], "value": [0.5]})
     for version, message in {
-        "1": "this version reads tables of schema version 2, this one has 1; run the same command with "
+        "1": "this version reads tables of schema version 2, this table has 1; run the same command with "
         "another --out, or read it with the version that wrote it",
         "2": "expected the results table of schema version 2",
     }.items():
@@ -147,9 +147,9 @@ def test_a_part_that_is_stopped_leaves_what_it_had_and_goes_on_from_there(tmp_pa
     def make(draft: Draft) -> dict[str, np.ndarray]:
         values = np.full(4, np.nan)
         draft.resume(lambda: {"a": values})
-        for place in np.flatnonzero(np.isnan(values)):
-            seen.append(int(place))
-            values[place] = place
+        for index in np.flatnonzero(np.isnan(values)):
+            seen.append(int(index))
+            values[index] = index
             if len(seen) in (2, 3):
                 raise KeyboardInterrupt
         return {"a": values}

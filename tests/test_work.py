@@ -207,14 +207,14 @@ def test_chunks_of_all_tasks_hold_every_document_once(sizes: list[int], size: in
     assert parts[-1].documents >= max(sizes)
     scores = []
     for part in parts:
-        of_part = []
+        part_scores = []
         for job in part.jobs:
             index = next(number for number, task in enumerate(tasks) if task is job.task)
             assert job.masks == masks[index]
             documents = np.arange(sizes[index])[job.documents]
             assert len(documents), "no job without documents"
             values = np.tile(100.0 * index + documents, (2, 1))
-            of_part.append(Scores(values, values > 0, np.ones(values.shape, dtype=np.bool_)))
-        scores.append(of_part)
+            part_scores.append(Scores(values, values > 0, np.ones(values.shape, dtype=np.bool_)))
+        scores.append(part_scores)
     for index, joined in enumerate(scores_by_task(tasks, parts, scores)):
         assert joined.logprobs.tolist() == [[100.0 * index + place for place in range(sizes[index])]] * 2

@@ -33,8 +33,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""[bold]Start here:[/bold]  lowmem-icl run
 
-    Which attention heads and FFNs does in-context learning need? This finds out
-    for a small model that comes with the tool: no network, under three minutes.
+    Which attention heads and FFNs does in-context learning need? This answers
+    it for a small bundled model: no network, under three minutes.
     The same for a real model; `plan` says beforehand what `run` would take:
 
     lowmem-icl plan --model facebook/opt-1.3b --tasks piqa,copa --limit 64
@@ -68,7 +68,7 @@ def _print_json(value: Any) -> None:
 def run(given: GivenOptions, quiet: QuietOption = False, as_json: JsonOption = False) -> None:
     """Plan, then run every experiment and write masks, tables and a page; run it again to continue.
 
-    Without options it takes the bundled demo model apart. On real data:
+    Without options it analyses the bundled demo model. On real data:
 
     lowmem-icl run --model facebook/opt-1.3b --tasks piqa,copa --limit 64
     """
@@ -137,7 +137,7 @@ def convert(
     ] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Convert a checkpoint to a store of one file per layer; stopped, it resumes at that layer.
+    """Convert a checkpoint to a store of one file per layer; if stopped, it resumes at that layer.
 
     OPT-66B on a disk that holds the store (66 GB) and one shard (10 GB):
 
@@ -160,12 +160,12 @@ def convert(
 def evaluate(
     given: GivenOptions,
     mask: Annotated[
-        list[Path], typer.Option("--mask", help="Mask file; may be given several times.", show_default=False)
+        list[Path], typer.Option("--mask", help="Mask file; can be given several times.", show_default=False)
     ],
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score the tasks clean and under each --mask, in a run folder of its own.
+    """Score the tasks with the clean model and under each --mask, in a run folder of its own.
 
     lowmem-icl evaluate --mask masks/demo/greedy-recall-16shot.json --shots 16
     """
@@ -191,7 +191,7 @@ def evaluate(
 @reports_errors
 @takes("data_dir")
 def tasks(given: GivenOptions, as_json: JsonOption = False) -> None:
-    """List the tasks it knows, their metrics, and their sizes where rows are at hand."""
+    """List the known tasks, their metrics, and their sizes where their rows are available."""
     from rich.table import Table
 
     from lowmem_icl.cli.terminal import plain_console
@@ -247,7 +247,7 @@ def status(
     folder: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
     as_json: JsonOption = False,
 ) -> None:
-    """Say how far a run is: its stages, finished parts and warnings."""
+    """Show how far a run has got: its stages, finished parts and warnings."""
     from lowmem_icl.cli.tables import show_status
     from lowmem_icl.cli.terminal import plain_console
     from lowmem_icl.report.numbers import status_of
@@ -267,7 +267,7 @@ def report(
         Path | None, typer.Option(help="The page.", show_default="report.html in the only folder")
     ] = None,
 ) -> None:
-    """Write the page again, of one run or of several together."""
+    """Write the page of a run again, or one page of several runs."""
     from lowmem_icl.report.page import write_report
 
     if out is None and len(folders) > 1:

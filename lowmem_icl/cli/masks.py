@@ -67,7 +67,7 @@ def list_masks(
 ) -> None:
     """List the masks of a folder."""
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; give one that holds mask files")
+        raise InputError(f"{folder} is not a folder; give one that holds mask files")
     paths = sorted(path for path in folder.glob("*.json") if path.name != "schema.json")
     masks = [_summary(path, read_mask(path)) for path in paths]
     if as_json:

@@ -60,9 +60,9 @@ def _print_accuracy(results: pl.DataFrame, record: Mapping[str, Any], console: C
         f"{model['id']} in {model['weights']}: accuracy by demonstrations",
         ("task", "chance", *(f"{n_shots}-shot" for n_shots in shots)),
     )
-    for (task,), of_task in records.group_by("task", maintain_order=True):
-        by_shots = {row["shots"]: row for row in of_task.iter_rows(named=True)}
-        chance = of_task["chance"][0]
+    for (task,), task_records in records.group_by("task", maintain_order=True):
+        by_shots = {row["shots"]: row for row in task_records.iter_rows(named=True)}
+        chance = task_records["chance"][0]
         table.add_row(
             Text(str(task)),
             "" if chance is None else f"{chance:.3f}",
@@ -89,7 +89,7 @@ def _print_greedy(results: pl.DataFrame, record: Mapping[str, Any], console: Con
         for row in masks.iter_rows(named=True)
     }
     table = _table(
-        "greedy pruning: accuracy left, beside masks of equal size",
+        "greedy pruning: accuracy kept, compared with masks of equal size",
         ("task", "shots", "heads removed", "FFNs removed", "greedy", *COMPARED_METHODS),
     )
     for row in searched.iter_rows(named=True):
@@ -130,7 +130,7 @@ def show_status(state: Mapping[str, Any], console: Console) -> None:
             console, f"  {name}: " + ("not finished" if seconds is None else f"finished in {seconds:.1f} s")
         )
     if state["state"] != "finished":
-        _print_line(console, f"time left as planned: {state['seconds_left_planned']:.0f} s")
+        _print_line(console, f"planned time left: {state['seconds_left_planned']:.0f} s")
     for unit in state["best_units"]:
         name = unit_name(unit["kind"], unit["layer"], unit["head"])
         _print_line(console, f"  {unit['shots']} shots: {name} {unit['value']:.3f} nats")

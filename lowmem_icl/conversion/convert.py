@@ -216,7 +216,9 @@ class _Claim:
                 if (folder / name).is_file() and (folder / name).stat().st_size == file.size_bytes:
                     self.files[name] = file
         elif folder.exists() and any(folder.iterdir()):
-            raise InputError(f"{folder} is not empty and no unfinished conversion; choose another STORE")
+            raise InputError(
+                f"{folder} is not empty and holds no unfinished conversion; choose another STORE"
+            )
         else:
             self._save()
 
@@ -239,7 +241,8 @@ def finished_bytes(folder: Path) -> int:
 
 
 class _Steps:
-    """Takes parameters out of the shards in the order of the layers, those outside them first.
+    """Takes parameters out of the shards in the order of the layers, those outside the layers
+    (non-layer) first.
 
     Before a fetched shard is deleted, what it held of an unfinished layer is kept as a piece.
     """
@@ -250,7 +253,7 @@ class _Steps:
         self._linears = {f"{name}.weight" for name in skeleton.linear_names()}
 
     def _parameters(self, layer: int | None) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Return stored name and shape of every parameter of a layer; None: of those outside the layers."""
+        """Return stored name and shape of every parameter of a layer; None: of non-layer ones."""
         if layer is None:
             return {name: (name, shape) for name, shape in self._skeleton.non_layer_parameters().items()}
         blocks = self._skeleton.blocks_name
@@ -264,7 +267,7 @@ class _Steps:
 
     @cached_property
     def _last_use(self) -> dict[str, int]:
-        """The last layer that needs a shard; -1 where only those outside do."""
+        """The last layer that needs a shard; -1 where only non-layer parameters do."""
         last = {self._shard(name): -1 for name in self._parameters(None)}
         for layer in range(self._skeleton.layers):
             last |= {self._shard(name): layer for name in self._parameters(layer)}
@@ -278,7 +281,7 @@ class _Steps:
         self._piece(layer).unlink(missing_ok=True)
 
     def tensors(self, layer: int | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return a layer's tensors in the store's form and their source digests; None: those outside."""
+        """Return a layer's tensors in the store's form and their source digests; None: the non-layer ones."""
         tensors: dict[str, Tensor] = {}
         digests: dict[str, str] = {}
         if layer is not None and self._piece(layer).is_file():

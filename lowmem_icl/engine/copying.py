@@ -144,7 +144,7 @@ def copying_scores(
     tokens = outputs.shape[1]
     total = torch.zeros(len(outputs), dtype=torch.float64, device=outputs.device)
     for span in query_blocks(tokens):
-        attended = masked_products(queries, keys, span).argmax(-1, keepdim=True)
+        most_attended = masked_products(queries, keys, span).argmax(-1, keepdim=True)
         scores = readers.logits(outputs[:, span], _part(deviation, span), span.stop)
         if totals is not None:
             scores.sub_(totals[:, span, None]).exp_()
@@ -152,7 +152,7 @@ def copying_scores(
         # Candidates of a query end at its own position.
         mean = scores.tril_(span.start).sum(-1, keepdim=True) / candidates[:, None]
         above = scores.sub_(mean).relu_().tril_(span.start)
-        share = above.gather(-1, attended)[..., 0] / above.sum(-1)
+        share = above.gather(-1, most_attended)[..., 0] / above.sum(-1)
         share = share.double().nan_to_num_(nan=0.0)
         total += share[:, 1:].sum(1) if span.start == 0 else share.sum(1)
     return total / (tokens - 1)

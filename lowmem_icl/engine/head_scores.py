@@ -23,7 +23,7 @@ from lowmem_icl.engine.cost import SweepCost
 from lowmem_icl.engine.patterns import QUERY_ROWS, pattern_scores, patterns
 from lowmem_icl.engine.schedule import FLOAT_BYTES, BlockRow
 from lowmem_icl.model.families import Skeleton
-from lowmem_icl.model.layer import Attended, DecoderLayer
+from lowmem_icl.model.layer import AttentionOutput, DecoderLayer
 from lowmem_icl.model.streamed import VOCABULARY_BLOCK, StreamedModel
 from lowmem_icl.rows import Row
 
@@ -135,17 +135,17 @@ class HeadReader:
             results.weights_scored[number] = True
         self._logits = HeadLogits(self._model, layer, self.questions.form)
 
-    def read(self, members: Sequence[BlockRow], attended: Attended) -> None:
+    def read(self, members: Sequence[BlockRow], attention: AttentionOutput) -> None:
         """Score the rows of a micro-batch, whose indices stand as their jobs, in the layer it is at."""
-        assert attended.queries is not None
+        assert attention.queries is not None
         assert self._logits is not None
         sequences, form = len(self.questions.base_tokens), self.questions.form
-        outputs = attended.values if form.own_token else self._by_head(attended.z)
+        outputs = attention.values if form.own_token else self._by_head(attention.z)
         start, copied = 0, []
         for member in members:
             here = slice(start, start + len(member.row))
             start = here.stop
-            queries, keys = attended.queries[:, here], attended.keys[:, here]
+            queries, keys = attention.queries[:, here], attention.keys[:, here]
             if member.job < sequences:
                 self._score_patterns(member.job, queries, keys)
             else:

@@ -209,13 +209,13 @@ def _look_at_heads(setup: PassSetup, reader: HeadReader, block: Block, residuals
         here = [block[index] for index in batch]
         entering = torch.cat([residuals[index] for index in batch])
         segments = plain_segments(model, [rows[index] for index in batch])
-        attended = reader.layer.attend(entering, segments, with_queries=True)
-        reader.read(here, attended)
+        attention = reader.layer.attend(entering, segments, with_queries=True)
+        reader.read(here, attention)
         setup.account(SweepCost(attention_tokens=len(entering)))
         continuing = [index for index in batch if reader.questions.continues(block[index].job)]
         if reader.number + 1 == model.skeleton.layers or not continuing:
             continue
-        leaving = reader.layer.finish(entering, attended.z)
+        leaving = reader.layer.finish(entering, attention.z)
         setup.account(SweepCost(projection_tokens=len(entering), ffn_tokens=len(entering)))
         for index, part in zip(batch, leaving.split([len(member.row) for member in here]), strict=True):
             if index in continuing:

@@ -19,7 +19,7 @@ from lowmem_icl.engine.removed_units import RemovedUnits
 from lowmem_icl.engine.schedule import Block, Job, PlannedWave, Variant
 from lowmem_icl.engine.setup import PassSetup
 from lowmem_icl.masks.mask import Mask
-from lowmem_icl.model.layer import Attended, DecoderLayer, Segment, attention_mask, cut_heads
+from lowmem_icl.model.layer import AttentionOutput, DecoderLayer, Segment, attention_mask, cut_heads
 from lowmem_icl.rows import Integers
 
 _CLEAN = -1
@@ -137,14 +137,14 @@ class Wave:
             self._clean_rows(number, layer, [piece.index for piece in batch], stem)
 
     def _clean_rows(
-        self, number: int, layer: DecoderLayer, members: Sequence[int], stem: Attended | None
-    ) -> Attended:
-        """Take some clean rows, and what branches from them, through a layer; return what they attended."""
+        self, number: int, layer: DecoderLayer, members: Sequence[int], stem: AttentionOutput | None
+    ) -> AttentionOutput:
+        """Take some clean rows, and what branches from them, through a layer; return their attention."""
         sources = [self._source(index, number) for index in members]
         flat = torch.cat(sources)
-        attended = layer.attend(flat, [self._segment(index, 1, stem) for index in members])
+        attention = layer.attend(flat, [self._segment(index, 1, stem) for index in members])
         self._account(SweepCost(attention_tokens=len(flat)))
-        zs = dict(zip(members, attended.z.split([len(source) for source in sources]), strict=True))
+        zs = dict(zip(members, attention.z.split([len(source) for source in sources]), strict=True))
         inputs = dict(zip(members, sources, strict=True))
         for removed in (False, True):
             work = ((index, self._layer_slots(index).branching[removed]) for index in members)
@@ -169,7 +169,7 @@ class Wave:
                 [self._at_reads(zs[index], index)[None] for index in members],
                 without_ffn=False,
             )
-        return attended
+        return attention
 
     def _source(self, index: int, number: int) -> Tensor:
         """Return a row's clean residual at the layer's input, [T, D]."""
@@ -201,27 +201,27 @@ class Wave:
         self,
         layer: DecoderLayer,
         batch: Sequence[Piece],
-        stem: tuple[Attended, Slots] | None,
+        stem: tuple[AttentionOutput, Slots] | None,
         removed: bool,
-    ) -> Attended:
-        """Take a micro-batch through a layer; `stem`: what its rows' stem attended, and for which slots."""
+    ) -> AttentionOutput:
+        """Take a micro-batch through a layer; `stem`: its rows' stem's attention, and its slots."""
         inputs = [self._residuals[piece.index][piece.selection] for piece in batch]
         flat = _flattened(inputs)
         segments = []
         for piece in batch:
             piece_stem = None if stem is None else _stem_of_slots(stem[0], stem[1], piece.slots)
             segments.append(self._segment(piece.index, len(piece.slots), piece_stem))
-        attended = layer.attend(flat, segments)
+        attention = layer.attend(flat, segments)
         self._account(SweepCost(attention_tokens=len(flat)))
         residuals, zs = [], []
-        parts = attended.z.split([segment.size for segment in segments])
+        parts = attention.z.split([segment.size for segment in segments])
         for piece, source, part in zip(batch, inputs, parts, strict=True):
             keep = self._layer_slots(piece.index).keep_heads
             z = self._at_reads(part.view(source.shape), piece.index)
             residuals.append(self._at_reads(source, piece.index))
             zs.append(z if keep is None else cut_heads(z, keep[piece.selection]))
         self._finish(layer, batch, residuals, zs, removed)
-        return attended
+        return attention
 
     def _finish(
         self,
@@ -261,8 +261,8 @@ class Wave:
         reads = self._reads[index]
         return states if reads is None else states.index_select(-2, reads)
 
-    def _segment(self, index: int, variants: int, stem: Attended | None) -> Segment:
-        """Return a row's part of a micro-batch; `stem`: what its stem attended under the same masks."""
+    def _segment(self, index: int, variants: int, stem: AttentionOutput | None) -> Segment:
+        """Return a row's part of a micro-batch; `stem`: its stem's attention under the same masks."""
         row = self._rows[index]
         mask = self._masks.get(index)
         if mask is None:
@@ -286,9 +286,9 @@ def _flattened(parts: Sequence[Tensor]) -> Tensor:
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
-def _stem_of_slots(stem: Attended, stem_slots: Slots, wanted: Slots) -> Attended:
-    """Return the part of what a stem attended that belongs to some of its slots, which stand side by side."""
+def _stem_of_slots(stem: AttentionOutput, stem_slots: Slots, wanted: Slots) -> AttentionOutput:
+    """Return the part of a stem's attention that belongs to some of its slots, which stand side by side."""
     first = int(np.searchsorted(stem_slots, wanted[0]))
     tokens = stem.keys.shape[1] // len(stem_slots)
     part = slice(first * tokens, (first + len(wanted)) * tokens)
-    return Attended(stem.z, stem.keys[:, part], stem.values[:, part])
+    return AttentionOutput(stem.z, stem.keys[:, part], stem.values[:, part])

@@ -17,7 +17,7 @@ from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import StageResult
 from lowmem_icl.session.work import OutOfTime, Part, Work
 
-Share = Literal["whole", "beside", "stretched", "postponed"]
+Share = Literal["whole", "leftover", "stretched", "postponed"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Stage:
     `parts`: (prepared, **needs) to the work it asks for; the planner counts it, `run` does it. `run`: (work,
     **needs) to its result, as often as there is more to show. `expected`: a stand-in for its result before
     there is one, by which the planner describes later stages. `share`: what it gets of limited hours.
-    `whole`: all it takes, the others build on it; `beside`: what it takes, as far as there is time;
+    `whole`: all it takes, the others build on it; `leftover`: what it takes, as far as there is time;
     `stretched`: it goes on while there is time; `postponed`: it waits for another run until all it needs is
     finished. `rough`: how much it takes depends on what it finds.
     """
@@ -38,7 +38,7 @@ class Stage:
     parts: Callable[..., Iterable[Part]]
     run: Callable[..., Iterator[StageResult]]
     expected: Callable[[Prepared], StageResult] = lambda prepared: StageResult()
-    share: Share = "beside"
+    share: Share = "leftover"
     rough: bool = False
 
     def given(self, results: Mapping[str, StageResult]) -> dict[str, Any]:

@@ -53,8 +53,8 @@ class Segment:
 
 
 @dataclass(frozen=True, eq=False)
-class Attended:
-    """The first half's outcome: z [N, D], the heads' outputs side by side; keys, values [H, N, d].
+class AttentionOutput:
+    """The first half's output: z [N, D], the heads' outputs side by side; keys, values [H, N, d].
 
     queries [H, N, d], scaled, so that attention is the softmax of their products with the keys; None unless
     asked for.
@@ -223,7 +223,7 @@ class DecoderLayer:
 
     def attend(
         self, residual: Tensor, segments: Sequence[Segment], *, with_queries: bool = False
-    ) -> Attended:
+    ) -> AttentionOutput:
         """Return z and what the attention saw, for the residual at the layer's input [N, D].
 
         The segments tell whose tokens the N are, in order.
@@ -234,7 +234,7 @@ class DecoderLayer:
         except _StopAtZ as stopped:
             assert seen.keys is not None
             assert seen.values is not None
-            return Attended(stopped.z[0], seen.keys, seen.values, seen.queries)
+            return AttentionOutput(stopped.z[0], seen.keys, seen.values, seen.queries)
         raise AssertionError("the layer never reached its output projection")
 
     def finish(self, residual: Tensor, z: Tensor, *, without_ffn: bool = False) -> Tensor:
@@ -349,14 +349,14 @@ def _attention_by_row(
             for states in (query, key, value)
         )
         queries, keys = segment.mask.shape
-        attended = scaled_dot_product_attention(
+        z = scaled_dot_product_attention(
             _filled_up(None, q, queries),
             _filled_up(segment.stem_keys, k, keys),
             _filled_up(segment.stem_values, v, keys),
             attn_mask=segment.mask,
             scale=scaling,
         )
-        outputs.append(attended[:, :, : segment.tokens].transpose(1, 2).flatten(0, 1))
+        outputs.append(z[:, :, : segment.tokens].transpose(1, 2).flatten(0, 1))
         start += segment.size
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
 

@@ -51,7 +51,7 @@ class Group(StrEnum):
 
 @dataclass(frozen=True)
 class Flag:
-    """What is said about an option beside its type and its check.
+    """What is said about an option, apart from its type and its check.
 
     default: the text of a default that its value does not say, such as one that depends on other options.
     changes_results: whether anything measured depends on it; those that do make up a run's identity.
@@ -77,7 +77,8 @@ class RunOptions(BaseModel):
         Flag(Group.MODEL, "Branch, tag or commit of a model on the hub.", "the newest"),
     ] = None
     weights: Annotated[
-        Literal["int8", "bfloat16", "float32"], Flag(Group.MODEL, "The form that linear weights are kept in.")
+        Literal["int8", "bfloat16", "float32"],
+        Flag(Group.MODEL, "How the weights of linear layers are stored."),
     ] = "int8"
     store_dir: Annotated[
         AnyPath | None,
@@ -99,7 +100,7 @@ class RunOptions(BaseModel):
         AnyPath | None,
         Flag(
             Group.TASKS,
-            "Folder of TASK/train.jsonl, validation.jsonl and test.jsonl, in the hub's field names.",
+            "Folder of TASK/train.jsonl, validation.jsonl and test.jsonl, with the hub's field names.",
             "the hub",
         ),
     ] = None
@@ -128,7 +129,8 @@ class RunOptions(BaseModel):
         Literal["per-document", "shared"],
         Flag(
             Group.TASKS,
-            "Each document draws its own demonstrations, as in the paper; or all share a few sets: cheaper.",
+            "Each document draws its own demonstrations, as in the paper; or all share a few sets, which is "
+            "cheaper.",
         ),
     ] = "per-document"
     demonstration_sets: Annotated[
@@ -175,7 +177,7 @@ class RunOptions(BaseModel):
     tolerance: Annotated[
         float,
         Field(gt=0, lt=1),
-        Flag(Group.EXPERIMENTS, "How much of the objective the greedy pruner may lose in all."),
+        Flag(Group.EXPERIMENTS, "How much of the objective the greedy pruner may lose in total."),
     ] = 0.01
     direction: Annotated[
         Literal["down", "up"],
@@ -191,12 +193,12 @@ class RunOptions(BaseModel):
     curve_limit: Annotated[
         Count, Flag(Group.EXPERIMENTS, "Evaluation documents per task for pruning curves, at most --limit.")
     ] = 64
-    random_draws: Annotated[SmallCount, Flag(Group.EXPERIMENTS, "Draws of the random curves.")] = 10
+    random_draws: Annotated[SmallCount, Flag(Group.EXPERIMENTS, "Draws for the random curves.")] = 10
     rescore: Annotated[
         bool,
         Flag(
             Group.EXPERIMENTS,
-            "Also a curve whose importance is computed anew on the pruned model at every level.",
+            "Also draw a curve whose importance is recomputed on the pruned model at every level.",
         ),
     ] = False
     copying_with: Annotated[
@@ -244,7 +246,7 @@ class RunOptions(BaseModel):
         Annotated[float, Field(gt=0, le=10_000)] | None,
         Flag(
             Group.RESOURCES,
-            "Stop after so many hours; the same command continues from there.",
+            "Stop after this many hours; the same command continues from there.",
             "until all is done",
             changes_results=False,
         ),
@@ -254,7 +256,7 @@ class RunOptions(BaseModel):
         AnyPath | None,
         Flag(
             Group.OUTPUT,
-            "Run folder; the same command continues its own.",
+            "Run folder; the same command continues the run in it.",
             "runs/MODEL-DIGEST of the options",
             changes_results=False,
         ),
@@ -283,8 +285,8 @@ class RunOptions(BaseModel):
         return self.exact or DEFAULT_EXACT
 
     @property
-    def protocol_choices(self) -> Protocol:
-        """The protocol's choices."""
+    def protocol_flags(self) -> Protocol:
+        """Which of its steps the protocol does in the reference's way."""
         return PROTOCOLS[self.protocol]
 
     @property

@@ -27,7 +27,7 @@ def read_config(path: Path) -> dict[str, Any]:
                 key.replace("_", "-"), [name.replace("_", "-") for name in FLAGS], 1
             )
             hint = f"; did you mean '{near[0]}'?" if near else "; `lowmem-icl run --help` lists them"
-            raise InputError(f"--config {path}: '{key}' is no option of a run{hint}")
+            raise InputError(f"--config {path}: '{key}' is not an option of a run{hint}")
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 

@@ -36,7 +36,7 @@ class Rates:
     `call_seconds` for every micro-batch through a layer; `attention_seconds`, `projection_seconds`,
     `ffn_seconds` for every token of it through the attention's inputs, its output projection and the FFN;
     `backward_seconds` for a token on the way back, 0 where that was not asked for; `answer_seconds` for one
-    place through the unembedding; `disk_bytes_per_second`.
+    answer token through the unembedding; `disk_bytes_per_second`.
     """
 
     call_seconds: float
@@ -190,8 +190,8 @@ def _disk_bytes_per_second(store: Store) -> float:
     """Read layers of the store past the page cache, or a file of their size where there is no store yet."""
     if store.is_written:
         return read_rate(store.layer_paths, SAMPLE_BYTES)
-    place = existing_folder(store.folder)
-    with tempfile.TemporaryDirectory(dir=place if os.access(place, os.W_OK) else None) as folder:
+    parent = existing_folder(store.folder)
+    with tempfile.TemporaryDirectory(dir=parent if os.access(parent, os.W_OK) else None) as folder:
         sample = Path(folder) / "sample"
         with sample.open("wb") as opened:
             opened.write(os.urandom(1 << 20) * (SAMPLE_BYTES >> 20))

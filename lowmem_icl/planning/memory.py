@@ -100,7 +100,7 @@ def plan_memory(
 class _Needs:
     """What a run cannot do without, in bytes: of the device where there is one, else of the machine's memory.
 
-    allowance: what --memory gives; non_layer: the weights beside the layers; read_ahead: two layers being
+    allowance: what --memory gives; non_layer: the weights outside the layers; read_ahead: two layers being
     read; in_use: the layer in use; least: what one row takes.
     """
 

@@ -193,7 +193,7 @@ def within_hours(plan: Plan, hours: float, chunks: Mapping[str, Sequence["Chunk"
             f"--hours: {hours:.2g} hours are left; {named} alone take about {first / 3600:.2g}; give --hours "
             f"{math.ceil(10 * first / 3600) / 10:g} or more, or fewer documents (--limit, --train-limit)"
         )
-    left = max(0.0, total - first - taken("beside"))
+    left = max(0.0, total - first - taken("leftover"))
     postpones = taken("stretched") > left
     stop_after = dict.fromkeys(seconds, total)
     stages = []

@@ -48,7 +48,7 @@ def exactness_note(ablate: pl.DataFrame) -> str:
     exact = drops.filter(pl.col("exact"))
     documents = int(exact["documents"].cast(pl.Int64).to_numpy().max(initial=0))
     if len(exact) == len(drops):
-        return f"Every unit, exactly, on {documents} training documents per task."
+        return f"Every unit was ablated exactly, on {documents} training documents per task."
     agreement = mean_over_tasks(ablate.filter(pl.col("metric") == "estimate_spearman"))
     by_method = dict(agreement.group_by("method").agg(pl.col("value").mean()).iter_rows())
     found = [
@@ -86,7 +86,7 @@ def ffn_bars(drops: pl.DataFrame) -> Figure | None:
 
 
 def compared_drops(results: pl.DataFrame) -> pl.DataFrame:
-    """Return attribution (`value`) beside the exact drop (`exact`) of every task's units that have both."""
+    """Return attribution (`value`) and the exact drop (`exact`) of every task's units that have both."""
     keys = ["task", "shots", "kind", "layer", "head"]
     tasks = results.filter(pl.col("task") != AGGREGATE)
     estimates = tasks.filter(pl.col("metric") == "attribution").select(*keys, "value")

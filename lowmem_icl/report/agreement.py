@@ -12,15 +12,15 @@ from lowmem_icl.report.section import Record, Section, number_text
 
 COLUMNS = (
     "method", "shots", "against", "pairs", "Spearman, mean", "variance", "ceiling", "Kendall",
-    "top 30 % in common", "of index vectors",
+    "top 30 % in common", "Spearman of index vectors",
 )  # fmt: skip
 COMMON_PERCENT = 30
 TEXT = "Spearman's rank correlation of head scores between tasks, and between shot counts of a task."
 CEILING_NOTE = (
     " Ceiling: √(a·b) of the rankings' split-half reliabilities a and b, mean over pairs; two tasks' "
-    "rankings from so many documents could not agree further if their heads did the same. A task at two "
-    "shot counts is measured on the same documents, whose noise both rankings share, so it may exceed the "
-    "ceiling."
+    "rankings from this many documents could not agree better even if their heads did the same. A task at "
+    "two shot counts is measured on the same documents, whose noise both rankings share, so it may exceed "
+    "the ceiling."
 )
 ORDER_NOTE = (
     " The last column is what the paper's code computed in place of Spearman: it correlates lists of head "

@@ -13,11 +13,11 @@ from lowmem_icl.report.numbers import ACCURACY, mean_over_tasks, subject
 from lowmem_icl.report.section import Record, Section
 
 TEXT = (
-    "One ranking of the intact model, ever more of its least important units removed; on the first "
-    "evaluation documents. A knee is the largest level whose drop of accuracy is at most one point and at "
-    "most one standard error on training documents; what it costs is measured on evaluation documents."
+    "By one ranking of the intact model, more and more of the least important units are removed; judged on "
+    "the first evaluation documents. A knee is the largest level whose drop of accuracy is at most one point "
+    "and at most one standard error on training documents; what it costs is measured on evaluation documents."
 )
-KNEE_COLUMNS = ("task", "shots", "removed", "ranking", "knee", "drop of accuracy there, points")
+KNEE_COLUMNS = ("task", "shots", "removed", "ranking", "knee", "accuracy drop there, points")
 # Drawn in the panels of heads or FFNs: by method, and whether the ranking is that of all tasks.
 CURVES = {
     ("gradient", False): ("own ranking", COLOURS[0], "-"),

@@ -1,4 +1,4 @@
-"""The page's section on greedy pruning: what the searches removed, beside other masks of equal size."""
+"""The page's section on greedy pruning: what the searches removed, compared with masks of equal size."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,8 +25,8 @@ def greedy_section(results: pl.DataFrame, record: Record) -> Section | None:
     return Section(
         "Greedy pruning",
         f"Greedy layerwise masks that may lose {options['tolerance']:g} of {options['objective']} on "
-        "training documents, beside the lowest units by gradient and a random draw of equal size; all "
-        "judged on the evaluation split."
+        "training documents, compared with the lowest units by gradient and a random draw, of equal size; "
+        "all are judged on the evaluation split."
         + replacement_note(record.get("greedy", [])),
         page_figure(
             "pruning", "Line: the clean model. Above: heads (H) and FFNs (F) removed.", pruning_bars, results
@@ -45,7 +45,7 @@ def greedy_section(results: pl.DataFrame, record: Record) -> Section | None:
 def replacement_note(losses: Sequence[Mapping[str, Any]]) -> str:
     """Return for which searches the gradient ranking's mask of equal size was better and is returned instead.
 
-    losses: what run.json says of the greedy searches and of the masks beside them.
+    losses: what run.json says of the greedy searches and of the masks compared with them.
     """
     by_search = {(loss["task"], loss["shots"], loss["method"]): loss["check_loss"] for loss in losses}
     replaced = [

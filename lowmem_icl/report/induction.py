@@ -133,8 +133,8 @@ def sequences_note(sequences: Mapping[str, Any]) -> list[str]:
     ordered = "merge ranks" if sequences["drawable_ids_ordered_by"] == "merges" else "ids"
     return [
         f"Scored on {sequences['sequences']} sequences of {shortest} to {longest} different random "
-        f"tokens{cut}, four times over, from the middle 92 % of the {ordered}; copying on sequences of the "
-        "same lengths without repeats."
+        f"tokens{cut}, four times in a row, drawn from the middle 92 % of the {ordered}; copying on "
+        "sequences of the same lengths without repeats."
     ]
 
 

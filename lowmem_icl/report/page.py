@@ -102,9 +102,9 @@ def _lead(record: Record) -> str:
     return (
         f"{model['layers']} layers of {model['heads']} heads and an FFN each; tasks "
         f"{', '.join(dict.fromkeys(task['task'] for task in record['tasks']))}; "
-        f"{', '.join(str(n_shots) for n_shots in record['shots'])} demonstrations. Accuracies are of the "
-        "evaluation split; importance, ablations and the choice of masks are of the training split. Bars "
-        "are 95 % intervals and ± are standard errors, both over documents."
+        f"{', '.join(str(n_shots) for n_shots in record['shots'])} demonstrations. Accuracies are measured "
+        "on the evaluation split; importance and ablations are measured, and masks chosen, on the training "
+        "split. Bars are 95 % intervals and ± are standard errors, both over documents."
     )
 
 

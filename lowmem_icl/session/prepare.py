@@ -61,8 +61,8 @@ class Prepared:
 
     `evaluate`, `train`: the documents of every task and shot count, in the same order; `importance`: the
     training documents whose gradients are taken; `curves`: the first of `evaluate`, as many as pruning curves
-    are judged on. `masks`: those that the user gives, by name, to be evaluated beside the clean model. The
-    store may be only planned, with sizes and no files: `with_store` makes it.
+    are judged on. `masks`: those that the user gives, by name, to be evaluated as well as the clean model.
+    The store may be only planned, with sizes and no files: `with_store` makes it.
     """
 
     options: RunOptions
@@ -96,7 +96,7 @@ class Prepared:
         )
 
     def pack(self, task: TaskRows, documents: slice = slice(None), *, gold_only: bool = False) -> PackedTask:
-        """Pack a slice of a task's documents; rows are laid out when they are first asked for, and kept."""
+        """Pack a slice of a task's documents; rows are planned when they are first asked for, and kept."""
         part = replace(task, documents=task.documents[documents])
         options = self.tables[task.task, task.shots].table.options(part, self.limits)
         plan = partial(self._rows, self.texts.rows, part, options, gold_only)
@@ -203,7 +203,7 @@ def text_tokeniser(tokenizer: Any) -> Tokenise:
         ids = tokenizer(new, add_special_tokens=False, verbose=False)["input_ids"] if new else []
         made = dict(zip(new, ids, strict=True))
         remembered.update(
-            (text, of_text) for text, of_text in made.items() if len(text) <= LONGEST_REMEMBERED_TEXT
+            (text, text_ids) for text, text_ids in made.items() if len(text) <= LONGEST_REMEMBERED_TEXT
         )
         return [made[text] if text in made else remembered[text] for text in texts]
 
@@ -238,9 +238,9 @@ class _TextMaker:
                     raise
                 continue
             break
-        for of_part in rows.values():
+        for part_rows in rows.values():
             # An option that does not fit is reported now, not in the night.
-            table.options(of_part, self.limits)
+            table.options(part_rows, self.limits)
         return rows, KeptTable(key, digest, table)
 
     def _rows(self, task: OpenTask, shots: int, prompter: Prompter) -> dict[str, TaskRows]:
@@ -259,7 +259,7 @@ def _part_rows(
         part=part[0],
         limit=part[1],
         demonstrations=Demonstrations(options.demonstrations, options.demonstration_sets),
-        protocol=options.protocol_choices,
+        protocol=options.protocol_flags,
         prompter=prompter,
     )
 
@@ -283,8 +283,8 @@ def prepare(options: RunOptions, *, progress: Progress = unseen) -> Prepared:
     with progress("texts", len(wanted), "tasks") as advance:
         for task, shots in wanted:
             rows, tables[task.name, shots] = maker.documents(task, shots)
-            for name, of_part in rows.items():
-                documents[name].append(of_part)
+            for name, part_rows in rows.items():
+                documents[name].append(part_rows)
             advance(1)
     return Prepared(
         options,

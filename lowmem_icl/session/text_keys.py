@@ -40,7 +40,7 @@ def table_key(options: RunOptions, task: OpenTask, shots: int, tokenizer: str, l
             options.resolved_curve_limit,
         ],
         "demonstrations": [options.demonstrations, options.demonstration_sets],
-        "protocol": asdict(options.protocol_choices),
+        "protocol": asdict(options.protocol_flags),
     }
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
 

@@ -1,7 +1,7 @@
 """Texts and rows of tasks, kept on disk so that `plan`, `run` and a continued run make them once.
 
     <store dir>/texts/<key>/prompts.safetensors    prompts of one task at one shot count, and their tokens
-    <store dir>/texts/<key>/rows-<digest>.npz      rows that some of its documents were laid out as
+    <store dir>/texts/<key>/rows-<digest>.npz      rows that some of its documents were packed into
 
 A key is a digest of all that its content depends on, so a file is never out of date. Files are checked when
 they are read; one that is damaged is made again, and where the folder cannot be written to, what it would
@@ -75,7 +75,7 @@ class KeptTexts:
         return PromptTable(arrays), digest
 
     def rows(self, key: str, name: str, plan: Callable[[], PackedRows]) -> PackedRows:
-        """Return rows by name, laid out by `plan` where that was never done."""
+        """Return rows by name, packed by `plan` where that was never done."""
         path = self.folder / key / f"rows-{name}.npz"
         rows = self._recent.pop(path, None) or self._kept(path, rows_of_arrays) or self._keep(path, plan())
         self._recent[path] = rows

@@ -61,14 +61,14 @@ def _means(groups: pl.DataFrame, n_tasks: int) -> pl.DataFrame:
             pl.lit(AGGREGATE).alias("task"), *(pl.lit(None).alias(name) for name in MEASURED)
         )
 
-    def of_tasks(name: str) -> np.ndarray:
+    def task_values(name: str) -> np.ndarray:
         return np.array(groups[name].to_list(), dtype=np.float64).reshape(-1, n_tasks)
 
     def known(name: str) -> pl.Series:
         return groups.select(pl.col(name).list.eval(pl.element().is_not_null()).list.all())[name]
 
-    value = of_tasks("value").mean(1)
-    stderr = np.sqrt(np.square(of_tasks("stderr")).sum(1)) / n_tasks
+    value = task_values("value").mean(1)
+    stderr = np.sqrt(np.square(task_values("stderr")).sum(1)) / n_tasks
     low, high = normal_bounds(value, stderr)
     with_error, with_chance = known("stderr"), known("chance")
     return groups.with_columns(
@@ -79,7 +79,7 @@ def _means(groups: pl.DataFrame, n_tasks: int) -> pl.DataFrame:
             for name, column in (("stderr", stderr), ("low", low), ("high", high))
         ),
         pl.when(with_chance)
-        .then(pl.Series("chance", of_tasks("chance").mean(1)))
+        .then(pl.Series("chance", task_values("chance").mean(1)))
         .otherwise(None)
         .alias("chance"),
         pl.col("documents").list.sum(),

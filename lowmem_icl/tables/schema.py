@@ -111,8 +111,8 @@ def read_table(path: Path, table: str) -> pl.DataFrame:
     version = stated.get("schema_version") if isinstance(stated, dict) else None
     if version != SCHEMA_VERSION and isinstance(stated, dict) and stated.get("table") == table:
         raise InputError(
-            f"{path}: this version reads tables of schema version {SCHEMA_VERSION}, this one has {version}; "
-            "run the same command with another --out, or read it with the version that wrote it"
+            f"{path}: this version reads tables of schema version {SCHEMA_VERSION}, this table has "
+            f"{version}; run the same command with another --out, or read it with the version that wrote it"
         )
     if stated != {"table": table, "schema_version": SCHEMA_VERSION} or frame.schema != pl.Schema(
         TABLES[table]

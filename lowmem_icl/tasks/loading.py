@@ -146,10 +146,10 @@ class _PartOfMember:
 
     def _request(self, row: SelectedRow, dropped: int) -> PromptRequest:
         member, part, protocol = self.member, self.request.part, self.request.protocol
-        of_train = part != "evaluate" and member.train is not None
-        key = PromptKey(member.number, of_train, row.index, row.draw.indices[dropped:])
-        of_part = "evaluate" if part == "evaluate" else "train"
-        scored = PromptRequest(key, of_part, member.task, row.row, member.shown, protocol)
+        from_train = part != "evaluate" and member.train is not None
+        key = PromptKey(member.number, from_train, row.index, row.draw.indices[dropped:])
+        split = "evaluate" if part == "evaluate" else "train"
+        scored = PromptRequest(key, split, member.task, row.row, member.shown, protocol)
         if part == "importance" and scored.has_gradient_form:
             return replace(scored, key=replace(key, for_gradients=True))
         return scored

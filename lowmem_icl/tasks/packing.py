@@ -121,7 +121,7 @@ class TaskOptions(Sequence[OptionTokens]):
 class PackedTask:
     """A task's documents as tokens and as rows; option o of document d is number `first_option[d]` + o.
 
-    `plan`: lays the rows out, or finds them where they were kept.
+    `plan`: packs the rows, or finds them where they were kept.
     """
 
     task: TaskRows
@@ -131,7 +131,7 @@ class PackedTask:
 
     @cached_property
     def packed(self) -> PackedRows:
-        """The rows, laid out when they are asked for."""
+        """The rows, packed when they are first asked for."""
         return self.plan()
 
 
@@ -165,8 +165,8 @@ def tokenised(task: TaskRows, tokenise: Tokenise, limits: PackingLimits) -> Task
     texts = sorted({text for document in task.documents for option in document.options for text in option})
     ids = tokenise(texts) if texts else []
     numbers = {text: number for number, text in enumerate(texts)}
-    starts = np.concatenate([[0], np.cumsum([len(of_text) for of_text in ids])]).astype(np.int64)
-    table = TokenTable(starts, np.array([token for of_text in ids for token in of_text], dtype=np.int32))
+    starts = np.concatenate([[0], np.cumsum([len(text_ids) for text_ids in ids])]).astype(np.int64)
+    table = TokenTable(starts, np.array([token for text_ids in ids for token in text_ids], dtype=np.int32))
     pairs = np.array(
         [
             (numbers[context], numbers[continuation])
@@ -204,10 +204,10 @@ def pack(task: TaskRows, tokenise: Tokenise, limits: PackingLimits, *, gold_only
 
 
 def packed(task: TaskRows, options: TaskOptions, *, gold_only: bool = False) -> PackedRows:
-    """Lay out a task's documents as rows.
+    """Pack a task's documents into rows.
 
     Documents with one set of demonstrations, or without demonstrations on one passage, grow from a stem where
-    they need several rows. With `gold_only` only gold options are laid out, each as a path of its own that
+    they need several rows. With `gold_only` only gold options are packed, each as a path of its own that
     shares no token, so that what is summed over a row's tokens can be told apart by document; option numbers
     are the same either way.
     """

@@ -133,7 +133,7 @@ def _numbers_of(options: OptionTexts) -> Integers:
 
 
 def _flat(key: PromptKey) -> tuple[int, ...]:
-    return (key.member, int(key.of_train), key.index, int(key.for_gradients), *key.demonstrations)
+    return (key.member, int(key.from_train), key.index, int(key.for_gradients), *key.demonstrations)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A row to its texts, as lm-eval lays them out: as it is scored, and as its gradients are taken."""
+"""A row to its texts, as lm-eval writes them: as it is scored, and as its gradients are taken."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,10 +22,12 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptKey:
-    """What a prompt of a task depends on: whose row it is, the rows shown before it, and its form."""
+    """What a prompt of a task depends on: whose row it is and from which split, the rows shown before
+    it, and its form.
+    """
 
     member: int
-    of_train: bool
+    from_train: bool
     index: int
     demonstrations: tuple[int, ...]
     for_gradients: bool = False

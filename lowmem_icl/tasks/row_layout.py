@@ -20,7 +20,7 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class OptionPath:
-    """An option to be laid out: its number, its document, its tokens, and those it must predict."""
+    """An option to be packed: its number, its document, its tokens, and those it must predict."""
 
     number: int
     owner: int
@@ -60,7 +60,7 @@ class RowLayout:
         self.answers: list[tuple[int, int, int]] = []
 
     def grow(self, paths: Sequence[OptionPath], depth: int, above: tuple[int, ...] = ()) -> None:
-        """Lay out paths from a depth on; what they begin with in common is laid out once.
+        """Add paths from a depth on; what they begin with in common is added once.
 
         above: the indices of the tokens before that depth, which all of them share.
         """
@@ -88,7 +88,7 @@ class RowLayout:
             self.answers.append((index, token, path.number))
 
     def row(self, stem: Row | None) -> Row:
-        """Return what was laid out, answers by option."""
+        """Return the row as planned, answers by option."""
         answers = np.array(sorted(self.answers, key=lambda answer: answer[2]), dtype=np.int64).reshape(-1, 3)
         return Row(
             tokens=np.array(self.tokens, dtype=np.int64),
@@ -117,19 +117,19 @@ def _stem_length(documents: Sequence[Sequence[OptionPath]], row_tokens: int) -> 
 
     Answers are read after it.
     """
-    paths = [path for of_document in documents for path in of_document]
+    paths = [path for document_paths in documents for path in document_paths]
     if len(documents) < 2:
         return 0
     before_answers = min(len(path.tokens) - len(path.continuation) for path in paths)
     stem = min(_shared_length([path.tokens for path in paths]), before_answers)
     if stem < SHORTEST_STEM_TOKENS:
         return 0
-    grown = sum(_grown_tokens(of_document, stem) for of_document in documents)
+    grown = sum(_grown_tokens(document_paths, stem) for document_paths in documents)
     return stem if stem + grown > row_tokens else 0
 
 
 def _grown_tokens(paths: Sequence[OptionPath], depth: int) -> int:
-    """Return how many tokens a document's options, laid out together, take beyond a depth they share."""
+    """Return how many tokens a document's options, packed together, take beyond a depth they share."""
     ordered = sorted(path.tokens for path in paths)
     total = len(ordered[0]) - depth
     for before, path in itertools.pairwise(ordered):

@@ -162,8 +162,8 @@ def _order_and_pool(
 
 def _scores_the_pool(member: Member, request: RowRequest) -> bool:
     """Tell whether a scored document may be among the rows it could be shown, and must not be."""
-    of_training = request.part != "evaluate"
+    is_for_training = request.part != "evaluate"
     if member.train is not None:
-        return of_training and not request.protocol.may_show_scored
+        return is_for_training and not request.protocol.may_show_scored
     # Here the reference, too, draws one more than it shows.
-    return of_training or request.protocol.one_split_for_all
+    return is_for_training or request.protocol.one_split_for_all

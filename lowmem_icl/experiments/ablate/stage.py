@@ -187,8 +187,12 @@ def _result(
 
 def _means(results: pl.DataFrame) -> pl.DataFrame:
     """Return the means over tasks of units' drops and in-context effects, and of how far estimates agree."""
-    of_units = pl.col("procedure").is_in(["single", "icl-effect"]) & ~pl.col("metric").is_in(NOT_AVERAGED)
-    per_task = results.filter(of_units & (pl.col("task") != AGGREGATE)).with_columns(method=pl.lit(METHOD))
+    is_unit_record = pl.col("procedure").is_in(["single", "icl-effect"]) & ~pl.col("metric").is_in(
+        NOT_AVERAGED
+    )
+    per_task = results.filter(is_unit_record & (pl.col("task") != AGGREGATE)).with_columns(
+        method=pl.lit(METHOD)
+    )
     # Which tasks there are differs between shot counts.
     means = pl.concat(
         [results.clear()]

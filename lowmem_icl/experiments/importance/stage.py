@@ -65,7 +65,7 @@ def run(work: Work) -> Iterator[ImportanceResult]:
 
 def scores_of(prepared: Prepared, task: PackedTask, gradients: UnitGradients) -> measure.Importance:
     """Return the scores of a task from the unit gradients of its documents."""
-    by_answer_tokens = prepared.options.protocol_choices.last_layer_by_continuation
+    by_answer_tokens = prepared.options.protocol_flags.last_layer_by_continuation
     return measure.importance(task, gradients, last_layer_by_continuation=by_answer_tokens)
 
 
@@ -145,7 +145,7 @@ def _aggregate_rankings(
     prepared: Prepared, tasks: Sequence[PackedTask], scores: Sequence[measure.Importance]
 ) -> Rankings:
     """Return the rankings for all tasks: means of ranks or, by protocol, of raw scores."""
-    raw = prepared.options.protocol_choices.aggregate_of_raw_scores
+    raw = prepared.options.protocol_flags.aggregate_of_raw_scores
     combine = mean_of_scores if raw else mean_of_ranks
     heads: dict[RankingKey, Values] = {}
     ffns: dict[RankingKey, Values] = {}

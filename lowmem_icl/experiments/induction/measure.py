@@ -114,11 +114,11 @@ def capacity_blocks(
 
 
 def capacity_of_mask(capacity: str, scores: Values, removed: Mask) -> dict[str, Any]:
-    """Return a record: how much of a capacity [L, H] a mask leaves, beside what a random one of its size
-    would.
+    """Return a record: how much of a capacity [L, H] a mask leaves, and how much a random one of its
+    size would.
     """
-    places = np.array(sorted(removed.heads), dtype=np.int64).reshape(-1, 2)
-    gone = scores[places[:, 0], places[:, 1]].sum()
+    indices = np.array(sorted(removed.heads), dtype=np.int64).reshape(-1, 2)
+    gone = scores[indices[:, 0], indices[:, 1]].sum()
     return {
         "procedure": "capacity",
         "kind": "head",
@@ -197,7 +197,7 @@ def random_draws(
             chosen += heads[: wanted[layer]]
             spare += heads[wanted[layer] :]
         lacking = len(removed.heads) - len(chosen)
-        chosen += [spare[int(place)] for place in rng.permutation(len(spare))[:lacking]]
+        chosen += [spare[int(index)] for index in rng.permutation(len(spare))[:lacking]]
         masks.append(Mask(frozenset(chosen)))
     return masks
 

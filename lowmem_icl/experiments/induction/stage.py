@@ -1,5 +1,5 @@
-"""The induction stage: heads scored on random sequences, then the top ones removed together, beside random
-draws.
+"""The induction stage: heads scored on random sequences, then the top ones removed together, compared with
+random draws.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.packing import PackedTask
 
 DRAWN_DOCUMENTS = slice(0, 32)
-"""Documents of every task that induction heads and all random draws beside them are removed for."""
+"""Documents of every task that induction heads and all random draws compared with them are removed for."""
 MORE_DOCUMENTS = slice(32, 512)
 """Those that only induction heads are removed for."""
 SEQUENCES_NAME = "random-sequences"
@@ -47,7 +47,7 @@ NO_DRAWS = "induction: their layers have too few other heads for a random draw; 
 
 def copying_form(options: RunOptions) -> CopyingForm:
     """Return how copying is scored."""
-    if options.protocol_choices.copying_of_own_token:
+    if options.protocol_flags.copying_of_own_token:
         return REFERENCE_COPYING
     through = options.copying_with
     return CopyingForm("norm" in through, "softmax" in through, "bias" in through)
@@ -62,7 +62,7 @@ def head_questions(prepared: Prepared) -> HeadQuestions:
         tuple(stem_of(tokens.tolist()) for tokens in sequences.unrepeated),
         sequences.base_tokens,
         copying_form(options),
-        spurious=options.protocol_choices.spurious_prefix_entries,
+        spurious=options.protocol_flags.spurious_prefix_entries,
     )
 
 

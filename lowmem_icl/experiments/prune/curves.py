@@ -143,7 +143,7 @@ def _ranks_ffns_by_evaluation(prepared: Prepared, rankings: Rankings) -> bool:
     """Tell whether the protocol ranks FFNs on the documents that curves are judged on, instead of where each
     was removed.
     """
-    asked = prepared.options.protocol_choices.ffns_by_evaluation
+    asked = prepared.options.protocol_flags.ffns_by_evaluation
     return asked and bool(_exact_ffns(prepared, rankings))
 
 
@@ -224,8 +224,8 @@ def _mask_results(
             name, shots = point.donor or TaskShots(task.task, task.shots)
             every = sum(
                 count
-                for (task_name, of_shots), count in train.items()
-                if of_shots == shots and in_domain(task_name)
+                for (task_name, task_shots), count in train.items()
+                if task_shots == shots and in_domain(task_name)
             )
             after = scores.get((name, shots, point.name), {})
             before = {metric: after[metric] + after[DROPS[metric]] for metric in DROPS if metric in after}

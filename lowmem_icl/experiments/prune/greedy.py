@@ -1,4 +1,4 @@
-"""The greedy searches of the prune stage: in lockstep, masks of equal size beside them, all judged on other
+"""The greedy searches of the prune stage: in lockstep, compared with masks of equal size, all judged on other
 documents.
 """
 
@@ -130,7 +130,7 @@ def _masks_for(made: Sequence[MaskResult], task: str, shots: int) -> list[MaskRe
 
 
 def run(work: Work, rankings: Rankings) -> StageResult:
-    """Search greedy masks on the training documents; report them beside others of equal size on the
+    """Search greedy masks on the training documents; report them with others of equal size on the
     evaluation split.
     """
     prepared = work.prepared
@@ -196,7 +196,7 @@ def _judged(work: Work, made: Sequence[MaskResult]) -> pl.DataFrame:
 
 @dataclass(frozen=True)
 class FoundMasks:
-    """What searches end with: masks beside those of equal size, what they lose on the checking half, and
+    """What searches end with: masks and others of equal size, what they lose on the checking half, and
     warnings.
     """
 
@@ -208,8 +208,8 @@ class FoundMasks:
 def search_masks(work: Work, rankings: Rankings) -> FoundMasks:
     """Run the greedy searches of every task and shot count, and of all tasks together, in lockstep.
 
-    Each mask stands beside one by the gradient ranking and one drawn at random of equal size. `checked`: for
-    run.json, what they lose on the checking half (`check_loss`, in the objective's unit).
+    Each mask is compared with one by the gradient ranking and one drawn at random of equal size. `checked`:
+    for run.json, what they lose on the checking half (`check_loss`, in the objective's unit).
     """
     prepared, options = work.prepared, work.prepared.options
     settings = {setting.mask_name("greedy"): setting for setting in settings_of(prepared)}

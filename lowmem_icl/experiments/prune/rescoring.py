@@ -46,7 +46,10 @@ def rescored_points(work: Work, rankings: CurveRankings) -> list[list[CurvePoint
     for before, percent in pairwise(LEVELS):
         if before:
             scores = scores_after(before, masks)
-        masks = [_next_mask(prepared, *of_task, percent) for of_task in zip(scores, masks, strict=True)]
+        masks = [
+            _next_mask(prepared, task_scores, mask, percent)
+            for task_scores, mask in zip(scores, masks, strict=True)
+        ]
         for index, mask in enumerate(masks):
             points[index].append(_point(prepared, index, percent, mask))
     return points

@@ -75,7 +75,7 @@ class SearchPlan:
         heads = [[Unit("head", layer, head) for head in range(self.heads)] for layer in layers]
         ffns = [[Unit("ffn", layer, None)] for layer in layers]
         if self.order == "joint":
-            yield from (of_heads + ffn for of_heads, ffn in zip(heads, ffns, strict=True))
+            yield from (layer_heads + layer_ffn for layer_heads, layer_ffn in zip(heads, ffns, strict=True))
         else:
             yield from heads + ffns
 
