@@ -55,7 +55,6 @@ STAGES = (
         ("importance", "ablate"),
         prune.parts,
         prune.run,
-        prune.expected,
         share="postponed",
         rough=True,
     ),

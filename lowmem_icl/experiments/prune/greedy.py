@@ -91,18 +91,21 @@ def parts(prepared: Prepared) -> Iterator[Part]:
     """
     skeleton, n_heads = prepared.skeleton, prepared.skeleton.heads
     n_searches = 2 if any(setting.task == AGGREGATE for setting in settings_of(prepared)) else 1
-    halves: tuple[search.Half, ...] = ("choose", "check")
     for layer in range(skeleton.layers):
         # From the first layer up, masks hold units of the layers below.
         below = frozenset([(0, 0)] if prepared.options.direction == "up" else [])
         heads = tuple(Mask(heads=below | {(layer, head)}) for head in range(n_heads))
         ffn = (Mask(ffns=frozenset([layer])),)
-        sweeps = [("choose", heads, 1.0, False), ("check", heads[:1], 1.0, False)]
-        sweeps += [("choose", heads, (n_heads - 1) / 2, True), ("check", heads[:1], n_heads - 1, True)]
-        sweeps += [(half, ffn, 1.0, True) for half in halves[1:]]
+        sweeps: list[tuple[search.Half, tuple[Mask, ...], float, bool]] = [
+            ("choose", heads, 1.0, False),
+            ("check", heads[:1], 1.0, False),
+            ("choose", heads, (n_heads - 1) / 2, True),
+            ("check", heads[:1], n_heads - 1, True),
+            ("check", ffn, 1.0, True),
+        ]
         for half, masks, times, cached in sweeps:
-            asked = {(index, half): masks for index in range(len(prepared.train))}
-            part = step_part(prepared, "", "prune", asked)  # type: ignore[arg-type]
+            asked: Asked = {(index, half): masks for index in range(len(prepared.train))}
+            part = step_part(prepared, "", "prune", asked)
             yield replace(part, cached=cached, times=times * n_searches)
     yield from evaluate.clean_parts(prepared, {})
     stand_in = Mask(ffns=frozenset([0]))

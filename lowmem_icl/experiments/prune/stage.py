@@ -5,25 +5,14 @@ from collections.abc import Iterator
 import polars as pl
 
 from lowmem_icl.experiments.prune import curves, greedy
-from lowmem_icl.masks.mask import Mask
 from lowmem_icl.session.prepare import Prepared
-from lowmem_icl.session.result import MaskResult, StageResult, rankings_of
+from lowmem_icl.session.result import StageResult, rankings_of
 from lowmem_icl.session.work import Part, Work
 
 
 def parts(prepared: Prepared, importance: StageResult | None, ablate: StageResult | None) -> list[Part]:
     """Return the work of curves, and what searches are expected to ask for."""
     return [*curves.parts(prepared, rankings_of(importance, ablate)), *greedy.parts(prepared)]
-
-
-def expected(prepared: Prepared) -> StageResult:
-    """Return the masks that searches end with, as yet empty."""
-    masks = [
-        MaskResult(setting.mask_name(method), Mask(), method, setting.task, setting.shots, 0)
-        for setting in greedy.settings_of(prepared)
-        for method in greedy.METHODS
-    ]
-    return StageResult(masks=tuple(masks))
 
 
 def run(work: Work, importance: StageResult | None, ablate: StageResult | None) -> Iterator[StageResult]:
