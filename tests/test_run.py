@@ -183,7 +183,7 @@ def test_run_json_tells_what_each_session_did(small_run: Path) -> None:
     assert session["parts"]["made"] == len(list((small_run / "parts").glob("*.npz")))
     planned = {stage["experiment"]: stage for stage in record["plan"]["stages"]}
     for name, stage in session["stages"].items():
-        assert set(stage) == {"seconds", "planned_seconds", "read_bytes", "planned_read_bytes"}
+        assert set(stage) == {"seconds", "planned_seconds", "read_bytes", "planned_read_bytes", "finished"}
         expected = planned.get(name, {"seconds": 0.0, "read_bytes": 0})
         assert stage["planned_seconds"] == pytest.approx(expected["seconds"], abs=0.01)
         assert stage["planned_read_bytes"] == expected["read_bytes"]
