@@ -94,7 +94,8 @@ def curve_rankings(
     """Return what there is to prune by; FFNs by the oracle where each was removed alone, else by their
     gradients.
     """
-    exact = dict(by_evaluation) or _exact_ffns(prepared, rankings)
+    exact = {key: scores for key, scores in rankings.ffns.items() if key.method == "ablation"}
+    exact = dict(by_evaluation) or exact
     ffns = {**rankings.ffns, **exact}
     method = "ablation" if exact else "gradient"
     for shots in prepared.options.resolved_shots if exact else ():
@@ -103,12 +104,6 @@ def curve_rankings(
             ffns[RankingKey(AGGREGATE, shots, method)] = mean_of_ranks(members)
     donors = tuple(dict.fromkeys(task.task for task in prepared.train if in_domain(task.task)))
     return CurveRankings(rankings.heads, ffns, method, donors)
-
-
-def _exact_ffns(prepared: Prepared, rankings: Rankings) -> dict[RankingKey, Values]:
-    """Return what removing each FFN alone costs, [L] by task; none where a screen left some task out."""
-    exact = {key: scores for key, scores in rankings.ffns.items() if key.method == "ablation"}
-    return exact if len(exact) == len(prepared.train) else {}
 
 
 def _points(prepared: Prepared, rankings: CurveRankings) -> Points:
@@ -144,7 +139,7 @@ def _ranks_ffns_by_evaluation(prepared: Prepared, rankings: Rankings) -> bool:
     was removed.
     """
     asked = prepared.options.protocol_flags.ffns_by_evaluation
-    return asked and bool(_exact_ffns(prepared, rankings))
+    return asked and any(key.method == "ablation" for key in rankings.ffns)
 
 
 def _ffn_parts(prepared: Prepared) -> list[SweepPart]:
