@@ -176,6 +176,7 @@ def test_a_long_search_waits_until_the_ablations_are_done() -> None:
     assert cut.stop_after["ablate"] == 6 * HOUR
     alone = within_hours(planned(prune=10), 6, {})
     assert alone.postponed == frozenset(), "then it goes on, night after night"
+    assert alone.stages[0].seconds == 6 * HOUR, "what fits, not what it takes"
 
 
 def test_hours_too_short_for_the_basis_name_what_would_do() -> None:

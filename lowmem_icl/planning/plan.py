@@ -205,6 +205,8 @@ def within_hours(plan: Plan, hours: float, chunks: Mapping[str, Sequence["Chunk"
             documents, is_cut = _reached(chunks[stage.experiment], left)
             if is_cut:
                 stage = replace(stage, documents=documents, seconds=min(stage.seconds, left))
+        elif share == "postponed" and not postpones:
+            stage = replace(stage, seconds=min(stage.seconds, left - taken("stretched")))
         stages.append(replace(stage, postponed=share == "postponed" and postpones))
     return replace(plan, stages=tuple(stages), hours=hours, stop_after=stop_after)
 
