@@ -147,7 +147,7 @@ class RunOptions(BaseModel):
         Flag(
             Group.TASKS,
             "Put the beginning-of-sequence token before every context.",
-            "as the family does; OPT: no",
+            "as the model's tokenizer does; OPT: no, as in the paper",
         ),
     ] = None
 

@@ -19,6 +19,7 @@ from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store
 from lowmem_icl.options import DEMO, RunOptions
 from lowmem_icl.rows import PackedRows
+from lowmem_icl.session.text_form import TextForm, packing_limits, text_form, text_tokeniser
 from lowmem_icl.session.text_keys import table_key, tokenizer_digest
 from lowmem_icl.session.texts import FOLDER, KeptTexts
 from lowmem_icl.system.progress import Progress, unseen
@@ -40,8 +41,6 @@ from lowmem_icl.tasks.prompt_table import MissingPrompt, PromptTable, TablePromp
 from lowmem_icl.tasks.prompting import DirectPrompter, Prompter
 from lowmem_icl.tasks.random_sequences import RandomSequences, drawable_ids, random_sequences
 from lowmem_icl.tasks.selection import Part
-
-LONGEST_REMEMBERED_TEXT = 200
 
 TaskKey = tuple[str, int]
 
@@ -68,6 +67,7 @@ class Prepared:
     options: RunOptions
     store: Store
     located: ModelLocation
+    text_form: TextForm
     limits: PackingLimits
     evaluate: tuple[TaskRows, ...]
     train: tuple[TaskRows, ...]
@@ -174,42 +174,6 @@ def part_limits(options: RunOptions) -> dict[str, tuple[Part, int | None]]:
     }
 
 
-def packing_limits(options: RunOptions, store: Store, tokenizer: Any) -> PackingLimits:
-    """Return what model and tokenizer set for packing; raise InputError where they do not belong together."""
-    skeleton = store.skeleton
-    bos = tokenizer.bos_token_id
-    use_bos = skeleton.family.adds_bos if options.bos is None else options.bos
-    if use_bos and bos is None:
-        raise InputError("--bos: the tokenizer has no beginning-of-sequence token; leave the option out")
-    if len(tokenizer) > skeleton.vocabulary:
-        raise InputError(
-            f"{store.tokenizer_folder}: the tokenizer has {len(tokenizer)} tokens, the model only "
-            f"{skeleton.vocabulary}; they do not belong together"
-        )
-    return PackingLimits(
-        context_tokens=skeleton.context_tokens,
-        row_tokens=PackingLimits.row_tokens_for(skeleton.width),
-        empty_context=tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0,
-        bos=bos if use_bos else None,
-    )
-
-
-def text_tokeniser(tokenizer: Any) -> Tokenise:
-    """Return a tokenizer as a function of texts that remembers short ones, such as answers."""
-    remembered: dict[str, list[int]] = {}
-
-    def tokenise(texts: list[str]) -> list[list[int]]:
-        new = [text for text in dict.fromkeys(texts) if text not in remembered]
-        ids = tokenizer(new, add_special_tokens=False, verbose=False)["input_ids"] if new else []
-        made = dict(zip(new, ids, strict=True))
-        remembered.update(
-            (text, text_ids) for text, text_ids in made.items() if len(text) <= LONGEST_REMEMBERED_TEXT
-        )
-        return [made[text] if text in made else remembered[text] for text in texts]
-
-    return tokenise
-
-
 @dataclass(frozen=True)
 class _TextMaker:
     """What the texts of tasks are made with, and where they are kept."""
@@ -274,7 +238,8 @@ def prepare(options: RunOptions, *, progress: Progress = unseen) -> Prepared:
     store = plan_store(located, options.weights)
     tokenizer = load_tokenizer(store.tokenizer_folder)
     digest = tokenizer_digest(tokenizer)
-    limits, texts = packing_limits(options, store, tokenizer), KeptTexts(options.resolved_store_dir / FOLDER)
+    form = text_form(options, store, tokenizer)
+    limits, texts = packing_limits(form, store, tokenizer), KeptTexts(options.resolved_store_dir / FOLDER)
     maker = _TextMaker(options, limits, text_tokeniser(tokenizer), digest, texts)
     tables: dict[TaskKey, KeptTable] = {}
     documents: dict[str, list[TaskRows]] = {name: [] for name in part_limits(options)}
@@ -290,6 +255,7 @@ def prepare(options: RunOptions, *, progress: Progress = unseen) -> Prepared:
         options,
         store,
         located,
+        form,
         limits,
         evaluate=tuple(documents["evaluate"]),
         train=tuple(documents["train"]),
@@ -300,7 +266,7 @@ def prepare(options: RunOptions, *, progress: Progress = unseen) -> Prepared:
     )
 
 
-def first_prompts(options: RunOptions, count: int) -> Iterator[tuple[TaskRows, TaskOptions]]:
+def first_prompts(options: RunOptions, count: int) -> Iterator[tuple[TextForm, TaskRows, TaskOptions]]:
     """Yield the first `count` evaluation documents of every task and shot count, with their texts and tokens.
 
     No other document is prompted, unless demonstrations are shared: how many a set keeps depends on all
@@ -308,14 +274,15 @@ def first_prompts(options: RunOptions, count: int) -> Iterator[tuple[TaskRows, T
     """
     store = plan_store(find_model(options), options.weights)
     tokenizer = load_tokenizer(store.tokenizer_folder)
-    limits, tokenise = packing_limits(options, store, tokenizer), text_tokeniser(tokenizer)
+    form = text_form(options, store, tokenizer)
+    limits, tokenise = packing_limits(form, store, tokenizer), text_tokeniser(tokenizer)
     prompter = DirectPrompter(partial(fit_context, tokenise=tokenise, limits=limits))
     limit = options.limit if options.demonstrations == "shared" else min(count, options.limit or count)
     for task in open_tasks(options):
         for shots in options.resolved_shots:
             rows = _part_rows(options, task, shots, ("evaluate", limit), prompter)
             first = replace(rows, documents=rows.documents[:count])
-            yield first, tokenised(first, tokenise, limits)
+            yield form, first, tokenised(first, tokenise, limits)
 
 
 def find_model(options: RunOptions) -> ModelLocation:

@@ -18,7 +18,7 @@ KEY_DIGITS = 24
 # Packages that texts and tokens come from.
 TEXT_PACKAGES = ("lm-eval", "datasets", "transformers", "tokenizers")
 # Our own code and definitions that they come from.
-TEXT_SOURCES = ("rows.py", "tasks", "demo/tasks")
+TEXT_SOURCES = ("rows.py", "tasks", "demo/tasks", "session/text_form.py")
 
 
 def table_key(options: RunOptions, task: OpenTask, shots: int, tokenizer: str, limits: PackingLimits) -> str:
