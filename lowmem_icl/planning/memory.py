@@ -141,11 +141,12 @@ class _Needs:
         tables = round(element * sum(sizes[name] for name in names))
         self.head = round(element * sizes[skeleton.unembedding_name])
         # Of a table on disk a block is in memory, as it is stored and in float32.
-        self.non_layer = whole - tables + VOCABULARY_BLOCK * skeleton.embedding_width * 2 * FLOAT_BYTES
+        block = VOCABULARY_BLOCK * skeleton.embedding_width * 2 * FLOAT_BYTES
+        self.non_layer = min(whole, whole - tables + block)
         together = self._smallest_batch
         given = self._device_bytes if self._device_bytes is not None else self.allowance
         varying = given - whole - self._fixed_bytes(self.working_bytes(together))
-        self.tables_in_memory = varying >= max(tables, self.least)
+        self.tables_in_memory = block >= tables or varying >= max(tables, self.least)
         if self.tables_in_memory:
             self.non_layer = whole
 
