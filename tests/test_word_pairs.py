@@ -113,6 +113,13 @@ def test_every_first_letter_is_right_equally_often() -> None:
     assert set(Counter(row["output"] for row in all_rows("first_letter")).values()) == {10}
 
 
+@pytest.mark.parametrize(("chosen", "others"), [("animals", "objects"), ("verbs", "nouns")])
+def test_no_word_is_of_both_kinds(chosen: str, others: str) -> None:
+    facts = ROOT / "scripts" / "pair_facts"
+    of_kind = [(facts / f"{name}.txt").read_text(encoding="utf-8").split() for name in (chosen, others)]
+    assert len({*of_kind[0], *of_kind[1]}) == len(of_kind[0]) + len(of_kind[1])
+
+
 @pytest.mark.parametrize("task", ["antonym", "country_capital", "english_french", "english_spanish"])
 def test_no_word_is_on_either_side_twice(task: str) -> None:
     rows = all_rows(task)

@@ -92,7 +92,7 @@ class RunOptions(BaseModel):
         | None,
         Flag(
             Group.TASKS,
-            "Comma-separated: names, pairs for all word pairs, lm-eval:NAME, JSON-lines files with context, "
+            "Comma-separated: names (pairs: all word pairs), lm-eval:NAME, JSON-lines files with context, "
             "options, gold, or JSON files that list pairs of input, output.",
             "the demo's, or the paper's 14",
         ),
