@@ -51,6 +51,7 @@ COLUMNS = {
     "comparative": ("adjectives", "adjective", "comparative"),
     "english_french": ("translations", "english", "french"),
     "english_spanish": ("translations", "english", "spanish"),
+    "word_category": ("categories", "word", "category"),
 }
 # Tasks that choose, of a list's words, the only one of a kind: files of the chosen and of the others.
 KINDS = {

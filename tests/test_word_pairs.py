@@ -109,8 +109,9 @@ def test_neither_a_place_in_the_list_nor_an_option_gives_the_only_one_of_its_kin
     assert max(both.values()) <= 0.06 * len(rows)
 
 
-def test_every_first_letter_is_right_equally_often() -> None:
-    assert set(Counter(row["output"] for row in all_rows("first_letter")).values()) == {10}
+@pytest.mark.parametrize(("task", "times"), [("first_letter", 10), ("word_category", 14)])
+def test_answers_to_many_inputs_are_right_equally_often(task: str, times: int) -> None:
+    assert set(Counter(row["output"] for row in all_rows(task)).values()) == {times}
 
 
 @pytest.mark.parametrize(("chosen", "others"), [("animals", "objects"), ("verbs", "nouns")])

@@ -18,8 +18,8 @@ PAPER_TASKS = (
 DEMO_TASKS = ("recall", "category", "knowledge", "repeat")
 PAIR_TASKS = (
     "country_capital", "antonym", "singular_plural", "present_past", "present_participle", "comparative",
-    "english_french", "english_spanish", "capitalize", "first_letter", "next_item", "first_of_five",
-    "last_of_five", "animal_among_objects", "object_among_animals", "verb_among_nouns",
+    "english_french", "english_spanish", "word_category", "capitalize", "first_letter", "next_item",
+    "first_of_five", "last_of_five", "animal_among_objects", "object_among_animals", "verb_among_nouns",
 )  # fmt: skip
 KNOWN_TASKS = (*PAPER_TASKS, *OUT_OF_DOMAIN_TASKS, *DEMO_TASKS, *PAIR_TASKS)
 # Names that stand for several tasks, each of which is a task of its own in every table.
