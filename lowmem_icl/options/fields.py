@@ -92,7 +92,8 @@ class RunOptions(BaseModel):
         | None,
         Flag(
             Group.TASKS,
-            "Comma-separated: names, lm-eval:NAME, or JSON-lines files with context, options, gold.",
+            "Comma-separated: names (pairs: all word pairs), lm-eval:NAME, JSON-lines files with context, "
+            "options, gold, or JSON files that list pairs of input, output.",
             "the demo's, or the paper's 14",
         ),
     ] = None

@@ -23,7 +23,7 @@ from lowmem_icl.session.text_form import TextForm, packing_limits, text_form, te
 from lowmem_icl.session.text_keys import table_key, tokenizer_digest
 from lowmem_icl.session.texts import FOLDER, KeptTexts
 from lowmem_icl.system.progress import Progress, unseen
-from lowmem_icl.tasks.catalogue import DEMO_TASKS, PAPER_TASKS
+from lowmem_icl.tasks.catalogue import DEMO_TASKS, PAPER_TASKS, expanded
 from lowmem_icl.tasks.demonstrations import Demonstrations
 from lowmem_icl.tasks.documents import TaskRows
 from lowmem_icl.tasks.loading import OpenTask, open_task
@@ -151,7 +151,7 @@ class Prepared:
 def task_names(options: RunOptions) -> tuple[str, ...]:
     """Return the tasks asked for: the demo's own, or the paper's 14, where none are named."""
     if options.tasks is not None:
-        return options.tasks
+        return expanded(options.tasks)
     return DEMO_TASKS if options.model == DEMO else PAPER_TASKS
 
 

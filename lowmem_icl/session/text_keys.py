@@ -11,6 +11,7 @@ from typing import Any
 
 from lowmem_icl import __version__
 from lowmem_icl.options import RunOptions
+from lowmem_icl.tasks.catalogue import is_file_name
 from lowmem_icl.tasks.loading import OpenTask
 from lowmem_icl.tasks.packing import PackingLimits
 
@@ -28,7 +29,7 @@ def table_key(options: RunOptions, task: OpenTask, shots: int, tokenizer: str, l
         "sources": _sources_digest(),
         "packages": {name: version(name) for name in TEXT_PACKAGES},
         # Of a file of one's own its content counts, not where it lies.
-        "task": "" if task.name.endswith(".jsonl") else task.name,
+        "task": "" if is_file_name(task.name) else task.name,
         "rows": task.rows_digest,
         "tokenizer": tokenizer,
         "limits": asdict(limits),
