@@ -17,13 +17,13 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import check_names
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store
-from lowmem_icl.options import DEMO, RunOptions
+from lowmem_icl.options import DEMO, PACKAGED_MODELS, RunOptions
 from lowmem_icl.rows import PackedRows
 from lowmem_icl.session.text_form import TextForm, packing_limits, text_form, text_tokeniser
 from lowmem_icl.session.text_keys import table_key, tokenizer_digest
 from lowmem_icl.session.texts import FOLDER, KeptTexts
 from lowmem_icl.system.progress import Progress, unseen
-from lowmem_icl.tasks.catalogue import DEMO_TASKS, PAPER_TASKS, expanded
+from lowmem_icl.tasks.catalogue import DEMO_TASKS, LEARNT_PAIR_TASKS, PAPER_TASKS, expanded
 from lowmem_icl.tasks.demonstrations import Demonstrations
 from lowmem_icl.tasks.documents import TaskRows
 from lowmem_icl.tasks.loading import OpenTask, open_task
@@ -149,9 +149,13 @@ class Prepared:
 
 
 def task_names(options: RunOptions) -> tuple[str, ...]:
-    """Return the tasks asked for: the demo's own, or the paper's 14, where none are named."""
+    """Return the tasks asked for; where none are named the demo's own, those that small models learn from
+    demonstrations, or the paper's 14.
+    """
     if options.tasks is not None:
         return expanded(options.tasks)
+    if options.model in PACKAGED_MODELS:
+        return LEARNT_PAIR_TASKS
     return DEMO_TASKS if options.model == DEMO else PAPER_TASKS
 
 
@@ -167,7 +171,7 @@ def open_tasks(options: RunOptions) -> list[OpenTask]:
 def part_limits(options: RunOptions) -> dict[str, tuple[Part, int | None]]:
     """Return the part and the limit of the documents that a run needs, by field of Prepared."""
     return {
-        "evaluate": ("evaluate", options.limit),
+        "evaluate": ("evaluate", options.resolved_limit),
         "train": ("train", options.resolved_train_limit),
         "importance": ("importance", options.resolved_importance_limit),
         "curves": ("evaluate", options.resolved_curve_limit),
@@ -277,7 +281,9 @@ def first_prompts(options: RunOptions, count: int) -> Iterator[tuple[TextForm, T
     form = text_form(options, store, tokenizer)
     limits, tokenise = packing_limits(form, store, tokenizer), text_tokeniser(tokenizer)
     prompter = DirectPrompter(partial(fit_context, tokenise=tokenise, limits=limits))
-    limit = options.limit if options.demonstrations == "shared" else min(count, options.limit or count)
+    limit = options.resolved_limit
+    if options.demonstrations != "shared":
+        limit = min(count, limit or count)
     for task in open_tasks(options):
         for shots in options.resolved_shots:
             rows = _part_rows(options, task, shots, ("evaluate", limit), prompter)

@@ -35,7 +35,7 @@ def table_key(options: RunOptions, task: OpenTask, shots: int, tokenizer: str, l
         "limits": asdict(limits),
         "shots": shots,
         "documents": [
-            options.limit,
+            options.resolved_limit,
             options.resolved_train_limit,
             options.resolved_importance_limit,
             options.resolved_curve_limit,
