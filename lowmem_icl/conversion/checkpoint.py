@@ -218,8 +218,8 @@ def _old_form_notes(path: Path) -> list[str]:
     if path.suffix == ".safetensors" or not has_old_form(path):
         return []
     return [
-        f"{path.name} has torch's old form, which cannot be mapped: its {path.stat().st_size / 1e9:.3g} GB are "
-        "read into memory at once; save_pretrained writes it anew"
+        f"{path.name} has torch's old form, which cannot be mapped: its {path.stat().st_size / 1e9:.3g} GB "
+        "are read into memory at once; save_pretrained writes it anew"
     ]
 
 

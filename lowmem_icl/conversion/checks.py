@@ -1,4 +1,4 @@
-"""Checks of a conversion's files before its store is called finished: their bytes, and that they can be read."""
+"""Checks of a store's files before it is called finished: their bytes, and that they can be read."""
 
 from pathlib import Path
 

@@ -66,10 +66,8 @@ class Source(BaseModel):
     def _leave_out_what_is_absent(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # So that manifests of before, and their digests, stay as they were.
         fields: dict[str, Any] = serialise(self)
-        absent = {"quantisation": None, "notes": []}
-        return {
-            name: value for name, value in fields.items() if name not in absent or value != absent[name]
-        }
+        absent: dict[str, Any] = {"quantisation": None, "notes": []}
+        return {name: value for name, value in fields.items() if name not in absent or value != absent[name]}
 
 
 class OutlierReport(BaseModel):
