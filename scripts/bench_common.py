@@ -26,7 +26,7 @@ from lowmem_icl.conversion.calibration import fixed_text
 from lowmem_icl.conversion.checkpoint import open_checkpoint
 from lowmem_icl.conversion.convert import Conversion, convert
 from lowmem_icl.conversion.locate import load_tokenizer, tokeniser
-from lowmem_icl.model.families import Skeleton
+from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import (
     MANIFEST,
     NON_LAYER,

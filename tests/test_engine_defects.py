@@ -21,7 +21,7 @@ from lowmem_icl.engine.passes import GradientJob, PassSetup, score_heads, sweep,
 from lowmem_icl.engine.schedule import EarlierWork, Job, SweepLimits, schedule
 from lowmem_icl.engine.unit_gradients import UnitGradients
 from lowmem_icl.masks.mask import Mask
-from lowmem_icl.model.layer import ATTENTION
+from lowmem_icl.model.attention import ATTENTION
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.rows import stem_of, with_stems
@@ -131,11 +131,11 @@ def test_what_a_pruned_model_computes_is_never_taken_for_the_clean_run(float_sto
 def test_two_open_models_of_a_store_do_not_share_weights(int8_store: Store) -> None:
     tokens, positions = torch.arange(4), torch.arange(4)
     with StreamedModel(int8_store, device=CPU, resident_bytes=0) as first:
-        before = first.embed(tokens, positions)
+        before = first.vocabulary.embed(tokens, positions)
         with StreamedModel(int8_store, device=CPU, resident_bytes=0) as second, torch.no_grad():
             second.skeleton.model.get_input_embeddings().weight.zero_()
-            assert not torch.equal(second.embed(tokens, positions), before)
-        assert torch.equal(first.embed(tokens, positions), before)
+            assert not torch.equal(second.vocabulary.embed(tokens, positions), before)
+        assert torch.equal(first.vocabulary.embed(tokens, positions), before)
     assert {parameter.device.type for parameter in int8_store.skeleton.model.parameters()} == {"meta"}
 
 

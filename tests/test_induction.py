@@ -22,7 +22,7 @@ from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.engine.copying import DEFAULT_COPYING, REFERENCE_COPYING, CopyingForm
 from lowmem_icl.engine.head_scores import HeadQuestions, HeadScores, PassCheckpoint
 from lowmem_icl.engine.passes import PassSetup, score_heads
-from lowmem_icl.engine.patterns import pattern_scores, patterns, query_blocks
+from lowmem_icl.engine.patterns import RowStates, pattern_scores, patterns, query_blocks
 from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.errors import InputError
 from lowmem_icl.experiments.induction import measure as induction
@@ -115,7 +115,7 @@ def test_attention_is_what_hugging_face_gives(checkpoint: Path, float_store: Sto
     expected = reference(tokens[None], output_attentions=True, output_hidden_states=True)
     row = stem_of(tokens.tolist())
     with StreamedModel(float_store, device=torch.device("cpu"), resident_bytes=0) as model, torch.no_grad():
-        from lowmem_icl.engine.plain_rows import embedded, plain_segments
+        from lowmem_icl.engine.row_masks import embedded, plain_segments
 
         residual = embedded(model, row)
         segments = plain_segments(model, [row])
@@ -123,9 +123,9 @@ def test_attention_is_what_hugging_face_gives(checkpoint: Path, float_store: Sto
             torch.testing.assert_close(residual, expected.hidden_states[number][0], atol=2e-5, rtol=1e-4)
             attention = layer.attend(residual, segments, with_queries=True)
             assert attention.queries is not None
-            assert attention.keys is not None
+            seen = RowStates(attention.queries, attention.keys)
             for rows in (7, 64):
-                for span, pattern in patterns(attention.queries, attention.keys, rows):
+                for span, pattern in patterns(seen, rows):
                     wanted = expected.attentions[number][0, :, span, : span.stop]
                     torch.testing.assert_close(pattern, wanted, atol=1e-5, rtol=1e-4)
             residual = layer.finish(residual, attention.z)

@@ -18,8 +18,8 @@ from lowmem_icl.conversion.checkpoint import open_checkpoint
 from lowmem_icl.conversion.convert import check_room, planned_store
 from lowmem_icl.conversion.locate import ensure_store, locate
 from lowmem_icl.errors import DoesNotFit, InputError
-from lowmem_icl.model.families import Skeleton
 from lowmem_icl.model.reading import LayerReader
+from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store, Weights, layer_file, open_store, save_tensors, verify_store
 
 

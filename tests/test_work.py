@@ -19,7 +19,7 @@ from lowmem_icl.engine.cost import operations
 from lowmem_icl.engine.head_scores import HeadQuestions
 from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.masks.mask import Mask
-from lowmem_icl.model.families import Skeleton
+from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.rows import PackedRows, stem_of

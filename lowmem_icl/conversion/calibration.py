@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem_icl.model.families import Skeleton
+from lowmem_icl.model.attention import whole_row
 from lowmem_icl.model.int8 import OUTLIER_THRESHOLD, Int8Linear
-from lowmem_icl.model.layer import DecoderLayer, whole_row
+from lowmem_icl.model.layer import DecoderLayer
+from lowmem_icl.model.vocabulary import Vocabulary
 
 ROW_TOKENS = 512
 FIXED_TEXT = "calibration.txt"
@@ -46,22 +47,21 @@ class CalibrationPass:
     counts: Counter[str] = field(default_factory=Counter)
 
     @classmethod
-    def start(cls, skeleton: Skeleton, rows: Sequence[Tensor]) -> "CalibrationPass":
-        """Embed the rows; the skeleton's non-layer parameters must be filled."""
-        with torch.no_grad():
-            residuals = [skeleton.family.embed(skeleton.model, row, torch.arange(len(row))) for row in rows]
-        return cls(DecoderLayer(skeleton, "int8", torch.device("cpu")), residuals)
+    def start(cls, vocabulary: Vocabulary, rows: Sequence[Tensor]) -> "CalibrationPass":
+        """Embed the rows."""
+        residuals = [vocabulary.embed(row, torch.arange(len(row))) for row in rows]
+        return cls(DecoderLayer(vocabulary.skeleton, "int8", torch.device("cpu")), residuals)
 
-    def columns_of(self, tensors: Mapping[str, Tensor], *, decide: bool) -> dict[str, Tensor]:
-        """Run the text through the next layer; return the outlier columns of its linears under their names in
-        a store.
+    def columns_of(self, number: int, tensors: Mapping[str, Tensor], *, decide: bool) -> dict[str, Tensor]:
+        """Run the text through the next layer, by its number; return the outlier columns of its linears under
+        their names in a store.
 
         With `decide` they are found from the text's first half; else those among the layer's tensors stay.
         The second half counts what lies outside them.
         """
         linears = self.layer.int8_linears
         none = {f"{name}.outlier_columns": torch.empty(0, dtype=torch.int64) for name in linears}
-        self.layer.fill(none | dict(tensors))
+        self.layer.fill(number, none | dict(tensors))
         deciding = len(self.residuals) // 2
         with torch.no_grad():
             if decide:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.model.families import Skeleton
 from lowmem_icl.model.reading import read_header
+from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import NON_LAYER, Manifest, altered_files, layer_file
 from lowmem_icl.system.progress import Progress
 

@@ -21,8 +21,8 @@ from lowmem_icl.conversion.checkpoint import TOKENIZER_FILES, Checkpoint, read_j
 from lowmem_icl.conversion.checks import check_written
 from lowmem_icl.conversion.tied import settle_tied_tables
 from lowmem_icl.errors import DoesNotFit, InputError
-from lowmem_icl.model.families import Skeleton
 from lowmem_icl.model.int8 import OUTLIER_THRESHOLD, quantise_rows
+from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import (
     MANIFEST,
     NON_LAYER,
@@ -39,6 +39,7 @@ from lowmem_icl.model.store import (
     sha256_of_tensors,
     source_digests,
 )
+from lowmem_icl.model.vocabulary import Vocabulary
 from lowmem_icl.system.files import atomic_path, free_bytes, sha256_of_file, write_text_atomic
 from lowmem_icl.system.progress import Progress, unseen
 
@@ -168,8 +169,11 @@ def _start_calibration(skeleton: Skeleton, non_layer: Path, tokens: Sequence[int
             f"the tokenizer next to the weights knows token {max(tokens)}, the model only "
             f"{skeleton.vocabulary} tokens; they do not belong together"
         )
-    skeleton.fill_non_layer(load_file(non_layer), torch.device("cpu"))
-    return CalibrationPass.start(skeleton, text_rows(tokens, skeleton.context_tokens))
+    vocabulary = Vocabulary(skeleton, non_layer, torch.device("cpu"), in_memory=False)
+    try:
+        return CalibrationPass.start(vocabulary, text_rows(tokens, skeleton.context_tokens))
+    finally:
+        vocabulary.close()
 
 
 def _convert_layer(layer: int, claim: "_Claim", steps: "_Steps", calibration: CalibrationPass | None) -> None:
@@ -180,7 +184,7 @@ def _convert_layer(layer: int, claim: "_Claim", steps: "_Steps", calibration: Ca
         return
     tensors, digests = (load_file(claim.folder / name), {}) if kept else steps.tensors(layer)
     if calibration is not None:
-        tensors |= calibration.columns_of(tensors, decide=not kept)
+        tensors |= calibration.columns_of(layer, tensors, decide=not kept)
     if not kept:
         claim.write(name, tensors, digests)
         steps.forget_piece(layer)
@@ -251,12 +255,18 @@ class _Steps:
     def _parameters(self, layer: int | None) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return stored name and shape of every parameter of a layer; None: of non-layer ones."""
         if layer is None:
-            return {name: (name, shape) for name, shape in self._skeleton.non_layer_parameters().items()}
+            parameters = self._skeleton.non_layer_parameters()
+            return {self._stored_name(name): (name, shape) for name, shape in parameters.items()}
         blocks = self._skeleton.blocks_name
         return {
             f"{blocks}.{layer}.{name}": (name, shape)
             for name, shape in self._skeleton.layer_parameters().items()
         }
+
+    def _stored_name(self, name: str) -> str:
+        """Return what the checkpoint calls a parameter outside the layers."""
+        older = self._skeleton.family.stored_names.get(name, name)
+        return older if older in self._checkpoint.shard_of else name
 
     def _shard(self, name: str) -> str:
         return self._checkpoint.shard_of.get(self._checkpoint.source_name(name), "")
@@ -289,7 +299,7 @@ class _Steps:
             for name in left:
                 if self._shard(name) == shard:
                     short, shape = wanted[name]
-                    tensor, digests[name] = _fetch(self._checkpoint, name, shape)
+                    tensor, digests[name] = self._fetched(name, short, shape)
                     form = self._non_layer_form if layer is None else self._stored_form
                     tensors |= form(short, tensor)
             if self._last_use[shard] > (-1 if layer is None else layer):
@@ -299,6 +309,13 @@ class _Steps:
                 save_tensors(self._piece(layer), tensors, digests)
             self._checkpoint.release(shard)
         return tensors, digests
+
+    def _fetched(self, name: str, short: str, shape: tuple[int, ...]) -> tuple[Tensor, str]:
+        """Return a parameter as the layer has it, [outputs, inputs], and the digest of its source bytes."""
+        if short not in self._skeleton.transposed_weights:
+            return _fetch(self._checkpoint, name, shape)
+        tensor, digest = _fetch(self._checkpoint, name, tuple(reversed(shape)))
+        return tensor.t().contiguous(), digest
 
     def _non_layer_form(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         if tensor.dtype in NON_LAYER_TYPES:

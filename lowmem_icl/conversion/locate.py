@@ -27,7 +27,7 @@ from lowmem_icl.conversion.gguf.source import gguf_folder_name, open_gguf
 from lowmem_icl.conversion.packaged import PACKAGED_MODELS, packaged_file
 from lowmem_icl.conversion.tied import settle_tied_tables
 from lowmem_icl.errors import InputError
-from lowmem_icl.model.families import Skeleton
+from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store, Weights, is_store, open_store
 from lowmem_icl.system.files import existing_folder
 from lowmem_icl.system.progress import Progress, unseen

@@ -3,7 +3,7 @@
 import torch
 
 from lowmem_icl.conversion.checkpoint import Checkpoint
-from lowmem_icl.model.families import Skeleton
+from lowmem_icl.model.skeleton import Skeleton
 
 
 def tied_names(skeleton: Skeleton) -> dict[str, str]:

@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowmem_icl.model.streamed import READ_ROWS, StreamedModel
+from lowmem_icl.model.streamed import StreamedModel
+from lowmem_icl.model.vocabulary import READ_ROWS
 from lowmem_icl.rows import Integers, Row
 
 
@@ -81,7 +82,8 @@ class AnswerReader:
         self._reads += pending.all_reads
         if self._reads >= READ_ROWS:
             # A variant is never split.
-            self._read(self._take(self._reads // self._model.head_rows * self._model.head_rows))
+            rows = self._model.vocabulary.head_rows
+            self._read(self._take(self._reads // rows * rows))
 
     def flush(self) -> None:
         """Score all that is pending."""
@@ -107,7 +109,7 @@ class AnswerReader:
             return
         read_at, targets, ends = _questions(members)
         hidden = torch.cat([member.hidden.flatten(0, 1) for member in members])
-        logprobs, greedy = self._model.log_probabilities(
+        logprobs, greedy = self._model.vocabulary.log_probabilities(
             hidden, torch.from_numpy(read_at).to(hidden.device), torch.from_numpy(targets).to(hidden.device)
         )
         row_logprobs = np.split(logprobs.double().cpu().numpy(), ends)

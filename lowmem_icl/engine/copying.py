@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowmem_icl.engine.patterns import masked_products, query_blocks
+from lowmem_icl.engine.patterns import RowStates, attention_logits, query_blocks
 from lowmem_icl.model.layer import DecoderLayer
-from lowmem_icl.model.streamed import LOWEST_EXPONENT, StreamedModel
+from lowmem_icl.model.streamed import StreamedModel
+from lowmem_icl.model.vocabulary import LOWEST_EXPONENT
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,21 @@ class HeadLogits:
         # [D, H, d]
         self._weight = layer.output_weight.unflatten(1, (heads, -1))
         self._bias = layer.output_bias if form.bias else None
-        norm = model.final_norm if form.final_norm else None
+        norm = model.vocabulary.final_norm if form.final_norm else None
         self._scale: Tensor | None = None
         self._shift: Tensor | None = None
         if norm is not None:
-            self._scale, self._shift, self._epsilon = norm.weight.detach(), norm.bias.detach(), norm.eps
-            # A norm takes the mean off; taken off the weights, no output needs to be made for it.
-            self._weight = self._weight - self._weight.mean(0)
+            self._scale, self._shift, self._epsilon = norm.scale, norm.shift, norm.epsilon
+            if norm.centred:
+                # A norm takes the mean off; taken off the weights, no output needs to be made for it.
+                self._weight = self._weight - self._weight.mean(0)
             by_head = self._weight.permute(1, 2, 0)
             self._squares = by_head @ by_head.transpose(1, 2) / len(self._weight)
             self._crossed: Tensor | None = None
             self._bias_square = 0.0
             if self._bias is not None:
-                self._bias = self._bias - self._bias.mean()
+                if norm.centred:
+                    self._bias = self._bias - self._bias.mean()
                 self._crossed = by_head @ self._bias / len(self._bias)
                 self._bias_square = float(self._bias.square().mean())
 
@@ -86,7 +89,7 @@ class HeadLogits:
         deviations = [self.deviations(outputs) for outputs in rows]
         largest = [outputs.new_full(outputs.shape[:2], float("-inf")) for outputs in rows]
         summed = [outputs.new_zeros(outputs.shape[:2]) for outputs in rows]
-        for directions in self._model.vocabulary_outputs():
+        for directions in self._model.vocabulary.vocabulary_outputs():
             readers = self.readers(directions)
             for outputs, deviation, high, total in zip(rows, deviations, largest, summed, strict=True):
                 for span in query_blocks(outputs.shape[1]):
@@ -125,8 +128,7 @@ def _part(values: Tensor | None, span: slice) -> Tensor | None:
 def copying_scores(
     head_logits: HeadLogits,
     directions: Tensor,
-    queries: Tensor,
-    keys: Tensor,
+    seen: RowStates,
     outputs: Tensor,
     totals: Tensor | None = None,
 ) -> Tensor:
@@ -136,15 +138,15 @@ def copying_scores(
     ReLU(u − mean u), and the score is the share of the token that the head attends to most; 0 where nothing
     is above the mean. Averaged over j ≥ 1 (Bansal et al. 2023, appendix A.4, algorithm 2).
 
-    directions: [T, D], what reads the row's tokens off a residual; queries (scaled), keys: [H, T, d]; outputs
-    [H, T, d]: z by head; totals [H, T]: of `HeadLogits.totals`, where u are to be probabilities.
+    directions: [T, D], what reads the row's tokens off a residual; outputs [H, T, d]: z by head; totals [H,
+    T]: of `HeadLogits.totals`, where u are to be probabilities.
     """
     readers = head_logits.readers(directions)
     deviation = head_logits.deviations(outputs)
     tokens = outputs.shape[1]
     total = torch.zeros(len(outputs), dtype=torch.float64, device=outputs.device)
     for span in query_blocks(tokens):
-        most_attended = masked_products(queries, keys, span).argmax(-1, keepdim=True)
+        most_attended = attention_logits(seen, span).argmax(-1, keepdim=True)
         scores = readers.logits(outputs[:, span], _part(deviation, span), span.stop)
         if totals is not None:
             scores.sub_(totals[:, span, None]).exp_()

@@ -6,7 +6,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 
 from lowmem_icl.engine.schedule import EarlierWork, Job, PlannedBlock, SweepLimits, Variant, schedule
-from lowmem_icl.model.families import Skeleton
+from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.rows import PackedRows
 
 

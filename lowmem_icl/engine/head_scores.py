@@ -20,11 +20,12 @@ from lowmem_icl.engine.copying import (
     copying_scores,
 )
 from lowmem_icl.engine.cost import SweepCost
-from lowmem_icl.engine.patterns import QUERY_ROWS, pattern_scores, patterns
+from lowmem_icl.engine.patterns import QUERY_ROWS, RowStates, pattern_scores, patterns
 from lowmem_icl.engine.schedule import FLOAT_BYTES, BlockRow
-from lowmem_icl.model.families import Skeleton
 from lowmem_icl.model.layer import AttentionOutput, DecoderLayer
-from lowmem_icl.model.streamed import VOCABULARY_BLOCK, StreamedModel
+from lowmem_icl.model.skeleton import Skeleton
+from lowmem_icl.model.streamed import StreamedModel
+from lowmem_icl.model.tables import VOCABULARY_BLOCK
 from lowmem_icl.rows import Row
 
 Values = NDArray[np.float64]
@@ -129,7 +130,7 @@ class HeadReader:
         results = self._results
         if not results.weights_scored[number]:
             if self._products is None:
-                self._products = self._model.token_products()
+                self._products = self._model.vocabulary.token_products()
             heads = self._model.skeleton.heads
             results.copying_eigenvalues[number] = copying_eigenvalues(layer, self._products, heads).numpy()
             results.weights_scored[number] = True
@@ -140,34 +141,37 @@ class HeadReader:
         assert attention.queries is not None
         assert self._logits is not None
         sequences, form = len(self.questions.base_tokens), self.questions.form
-        outputs = attention.values if form.own_token else self._by_head(attention.z)
+        keys_by_head = self._by_query_head(attention.keys)
+        outputs = self._by_query_head(attention.values) if form.own_token else self._by_head(attention.z)
         start, copied = 0, []
         for member in members:
             here = slice(start, start + len(member.row))
             start = here.stop
-            queries, keys = attention.queries[:, here], attention.keys[:, here]
+            seen = RowStates(attention.queries[:, here], keys_by_head[:, here], attention.form)
             if member.job < sequences:
-                self._score_patterns(member.job, queries, keys)
+                self._score_patterns(member.job, seen)
             else:
-                copied.append((member, queries, keys, outputs[:, here]))
+                copied.append((member, seen, outputs[:, here]))
         totals: Sequence[Tensor | None] = [None] * len(copied)
         if form.softmax and copied:
-            totals = self._logits.totals([row_outputs for _, _, _, row_outputs in copied])
-        for (member, queries, keys, row_outputs), total in zip(copied, totals, strict=True):
-            directions = self._model.token_outputs(torch.from_numpy(member.row.tokens))
-            scores = copying_scores(self._logits, directions, queries, keys, row_outputs, total)
+            totals = self._logits.totals([row_outputs for _, _, row_outputs in copied])
+        for (member, seen, row_outputs), total in zip(copied, totals, strict=True):
+            directions = self._model.vocabulary.token_outputs(torch.from_numpy(member.row.tokens))
+            scores = copying_scores(self._logits, directions, seen, row_outputs, total)
             self._results.copying[member.job - sequences, self.number] = scores.cpu().numpy()
 
-    def _score_patterns(self, sequence: int, queries: Tensor, keys: Tensor) -> None:
+    def _score_patterns(self, sequence: int, seen: RowStates) -> None:
         questions, results = self.questions, self._results
-        scores = pattern_scores(
-            patterns(queries, keys), questions.base_tokens[sequence], spurious=questions.spurious
-        )
+        scores = pattern_scores(patterns(seen), questions.base_tokens[sequence], spurious=questions.spurious)
         for name, values in scores._asdict().items():
             getattr(results, name)[sequence, self.number] = values.cpu().numpy()
 
+    def _by_query_head(self, states: Tensor) -> Tensor:
+        """Return keys or values [G, N, d] for every query head, [H, N, d]."""
+        return states.repeat_interleave(self._model.skeleton.heads // len(states), 0)
+
     def _by_head(self, z: Tensor) -> Tensor:
-        """Return z [N, D] as [H, N, d]."""
+        """Return z [N, Z] as [H, N, d]."""
         return z.unflatten(1, (self._model.skeleton.heads, -1)).transpose(0, 1)
 
 
@@ -184,7 +188,7 @@ def heads_cost(
     Products in floating point count as answers, at which the vocabulary is read.
     """
     layers, width, vocabulary = skeleton.layers, skeleton.width, skeleton.vocabulary
-    per_product = width * width / (vocabulary * skeleton.embedding_width)
+    per_product = width * skeleton.attention_width / (vocabulary * skeleton.embedding_width)
     # Candidates through the output projection; the eigenvalues' products; the vocabulary with itself.
     answers = per_product * (layers * (copied + 2 * width) + vocabulary)
     if form.softmax:
@@ -195,7 +199,7 @@ def heads_cost(
 
 def reading_bytes(skeleton: Skeleton, longest_tokens: int, form: CopyingForm) -> int:
     """Return the bytes that scoring heads holds at its peak, on top of a micro-batch's q, k, v and z."""
-    width, heads = skeleton.width, skeleton.heads
+    width, heads = max(skeleton.width, skeleton.attention_width), skeleton.heads
     # The output projection and what is made of it, the values' projection, the vocabulary's products.
     weights = 5 * width * width + 2 * VOCABULARY_BLOCK * width
     # A row's candidates through the projection; scores of a block of queries and what is made of them.

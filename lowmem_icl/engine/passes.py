@@ -13,7 +13,7 @@ from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.cost import SweepCost
 from lowmem_icl.engine.head_scores import HeadQuestions, HeadReader, HeadScores, PassCheckpoint
 from lowmem_icl.engine.micro_batches import row_batches
-from lowmem_icl.engine.plain_rows import embedded, plain_segments
+from lowmem_icl.engine.row_masks import embedded, plain_segments
 from lowmem_icl.engine.schedule import (
     FLOAT_BYTES,
     Block,

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowmem_icl.model.attention import AttentionForm
+
 QUERY_ROWS = 64
 COPIES = 4
 
@@ -31,21 +33,27 @@ def query_blocks(tokens: int, query_rows: int = QUERY_ROWS) -> Iterator[slice]:
         yield slice(start, min(tokens, start + query_rows))
 
 
-def masked_products(queries: Tensor, keys: Tensor, span: slice) -> Tensor:
-    """Return the products of the queries in `span` with all keys up to the last of them, -inf for later ones.
+class RowStates(NamedTuple):
+    """What the attention of a layer saw of a plain row: queries (scaled), keys: [H, T, d]; and its form."""
 
-    queries (scaled), keys: [H, T, d]; returns [H, Q, K], K = span.stop.
+    queries: Tensor
+    keys: Tensor
+    form: AttentionForm = AttentionForm()
+
+
+def attention_logits(seen: RowStates, span: slice) -> Tensor:
+    """Return the logits of the queries in `span` for all keys up to the last of them, -inf for later ones.
+
+    [H, Q, K], K = span.stop.
     """
-    products = queries[:, span] @ keys[:, : span.stop].transpose(1, 2)
-    own = products[:, :, span.start :]
-    own.masked_fill_(torch.ones(own.shape[1:], dtype=torch.bool, device=own.device).triu_(1), float("-inf"))
-    return products
+    products = seen.queries[:, span] @ seen.keys[:, : span.stop].transpose(1, 2)
+    return seen.form.of_plain_row(products, span.start)
 
 
-def patterns(queries: Tensor, keys: Tensor, query_rows: int = QUERY_ROWS) -> Iterator[tuple[slice, Tensor]]:
+def patterns(seen: RowStates, query_rows: int = QUERY_ROWS) -> Iterator[tuple[slice, Tensor]]:
     """Yield a row's attention probabilities by blocks of queries: their span, and [H, Q, K] in float32."""
-    for span in query_blocks(queries.shape[1], query_rows):
-        yield span, masked_products(queries, keys, span).softmax(-1)
+    for span in query_blocks(seen.queries.shape[1], query_rows):
+        yield span, attention_logits(seen, span).softmax(-1)
 
 
 def pattern_scores(

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowmem_icl.engine.cache import WHOLE_MODEL
-from lowmem_icl.engine.plain_rows import plain_segments
 from lowmem_icl.engine.removed_units import RemovedUnits
+from lowmem_icl.engine.row_masks import plain_segments
 from lowmem_icl.engine.schedule import BlockRow
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.layer import DecoderLayer, LayerCut
@@ -116,7 +116,7 @@ def answer_gradients(
     rows = [member.row for member in block]
     reads = [row.reads for row in rows]
     read_at = [np.searchsorted(row.reads, row.read_at) for row in rows]
-    logprobs, _ = model.log_probabilities(
+    logprobs, _ = model.vocabulary.log_probabilities(
         _at_reads(model, residuals, reads), *_questions(model, reads, read_at, [row.targets for row in rows])
     )
     ends = np.cumsum([len(row.targets) for row in rows])[:-1]
@@ -133,7 +133,7 @@ def answer_gradients(
     targets = [row.targets[flags] for row, flags in zip(rows, wanted, strict=True)]
     gradients = [torch.zeros_like(residual) for residual in residuals]
     if sum(map(len, reads)):
-        found = model.answer_gradient(
+        found = model.vocabulary.answer_gradient(
             _at_reads(model, residuals, reads), *_questions(model, reads, read_at, targets)
         )
         parts = found.split([len(row_reads) for row_reads in reads])

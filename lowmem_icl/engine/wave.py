@@ -1,7 +1,7 @@
 """One wave: the residuals of the variants alive together, and how they go through one layer.
 
 Axis letters: S slots of a job (the clean run, then its variants by first layer), V variants of a micro-batch,
-T tokens of a row, P of its stem, R tokens of a row that are read, D width, H heads, d head width.
+T tokens of a row, P of its stem, R tokens of a row that are read, D width, H heads, Z their outputs' width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,13 @@ from torch import Tensor
 from lowmem_icl.engine.answers import AnswerReader, PendingAnswers, Scores
 from lowmem_icl.engine.cost import SweepCost
 from lowmem_icl.engine.micro_batches import Piece, RowGroup, Slots, micro_batches, row_groups
-from lowmem_icl.engine.plain_rows import embedded
 from lowmem_icl.engine.removed_units import RemovedUnits
+from lowmem_icl.engine.row_masks import embedded, row_mask
 from lowmem_icl.engine.schedule import Block, Job, PlannedWave, Variant
 from lowmem_icl.engine.setup import PassSetup
 from lowmem_icl.masks.mask import Mask
-from lowmem_icl.model.layer import AttentionOutput, DecoderLayer, Segment, attention_mask, cut_heads
+from lowmem_icl.model.attention import RowMask, Segment
+from lowmem_icl.model.layer import AttentionOutput, DecoderLayer, cut_heads
 from lowmem_icl.rows import Integers
 
 _CLEAN = -1
@@ -93,7 +94,7 @@ class Wave:
         self._at: Mapping[int, _LayerSlots] = {}
         self._reader = AnswerReader(setup.model)
         self._reads: list[Tensor | None] = [None] * len(block)
-        self._masks: dict[int, Tensor] = {}
+        self._masks: dict[int, RowMask] = {}
         self._mask_room = KEPT_MASK_ELEMENTS
         self._residuals: list[Tensor] = []
         for member in block:
@@ -217,7 +218,7 @@ class Wave:
         parts = attention.z.split([segment.size for segment in segments])
         for piece, source, part in zip(batch, inputs, parts, strict=True):
             keep = self._layer_slots(piece.index).keep_heads
-            z = self._at_reads(part.view(source.shape), piece.index)
+            z = self._at_reads(part.view(*source.shape[:-1], -1), piece.index)
             residuals.append(self._at_reads(source, piece.index))
             zs.append(z if keep is None else cut_heads(z, keep[piece.selection]))
         self._finish(layer, batch, residuals, zs, removed)
@@ -266,18 +267,17 @@ class Wave:
         row = self._rows[index]
         mask = self._masks.get(index)
         if mask is None:
-            stem_tokens = 0 if row.stem is None else len(row.stem)
-            mask = attention_mask(torch.from_numpy(row.ends).to(self._model.device), stem_tokens)
-            if mask.numel() <= self._mask_room:
+            mask = row_mask(self._model, row)
+            if mask.seen.numel() <= self._mask_room:
                 # Kept for the next layers as long as they are small together.
                 self._masks[index] = mask
-                self._mask_room -= mask.numel()
+                self._mask_room -= mask.seen.numel()
         if stem is None:
-            return Segment(variants, len(row), mask)
+            return Segment(variants, mask)
         keys, values = (
             states.unflatten(1, (variants, -1)).transpose(0, 1) for states in (stem.keys, stem.values)
         )
-        return Segment(variants, len(row), mask, keys, values)
+        return Segment(variants, mask, keys, values)
 
 
 def _flattened(parts: Sequence[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ in floating point next to it. bitsandbytes finds these columns anew in every cal
 here they are fixed per store, so a row's result is the same whatever shares its batch.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import bitsandbytes as bnb
@@ -196,17 +197,19 @@ class _StraightThrough(torch.autograd.Function):
         return out.view(*gradients[0].shape[:-1], -1), None
 
 
-def replace_linears(layer: nn.Module, shared_inputs: tuple[str, ...]) -> None:
-    """Swap every linear module of an empty decoder layer for an Int8Linear of the same shape."""
-    shared = SharedInput()
+def replace_linears(layer: nn.Module, with_one_input: Sequence[Sequence[str]]) -> None:
+    """Swap every linear module of an empty decoder layer for an Int8Linear of the same shape.
+
+    `with_one_input`: names of linears that are fed by one tensor, which is quantised once for all of them.
+    """
+    shared: dict[str, SharedInput] = {}
+    for names in with_one_input:
+        shared |= dict.fromkeys(names, SharedInput())
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     for name, module in linears.items():
         parent, _, leaf = name.rpartition(".")
         replacement = Int8Linear(
-            module.in_features,
-            module.out_features,
-            module.bias is not None,
-            shared if name in shared_inputs else None,
+            module.in_features, module.out_features, module.bias is not None, shared.get(name)
         )
         setattr(layer.get_submodule(parent), leaf, replacement)
 

@@ -4,66 +4,41 @@ Between the halves lies z, the heads' outputs side by side before the output pro
 a variant that differs from the clean run in this layer only takes the clean run's z and needs the second half
 alone.
 
-What goes through a layer is a micro-batch: the tokens of several rows, each under one or several masks, one
-after the other. Linears and norms see them all at once; attention sees each row by itself.
-
-Axis letters: N tokens of a micro-batch, V variants (a row under one mask each), T tokens of a row, P tokens
-of its stem, D width, H heads, d head width.
+Axis letters: N tokens of a micro-batch, V variants (a row under one mask each), T tokens of a row, D width,
+H query heads, G heads of keys and values, d head width, Z = H · d, which need not be D.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import PretrainedConfig
 
-from lowmem_icl.model.families import Skeleton
+from lowmem_icl.model.attention import ATTENTION, AttentionForm, RowAttention, Segment
+from lowmem_icl.model.families.family import NormForm
 from lowmem_icl.model.int8 import Int8Linear, dequantise_rows, replace_linears
+from lowmem_icl.model.positions import RotaryAngles
+from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Weights
-
-ATTENTION = "lowmem_icl_by_row"
-# 64 bytes of float32: with so many queries and keys every buffer of the attention starts on a full vector,
-# whichever thread works on it. MKL's products differ in the last bit between aligned and unaligned buffers.
-ROW_MULTIPLE = 16
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """One row's part of a micro-batch: `variants` times its tokens, all seen through one mask.
-
-    mask: additive, 0 and -inf, [Q, K]: T and P + T, filled up to multiples of ROW_MULTIPLE (see
-    `attention_mask`). stem_keys, stem_values: [V, H, P, d], what the row's stem put there under the same
-    masks; None without a stem.
-    """
-
-    variants: int
-    tokens: int
-    mask: Tensor
-    stem_keys: Tensor | None = None
-    stem_values: Tensor | None = None
-
-    @property
-    def size(self) -> int:
-        """Tokens it takes in the micro-batch."""
-        return self.variants * self.tokens
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionOutput:
-    """The first half's output: z [N, D], the heads' outputs side by side; keys, values [H, N, d].
+    """The first half's output: z [N, Z], the heads' outputs side by side; keys, values [G, N, d].
 
-    queries [H, N, d], scaled, so that attention is the softmax of their products with the keys; None unless
-    asked for.
+    queries [H, N, d], scaled, so that attention is what `form` makes of their products with the keys; None
+    unless asked for.
     """
 
     z: Tensor
     keys: Tensor
     values: Tensor
     queries: Tensor | None = None
+    form: AttentionForm = field(default_factory=AttentionForm)
 
 
 class _StopAtZ(Exception):
@@ -89,27 +64,30 @@ class _KnownAttention(nn.Module):
         self.output = output
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any
+        self,
+        hidden_states: Tensor,
+        residual: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        **_: Any,
     ) -> tuple[Tensor, None]:
-        return self.output(attention_mask), None
+        written = self.output(attention_mask)
+        # Where a layer hands its residual to the attention, it is the attention that adds both.
+        return (written if residual is None else residual + written), None
 
 
 class _Nothing(nn.Module):
-    """Stands for the linears of a removed FFN: adds zero."""
+    """Stands for the linears of a removed FFN: gives zeros, of the last one as many as it would write.
+
+    Of the others two: a layer may halve what a fused one gives.
+    """
+
+    def __init__(self, width: int = 2) -> None:
+        super().__init__()
+        self.width = width
 
     def forward(self, values: Tensor) -> Tensor:
-        return values.new_zeros(*values.shape[:-1], 1)
-
-
-class _RowAttention:
-    """Passed where a layer passes its attention mask: the rows' segments, and where their states are left."""
-
-    def __init__(self, segments: Sequence[Segment], with_queries: bool) -> None:
-        self.segments = segments
-        self.with_queries = with_queries
-        self.queries: Tensor | None = None
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+        return values.new_zeros(*values.shape[:-1], self.width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +98,7 @@ class LayerCut:
     without_ffn: bool = False
 
     def apply(self, z: Tensor) -> Tensor:
-        """Return z [N, D] without the slices of removed heads."""
+        """Return z [N, Z] without the slices of removed heads."""
         if self.keep_heads is None:
             return z
         return (z.unflatten(-1, (self.keep_heads.shape[1], -1)) * self.keep_heads[..., None]).flatten(-2)
@@ -131,8 +109,8 @@ WHOLE = LayerCut()
 
 @dataclass(frozen=True, eq=False)
 class CapturedRun:
-    """A layer's output, z before any head is cut, and the FFN's output, [N, D] each, parts of one autograd
-    graph.
+    """A layer's output [N, D], z before any head is cut [N, Z], and what the FFN writes into the residual,
+    [N, D]: parts of one autograd graph.
 
     ffn: None where the FFN is removed.
     """
@@ -142,39 +120,55 @@ class CapturedRun:
     ffn: Tensor | None
 
 
+@dataclass(frozen=True)
+class _Halves:
+    """One kind of layer as it is run: up to z, from there on, and that without its FFN."""
+
+    attending: nn.Module
+    finishing: nn.Module
+    without_ffn: nn.Module
+
+
 class DecoderLayer:
     """A decoder layer whose weights are replaced layer by layer.
 
     `attend` maps the residual at the layer's input, [N, D], to z; `finish` maps both to the residual at its
-    output. The layer is one set of modules, filled anew for every layer of the model.
+    output. There is one set of weights, filled anew for every layer of the model, and around it an empty
+    layer of every kind that the model has.
     """
 
     def __init__(self, skeleton: Skeleton, weights: Weights, device: torch.device) -> None:
-        family = skeleton.family
         self.device = device
-        self._family = family
-        self._module: Any = skeleton.empty_layer()
+        self._skeleton, self._family = skeleton, skeleton.family
+        first, *others = skeleton.empty_layers()
         if weights == "int8":
-            replace_linears(self._module, family.shared_inputs)
-        for module in self._module.modules():
+            replace_linears(first, (self._family.attention_inputs, self._family.ffn_inputs))
+        for other in others:
+            _share_leaves(first, other)
+        self._module: Any = first
+        self._kinds = [self._halves(layer) for layer in (first, *others)]
+        self._kind = 0
+        self._linears = list(self.int8_linears.values())
+        rotary = skeleton.rotary
+        self._angles = None if rotary is None else RotaryAngles(rotary, skeleton.context_tokens, device)
+
+    def _halves(self, layer: nn.Module) -> _Halves:
+        family = self._family
+        for module in layer.modules():
             if isinstance(config := getattr(module, "config", None), PretrainedConfig):
                 config._attn_implementation = ATTENTION
             if isinstance(module, nn.ReLU):
                 # The widest tensor of a layer is not made a second time.
                 module.inplace = True
-        output = self._module.get_submodule(family.attention_output)
         attention, _, _ = family.attention_output.rpartition(".")
-        ffn_linears = [
-            name
-            for name in skeleton.linear_names()
-            if name not in family.shared_inputs and name != family.attention_output
-        ]
-        known = {attention: _KnownAttention(output)}
-        self._attending = _with_stand_ins(self._module, {family.attention_output: _OutputEnd()})
-        self._finishing = _with_stand_ins(self._module, known)
-        self._without_ffn = _with_stand_ins(self._module, known | {name: _Nothing() for name in ffn_linears})
-        self._ffn_output = self._module.get_submodule(family.ffn_output)
-        self._linears = [module for module in self._module.modules() if isinstance(module, Int8Linear)]
+        known = {attention: _KnownAttention(layer.get_submodule(family.attention_output))}
+        nothing: dict[str, nn.Module] = {name: _Nothing() for name in family.ffn_inputs}
+        nothing[family.ffn_output] = _Nothing(self._skeleton.width)
+        return _Halves(
+            _with_stand_ins(layer, {family.attention_output: _OutputEnd()}),
+            _with_stand_ins(layer, known),
+            _with_stand_ins(layer, known | nothing),
+        )
 
     @property
     def int8_linears(self) -> dict[str, Int8Linear]:
@@ -183,8 +177,11 @@ class DecoderLayer:
             name: module for name, module in self._module.named_modules() if isinstance(module, Int8Linear)
         }
 
-    def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the tensors of one layer file; nothing is copied on the CPU unless its precision changes."""
+    def fill(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Become a layer of the model, by its number and the tensors of its file; nothing is copied on the
+        CPU unless its precision changes.
+        """
+        self._kind = self._skeleton.kind_of_layer[number]
         for name, tensor in tensors.items():
             owner, _, leaf = name.rpartition(".")
             if leaf == "weight_format":
@@ -201,19 +198,39 @@ class DecoderLayer:
 
     @property
     def output_weight(self) -> Tensor:
-        """The attention's output projection in float32, [D, D]: from z, by head, to the residual."""
-        return self._float_weight(self._family.attention_output)
+        """The attention's output projection in float32, [D, Z]: from z, by head, to the residual.
+
+        Where what attention writes is normed, times the norm's scale: what is left out is its division, a
+        positive number per token.
+        """
+        weight = self._float_weight(self._family.attention_output)
+        scale = self._written_scale
+        return weight if scale is None else weight * scale[:, None]
 
     @property
     def output_bias(self) -> Tensor | None:
-        """The bias of the attention's output projection, [D]."""
+        """The bias of the attention's output projection, [D], scaled likewise."""
         bias: Tensor | None = self._module.get_submodule(self._family.attention_output).bias
-        return bias
+        scale = self._written_scale
+        return bias if bias is None or scale is None else bias * scale
+
+    @property
+    def _written_scale(self) -> Tensor | None:
+        if self._family.attention_norm is None:
+            return None
+        norm = self._module.get_submodule(self._family.attention_norm)
+        return NormForm.of(norm, plus_one=self._family.normed_plus_one).scale
 
     @property
     def value_weight(self) -> Tensor:
-        """The projection to the values in float32, [D, D]: from the normed input to values by head."""
-        return self._float_weight(self._family.attention_value)
+        """The projection to the values in float32, [Z, D]: from the normed input to values by query head."""
+        weight = self._float_weight(self._family.attention_inputs[-1])
+        skeleton = self._skeleton
+        if self._family.fused is not None:
+            rows = self._family.fused.value_rows(len(weight), skeleton.config, skeleton.head_width)
+            weight = weight[rows]
+        by_group = weight.unflatten(0, (-1, skeleton.head_width))
+        return by_group.repeat_interleave(skeleton.heads // len(by_group), 0).flatten(0, 1)
 
     def _float_weight(self, name: str) -> Tensor:
         linear = self._module.get_submodule(name)
@@ -228,22 +245,33 @@ class DecoderLayer:
 
         The segments tell whose tokens the N are, in order.
         """
-        seen = _RowAttention(segments, with_queries)
+        seen = RowAttention(segments, with_queries)
+        arguments = dict(self._family.layer_arguments)
+        if self._angles is not None:
+            positions = [segment.mask.positions.repeat(segment.variants) for segment in segments]
+            arguments["position_embeddings"] = self._angles.at(
+                positions[0] if len(positions) == 1 else torch.cat(positions),
+                max(segment.mask.deepest for segment in segments),
+                self._skeleton.layer_type(self._kind),
+            )
         try:
-            self._attending(residual[None], attention_mask=seen)
+            self._kinds[self._kind].attending(residual[None], attention_mask=seen, **arguments)
         except _StopAtZ as stopped:
             assert seen.keys is not None
             assert seen.values is not None
-            return AttentionOutput(stopped.z[0], seen.keys, seen.values, seen.queries)
+            return AttentionOutput(stopped.z[0], seen.keys, seen.values, seen.queries, seen.form)
         raise AssertionError("the layer never reached its output projection")
 
     def finish(self, residual: Tensor, z: Tensor, *, without_ffn: bool = False) -> Tensor:
-        """Return the residual at the layer's output, [N, D], from that at its input and z, [N, D] each.
+        """Return the residual at the layer's output, [N, D], from that at its input and z, [N, Z].
 
         Tokens do not meet in this half, so any of them can be asked for. `without_ffn`: the FFN is removed.
         """
-        module = self._without_ffn if without_ffn else self._finishing
-        return module(residual[None], attention_mask=z[None])[0]
+        halves = self._kinds[self._kind]
+        module = halves.without_ffn if without_ffn else halves.finishing
+        output = module(residual[None], attention_mask=z[None], **self._family.layer_arguments)
+        # Some layers give their attention's weights as well.
+        return (output[0] if isinstance(output, tuple) else output)[0]
 
     def run(self, residual: Tensor, segments: Sequence[Segment], cut: LayerCut = WHOLE) -> Tensor:
         """Return the output of the whole layer, [N, D], without what is cut."""
@@ -254,20 +282,35 @@ class DecoderLayer:
         self, residual: Tensor, segments: Sequence[Segment], cut: LayerCut = WHOLE
     ) -> CapturedRun:
         """Run the whole layer, [N, D], without what is cut, and keep its units' outputs for gradients."""
+        with self._capturing_ffn(residual.shape) as captured:
+            z = self.attend(residual, segments).z
+            output = self.finish(residual, cut.apply(z), without_ffn=cut.without_ffn)
+        return CapturedRun(output, z, None if cut.without_ffn else captured[0])
+
+    @contextmanager
+    def _capturing_ffn(self, shape: torch.Size) -> Iterator[list[Tensor]]:
+        """Give a list that gets what the FFN writes into the residual, in this shape."""
         captured: list[Tensor] = []
 
         def keep_ffn(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
             # The reshaped tensor continues in the graph, so that gradients reach what was captured.
-            captured.append(output.view(residual.shape))
+            captured.append(output.view(shape))
             return captured[-1].view(output.shape)
 
-        handle = self._ffn_output.register_forward_hook(keep_ffn)
+        written_by = self._family.ffn_norm or self._family.ffn_output
+        handle = self._module.get_submodule(written_by).register_forward_hook(keep_ffn)
         try:
-            z = self.attend(residual, segments).z
-            output = self.finish(residual, cut.apply(z), without_ffn=cut.without_ffn)
+            yield captured
         finally:
             handle.remove()
-        return CapturedRun(output, z, captured[0] if captured else None)
+
+
+def _share_leaves(source: nn.Module, target: nn.Module) -> None:
+    """Put the innermost modules of one layer, which hold all weights, in the place of another's."""
+    for name, module in source.named_modules():
+        if not any(True for _ in module.children()):
+            owner, _, leaf = name.rpartition(".")
+            setattr(target.get_submodule(owner), leaf, module)
 
 
 def _with_stand_ins(layer: nn.Module, stand_ins: Mapping[str, nn.Module]) -> nn.Module:
@@ -292,108 +335,10 @@ def _shallow(module: nn.Module) -> nn.Module:
 
 
 def cut_heads(z: Tensor, keep_heads: Tensor) -> Tensor:
-    """Return z under each mask, [V, T, D]: z [V, T, D], or [T, D] for all, times keep_heads [V, H] of 0 and
+    """Return z under each mask, [V, T, Z]: z [V, T, Z], or [T, Z] for all, times keep_heads [V, H] of 0 and
     1.
 
     A removed head's slice of the output projection's input becomes zero; the projection's bias stays.
     """
     by_head = z.unflatten(-1, (keep_heads.shape[1], -1))
     return (by_head * keep_heads[:, None, :, None]).flatten(-2)
-
-
-# Arguments of attention functions that change nothing here, and why.
-HARMLESS_ARGUMENTS = {
-    "position_ids": "positions are in the queries and keys, or in the residual, before attention is called",
-    "cache_position": "no keys are cached between calls",
-    "use_cache": "no keys are cached between calls",
-    "output_attentions": "the weights are given as None, which a layer hands through unread",
-    "is_causal": "the mask of each row says what its tokens see",
-}
-
-
-def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
-    """Raise NotImplementedError naming an argument that means something and that is not handled."""
-    for name, value in arguments.items():
-        if value is None or name in HARMLESS_ARGUMENTS or (name == "dropout" and not value):
-            continue
-        raise NotImplementedError(
-            f"attention argument '{name}' = {value!r:.80}: this layer asks for what is not implemented; "
-            f"implement it in {__name__}, or list it among its harmless arguments with the reason"
-        )
-
-
-def _attention_by_row(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: _RowAttention,
-    *,
-    scaling: float,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """Attend within every row of a micro-batch: query, key, value [1, H, N, d] to [1, N, H, d].
-
-    What a row gets does not depend on the other segments: torch's attention is called on its tokens alone.
-    """
-    _refuse_unknown(others)
-    attention_mask.keys, attention_mask.values = key[0], value[0]
-    if attention_mask.with_queries:
-        attention_mask.queries = query[0] * scaling
-    outputs = []
-    start = 0
-    for segment in attention_mask.segments:
-        part = slice(start, start + segment.size)
-        q, k, v = (
-            states[0, :, part].unflatten(1, (segment.variants, segment.tokens)).transpose(0, 1)
-            for states in (query, key, value)
-        )
-        queries, keys = segment.mask.shape
-        z = scaled_dot_product_attention(
-            _filled_up(None, q, queries),
-            _filled_up(segment.stem_keys, k, keys),
-            _filled_up(segment.stem_values, v, keys),
-            attn_mask=segment.mask,
-            scale=scaling,
-        )
-        outputs.append(z[:, :, : segment.tokens].transpose(1, 2).flatten(0, 1))
-        start += segment.size
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
-
-
-AttentionInterface.register(ATTENTION, _attention_by_row)
-
-
-def _filled_up(stem_states: Tensor | None, states: Tensor, length: int) -> Tensor:
-    """Return the stem's states, a row's [V, H, T, d] and zeros, `length` together, in one copy."""
-    parts = [states] if stem_states is None else [stem_states, states]
-    if missing := length - sum(part.shape[2] for part in parts):
-        variants, heads, _, head_width = states.shape
-        parts.append(states.new_zeros(1).expand(variants, heads, missing, head_width))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-
-
-def attention_mask(ends: Tensor, stem_tokens: int = 0) -> Tensor:
-    """Return the additive attention mask of a row from its subtree ends [T] (see rows.Row), filled up to [Q,
-    K].
-
-    A token sees its stem's P tokens, its ancestors and itself; nothing sees the filling.
-    """
-    tokens, device = len(ends), ends.device
-    indices = torch.arange(tokens, device=device)
-    seen = (indices[None, :] <= indices[:, None]) & (indices[:, None] < ends[None, :])
-    mask = torch.full((_round_up(tokens), _round_up(stem_tokens + tokens)), float("-inf"), device=device)
-    # The queries that fill up are read by nobody; they see something, so that their softmax is a number.
-    mask[tokens:] = 0
-    mask[:tokens, :stem_tokens] = 0
-    mask[:tokens, stem_tokens : stem_tokens + tokens].masked_fill_(seen, 0)
-    return mask
-
-
-def _round_up(tokens: int) -> int:
-    return -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE
-
-
-def whole_row(tokens: int) -> Segment:
-    """Return the segment of one plain row, in which every token sees all before it."""
-    return Segment(1, tokens, attention_mask(torch.full((tokens,), tokens, dtype=torch.int64)))

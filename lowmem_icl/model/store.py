@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.model.families import Skeleton
 from lowmem_icl.model.reading import read_header
+from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.system.files import atomic_path, forget_pages, sha256_of_file
 from lowmem_icl.system.progress import Advance
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from lowmem_icl.engine.cost import SweepCost
+from lowmem_icl.model.attention import Segment, whole_row
 from lowmem_icl.model.int8 import FIXED_ROWS, matmul_in_fixed_rows
-from lowmem_icl.model.layer import DecoderLayer, Segment, attention_mask
+from lowmem_icl.model.layer import DecoderLayer
 from lowmem_icl.model.reading import read_rate
 from lowmem_icl.model.store import Store
-from lowmem_icl.model.streamed import VOCABULARY_BLOCK, head_rows
+from lowmem_icl.model.vocabulary import VOCABULARY_BLOCK, head_rows
 from lowmem_icl.planning.memory import MemoryPlan
 from lowmem_icl.system.allocator import keep_freed_memory
 from lowmem_icl.system.files import existing_folder
@@ -71,7 +72,7 @@ def measure(
     keep_freed_memory()
     skeleton = store.skeleton
     layer = DecoderLayer(skeleton, store.manifest.weights, device)
-    layer.fill(_random_layer(store))
+    layer.fill(0, _random_layer(store))
     with torch.no_grad():
         single = _halves(store, layer, row_tokens, 1, memory.alive_bytes, LAYER_SECONDS / 8)
         # A layer of a very large model is measured on fewer tokens, so that this stays short.
@@ -81,8 +82,9 @@ def measure(
     # Where one row costs next to nothing more, all is for the tokens.
     share = max(1 - sum(single) / sum(several), (1 - 1 / rows) / 2) / (1 - 1 / rows)
     attention, projection, ffn = (seconds * min(1.0, share) / (rows * row_tokens) for seconds in several)
-    hidden = torch.randn(head_rows(skeleton.width), skeleton.width, device=device)
-    vocabulary = torch.randn(min(VOCABULARY_BLOCK, skeleton.vocabulary), skeleton.width, device=device)
+    columns = skeleton.embedding_width
+    hidden = torch.randn(head_rows(skeleton.width), columns, device=device)
+    vocabulary = torch.randn(min(VOCABULARY_BLOCK, skeleton.vocabulary), columns, device=device)
     block = _seconds_of(
         lambda: matmul_in_fixed_rows(hidden, vocabulary.t(), len(hidden)).exp_().sum(1), OTHER_SECONDS
     )
@@ -115,8 +117,7 @@ def _wait_for_device() -> None:
 
 
 def _plain_rows(row_tokens: int, rows: int, device: torch.device) -> list[Segment]:
-    ends = torch.full((row_tokens,), row_tokens, device=device)
-    return [Segment(1, row_tokens, attention_mask(ends))] * rows
+    return [whole_row(row_tokens, device)] * rows
 
 
 def _halves(
@@ -130,7 +131,7 @@ def _halves(
     # More than the processor's cache holds, as in a sweep: a batch comes from memory.
     batches = max(1, min(UNCACHED_BYTES, residual_bytes) // (4 * tokens * width))
     residuals = torch.randn(batches, tokens, width, device=device)
-    z = torch.randn(tokens, width, device=device)
+    z = torch.randn(tokens, store.skeleton.attention_width, device=device)
     segments = _plain_rows(row_tokens, rows, device)
     turns = itertools.cycle(range(batches))
     attend = _seconds_of(lambda: layer.attend(residuals[next(turns)].clone(), segments), budget)

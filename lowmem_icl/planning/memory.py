@@ -13,7 +13,7 @@ from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.experiments.induction.stage import copying_form
 from lowmem_icl.model.reading import PAGE_BYTES
 from lowmem_icl.model.store import NON_LAYER
-from lowmem_icl.model.streamed import READ_ROWS, VOCABULARY_BLOCK
+from lowmem_icl.model.vocabulary import READ_ROWS, VOCABULARY_BLOCK
 from lowmem_icl.session.identity import run_folder
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.system.files import free_bytes
@@ -183,23 +183,24 @@ def working_bytes(prepared: Prepared, longest_tokens: int, together: int) -> int
     once.
     """
     options, skeleton = prepared.options, prepared.skeleton
-    ffn_width = max(shape[0] for shape in skeleton.layer_parameters().values())
+    # Queries, keys and values may be wider than the residual, and a gated FFN has two inner outputs.
+    width, ffn_width = max(skeleton.width, skeleton.attention_width), skeleton.ffn_width
     tokens = max(together, longest_tokens)
     # Of the FFN: int32 products, their float32 form and the int8 input. Of the rest: queries, keys, values
     # (filled up and not), z, residuals before and after, clean z of a group, keys and values of stems.
-    working = tokens * (9 * ffn_width + 72 * skeleton.width)
+    working = tokens * (9 * ffn_width + 72 * width)
     # Attention masks: of the longest row, and those that are kept.
     working += 2 * longest_tokens**2 * FLOAT_BYTES + KEPT_MASK_ELEMENTS * FLOAT_BYTES
     if "importance" in options.experiments:
         # The graph of a layer and the gradients at everything in it.
-        working += tokens * (16 * ffn_width + 64 * skeleton.width)
+        working += tokens * (16 * ffn_width + 64 * width)
     if "induction" in options.experiments:
         # A layer's output projection and the vocabulary's products stay while it runs; its heads are read
         # before the FFN.
-        working += 3 * skeleton.width**2 * FLOAT_BYTES
-        heads = tokens * 64 * skeleton.width + 2 * longest_tokens**2 * FLOAT_BYTES
+        working += 3 * width**2 * FLOAT_BYTES
+        heads = tokens * 64 * width + 2 * longest_tokens**2 * FLOAT_BYTES
         working = max(working, heads + reading_bytes(skeleton, longest_tokens, copying_form(options)))
     # The unembedding comes after the layers, in the same space.
-    reading = (2 * READ_ROWS + skeleton.width) * VOCABULARY_BLOCK * FLOAT_BYTES
-    waiting = 3 * (READ_ROWS + tokens) * skeleton.width * FLOAT_BYTES
+    reading = (2 * READ_ROWS + width) * VOCABULARY_BLOCK * FLOAT_BYTES
+    waiting = 3 * (READ_ROWS + tokens) * width * FLOAT_BYTES
     return max(working, reading + waiting)

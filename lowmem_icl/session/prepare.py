@@ -15,7 +15,7 @@ from lowmem_icl.errors import InputError
 from lowmem_icl.masks.files import MaskModel
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import check_names
-from lowmem_icl.model.families import Skeleton
+from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store
 from lowmem_icl.options import DEMO, RunOptions
 from lowmem_icl.rows import PackedRows

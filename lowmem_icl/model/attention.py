@@ -1,0 +1,238 @@
+"""Attention within every row of a micro-batch, as transformers' layers call it.
+
+What goes through a layer is a micro-batch: the tokens of several rows, each under one or several masks, one
+after the other. Linears and norms see them all at once; attention sees each row by itself.
+
+Axis letters: N tokens of a micro-batch, V variants (a row under one mask each), T tokens of a row, P tokens
+of its stem, Q queries and K keys of a mask, H query heads, G heads of keys and values, d head width.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface
+
+ATTENTION = "lowmem_icl_by_row"
+# 64 bytes of float32: with so many queries and keys every buffer of the attention starts on a full vector,
+# whichever thread works on it. MKL's products differ in the last bit between aligned and unaligned buffers.
+ROW_MULTIPLE = 16
+
+KeyBias = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class RowMask:
+    """What the tokens of a row see of it and of its stem, and how deep each stands in its tree.
+
+    seen: additive, 0 and -inf, [Q, K]: T and P + T, filled up to multiples of ROW_MULTIPLE. positions [T],
+    key_positions [P + T]: a token's depth, which is its position; deepest: the largest of them.
+    """
+
+    seen: Tensor
+    positions: Tensor
+    key_positions: Tensor
+    deepest: int
+
+    @classmethod
+    def of(cls, ends: Tensor, positions: Tensor, deepest: int, stem_tokens: int = 0) -> "RowMask":
+        """Return the mask of a row from its subtree ends and positions, [T] each (see rows.Row).
+
+        A token sees its stem's P tokens, its ancestors and itself; nothing sees the filling.
+        """
+        tokens, device = len(ends), ends.device
+        indices = torch.arange(tokens, device=device)
+        seen = (indices[None, :] <= indices[:, None]) & (indices[:, None] < ends[None, :])
+        size = _round_up(tokens), _round_up(stem_tokens + tokens)
+        mask = torch.full(size, float("-inf"), device=device)
+        # The queries that fill up are read by nobody; they see something, so that their softmax is a number.
+        mask[tokens:] = 0
+        mask[:tokens, :stem_tokens] = 0
+        mask[:tokens, stem_tokens : stem_tokens + tokens].masked_fill_(seen, 0)
+        stem_positions = torch.arange(stem_tokens, device=device)
+        return cls(mask, positions, torch.cat([stem_positions, positions]), deepest)
+
+    def within(self, window: int | None) -> Tensor:
+        """Return what is seen through a sliding window of so many tokens, itself included, [Q, K]."""
+        if not window or self.deepest < window:
+            return self.seen
+        mask = self.seen.clone()
+        far = self.positions[:, None] - self.key_positions[None, :] >= window
+        mask[: len(self.positions), : len(self.key_positions)].masked_fill_(far, float("-inf"))
+        return mask
+
+
+def whole_row(tokens: int, device: torch.device | None = None) -> "Segment":
+    """Return the segment of one plain row, in which every token sees all before it."""
+    positions = torch.arange(tokens, device=device)
+    return Segment(1, RowMask.of(torch.full_like(positions, tokens), positions, tokens - 1))
+
+
+def _round_up(tokens: int) -> int:
+    return -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """One row's part of a micro-batch: `variants` times its tokens, all seen through one mask.
+
+    stem_keys, stem_values: [V, G, P, d], what the row's stem put there under the same masks; None without a
+    stem.
+    """
+
+    variants: int
+    mask: RowMask
+    stem_keys: Tensor | None = None
+    stem_values: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the row."""
+        return len(self.mask.positions)
+
+    @property
+    def size(self) -> int:
+        """Tokens it takes in the micro-batch."""
+        return self.variants * self.tokens
+
+
+@dataclass(frozen=True)
+class AttentionForm:
+    """How products of queries and keys become attention, apart from the row's mask.
+
+    softcap: c · tanh(product / c) instead of the product; window: tokens that are seen, the own one included;
+    key_bias: from positions of keys [K] to what is added by head, [H, K].
+    """
+
+    softcap: float | None = None
+    window: int | None = None
+    key_bias: KeyBias | None = None
+
+    def of_plain_row(self, products: Tensor, first_query: int) -> Tensor:
+        """Return the logits of a plain row's attention, [H, Q, K], from products with its first K keys.
+
+        Query q is token `first_query` + q; what is not seen is -inf.
+        """
+        if self.softcap is not None:
+            products = products.div_(self.softcap).tanh_().mul_(self.softcap)
+        queries, keys = products.shape[1:]
+        positions = torch.arange(keys, device=products.device)
+        if self.key_bias is not None:
+            products = products + self.key_bias(positions)[:, None]
+        behind = torch.arange(first_query, first_query + queries, device=products.device)[:, None] - positions
+        unseen = behind < 0 if not self.window else (behind < 0) | (behind >= self.window)
+        return products.masked_fill_(unseen, float("-inf"))
+
+
+class RowAttention:
+    """Passed where a layer passes its attention mask: the rows' segments, and where their states are left.
+
+    queries [1, H, N, d], scaled, unless they were not asked for; keys, values [1, G, N, d].
+    """
+
+    def __init__(self, segments: Sequence[Segment], with_queries: bool) -> None:
+        self.segments = segments
+        self.with_queries = with_queries
+        self.queries: Tensor | None = None
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.form = AttentionForm()
+
+
+# Arguments of attention functions that change nothing here, and why.
+HARMLESS_ARGUMENTS = {
+    "position_ids": "positions are in the queries and keys, or in the residual, before attention is called",
+    "cache_position": "no keys are cached between calls",
+    "use_cache": "no keys are cached between calls",
+    "output_attentions": "the weights are given as None, which a layer hands through unread",
+    "is_causal": "the mask of each row says what its tokens see",
+}
+
+
+def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
+    """Raise NotImplementedError naming an argument that means something and that is not handled."""
+    for name, value in arguments.items():
+        if value is None or name in HARMLESS_ARGUMENTS or (name == "dropout" and not value):
+            continue
+        raise NotImplementedError(
+            f"attention argument '{name}' = {value!r:.80}: this layer asks for what is not implemented; "
+            f"implement it in {__name__}, or list it among its harmless arguments with the reason"
+        )
+
+
+def attend_by_row(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: RowAttention,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    key_bias: KeyBias | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attend within every row of a micro-batch: query [1, H, N, d], key, value [1, G, N, d] to [1, N, H, d].
+
+    What a row gets does not depend on the other segments: torch's attention is called on its tokens alone.
+    """
+    _refuse_unknown(others)
+    row_attention = attention_mask
+    row_attention.form = AttentionForm(softcap, sliding_window, key_bias)
+    row_attention.keys, row_attention.values = key[0], value[0]
+    if row_attention.with_queries:
+        row_attention.queries = query[0] * scaling
+    outputs = []
+    start = 0
+    for segment in row_attention.segments:
+        part = slice(start, start + segment.size)
+        q, k, v = (
+            states[0, :, part].unflatten(1, (segment.variants, segment.tokens)).transpose(0, 1)
+            for states in (query, key, value)
+        )
+        z = _attend(segment, (q, k, v), scaling, row_attention.form)
+        outputs.append(z[:, :, : segment.tokens].transpose(1, 2).flatten(0, 1))
+        start += segment.size
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
+
+
+AttentionInterface.register(ATTENTION, attend_by_row)
+
+
+def _attend(
+    segment: Segment, states: tuple[Tensor, Tensor, Tensor], scaling: float, form: AttentionForm
+) -> Tensor:
+    """Return the output of one segment, filled up, [V, H, Q, d], from its states [V, H or G, T, d]."""
+    q, k, v = states
+    mask = segment.mask.within(form.window)
+    queries, keys = mask.shape
+    n_heads = q.shape[1]
+    filled_q = _filled_up(None, q, queries)
+    filled_k = _by_query_head(_filled_up(segment.stem_keys, k, keys), n_heads)
+    filled_v = _by_query_head(_filled_up(segment.stem_values, v, keys), n_heads)
+    if form.key_bias is not None:
+        bias = form.key_bias(segment.mask.key_positions)
+        mask = mask + pad(bias, (0, keys - bias.shape[1]))[:, None]
+    if form.softcap is None:
+        return scaled_dot_product_attention(filled_q, filled_k, filled_v, attn_mask=mask, scale=scaling)
+    products = filled_q @ filled_k.transpose(2, 3) * (scaling / form.softcap)
+    return (products.tanh() * form.softcap + mask).softmax(-1) @ filled_v
+
+
+def _by_query_head(states: Tensor, n_heads: int) -> Tensor:
+    """Return keys or values [V, G, K, d] for every query head, [V, H, K, d]."""
+    groups = states.shape[1]
+    return states if groups == n_heads else states.repeat_interleave(n_heads // groups, 1)
+
+
+def _filled_up(stem_states: Tensor | None, states: Tensor, length: int) -> Tensor:
+    """Return the stem's states, a row's [V, H, T, d] and zeros, `length` together, in one copy."""
+    parts = [states] if stem_states is None else [stem_states, states]
+    if missing := length - sum(part.shape[2] for part in parts):
+        variants, heads, _, head_width = states.shape
+        parts.append(states.new_zeros(1).expand(variants, heads, missing, head_width))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
