@@ -1,12 +1,10 @@
 """The tokenizer of a GGUF file as an ordinary folder, with the rules that transformers' reader drops."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lowmem_icl.conversion.gguf.header import GgufHeader
 from lowmem_icl.errors import InputError
-from lowmem_icl.system.files import write_text_atomic
 
 RULES_OF_TRANSFORMERS = {"default", "gpt-2"}
 """Of these names nothing is lost: SentencePiece, and plain byte-level pairs."""
@@ -38,16 +36,14 @@ def save_gguf_tokenizer(path: Path, header: GgufHeader, folder: Path) -> list[st
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
         restored = _restore_rules(tokenizer.backend_tokenizer, rules)
+        # Also rewrites what is put around a text.
+        tokenizer.add_bos_token = adds_bos(header)
         tokenizer.save_pretrained(folder)
     except Exception as error:
         # Third parties' code over a stranger's vocabulary raises anything.
         raise InputError(
             f"{path}: transformers makes no tokenizer of it ({error}); give the original checkpoint"
         ) from error
-    settings = folder / "tokenizer_config.json"
-    # transformers leaves it out and then reports that no BOS is added, although its rules add one.
-    fields = json.loads(settings.read_text(encoding="utf-8")) | {"add_bos_token": adds_bos(header)}
-    write_text_atomic(settings, json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
     if restored:
         return [f"tokenizer rules '{rules}': {restored}, which transformers' reader drops, is restored"]
     if rules in RULES_OF_TRANSFORMERS:
