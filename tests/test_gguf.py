@@ -1,6 +1,7 @@
 """GGUF files as checkpoints, against transformers' own reading and the models that were written."""
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from gguf_files import BYTE_LEVEL_TOKENS, MERGES, SENTENCEPIECE_TOKENS, random_m
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lowmem_icl.conversion.checkpoint import Checkpoint
 from lowmem_icl.conversion.gguf.header import GgufHeader, read_gguf_header
@@ -106,7 +108,7 @@ def reloaded(checkpoint: Checkpoint) -> Any:
 def test_smollms_digits_are_split_one_by_one_as_in_the_original(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", "llama", random_model("llama"))
     checkpoint = opened(path)
-    merges = [tuple(merge.split(" ")) for merge in MERGES]
+    merges = [(left, right) for left, right in (merge.split(" ") for merge in MERGES)]
     vocabulary = {token: index for index, token in enumerate(BYTE_LEVEL_TOKENS)}
     original = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     original.pre_tokenizer = pre_tokenizers.Sequence(
@@ -196,14 +198,53 @@ def test_conversion_writes_a_store_that_names_the_quantisation(tmp_path: Path) -
     assert (again.stdout, again.stderr) == (done.stdout, "")
 
 
+def llama_cpps_divisors(base: float, width: int, factor: float) -> torch.Tensor:
+    """As llama.cpp's converter writes them for `rope_type: llama3`, frequency by frequency."""
+    divisors = []
+    for index in range(0, width, 2):
+        wavelength = 2 * math.pi * base ** (index / width)
+        if wavelength < 8192 / 4:
+            divisors.append(1.0)
+        elif wavelength > 8192:
+            divisors.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return torch.tensor(divisors)
+
+
+def test_llama_3s_rotary_scaling_is_restored(tmp_path: Path) -> None:
+    divisors = llama_cpps_divisors(20000.0, 16, 32.0)
+    assert divisors.unique().numel() == 3, "one frequency is between the bands"
+    path = write_gguf(
+        tmp_path / "tiny.gguf",
+        "llama",
+        random_model("llama"),
+        edit=lambda writer: writer.add_tensor("rope_freqs.weight", divisors.numpy()),
+    )
+    checkpoint = opened(path)
+    config = dict(checkpoint.config)
+    built = AutoConfig.for_model(config.pop("model_type"), **config)
+    plain = 20000.0 ** -(torch.arange(0, 16, 2) / 16)
+    frequencies = LlamaRotaryEmbedding(built).inv_freq
+    assert torch.allclose(frequencies, plain / divisors, rtol=1e-5)
+    assert_equal_tensors(checkpoint, as_transformers_reads(path))
+    assert any("scaled as in Llama 3.1, by 32" in note for note in checkpoint.notes)
+
+
+def other_divisors(writer: GGUFWriter) -> None:
+    writer.add_tensor("rope_freqs.weight", torch.arange(1.0, 9.0).numpy())
+
+
 def extra_tensor(writer: GGUFWriter) -> None:
-    writer.add_tensor("rope_freqs.weight", torch.ones(8).numpy())
+    writer.add_tensor("blk.0.attn_rel_b.weight", torch.ones(8).numpy())
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (extra_tensor, r"tensor 'rope_freqs\.weight' belongs to no parameter"),
+        (extra_tensor, r"tensor 'blk\.0\.attn_rel_b\.weight' belongs to no parameter"),
+        (other_divisors, r"'rope_freqs\.weight' scales rotary frequencies in another way"),
         (
             lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN),
             r"rope\.scaling\.type is yarn",

@@ -12,6 +12,7 @@ from typing import Any
 from gguf import LlamaFileType
 
 from lowmem_icl.conversion.gguf.header import GgufHeader
+from lowmem_icl.conversion.gguf.rotary import DIVISORS, rotary_parameters
 from lowmem_icl.errors import InputError
 
 SAME_NAME_FIELDS = ("attn_logit_softcapping", "final_logit_softcapping")
@@ -47,7 +48,9 @@ def gguf_config(path: Path, header: GgufHeader) -> dict[str, Any]:
         raise InputError(
             f"{path}: architecture '{header.architecture}' is no causal language model; give another file"
         )
-    return config | {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]}
+    scaled = rotary_parameters(path, header, built)
+    config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
+    return config if scaled is None else config | {"rope_parameters": scaled}
 
 
 def _fields_passed_over(header: GgufHeader) -> dict[str, Any]:
@@ -117,6 +120,12 @@ def notes_on_config(header: GgufHeader, config: dict[str, Any]) -> list[str]:
         notes.append(
             f"not in the file and taken from transformers' defaults: rotary base {local:g} of local layers, "
             f"full attention in layers {', '.join(map(str, full))}"
+        )
+    if DIVISORS in header.tensors:
+        factor = config["rope_parameters"]["factor"]
+        notes.append(
+            f"rotary frequencies are scaled as in Llama 3.1, by {factor:g}: restored from the file, as "
+            "transformers' reader drops it"
         )
     if not config.get("tie_word_embeddings", True):
         notes.append("the file holds an unembedding of its own: it is used, and not tied to the embedding")

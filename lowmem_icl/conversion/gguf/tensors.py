@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowmem_icl.conversion.gguf.header import GgufHeader, GgufTensor, read_gguf_header
+from lowmem_icl.conversion.gguf.rotary import DIVISORS
 from lowmem_icl.errors import InputError
 
 BLOCK_ELEMENTS = 1 << 22
@@ -32,7 +33,9 @@ def open_gguf_tensors(path: Path, config: dict[str, Any]) -> dict[str, Callable[
     header = read_gguf_header(path)
     processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=config)
     parameters = _parameter_names(path, header, config, processor)
-    unknown = [name for name in header.tensors if name not in parameters]
+    # These went into the config.
+    tensors = {name: tensor for name, tensor in header.tensors.items() if name != DIVISORS}
+    unknown = [name for name in tensors if name not in parameters]
     if unknown:
         raise InputError(
             f"{path}: tensor '{unknown[0]}' belongs to no parameter of transformers' "
@@ -42,7 +45,7 @@ def open_gguf_tensors(path: Path, config: dict[str, Any]) -> dict[str, Callable[
     mapped = np.memmap(path, mode="r")
     return {
         parameters[name]: partial(_tensor, path, mapped, tensor, processor)
-        for name, tensor in header.tensors.items()
+        for name, tensor in tensors.items()
     }
 
 
