@@ -106,9 +106,10 @@ def _add_sizes(writer: GGUFWriter, architecture: str, model: PreTrainedModel) ->
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(20000.0)
     writer.add_vocab_size(config.vocab_size)
-    if architecture == "gemma3":
+    if architecture in ("gemma3", "qwen3"):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
+    if architecture == "gemma3":
         writer.add_sliding_window(config.sliding_window)
     if architecture == "llama":
         writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lowmem_icl.conversion.checkpoint import Checkpoint
+from lowmem_icl.conversion.gguf import header as header_module
 from lowmem_icl.conversion.gguf.header import GgufHeader, read_gguf_header
 from lowmem_icl.conversion.gguf.source import open_gguf
 from lowmem_icl.conversion.gguf.tokenizer import adds_bos
@@ -71,6 +72,25 @@ def test_tensors_and_config_are_those_that_transformers_reads(
     built = AutoConfig.for_model(config.pop("model_type"), **config)
     for name in ("rope_parameters", "head_dim", "tie_word_embeddings", "rms_norm_eps", "num_key_value_heads"):
         assert getattr(built, name, None) == getattr(expected.config, name, None), name
+
+
+def test_heads_have_the_width_that_the_file_says(tmp_path: Path) -> None:
+    """transformers' reader leaves Qwen3's at 128."""
+    written = random_model("qwen3", head_dim=32)
+    checkpoint = opened(write_gguf(tmp_path / "tiny.gguf", "qwen3", written))
+    assert checkpoint.config["head_dim"] == 32
+    assert_equal_tensors(checkpoint, written)
+
+
+@pytest.mark.parametrize(("layers", "scale"), [(3, 32), (62, 64 // 4)])
+def test_gemmas_attention_is_scaled_by_llama_cpps_rule(tmp_path: Path, layers: int, scale: int) -> None:
+    """The file does not hold the scale: a head's width, but in the 27B model, which has 62 layers."""
+
+    def with_layers(writer: GGUFWriter) -> None:
+        writer.kv_data[0]["gemma3.block_count"].value = layers
+
+    path = write_gguf(tmp_path / "tiny.gguf", "gemma3", random_model("gemma3"), edit=with_layers)
+    assert opened(path).config["query_pre_attn_scalar"] == scale
 
 
 def test_an_unembedding_of_its_own_makes_the_model_untied(tmp_path: Path) -> None:
@@ -305,6 +325,13 @@ def test_broken_files_are_refused_in_a_line(tmp_path: Path, break_it: Callable[[
     assert broken != whole
     path.write_bytes(broken)
     with pytest.raises(InputError, match=r"tiny\.gguf: not a whole GGUF file \(.+\); fetch the file again"):
+        opened(path)
+
+
+def test_an_array_that_no_vocabulary_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", "llama", random_model("llama"))
+    monkeypatch.setattr(header_module, "LONGEST_ARRAY", len(BYTE_LEVEL_TOKENS) - 1)
+    with pytest.raises(InputError, match=f"an array of its metadata has {len(BYTE_LEVEL_TOKENS)} elements"):
         opened(path)
 
 
