@@ -120,7 +120,11 @@ def plan(given: GivenOptions, quiet: QuietOption = False, as_json: JsonOption = 
 def convert(
     given: GivenOptions,
     source: Annotated[
-        str, typer.Argument(help="Checkpoint folder or a model's id on the hub.", show_default=False)
+        str,
+        typer.Argument(
+            help="Checkpoint folder, .gguf file, gemma3-270m, smollm2 or a model's id on the hub.",
+            show_default=False,
+        ),
     ],
     store: Annotated[
         Path | None, typer.Argument(help="Folder of the store.", show_default="in --store-dir")

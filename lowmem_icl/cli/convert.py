@@ -1,6 +1,5 @@
 """`lowmem-icl convert`: a store made or verified, and what is said about it."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import typer
@@ -23,9 +22,14 @@ def convert_model(
     options: RunOptions, folder: Path | None, terminal: Terminal, *, delete_shards: bool
 ) -> None:
     """Convert `options.model` to a store in a folder, or where runs look for it; print the store's folder."""
-    location = locate(options.model, options.revision, options.weights, options.resolved_store_dir)
-    if folder is not None:
-        location = replace(location, store_folder=folder)
+    location = locate(
+        options.model,
+        options.revision,
+        options.weights,
+        options.resolved_store_dir,
+        store_folder=folder,
+        progress=terminal.progress,
+    )
     store = ensure_store(
         location,
         options.weights,

@@ -1,11 +1,13 @@
 """A Hugging Face checkpoint as a lazy mapping from parameter names to tensors.
 
-safetensors or pickled `.bin` shards, one file or an index. Pickles are opened with `weights_only` and mapped
-into memory, so nothing in them is run and a tensor's pages are read when it is asked for.
+safetensors or pickled `.bin` shards, one file or an index. Pickles are opened with `weights_only`, so nothing
+in them is run, and mapped into memory, so a tensor's pages are read when it is asked for; torch's old form of
+them (before 1.6) cannot be mapped and is read whole.
 """
 
 import json
 import pickle
+import zipfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -18,8 +20,14 @@ from torch import Tensor
 
 from lowmem_icl.errors import InputError
 
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""In the order in which Hugging Face looks for them."""
+INDEX_FILES = tuple(name for name in WEIGHT_FILES if name.endswith(".index.json"))
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -28,6 +36,10 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+
+
+OpenShard = Callable[[Path], dict[str, Callable[[], Tensor]]]
+"""From a weight file to functions that read its tensors one at a time."""
 
 
 class ShardSource(Protocol):
@@ -74,17 +86,54 @@ class FolderShards:
         """Nothing was made."""
 
 
+def open_weight_file(path: Path) -> dict[str, Callable[[], Tensor]]:
+    """Open a safetensors file or a pickle; raise InputError where it cannot be read."""
+    try:
+        if path.suffix == ".safetensors":
+            opened = safe_open(path, framework="pt")
+            return {name: partial(opened.get_tensor, name) for name in opened.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
+        loaded = torch.load(path, weights_only=True, mmap=not has_old_form(path), map_location="cpu")
+    except (SafetensorError, OSError, RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
+        raise InputError(
+            f"{path}: cannot be read as weights ({error}); fetch the file again, or save the model anew with "
+            "save_pretrained"
+        ) from error
+    if not isinstance(loaded, Mapping):
+        raise InputError(
+            f"{path}: expected parameters by name, got {type(loaded).__name__}; save the model anew with "
+            "save_pretrained"
+        )
+    return {name: partial(_itself, value) for name, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def has_old_form(path: Path) -> bool:
+    """Tell whether a pickle is as torch saved it before 1.6: not a zip file."""
+    return not zipfile.is_zipfile(path)
+
+
 @dataclass
 class Checkpoint:
     """An opened checkpoint: its folder holds config and tokenizer, `shards` the weight files.
 
-    `index` maps every parameter to its weight file; None where there is one file that holds all.
+    `index` maps every parameter to its weight file; None where there is one file that holds all. `notes` say
+    what a user would not expect of it; `quantisation` names what its weights were rounded to before;
+    `float_bytes` are the bytes of an element as it is read, None where only the files' sizes tell them;
+    `stored_name` maps a parameter to the name of another that is stored in its place.
     """
 
     folder: Path
     config: dict[str, Any]
     shards: ShardSource
     index: dict[str, str] | None
+    notes: list[str] = field(default_factory=list)
+    quantisation: str | None = None
+    float_bytes: int | None = None
+    open_shard: OpenShard = open_weight_file
+    stored_name: dict[str, str] = field(default_factory=dict)
     _open_name: str = ""
     _open_shard: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
 
@@ -110,7 +159,7 @@ class Checkpoint:
         if name != self._open_name:
             # The old one is closed first: its pages go before the new one's come.
             self._open_shard = {}
-            self._open_shard, self._open_name = _open_shard(self.shards.path(name)), name
+            self._open_shard, self._open_name = self.open_shard(self.shards.path(name)), name
         return self._open_shard
 
     def release(self, shard: str) -> None:
@@ -121,28 +170,18 @@ class Checkpoint:
 
     def source_name(self, name: str) -> str:
         """Return the checkpoint's own name of a parameter: older OPT files lack the leading `model.`."""
+        name = self.stored_name.get(name, name)
         short = name.split(".", 1)[1] if "." in name else name
         return short if name not in self.shard_of and short in self.shard_of else name
+
+    def holds(self, name: str) -> bool:
+        """Tell whether a parameter is stored under its own name."""
+        return self.source_name(name) in self.shard_of
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all weight files."""
         return sum(self.shards.sizes.values())
-
-
-def _open_shard(path: Path) -> dict[str, Callable[[], Tensor]]:
-    try:
-        if path.suffix == ".safetensors":
-            opened = safe_open(path, framework="pt")
-            return {name: partial(opened.get_tensor, name) for name in opened.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
-        loaded = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read as weights ({error}); fetch the file again") from error
-    return {name: partial(_itself, value) for name, value in loaded.items() if isinstance(value, Tensor)}
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -164,35 +203,61 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; give a Hugging Face checkpoint folder")
-    present = {path.name for path in folder.iterdir() if path.is_file()}
-    index, names = weight_files(folder, present)
-    missing = sorted(name for name in names if name not in present)
-    if missing:
-        raise InputError(
-            f"{folder}: weight file {missing[0]} is missing ({len(missing)} in all); fetch it again"
-        )
-    sizes = {name: (folder / name).stat().st_size for name in names}
-    opened = Checkpoint(folder, read_json(folder / "config.json"), FolderShards(folder, sizes), index)
-    if index is None:
-        # Told now rather than in the middle of a run.
+    files = weight_files(folder, {path.name for path in folder.iterdir() if path.is_file()})
+    sizes = {name: (folder / name).stat().st_size for name in files.names}
+    notes = [*files.notes, *(note for name in files.names for note in _old_form_notes(folder / name))]
+    shards = FolderShards(folder, sizes)
+    opened = Checkpoint(folder, read_json(folder / "config.json"), shards, files.index, notes)
+    if files.index is None:
+        # Reported now rather than in the middle of a run.
         _ = opened.shard_of
     return opened
 
 
-def weight_files(folder: Path, present: Collection[str]) -> tuple[dict[str, str] | None, list[str]]:
-    """Return a checkpoint's index, None where it has one weight file, and its weight files' names in order.
+def _old_form_notes(path: Path) -> list[str]:
+    if path.suffix == ".safetensors" or not has_old_form(path):
+        return []
+    return [
+        f"{path.name} has torch's old form, which cannot be mapped: its {path.stat().st_size / 1e9:.3g} GB "
+        "are read into memory at once; save_pretrained writes it anew"
+    ]
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """Weight files of a checkpoint, by name, and the index that spreads parameters over them, if any."""
+
+    index: dict[str, str] | None
+    names: list[str]
+    notes: tuple[str, ...] = ()
+
+
+def weight_files(folder: Path, present: Collection[str]) -> WeightFiles:
+    """Return the first of WEIGHT_FILES that is there with all it names; a note says what was passed over.
 
     `present`: the names that the checkpoint has; an index among them lies in `folder`. Raises InputError.
     """
-    for name in INDEX_FILES:
-        if name in present:
-            shard_of = read_json(folder / name).get("weight_map")
-            if not isinstance(shard_of, dict) or not all(
-                isinstance(shard, str) and Path(shard).name == shard for shard in shard_of.values()
-            ):
-                raise InputError(f"{folder / name}: expected 'weight_map' from names to files of this folder")
-            return shard_of, sorted(set(shard_of.values()))
-    single = next((name for name in SINGLE_FILES if name in present), None)
-    if single is None:
-        raise InputError(f"{folder} has no weights; expected one of {', '.join(INDEX_FILES + SINGLE_FILES)}")
-    return None, [single]
+    passed_over: list[str] = []
+    for name in WEIGHT_FILES:
+        if name not in present:
+            continue
+        index = _read_index(folder / name) if name in INDEX_FILES else None
+        names = [name] if index is None else sorted(set(index.values()))
+        missing = [shard for shard in names if shard not in present]
+        if not missing:
+            return WeightFiles(index, names, tuple(f"{text}; {name} is used" for text in passed_over))
+        passed_over.append(f"{name} names {missing[0]}, which is missing ({len(missing)} missing in all)")
+    if passed_over:
+        raise InputError(f"{folder}: weight file {passed_over[0]}; fetch what is missing again")
+    raise InputError(f"{folder} has no weights; expected one of {', '.join(WEIGHT_FILES)}")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    shard_of = read_json(path).get("weight_map")
+    if (
+        not isinstance(shard_of, dict)
+        or not shard_of
+        or not all(isinstance(shard, str) and Path(shard).name == shard for shard in shard_of.values())
+    ):
+        raise InputError(f"{path}: expected 'weight_map' from names to files of this folder")
+    return shard_of

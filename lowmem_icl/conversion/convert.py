@@ -18,6 +18,8 @@ from torch import Tensor
 
 from lowmem_icl.conversion.calibration import CalibrationPass, text_rows
 from lowmem_icl.conversion.checkpoint import TOKENIZER_FILES, Checkpoint, read_json
+from lowmem_icl.conversion.checks import check_written
+from lowmem_icl.conversion.tied import settle_tied_tables
 from lowmem_icl.errors import DoesNotFit, InputError
 from lowmem_icl.model.int8 import OUTLIER_THRESHOLD, quantise_rows
 from lowmem_icl.model.skeleton import Skeleton
@@ -31,7 +33,6 @@ from lowmem_icl.model.store import (
     Store,
     StoredFile,
     Weights,
-    altered_files,
     layer_file,
     open_store,
     save_tensors,
@@ -45,6 +46,8 @@ from lowmem_icl.system.progress import Progress, unseen
 BYTES_PER_ELEMENT = {"int8": 1, "bfloat16": 2, "float32": 4}
 FLOAT_BYTES = 4
 STORED_TYPE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+NON_LAYER_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What is kept in the source's precision; of anything else float32 is stored, in which it computes anyway."""
 MARGIN_BYTES = 64 << 20
 
 Tokenise = Callable[[str], Sequence[int]]
@@ -69,7 +72,7 @@ def planned_store(checkpoint: Checkpoint, folder: Path, weights: Weights) -> Sto
     non_layer = sum(torch.Size(shape).numel() for shape in skeleton.non_layer_parameters().values())
     parameters = non_layer + skeleton.layers * layer_elements
     # A checkpoint may hold a tied unembedding twice, so its bytes tell the precision only about.
-    element = FLOAT_BYTES if checkpoint.size_bytes > 3 * parameters else FLOAT_BYTES // 2
+    element = checkpoint.float_bytes or FLOAT_BYTES // (1 if checkpoint.size_bytes > 3 * parameters else 2)
     sizes = {NON_LAYER: non_layer * element} | {layer_file(n): layer_size for n in range(skeleton.layers)}
     manifest = Manifest(
         format=STORE_FORMAT,
@@ -115,6 +118,7 @@ def convert(
     another source.
     """
     checkpoint, folder = conversion.checkpoint, conversion.folder
+    settle_tied_tables(checkpoint)
     skeleton = Skeleton.from_dict(checkpoint.config)
     claim = _Claim(conversion)
     _copy_tokenizer(checkpoint, folder / "tokenizer")
@@ -135,11 +139,17 @@ def convert(
         format=STORE_FORMAT,
         weights=conversion.weights,
         config=checkpoint.config,
-        source=Source(id=conversion.source_id, revision=conversion.revision, digest=_combined(digests)),
+        source=Source(
+            id=conversion.source_id,
+            revision=conversion.revision,
+            digest=_combined(digests),
+            quantisation=checkpoint.quantisation,
+            notes=list(checkpoint.notes),
+        ),
         files=claim.files | _tokenizer_files(folder),
         outliers=None if calibration is None else _outlier_report(calibration.counts),
     )
-    _verify(folder, manifest, progress)
+    check_written(folder, manifest, skeleton, progress)
     write_text_atomic(folder / MANIFEST, json.dumps(manifest.model_dump(), indent=1) + "\n")
     claim.path.unlink()
     return open_store(folder)
@@ -151,20 +161,6 @@ def _tokenizer_files(folder: Path) -> dict[str, StoredFile]:
         f"tokenizer/{path.name}": StoredFile(size_bytes=path.stat().st_size, sha256=sha256_of_file(path))
         for path in sorted((folder / "tokenizer").iterdir())
     }
-
-
-def _verify(folder: Path, manifest: Manifest, progress: Progress) -> None:
-    """Compare the disk with what was written; delete what differs and raise InputError naming a file."""
-    total = sum(file.size_bytes for file in manifest.files.values())
-    with progress("verifying", total, "bytes") as advance:
-        altered = list(altered_files(folder, manifest, advance))
-    for name in altered:
-        (folder / name).unlink()
-    if altered:
-        raise InputError(
-            f"{folder / altered[0]} does not hold what was written: the disk may be failing; it is deleted, "
-            "run the same command again, or choose another disk"
-        )
 
 
 def _start_calibration(skeleton: Skeleton, non_layer: Path, tokens: Sequence[int]) -> CalibrationPass:
@@ -304,7 +300,8 @@ class _Steps:
                 if self._shard(name) == shard:
                     short, shape = wanted[name]
                     tensor, digests[name] = self._fetched(name, short, shape)
-                    tensors |= {short: tensor.clone()} if layer is None else self._stored_form(short, tensor)
+                    form = self._non_layer_form if layer is None else self._stored_form
+                    tensors |= form(short, tensor)
             if self._last_use[shard] > (-1 if layer is None else layer):
                 continue
             if self._checkpoint.shards.deletes and layer is not None:
@@ -320,9 +317,19 @@ class _Steps:
         tensor, digest = _fetch(self._checkpoint, name, tuple(reversed(shape)))
         return tensor.t().contiguous(), digest
 
-    def _stored_form(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        if not torch.isfinite(tensor).all():
+    def _non_layer_form(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if tensor.dtype in NON_LAYER_TYPES:
+            return {name: tensor.clone()}
+        self._check_finite(name, tensor)
+        return {name: tensor.float()}
+
+    def _check_finite(self, name: str, tensor: Tensor) -> None:
+        # A double can be finite and its float32 not.
+        if not torch.isfinite(tensor if tensor.dtype in NON_LAYER_TYPES else tensor.float()).all():
             raise InputError(f"{self._checkpoint.folder}: parameter '{name}' holds infinities or NaN")
+
+    def _stored_form(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        self._check_finite(name, tensor)
         if name not in self._linears:
             return {name: tensor.float().clone()}
         if self._weights != "int8":

@@ -97,12 +97,9 @@ def open_hub_checkpoint(model: str, revision: str | None) -> Checkpoint:
             f"--model: the repository '{model}' has no config.json; give a model of transformers"
         )
     folder = folders["config.json"]
-    index, weights = weight_files(folder, sizes.keys())
-    missing = sorted(set(weights) - sizes.keys())
-    if missing:
-        raise InputError(f"{model}: the repository lacks weight file {missing[0]}; try another --revision")
-    shards = HubShards(model, commit, {name: sizes[name] for name in weights})
-    return Checkpoint(folder, read_json(folder / "config.json"), shards, index)
+    files = weight_files(folder, sizes.keys())
+    shards = HubShards(model, commit, {name: sizes[name] for name in files.names})
+    return Checkpoint(folder, read_json(folder / "config.json"), shards, files.index, list(files.notes))
 
 
 def _listing(model: str, revision: str | None) -> tuple[str, dict[str, int]]:

@@ -1,15 +1,20 @@
-"""From what a user calls a model to a store: the demo, a store, a checkpoint folder, or a hub id."""
+"""From what a user calls a model to a store.
 
+A model is the demo, a real model that a package brings, a store, a checkpoint folder, a GGUF file or a hub
+id.
+"""
+
+import glob
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from lowmem_icl.conversion.calibration import fixed_text
-from lowmem_icl.conversion.checkpoint import Checkpoint, open_checkpoint
+from lowmem_icl.conversion.checkpoint import Checkpoint, FolderShards, open_checkpoint
 from lowmem_icl.conversion.convert import (
     Conversion,
     Tokenise,
@@ -18,12 +23,18 @@ from lowmem_icl.conversion.convert import (
     finished_bytes,
     planned_store,
 )
+from lowmem_icl.conversion.gguf.source import gguf_folder_name, open_gguf
+from lowmem_icl.conversion.packaged import PACKAGED_MODELS, packaged_file
+from lowmem_icl.conversion.tied import settle_tied_tables
 from lowmem_icl.errors import InputError
+from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store, Weights, is_store, open_store
 from lowmem_icl.system.files import existing_folder
 from lowmem_icl.system.progress import Progress, unseen
 
 DEMO = "demo"
+READ_MODELS = "models"
+"""Folder beside the stores: of GGUF files, config and tokenizer, and what was joined from parts."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +47,69 @@ class ModelLocation:
     store_folder: Path
 
 
-def locate(model: str, revision: str | None, weights: Weights, store_dir: Path) -> ModelLocation:
-    """Find a model; of a hub id the small files are fetched. Raises InputError saying what was looked for."""
+def locate(
+    model: str,
+    revision: str | None,
+    weights: Weights,
+    store_dir: Path,
+    *,
+    store_folder: Path | None = None,
+    progress: Progress = unseen,
+) -> ModelLocation:
+    """Find a model; of a hub id the small files are fetched, of a GGUF file config and tokenizer are read.
+
+    `store_folder`: where its store belongs if not in `store_dir`. Raises InputError saying what was looked
+    for.
+    """
     folder = Path(model).expanduser()
+    if model in PACKAGED_MODELS or folder.suffix == ".gguf":
+        return _locate_gguf_file(model, weights, store_dir, store_folder, progress)
+    location = _locate_folder(model, folder, revision, weights, store_dir)
+    return location if store_folder is None else replace(location, store_folder=store_folder)
+
+
+def _locate_gguf_file(
+    model: str, weights: Weights, store_dir: Path, store_folder: Path | None, progress: Progress
+) -> ModelLocation:
+    packaged = PACKAGED_MODELS.get(model)
+    path = Path(model).expanduser()
+    if packaged is not None:
+        existing = _only_store(store_dir, model, weights)
+        if existing is not None and store_folder is None:
+            return ModelLocation(model, None, None, existing)
+        name = f"{model}-{_eight_digits(packaged.version)}"
+    elif not path.is_file():
+        raise InputError(f"--model: the file {model} does not exist")
+    else:
+        name = gguf_folder_name(path)
+    target = store_folder or store_dir / f"{name}-{weights}"
+    if is_store(target):
+        return ModelLocation(model, None, None, target)
+    cache = store_dir / READ_MODELS
+    with progress(f"reading {Path(model).name}", 1, "files") as advance:
+        if packaged is not None:
+            path = packaged_file(packaged, cache / f"{model}.gguf")
+        checkpoint = open_gguf(path, cache, Skeleton.from_dict)
+        advance(1)
+    if packaged is not None:
+        checkpoint.notes.insert(0, packaged.terms)
+    return ModelLocation(model, None, checkpoint, target)
+
+
+def _only_store(store_dir: Path, model: str, weights: Weights) -> Path | None:
+    """Return the store that was made of a model of this name, if there is one and no other."""
+    name = model.replace("/", "--")
+    existing = [
+        folder
+        for folder in store_dir.glob(f"{glob.escape(name)}-*-{weights}")
+        if is_store(folder) and open_store(folder).manifest.source.id == model
+    ]
+    return existing[0] if len(existing) == 1 else None
+
+
+def _locate_folder(
+    model: str, folder: Path, revision: str | None, weights: Weights, store_dir: Path
+) -> ModelLocation:
     if model == DEMO:
         folder = Path(str(files("lowmem_icl"))) / "demo"
     elif is_store(folder):
@@ -68,14 +139,10 @@ def _locate_on_hub(model: str, revision: str | None, weights: Weights, store_dir
         checkpoint = open_hub_checkpoint(model, revision)
     except InputError:
         # Neither the hub nor its cache: a store made earlier will do, if there is no doubt which.
-        existing = [
-            folder
-            for folder in store_dir.glob("*")
-            if folder.name.startswith(f"{name}-") and folder.name.endswith(f"-{weights}") and is_store(folder)
-        ]
-        if len(existing) != 1 or revision is not None:
+        existing = _only_store(store_dir, model, weights)
+        if existing is None or revision is not None:
             raise
-        return ModelLocation(model, open_store(existing[0]).manifest.source.revision, None, existing[0])
+        return ModelLocation(model, open_store(existing).manifest.source.revision, None, existing)
     assert isinstance(checkpoint.shards, HubShards)
     commit = checkpoint.shards.commit
     folder = store_dir / f"{name}-{_eight_digits([model, commit])}-{weights}"
@@ -109,6 +176,9 @@ def plan_store(located: ModelLocation, weights: Weights) -> Store:
     """Return a located model's store if it is there, else what it would be."""
     if located.checkpoint is None or is_store(located.store_folder):
         return open_store(located.store_folder)
+    if isinstance(located.checkpoint.shards, FolderShards):
+        # Of a hub's the tables are not here yet; conversion settles them.
+        settle_tied_tables(located.checkpoint)
     return planned_store(located.checkpoint, located.store_folder, weights)
 
 
@@ -128,7 +198,9 @@ def ensure_store(
     if located.checkpoint is None or is_store(located.store_folder):
         return open_store(located.store_folder)
     checkpoint = located.checkpoint
-    planned = planned_store(checkpoint, located.store_folder, weights)
+    planned = plan_store(located, weights)
+    for note in checkpoint.notes:
+        announce(note)
     fetched = _prepare_fetching(checkpoint, located, delete_shards, announce)
     left = max(0, planned.size_bytes - finished_bytes(located.store_folder))
     free = check_room(located.store_folder, left + fetched)
@@ -156,8 +228,8 @@ def _prepare_fetching(
     if not isinstance(shards, HubShards):
         if delete_shards:
             raise InputError(
-                f"--delete-shards: {located.source_id} is a folder, and only what was fetched from the hub "
-                "is ever deleted; leave the option out"
+                f"--delete-shards: {located.source_id} is on this disk, and only what was fetched from the "
+                "hub is ever deleted; leave the option out"
             )
         return 0
     shards.announce = announce

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -42,12 +49,25 @@ class StoredFile(BaseModel):
 
 
 class Source(BaseModel):
-    """Where the weights came from; `digest` is over the source's tensors, so it is the same in every form."""
+    """Where the weights came from; `digest` is over the source's tensors, so it is the same in every form.
+
+    `quantisation` names the form, such as Q4_K_M, that the source's tensors were rounded to before; `notes`
+    are what was done at conversion that a reader would not expect.
+    """
 
     model_config = ConfigDict(strict=True)
     id: str
     revision: str | None
     digest: str
+    quantisation: str | None = None
+    notes: list[str] = []
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_absent(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # So that manifests of before, and their digests, stay as they were.
+        fields: dict[str, Any] = serialise(self)
+        absent: dict[str, Any] = {"quantisation": None, "notes": []}
+        return {name: value for name, value in fields.items() if name not in absent or value != absent[name]}
 
 
 class OutlierReport(BaseModel):

@@ -68,7 +68,13 @@ class RunOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     model: Annotated[
-        str, NotEmpty, Flag(Group.MODEL, "demo, a store, a checkpoint folder, or a model's id on the hub.")
+        str,
+        NotEmpty,
+        Flag(
+            Group.MODEL,
+            "demo, gemma3-270m, smollm2, a store, a checkpoint folder, a .gguf file, or a model's id on the "
+            "hub.",
+        ),
     ] = DEMO
     revision: Annotated[
         Annotated[str, NotEmpty] | None,

@@ -238,7 +238,7 @@ def prepare(options: RunOptions, *, progress: Progress = unseen) -> Prepared:
     Every document is prompted and tokenised once, here, unless an earlier command with the same options did
     it.
     """
-    located = find_model(options)
+    located = find_model(options, progress)
     store = plan_store(located, options.weights)
     tokenizer = load_tokenizer(store.tokenizer_folder)
     digest = tokenizer_digest(tokenizer)
@@ -291,9 +291,11 @@ def first_prompts(options: RunOptions, count: int) -> Iterator[tuple[TextForm, T
             yield form, first, tokenised(first, tokenise, limits)
 
 
-def find_model(options: RunOptions) -> ModelLocation:
+def find_model(options: RunOptions, progress: Progress = unseen) -> ModelLocation:
     """Find the model, without converting it."""
-    return locate(options.model, options.revision, options.weights, options.resolved_store_dir)
+    return locate(
+        options.model, options.revision, options.weights, options.resolved_store_dir, progress=progress
+    )
 
 
 def with_store(

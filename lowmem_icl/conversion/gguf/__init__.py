@@ -1,0 +1,1 @@
+"""A GGUF file as a checkpoint: its header, config, tokenizer and tensors."""
