@@ -61,7 +61,7 @@ def run(
     started = time.monotonic()
     folder = check_output(options)
     masks = {name: mask_file.mask for name, mask_file in (mask_files or {}).items()}
-    prepared = replace(prepare(options, progress=audience.progress), masks=masks)
+    prepared = replace(prepare(options, progress=audience.progress, needs_weights=True), masks=masks)
     check_names((), masks)
     if not prepared.store.is_written:
         # Before a conversion of hours.

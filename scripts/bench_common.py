@@ -24,7 +24,8 @@ from transformers import OPTConfig
 
 from lowmem_icl.conversion.calibration import fixed_text
 from lowmem_icl.conversion.checkpoint import open_checkpoint
-from lowmem_icl.conversion.convert import Conversion, convert
+from lowmem_icl.conversion.claim import Conversion
+from lowmem_icl.conversion.convert import convert
 from lowmem_icl.conversion.locate import load_tokenizer, tokeniser
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import (

@@ -47,7 +47,8 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from lowmem_icl.conversion.calibration import fixed_text
 from lowmem_icl.conversion.checkpoint import open_checkpoint
-from lowmem_icl.conversion.convert import Conversion, convert
+from lowmem_icl.conversion.claim import Conversion
+from lowmem_icl.conversion.convert import convert
 from lowmem_icl.model.store import Store
 from lowmem_icl.options import RunOptions
 from lowmem_icl.planning import measure

@@ -13,6 +13,7 @@ import torch
 from conftest import byte_tokens, make_checkpoint, make_store, reference_model
 from safetensors.torch import load_file, save_file
 
+from lowmem_icl.conversion import claim as claim_module
 from lowmem_icl.conversion import convert as convert_module
 from lowmem_icl.conversion.checkpoint import open_checkpoint
 from lowmem_icl.conversion.convert import check_room, planned_store
@@ -20,7 +21,8 @@ from lowmem_icl.conversion.locate import ensure_store, locate
 from lowmem_icl.errors import DoesNotFit, InputError
 from lowmem_icl.model.reading import LayerReader
 from lowmem_icl.model.skeleton import Skeleton
-from lowmem_icl.model.store import Store, Weights, layer_file, open_store, save_tensors, verify_store
+from lowmem_icl.model.store import Store, Weights, layer_file, open_store, verify_store
+from lowmem_icl.model.writing import save_tensors
 
 
 def test_int8_layers_have_bitsandbytes_names_and_values(checkpoint: Path, int8_store: Store) -> None:
@@ -89,11 +91,11 @@ def test_a_stopped_conversion_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     folder = make_checkpoint(tmp_path / "checkpoint")
     whole = make_store(folder, tmp_path / "whole", "int8")
     made = convert_module._Steps.tensors
-    converted: list[int | None] = []
+    converted: list[int] = []
 
-    def stops_at_two(steps: convert_module._Steps, layer: int | None) -> object:
+    def stops_at_two(steps: convert_module._Steps, layer: int) -> object:
         converted.append(layer)
-        if converted == [None, 0, 1, 2]:
+        if converted == [0, 1, 2]:
             raise KeyboardInterrupt
         return made(steps, layer)
 
@@ -117,7 +119,7 @@ def test_what_the_disk_spoils_is_named_and_made_anew(tmp_path: Path, monkeypatch
             content = path.read_bytes()
             path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
-    monkeypatch.setattr(convert_module, "save_tensors", spoils_the_second)
+    monkeypatch.setattr(claim_module, "save_tensors", spoils_the_second)
     with pytest.raises(InputError, match=r"001\.safetensors does not hold what was written"):
         make_store(folder, tmp_path / "again", "int8")
     monkeypatch.undo()

@@ -174,6 +174,14 @@ class Checkpoint:
         short = name.split(".", 1)[1] if "." in name else name
         return short if name not in self.shard_of and short in self.shard_of else name
 
+    def check_weights(self) -> None:
+        """Raise InputError where there is a config, and no weights."""
+        if not self.shards.sizes:
+            raise InputError(
+                f"{self.folder} has no weights; expected one of {', '.join(WEIGHT_FILES)}; without them only "
+                "`plan` and `prompts` have what they need"
+            )
+
     def holds(self, name: str) -> bool:
         """Tell whether a parameter is stored under its own name."""
         return self.source_name(name) in self.shard_of
@@ -196,14 +204,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open a checkpoint folder without reading weights; raise InputError naming what is missing."""
+    """Open a checkpoint folder without reading weights; raise InputError naming what is missing.
+
+    A folder without any weights can be planned with, see `check_weights`.
+    """
     if not folder.is_dir():
         raise InputError(
             f"model folder {folder} does not exist; give a checkpoint folder, a store or a hub id"
         )
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; give a Hugging Face checkpoint folder")
-    files = weight_files(folder, {path.name for path in folder.iterdir() if path.is_file()})
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    if not present & set(WEIGHT_FILES):
+        # Enough to plan with; converting asks for weights.
+        return Checkpoint(folder, read_json(folder / "config.json"), FolderShards(folder, {}), {})
+    files = weight_files(folder, present)
     sizes = {name: (folder / name).stat().st_size for name in files.names}
     notes = [*files.notes, *(note for name in files.names for note in _old_form_notes(folder / name))]
     shards = FolderShards(folder, sizes)

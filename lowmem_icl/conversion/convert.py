@@ -7,8 +7,7 @@ embeddings (int8 only) and the fixed text's residuals.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lowmem_icl.conversion.calibration import CalibrationPass, text_rows
-from lowmem_icl.conversion.checkpoint import TOKENIZER_FILES, Checkpoint, read_json
+from lowmem_icl.conversion.checkpoint import TOKENIZER_FILES, Checkpoint
 from lowmem_icl.conversion.checks import check_written
+from lowmem_icl.conversion.claim import Claim, Conversion
 from lowmem_icl.conversion.tied import settle_tied_tables
 from lowmem_icl.errors import DoesNotFit, InputError
 from lowmem_icl.model.int8 import OUTLIER_THRESHOLD, quantise_rows
@@ -35,11 +35,9 @@ from lowmem_icl.model.store import (
     Weights,
     layer_file,
     open_store,
-    save_tensors,
-    sha256_of_tensors,
-    source_digests,
 )
 from lowmem_icl.model.vocabulary import Vocabulary
+from lowmem_icl.model.writing import save_tensors, source_digests
 from lowmem_icl.system.files import atomic_path, free_bytes, sha256_of_file, write_text_atomic
 from lowmem_icl.system.progress import Progress, unseen
 
@@ -71,8 +69,7 @@ def planned_store(checkpoint: Checkpoint, folder: Path, weights: Weights) -> Sto
             layer_size += FLOAT_BYTES * shape[0] if weights == "int8" else 0
     non_layer = sum(torch.Size(shape).numel() for shape in skeleton.non_layer_parameters().values())
     parameters = non_layer + skeleton.layers * layer_elements
-    # A checkpoint may hold a tied unembedding twice, so its bytes tell the precision only about.
-    element = checkpoint.float_bytes or FLOAT_BYTES // (1 if checkpoint.size_bytes > 3 * parameters else 2)
+    element = checkpoint.float_bytes or _bytes_per_element(checkpoint, parameters)
     sizes = {NON_LAYER: non_layer * element} | {layer_file(n): layer_size for n in range(skeleton.layers)}
     manifest = Manifest(
         format=STORE_FORMAT,
@@ -83,6 +80,15 @@ def planned_store(checkpoint: Checkpoint, folder: Path, weights: Weights) -> Sto
         outliers=None,
     )
     return Store(folder, manifest, checkpoint.folder)
+
+
+def _bytes_per_element(checkpoint: Checkpoint, parameters: int) -> int:
+    """Return how wide a checkpoint's elements are; where there are no weights yet, as its config says."""
+    if not checkpoint.size_bytes:
+        dtype = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+        return FLOAT_BYTES if dtype == "float32" else FLOAT_BYTES // 2
+    # A checkpoint may hold a tied unembedding twice, so its bytes tell the precision only about.
+    return FLOAT_BYTES if checkpoint.size_bytes > 3 * parameters else FLOAT_BYTES // 2
 
 
 def check_room(folder: Path, size_bytes: int) -> int:
@@ -97,17 +103,6 @@ def check_room(folder: Path, size_bytes: int) -> int:
     return free
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """What is to become which store: a checkpoint, its folder and form, and what the source is called."""
-
-    checkpoint: Checkpoint
-    folder: Path
-    weights: Weights
-    source_id: str
-    revision: str | None = None
-
-
 def convert(
     conversion: Conversion, *, tokenise: Tokenise, fixed_text: str, progress: Progress = unseen
 ) -> Store:
@@ -120,11 +115,11 @@ def convert(
     checkpoint, folder = conversion.checkpoint, conversion.folder
     settle_tied_tables(checkpoint)
     skeleton = Skeleton.from_dict(checkpoint.config)
-    claim = _Claim(conversion)
+    claim = Claim(conversion)
     _copy_tokenizer(checkpoint, folder / "tokenizer")
     steps = _Steps(checkpoint, skeleton, folder, conversion.weights)
     if NON_LAYER not in claim.files:
-        claim.write(NON_LAYER, *steps.tensors(None))
+        claim.write_one_by_one(NON_LAYER, *steps.non_layer())
     digests = source_digests(folder / NON_LAYER)
     calibration = None
     if conversion.weights == "int8":
@@ -176,7 +171,7 @@ def _start_calibration(skeleton: Skeleton, non_layer: Path, tokens: Sequence[int
         vocabulary.close()
 
 
-def _convert_layer(layer: int, claim: "_Claim", steps: "_Steps", calibration: CalibrationPass | None) -> None:
+def _convert_layer(layer: int, claim: Claim, steps: "_Steps", calibration: CalibrationPass | None) -> None:
     """Write a layer that is not there yet; in any case take the fixed text through it."""
     name = layer_file(layer)
     kept = name in claim.files
@@ -188,56 +183,6 @@ def _convert_layer(layer: int, claim: "_Claim", steps: "_Steps", calibration: Ca
     if not kept:
         claim.write(name, tensors, digests)
         steps.forget_piece(layer)
-
-
-class _Claim:
-    """Marks a folder as one conversion's, and keeps what is finished: names, sizes and digests of files."""
-
-    def __init__(self, conversion: Conversion) -> None:
-        folder = conversion.folder
-        self.folder, self.path = folder, folder / "converting.json"
-        self.files: dict[str, StoredFile] = {}
-        self._identity = {
-            "source": conversion.source_id,
-            "revision": conversion.revision,
-            "weights": conversion.weights,
-            "config": conversion.checkpoint.config,
-            "source_bytes": conversion.checkpoint.size_bytes,
-        }
-        if self.path.is_file():
-            kept = read_json(self.path)
-            if {name: kept.get(name) for name in self._identity} != json.loads(json.dumps(self._identity)):
-                raise InputError(
-                    f"{folder} holds an unfinished conversion of something else; delete it or choose "
-                    "another STORE"
-                )
-            for name, fields in kept.get("files", {}).items():
-                file = StoredFile.model_validate(fields)
-                if (folder / name).is_file() and (folder / name).stat().st_size == file.size_bytes:
-                    self.files[name] = file
-        elif folder.exists() and any(folder.iterdir()):
-            raise InputError(
-                f"{folder} is not empty and holds no unfinished conversion; choose another STORE"
-            )
-        else:
-            self._save()
-
-    def write(self, name: str, tensors: dict[str, Tensor], digests: dict[str, str]) -> None:
-        """Write a file of the store; its digest is of the bytes in memory, not of what the disk returns."""
-        path = self.folder / name
-        save_tensors(path, tensors, digests)
-        self.files[name] = StoredFile(size_bytes=path.stat().st_size, sha256=sha256_of_tensors(path, tensors))
-        self._save()
-
-    def _save(self) -> None:
-        files = {name: file.model_dump() for name, file in self.files.items()}
-        write_text_atomic(self.path, json.dumps(self._identity | {"files": files}, indent=1) + "\n")
-
-
-def finished_bytes(folder: Path) -> int:
-    """Return how many bytes of a store an earlier, stopped conversion has written."""
-    written = [folder / NON_LAYER, *folder.glob("layers/*.safetensors")]
-    return sum(path.stat().st_size for path in written if path.is_file())
 
 
 class _Steps:
@@ -286,11 +231,38 @@ class _Steps:
         """Delete what was kept of a layer that is finished."""
         self._piece(layer).unlink(missing_ok=True)
 
-    def tensors(self, layer: int | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return a layer's tensors in the store's form and their source digests; None: the non-layer ones."""
+    def non_layer(self) -> tuple[Iterator[tuple[str, Tensor]], dict[str, str]]:
+        """Return the parameters outside the layers as they are read, and their digests, which grow with them.
+
+        Small ones come first, the widest types before the others, and the vocabulary's tables last.
+        """
+        digests: dict[str, str] = {}
+        wanted = self._parameters(None)
+        tables = {self._skeleton.embedding_name, self._skeleton.unembedding_name}
+
+        def read(name: str) -> tuple[str, Tensor]:
+            short, shape = wanted[name]
+            tensor, digests[name] = _fetch(self._checkpoint, name, shape)
+            return short, self._non_layer_form(short, tensor)
+
+        def all_in_order() -> Iterator[tuple[str, Tensor]]:
+            names = sorted(wanted, key=self._shard)
+            small = [read(name) for name in names if wanted[name][0] not in tables]
+            yield from sorted(small, key=lambda named: -named[1].dtype.itemsize)
+            for name in names:
+                if wanted[name][0] in tables:
+                    yield read(name)
+            for shard in {self._shard(name) for name in wanted}:
+                if self._last_use[shard] == -1:
+                    self._checkpoint.release(shard)
+
+        return all_in_order(), digests
+
+    def tensors(self, layer: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return a layer's tensors in the store's form and their source digests."""
         tensors: dict[str, Tensor] = {}
         digests: dict[str, str] = {}
-        if layer is not None and self._piece(layer).is_file():
+        if self._piece(layer).is_file():
             tensors, digests = load_file(self._piece(layer)), source_digests(self._piece(layer))
         wanted = self._parameters(layer)
         left = [name for name in wanted if name not in digests]
@@ -300,11 +272,10 @@ class _Steps:
                 if self._shard(name) == shard:
                     short, shape = wanted[name]
                     tensor, digests[name] = self._fetched(name, short, shape)
-                    form = self._non_layer_form if layer is None else self._stored_form
-                    tensors |= form(short, tensor)
-            if self._last_use[shard] > (-1 if layer is None else layer):
+                    tensors |= self._stored_form(short, tensor)
+            if self._last_use[shard] > layer:
                 continue
-            if self._checkpoint.shards.deletes and layer is not None:
+            if self._checkpoint.shards.deletes:
                 # A stop before the layer's own file is written must not cost a second fetch.
                 save_tensors(self._piece(layer), tensors, digests)
             self._checkpoint.release(shard)
@@ -317,11 +288,11 @@ class _Steps:
         tensor, digest = _fetch(self._checkpoint, name, tuple(reversed(shape)))
         return tensor.t().contiguous(), digest
 
-    def _non_layer_form(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    def _non_layer_form(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.dtype in NON_LAYER_TYPES:
-            return {name: tensor.clone()}
+            return tensor
         self._check_finite(name, tensor)
-        return {name: tensor.float()}
+        return tensor.float()
 
     def _check_finite(self, name: str, tensor: Tensor) -> None:
         # A double can be finite and its float32 not.

@@ -15,12 +15,11 @@ from typing import Any
 
 from lowmem_icl.conversion.calibration import fixed_text
 from lowmem_icl.conversion.checkpoint import Checkpoint, FolderShards, open_checkpoint
+from lowmem_icl.conversion.claim import Conversion, finished_bytes
 from lowmem_icl.conversion.convert import (
-    Conversion,
     Tokenise,
     check_room,
     convert,
-    finished_bytes,
     planned_store,
 )
 from lowmem_icl.conversion.gguf.source import gguf_folder_name, open_gguf
@@ -198,6 +197,7 @@ def ensure_store(
     if located.checkpoint is None or is_store(located.store_folder):
         return open_store(located.store_folder)
     checkpoint = located.checkpoint
+    checkpoint.check_weights()
     planned = plan_store(located, weights)
     for note in checkpoint.notes:
         announce(note)

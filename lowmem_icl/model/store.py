@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,13 +22,10 @@ from pydantic import (
     ValidationError,
     model_serializer,
 )
-from safetensors.torch import save_file
-from torch import Tensor
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.model.reading import read_header
 from lowmem_icl.model.skeleton import Skeleton
-from lowmem_icl.system.files import atomic_path, forget_pages, sha256_of_file
+from lowmem_icl.system.files import forget_pages, sha256_of_file
 from lowmem_icl.system.progress import Advance
 
 STORE_FORMAT: Literal["lowmem-icl-store/1"] = "lowmem-icl-store/1"
@@ -197,30 +193,3 @@ def altered_files(folder: Path, manifest: Manifest, advance: Advance) -> Iterato
         if sha256_of_file(folder / name) != file.sha256:
             yield name
         advance(file.size_bytes)
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], digests: dict[str, str]) -> None:
-    """Write tensors as safetensors, whole or not at all, with the digests of the source's tensors."""
-    with atomic_path(path) as temporary:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            temporary,
-            metadata={"source_digests": json.dumps(digests, sort_keys=True)},
-        )
-
-
-def source_digests(path: Path) -> dict[str, str]:
-    """Return the digests that `save_tensors` wrote into a file."""
-    digests: dict[str, str] = json.loads(read_header(path)[1]["source_digests"])
-    return digests
-
-
-def sha256_of_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Return what a safetensors file's SHA-256 must be, from its header and the tensors in memory."""
-    locations = read_header(path)[0]
-    with path.open("rb") as opened:
-        length = opened.read(8)
-        summed = hashlib.sha256(length + opened.read(int.from_bytes(length, "little")))
-    for name in sorted(tensors, key=lambda name: locations[name].offset):
-        summed.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
-    return summed.hexdigest()

@@ -232,13 +232,16 @@ def _part_rows(
     )
 
 
-def prepare(options: RunOptions, *, progress: Progress = unseen) -> Prepared:
-    """Load and check everything but the weights; raises InputError before any long work.
+def prepare(options: RunOptions, *, progress: Progress = unseen, needs_weights: bool = False) -> Prepared:
+    """Load and check everything but the weights' values; raises InputError before any long work, also where
+    weights that are needed are not there.
 
     Every document is prompted and tokenised once, here, unless an earlier command with the same options did
     it.
     """
     located = find_model(options, progress)
+    if needs_weights and located.checkpoint is not None:
+        located.checkpoint.check_weights()
     store = plan_store(located, options.weights)
     tokenizer = load_tokenizer(store.tokenizer_folder)
     digest = tokenizer_digest(tokenizer)

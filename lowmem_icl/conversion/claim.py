@@ -1,0 +1,83 @@
+"""A folder that one conversion works in, and what of its store is finished."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from lowmem_icl.conversion.checkpoint import Checkpoint, read_json
+from lowmem_icl.errors import InputError
+from lowmem_icl.model.store import NON_LAYER, StoredFile, Weights
+from lowmem_icl.model.writing import save_one_by_one, save_tensors, sha256_of_tensors
+from lowmem_icl.system.files import write_text_atomic
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is to become which store: a checkpoint, its folder and form, and what the source is called."""
+
+    checkpoint: Checkpoint
+    folder: Path
+    weights: Weights
+    source_id: str
+    revision: str | None = None
+
+
+class Claim:
+    """Marks a folder as one conversion's, and keeps what is finished: names, sizes and digests of files."""
+
+    def __init__(self, conversion: Conversion) -> None:
+        folder = conversion.folder
+        self.folder, self.path = folder, folder / "converting.json"
+        self.files: dict[str, StoredFile] = {}
+        self._identity = {
+            "source": conversion.source_id,
+            "revision": conversion.revision,
+            "weights": conversion.weights,
+            "config": conversion.checkpoint.config,
+            "source_bytes": conversion.checkpoint.size_bytes,
+        }
+        if self.path.is_file():
+            kept = read_json(self.path)
+            if {name: kept.get(name) for name in self._identity} != json.loads(json.dumps(self._identity)):
+                raise InputError(
+                    f"{folder} holds an unfinished conversion of something else; delete it or choose "
+                    "another STORE"
+                )
+            for name, fields in kept.get("files", {}).items():
+                file = StoredFile.model_validate(fields)
+                if (folder / name).is_file() and (folder / name).stat().st_size == file.size_bytes:
+                    self.files[name] = file
+        elif folder.exists() and any(folder.iterdir()):
+            raise InputError(
+                f"{folder} is not empty and holds no unfinished conversion; choose another STORE"
+            )
+        else:
+            self._save()
+
+    def write(self, name: str, tensors: dict[str, Tensor], digests: dict[str, str]) -> None:
+        """Write a file of the store; its digest is of the bytes in memory, not of what the disk returns."""
+        path = self.folder / name
+        save_tensors(path, tensors, digests)
+        self.files[name] = StoredFile(size_bytes=path.stat().st_size, sha256=sha256_of_tensors(path, tensors))
+        self._save()
+
+    def write_one_by_one(
+        self, name: str, tensors: Iterable[tuple[str, Tensor]], digests: Mapping[str, str]
+    ) -> None:
+        """Write a file of the store from tensors as they come."""
+        size, digest = save_one_by_one(self.folder / name, tensors, digests)
+        self.files[name] = StoredFile(size_bytes=size, sha256=digest)
+        self._save()
+
+    def _save(self) -> None:
+        files = {name: file.model_dump() for name, file in self.files.items()}
+        write_text_atomic(self.path, json.dumps(self._identity | {"files": files}, indent=1) + "\n")
+
+
+def finished_bytes(folder: Path) -> int:
+    """Return how many bytes of a store an earlier, stopped conversion has written."""
+    written = [folder / NON_LAYER, *folder.glob("layers/*.safetensors")]
+    return sum(path.stat().st_size for path in written if path.is_file())

@@ -1,0 +1,95 @@
+"""Tensors written as safetensors (https://github.com/huggingface/safetensors#format), whole or not at all."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowmem_icl.errors import InputError
+from lowmem_icl.model.reading import TORCH_TYPES, read_header
+from lowmem_icl.system.files import atomic_path
+
+TYPE_NAMES = {dtype: name for name, dtype in TORCH_TYPES.items()}
+DIGESTS = "source_digests"
+HEADER_MULTIPLE = 8
+COPIED_BYTES = 4 << 20
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], digests: dict[str, str]) -> None:
+    """Write tensors, with the digests of the source's tensors."""
+    with atomic_path(path) as temporary:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            temporary,
+            metadata={DIGESTS: json.dumps(digests, sort_keys=True)},
+        )
+
+
+def save_one_by_one(
+    path: Path, tensors: Iterable[tuple[str, Tensor]], digests: Mapping[str, str]
+) -> tuple[int, str]:
+    """Write tensors in the order in which they come, one in memory at a time; return size and SHA-256.
+
+    `digests` of the source's tensors may grow while these come. Wider types must come first, so that every
+    tensor lies on a multiple of its elements' size. Raises InputError where the disk gives back other bytes.
+    """
+    header: dict[str, Any] = {}
+    with TemporaryFile(dir=path.parent) as body:
+        written, size = hashlib.sha256(), 0
+        for name, tensor in tensors:
+            content = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+            assert size % tensor.dtype.itemsize == 0, "wider types come first"
+            body.write(content)
+            written.update(content)
+            offsets = [size, size + len(content)]
+            header[name] = {
+                "dtype": TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets
+            }  # fmt: skip
+            size += len(content)
+        header["__metadata__"] = {DIGESTS: json.dumps(digests, sort_keys=True)}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % HEADER_MULTIPLE)
+        front = len(text).to_bytes(8, "little") + text
+        with atomic_path(path) as temporary, temporary.open("wb") as target:
+            target.write(front)
+            whole, copied = _copy(body, target, hashlib.sha256(front))
+            if copied != written.hexdigest():
+                raise InputError(
+                    f"{path}: the disk gives back other bytes than were written: it may be failing; choose "
+                    "another"
+                )
+    return len(front) + size, whole
+
+
+def _copy(body: BinaryIO, target: BinaryIO, whole: Any) -> tuple[str, str]:
+    """Append a body to a file; return the digest of all, and of the body alone."""
+    body.seek(0)
+    alone = hashlib.sha256()
+    while block := body.read(COPIED_BYTES):
+        target.write(block)
+        whole.update(block)
+        alone.update(block)
+    return whole.hexdigest(), alone.hexdigest()
+
+
+def source_digests(path: Path) -> dict[str, str]:
+    """Return the digests that were written into a file."""
+    digests: dict[str, str] = json.loads(read_header(path)[1][DIGESTS])
+    return digests
+
+
+def sha256_of_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Return what a safetensors file's SHA-256 must be, from its header and the tensors in memory."""
+    locations = read_header(path)[0]
+    with path.open("rb") as opened:
+        length = opened.read(8)
+        summed = hashlib.sha256(length + opened.read(int.from_bytes(length, "little")))
+    for name in sorted(tensors, key=lambda name: locations[name].offset):
+        summed.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return summed.hexdigest()
