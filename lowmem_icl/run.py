@@ -101,7 +101,12 @@ def _run_stages(
     with ExitStack() as stack:
         device = resolved_device(prepared.options.device)
         model = stack.enter_context(
-            StreamedModel(prepared.store, device=device, resident_bytes=memory.resident_bytes)
+            StreamedModel(
+                prepared.store,
+                device=device,
+                resident_bytes=memory.resident_bytes,
+                tables_in_memory=memory.tables_in_memory,
+            )
         )
         cache = stack.enter_context(CleanCache(memory.cache_bytes, memory.spill_bytes, opened.parts.folder))
         work = Work(

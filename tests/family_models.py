@@ -124,7 +124,8 @@ CASES = {
     ),
     "mistral": FamilyCase("mistral", LLAMA | WIDE_HEADS | {"sliding_window": 7}),
     "qwen2": FamilyCase(
-        "qwen2", LLAMA | {"hidden_size": 48, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+        "qwen2",
+        LLAMA | {"hidden_size": 48, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     ),
     "qwen2 windows off": FamilyCase(
         "qwen2", LLAMA | {"hidden_size": 48, "use_sliding_window": False, "sliding_window": 7}
@@ -159,7 +160,9 @@ CASES = {
     ),
     "falcon": FamilyCase(
         "falcon",
-        LLAMA | {"hidden_size": 48, "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True},
+        LLAMA | {
+            "hidden_size": 48, "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True,
+        },
         layers="transformer.h", output="self_attention.dense", ffn="mlp.dense_4h_to_h",
     ),
     "falcon 40b": FamilyCase(

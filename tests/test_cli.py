@@ -223,6 +223,7 @@ def test_names_are_never_markup_in_prompts(capsys: pytest.CaptureFixture[str]) -
         "split": "train",
         "document": 3,
         "options": [option | {"truncated": False}],
+        "prompts": {"sentence": NAME},
     }
     show_prompts([entry], plain_console())
     assert capsys.readouterr().out.count(NAME) == 3

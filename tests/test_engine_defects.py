@@ -21,7 +21,7 @@ from lowmem_icl.engine.passes import GradientJob, PassSetup, score_heads, sweep,
 from lowmem_icl.engine.schedule import EarlierWork, Job, SweepLimits, schedule
 from lowmem_icl.engine.unit_gradients import UnitGradients
 from lowmem_icl.masks.mask import Mask
-from lowmem_icl.model.attention import ATTENTION
+from lowmem_icl.model.attention import ATTENTION, RowAttention
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.rows import stem_of, with_stems
@@ -133,20 +133,20 @@ def test_two_open_models_of_a_store_do_not_share_weights(int8_store: Store) -> N
     with StreamedModel(int8_store, device=CPU, resident_bytes=0) as first:
         before = first.vocabulary.embed(tokens, positions)
         with StreamedModel(int8_store, device=CPU, resident_bytes=0) as second, torch.no_grad():
-            second.skeleton.model.get_input_embeddings().weight.zero_()
+            second.skeleton.model.model.decoder.embed_positions.weight.zero_()
             assert not torch.equal(second.vocabulary.embed(tokens, positions), before)
         assert torch.equal(first.vocabulary.embed(tokens, positions), before)
     assert {parameter.device.type for parameter in int8_store.skeleton.model.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize(
-    "unknown", [{"sliding_window": 4}, {"softcap": 30.0}, {"s_aux": torch.zeros(2)}, {"dropout": 0.1}]
+    "unknown", [{"position_bias": torch.zeros(2)}, {"s_aux": torch.zeros(2)}, {"dropout": 0.1}]
 )
 def test_the_attention_refuses_what_it_does_not_do(unknown: dict[str, object]) -> None:
     attention = AttentionInterface()[ATTENTION]
     states = torch.zeros(1, 2, 3, 4)
     with pytest.raises(NotImplementedError, match=f"'{next(iter(unknown))}'"):
-        attention(None, states, states, states, None, scaling=1.0, **unknown)
+        attention(None, states, states, states, RowAttention([], False), scaling=1.0, **unknown)
 
 
 @pytest.mark.parametrize("changes", [{}, {"do_layer_norm_before": False, "word_embed_proj_dim": 16}])
@@ -174,7 +174,7 @@ def test_a_score_that_is_nan_is_a_score(int8_store: Store) -> None:
     with StreamedModel(int8_store, device=CPU, resident_bytes=0) as model, cache_of(PLENTY) as cache:
         setup = PassSetup(model, PLENTY, cache)
         with torch.no_grad():
-            model.skeleton.model.get_input_embeddings().weight.fill_(torch.nan)
+            model.skeleton.model.model.decoder.embed_positions.weight.fill_(torch.nan)
         (first,) = sweep(setup, [job], scores)
         assert first is scores[0]
         assert np.isnan(first.logprobs).all()

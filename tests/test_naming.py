@@ -13,14 +13,14 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import LONGEST_NAME, check_names, mask_name, task_slug
 from lowmem_icl.protocols import OUT_OF_DOMAIN_TASKS
 from lowmem_icl.system.files import write_text_atomic
-from lowmem_icl.tasks.catalogue import DEMO_TASKS, PAPER_TASKS
+from lowmem_icl.tasks.catalogue import DEMO_TASKS, PAIR_TASKS, PAPER_TASKS
 
 LONGEST_METHOD = "combined-heads-100-ffns-100"
 MODEL = MaskModel(id="made", model_type="opt", layers=1, heads=1, digest="d")
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=400)
 
 
-@pytest.mark.parametrize("task", [*PAPER_TASKS, *DEMO_TASKS, *OUT_OF_DOMAIN_TASKS, "aggregate"])
+@pytest.mark.parametrize("task", [*PAPER_TASKS, *DEMO_TASKS, *PAIR_TASKS, *OUT_OF_DOMAIN_TASKS, "aggregate"])
 def test_plain_tasks_keep_their_names(task: str) -> None:
     assert mask_name("greedy", task, 16) == f"greedy-{task}-16shot"
 

@@ -22,6 +22,7 @@ from lowmem_icl.options import RunOptions, run_options
 from lowmem_icl.rows import PackedRows, outline
 from lowmem_icl.session import prepare as preparing
 from lowmem_icl.session.prepare import Prepared, first_prompts, prepare
+from lowmem_icl.session.text_form import text_tokeniser
 from lowmem_icl.session.texts import KeptTexts
 from lowmem_icl.tasks import packing
 from lowmem_icl.tasks.packing import PackingLimits, pack
@@ -132,7 +133,7 @@ def test_documents_and_rows_equal_those_made_without_keeping(tmp_path: Path, mor
     path.write_text("\n".join(map(json.dumps, rows)))
     options = small_options(tmp_path, **({"tasks": f"recall,{path}"} | more))
     for prepared in (prepare(options), prepare(options)):
-        tokenise = preparing.text_tokeniser(locate.load_tokenizer(prepared.store.tokenizer_folder))
+        tokenise = text_tokeniser(locate.load_tokenizer(prepared.store.tokenizer_folder))
         for task in preparing.open_tasks(options):
             for shots in options.resolved_shots:
                 for name, part in preparing.part_limits(options).items():
@@ -273,7 +274,7 @@ def test_many_long_prompts_do_not_stay_in_memory(tmp_path: Path) -> None:
 
 
 def test_prompts_makes_only_what_it_shows(tmp_path: Path, calls: Calls) -> None:
-    ((task, options),) = first_prompts(small_options(tmp_path, tasks="recall", shots="2", limit=9), 3)
+    ((_, task, options),) = first_prompts(small_options(tmp_path, tasks="recall", shots="2", limit=9), 3)
     assert calls.prompted.total() == len(task.documents) == 3
     assert len(options) == sum(len(document.gold) for document in task.documents)
 

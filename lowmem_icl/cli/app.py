@@ -219,7 +219,9 @@ def prompts(
     given: GivenOptions,
     task: Annotated[
         str,
-        typer.Argument(help="A task's name, lm-eval:NAME, or a path to JSON lines.", show_default=False),
+        typer.Argument(
+            help="A task's name, lm-eval:NAME, or a path to JSON lines or pairs.", show_default=False
+        ),
     ],
     shots: Annotated[
         str,

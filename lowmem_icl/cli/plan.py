@@ -17,7 +17,9 @@ def show_plan(plan: Plan, console: Console) -> None:
         + f"; activations that memory cannot hold, at most {size(memory.spill_bytes)}",
         f"memory {size(memory.allowance_bytes)}"
         + (f", on the device {size(memory.device_bytes)}" if memory.device_bytes else "")
-        + f": embeddings {size(memory.non_layer_bytes)}, "
+        + f": embeddings {size(memory.non_layer_bytes)}"
+        + ("" if memory.tables_in_memory else " (their tables are read from disk)")
+        + ", "
         f"layers in use {size(memory.streaming_bytes)}, working space {size(memory.working_bytes)}, "
         f"layers kept {size(memory.resident_bytes)}, residuals {size(memory.alive_bytes)}, "
         f"their cache {size(memory.cache_bytes)}",

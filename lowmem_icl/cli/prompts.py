@@ -19,10 +19,11 @@ def prompt_entries(options: RunOptions, count: int) -> list[dict[str, Any]]:
     demonstrations are shared, how many a set keeps depends on all of the run's documents, so all are read.
     """
     entries = []
-    for task, tokenised in first_prompts(options, count):
+    for form, task, tokenised in first_prompts(options, count):
         starts = first_options(task.documents).tolist()
         for document, start in zip(task.documents, starts, strict=True):
-            entries.append(_entry(task, document, tokenised[start : start + len(document.gold)]))
+            entry = _entry(task, document, tokenised[start : start + len(document.gold)])
+            entries.append(entry | {"prompts": form.as_record()})
     return entries
 
 
@@ -51,6 +52,8 @@ def _entry(task: TaskRows, document: Document, tokenised: Sequence[OptionTokens]
 
 def show_prompts(entries: list[dict[str, Any]], console: Console) -> None:
     """Print prompts for reading: a context once, its options below, the right one marked."""
+    if entries:
+        console.print(Text(entries[0]["prompts"]["sentence"], "dim"))
     for entry in entries:
         console.rule(f"{entry['task']}, {entry['shots']}-shot, {entry['split']} document {entry['document']}")
         last_context = None

@@ -111,6 +111,11 @@ class AttentionForm:
     window: int | None = None
     key_bias: KeyBias | None = None
 
+    @classmethod
+    def taken_from(cls, arguments: dict[str, Any]) -> "AttentionForm":
+        """Take what makes up a form out of an attention function's arguments."""
+        return cls(*(arguments.pop(name, None) for name in ("softcap", "sliding_window", "key_bias")))
+
     def of_plain_row(self, products: Tensor, first_query: int) -> Tensor:
         """Return the logits of a plain row's attention, [H, Q, K], from products with its first K keys.
 
@@ -169,20 +174,17 @@ def attend_by_row(
     key: Tensor,
     value: Tensor,
     attention_mask: RowAttention,
-    *,
-    scaling: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    key_bias: KeyBias | None = None,
-    **others: Any,
+    **arguments: Any,
 ) -> tuple[Tensor, None]:
     """Attend within every row of a micro-batch: query [1, H, N, d], key, value [1, G, N, d] to [1, N, H, d].
 
     What a row gets does not depend on the other segments: torch's attention is called on its tokens alone.
+    `arguments`: those that transformers' layers pass, `scaling` among them, and our own `key_bias`.
     """
-    _refuse_unknown(others)
+    scaling: float = arguments.pop("scaling")
     row_attention = attention_mask
-    row_attention.form = AttentionForm(softcap, sliding_window, key_bias)
+    row_attention.form = AttentionForm.taken_from(arguments)
+    _refuse_unknown(arguments)
     row_attention.keys, row_attention.values = key[0], value[0]
     if row_attention.with_queries:
         row_attention.queries = query[0] * scaling

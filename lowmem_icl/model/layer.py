@@ -18,6 +18,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from lowmem_icl.model.activation import steady_activations
 from lowmem_icl.model.attention import ATTENTION, AttentionForm, RowAttention, Segment
 from lowmem_icl.model.families.family import NormForm
 from lowmem_icl.model.int8 import Int8Linear, dequantise_rows, replace_linears
@@ -145,6 +146,8 @@ class DecoderLayer:
             replace_linears(first, (self._family.attention_inputs, self._family.ffn_inputs))
         for other in others:
             _share_leaves(first, other)
+        for layer in (first, *others):
+            steady_activations(layer)
         self._module: Any = first
         self._kinds = [self._halves(layer) for layer in (first, *others)]
         self._kind = 0
@@ -293,9 +296,10 @@ class DecoderLayer:
         captured: list[Tensor] = []
 
         def keep_ffn(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-            # The reshaped tensor continues in the graph, so that gradients reach what was captured.
+            # A copy continues in the graph: gradients reach what was captured, and a layer that adds to it in
+            # place leaves that alone.
             captured.append(output.view(shape))
-            return captured[-1].view(output.shape)
+            return captured[-1].view(output.shape).clone()
 
         written_by = self._family.ffn_norm or self._family.ffn_output
         handle = self._module.get_submodule(written_by).register_forward_hook(keep_ffn)

@@ -36,6 +36,8 @@ class VocabularyTable:
                 held[start : start + VOCABULARY_BLOCK] = self._read(start, VOCABULARY_BLOCK)
             self._held = held.to(device)
             self.close()
+            # Counted is what passes read.
+            self.read_bytes = 0
 
     def close(self) -> None:
         """Close the file."""
@@ -52,7 +54,7 @@ class VocabularyTable:
         return read[where].float().to(self._device)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield the table by blocks of VOCABULARY_BLOCK rows: the first row's id, and [rows, E] in float32."""
+        """Yield the table by VOCABULARY_BLOCK rows: the first row's id, and [rows, E] in float32."""
         for start in range(0, self._rows, VOCABULARY_BLOCK):
             if self._held is not None:
                 yield start, self._held[start : start + VOCABULARY_BLOCK].float()

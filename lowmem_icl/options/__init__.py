@@ -4,12 +4,11 @@
 what was given.
 """
 
+from lowmem_icl.options.defaults import DEMO, PACKAGED_MODELS
 from lowmem_icl.options.fields import (
     CURVES,
     DEFAULT_CURVES,
     DEFAULT_EXACT,
-    DEFAULT_TRAIN_LIMIT,
-    DEMO,
     EXPERIMENTS,
     FLAGS,
     Curve,
@@ -29,10 +28,10 @@ __all__ = [
     "CURVES",
     "DEFAULT_CURVES",
     "DEFAULT_EXACT",
-    "DEFAULT_TRAIN_LIMIT",
     "DEMO",
     "EXPERIMENTS",
     "FLAGS",
+    "PACKAGED_MODELS",
     "Curve",
     "Experiment",
     "Flag",

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
+from lowmem_icl.options.defaults import DEMO, Defaults, defaults_of
 from lowmem_icl.options.forms import (
     AnyPath,
     Count,
@@ -33,9 +34,6 @@ Curve = Literal["heads", "ffns", "combined", "transfer", "cross-shot", "random"]
 CURVES: tuple[Curve, ...] = get_args(Curve)
 Copying = Literal["norm", "softmax", "bias"]
 DEFAULT_CURVES: tuple[Curve, ...] = ("heads", "ffns")
-DEMO = "demo"
-DEFAULT_SHOTS, DEMO_SHOTS = (0, 1, 5), (0, 4, 16)
-DEFAULT_TRAIN_LIMIT = 32
 DEFAULT_EXACT = 500
 
 
@@ -98,7 +96,8 @@ class RunOptions(BaseModel):
         | None,
         Flag(
             Group.TASKS,
-            "Comma-separated: names, lm-eval:NAME, or JSON-lines files with context, options, gold.",
+            "Comma-separated: names (pairs: all word pairs), lm-eval:NAME, JSON-lines files with context, "
+            "options, gold, or JSON files that list pairs of input, output.",
             "the demo's, or the paper's 14",
         ),
     ] = None
@@ -112,17 +111,24 @@ class RunOptions(BaseModel):
     ] = None
     shots: Annotated[
         Annotated[tuple[Annotated[int, Field(ge=0, le=1000)], ...], *Listed, NotEmpty] | None,
-        Flag(Group.TASKS, "Numbers of demonstrations, comma-separated.", "0,1,5; the demo's 0,4,16"),
+        Flag(
+            Group.TASKS,
+            "Numbers of demonstrations, comma-separated.",
+            "0,1,5; the demo's 0,4,16; gemma3-270m, smollm2 0,5",
+        ),
     ] = None
     limit: Annotated[
-        Count | None, Flag(Group.TASKS, "Evaluation documents per task (MultiRC: questions).", "all")
+        Count | None,
+        Flag(
+            Group.TASKS, "Evaluation documents per task (MultiRC: questions).", "all; gemma3-270m, smollm2 64"
+        ),
     ] = None
     train_limit: Annotated[
         Count | None,
         Flag(
             Group.TASKS,
             "Training documents per task, for importance, ablations and pruning.",
-            "32, or --limit",
+            "32, or --limit; gemma3-270m, smollm2 16",
         ),
     ] = None
     importance_limit: Annotated[
@@ -153,7 +159,7 @@ class RunOptions(BaseModel):
         Flag(
             Group.TASKS,
             "Put the beginning-of-sequence token before every context.",
-            "as the family does; OPT: no",
+            "as the model's tokenizer does; OPT: no, as in the paper",
         ),
     ] = None
 
@@ -286,6 +292,11 @@ class RunOptions(BaseModel):
         return self
 
     @property
+    def defaults(self) -> Defaults:
+        """What its model's runs take where the options do not say."""
+        return defaults_of(self.model)
+
+    @property
     def resolved_exact(self) -> int:
         """Units ablated exactly where ablations are screened."""
         return self.exact or DEFAULT_EXACT
@@ -298,13 +309,17 @@ class RunOptions(BaseModel):
     @property
     def resolved_shots(self) -> tuple[int, ...]:
         """The shot counts, ascending."""
-        default = DEMO_SHOTS if self.model == DEMO else DEFAULT_SHOTS
-        return tuple(sorted(self.shots if self.shots is not None else default))
+        return tuple(sorted(self.shots if self.shots is not None else self.defaults.shots))
+
+    @property
+    def resolved_limit(self) -> int | None:
+        """Evaluation documents per task; None: all."""
+        return self.limit or self.defaults.limit
 
     @property
     def resolved_train_limit(self) -> int:
         """Training documents per task."""
-        return self.train_limit or self.limit or DEFAULT_TRAIN_LIMIT
+        return self.train_limit or self.limit or self.defaults.train_limit
 
     @property
     def resolved_importance_limit(self) -> int:
@@ -314,7 +329,7 @@ class RunOptions(BaseModel):
     @property
     def resolved_curve_limit(self) -> int:
         """Evaluation documents per task that curves are judged on."""
-        return min(self.curve_limit, self.limit or self.curve_limit)
+        return min(self.curve_limit, self.resolved_limit or self.curve_limit)
 
     @property
     def resolved_store_dir(self) -> Path:
@@ -328,7 +343,8 @@ class RunOptions(BaseModel):
     def identity_values(self) -> dict[str, Any]:
         """The plain JSON values of all options that results depend on; the device is not among them."""
         values = self.model_dump(mode="json", include={name for name in FLAGS if FLAGS[name].changes_results})
-        return values | {"shots": list(self.resolved_shots), "train_limit": self.resolved_train_limit}
+        resolved = {"limit": self.resolved_limit, "train_limit": self.resolved_train_limit}
+        return values | {"shots": list(self.resolved_shots), **resolved}
 
     @property
     def digest(self) -> str:

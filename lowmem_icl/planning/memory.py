@@ -1,5 +1,6 @@
 """How the memory given to a run is dealt out between weights, rows and caches, so that it is kept."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,12 +34,15 @@ class MemoryPlan:
     `device_bytes` is None where all lies in the machine's memory. Else `allowance_bytes` of that hold the
     layers being read and the clean cache, and all the rest is on the device. `spill_bytes` of disk take what
     the cache cannot hold. `micro_batch_tokens` go through a layer together, so that intermediate tensors keep
-    to `working_bytes`.
+    to `working_bytes`. `tables_in_memory`: whether the vocabulary's tables are held; where not, the head's
+    `head_bytes` are read again for every READ_ROWS answers.
     """
 
     allowance_bytes: int
     device_bytes: int | None
     non_layer_bytes: int
+    head_bytes: int
+    tables_in_memory: bool
     streaming_bytes: int
     working_bytes: int
     resident_bytes: int
@@ -46,6 +50,10 @@ class MemoryPlan:
     cache_bytes: int
     spill_bytes: int
     micro_batch_tokens: int
+
+    def head_read_bytes(self, answers: float) -> float:
+        """Return how much of the head is read from disk for so many answers."""
+        return 0.0 if self.tables_in_memory else answers / READ_ROWS * self.head_bytes
 
     def limits(self, wave_tokens: int | None = None) -> SweepLimits:
         """Return what a sweep may use."""
@@ -80,6 +88,8 @@ def plan_memory(
             allowance_bytes=needs.allowance,
             device_bytes=device_bytes,
             non_layer_bytes=needs.non_layer,
+            head_bytes=needs.head,
+            tables_in_memory=needs.tables_in_memory,
             streaming_bytes=needs.read_ahead + needs.in_use,
             working_bytes=working,
             resident_bytes=resident,
@@ -100,8 +110,9 @@ def plan_memory(
 class _Needs:
     """What a run cannot do without, in bytes: of the device where there is one, else of the machine's memory.
 
-    allowance: what --memory gives; non_layer: the weights outside the layers; read_ahead: two layers being
-    read; in_use: the layer in use; least: what one row takes.
+    allowance: what --memory gives; non_layer: what is held of the weights outside the layers; head: the table
+    that is read for answers; read_ahead: two layers being read; in_use: the layer in use; least: what one row
+    takes.
     """
 
     def __init__(self, prepared: Prepared, longest_tokens: int, device_bytes: int | None) -> None:
@@ -109,7 +120,6 @@ class _Needs:
         self._prepared, self._longest_tokens, self._device_bytes = prepared, longest_tokens, device_bytes
         self.on_device = device_bytes is not None
         self.allowance = prepared.options.memory or int(psutil.virtual_memory().available * FREE_SHARE)
-        self.non_layer = store.manifest.files[NON_LAYER].size_bytes
         self.read_ahead = 2 * (store.layer_bytes + PAGE_BYTES)
         converted = CONVERTED_COPIES[store.manifest.weights]
         self.in_use = store.layer_bytes * (1 + converted if self.on_device else converted)
@@ -119,6 +129,34 @@ class _Needs:
             if self.on_device
             else int(2 * self._row_bytes / (1 - CACHE_SHARE)) + PAGE_BYTES
         )
+        self._place_tables()
+
+    def _place_tables(self) -> None:
+        """Hold the vocabulary's tables where they leave as much again for everything else that varies."""
+        store, skeleton = self._prepared.store, self._prepared.skeleton
+        sizes = {name: math.prod(shape) for name, shape in skeleton.non_layer_parameters().items()}
+        whole = store.manifest.files[NON_LAYER].size_bytes
+        element = whole / sum(sizes.values())
+        names = {skeleton.embedding_name, skeleton.unembedding_name}
+        tables = round(element * sum(sizes[name] for name in names))
+        self.head = round(element * sizes[skeleton.unembedding_name])
+        # Of a table on disk a block is in memory, as it is stored and in float32.
+        block = VOCABULARY_BLOCK * skeleton.embedding_width * 2 * FLOAT_BYTES
+        self.non_layer = min(whole, whole - tables + block)
+        together = self._smallest_batch
+        given = self._device_bytes if self._device_bytes is not None else self.allowance
+        varying = given - whole - self._fixed_bytes(self.working_bytes(together))
+        self.tables_in_memory = block >= tables or varying >= max(tables, self.least)
+        if self.tables_in_memory:
+            self.non_layer = whole
+
+    @property
+    def _smallest_batch(self) -> int:
+        return max(1, min(self._longest_tokens, MICRO_BATCH_TOKENS))
+
+    def _fixed_bytes(self, working: int) -> int:
+        """Return what is needed besides the weights outside the layers and the rows."""
+        return self.in_use + (0 if self.on_device else self.read_ahead) + working
 
     def spill_bytes(self) -> int:
         """Return how much of the run folder's disk may be used; raise DoesNotFit where that is less than one
@@ -137,7 +175,7 @@ class _Needs:
 
     def micro_batch_tokens(self) -> int:
         """Return how many tokens go through a layer together: as many as leave room for rows."""
-        smallest = max(1, min(self._longest_tokens, MICRO_BATCH_TOKENS))
+        smallest = self._smallest_batch
         room = self.rest(self.working_bytes(smallest))
         together = MICRO_BATCH_TOKENS
         while together > smallest and self.working_bytes(together) > room * WORKING_SHARE:

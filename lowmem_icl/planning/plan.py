@@ -115,7 +115,7 @@ def make_plan(
         backward="importance" in prepared.options.experiments,
     )
     wave_tokens = _wave_tokens(store, rates, len(resident))
-    counting = _Counting(prepared, rates, memory.limits(wave_tokens), resident)
+    counting = _Counting(prepared, rates, memory, wave_tokens)
     stages: list[StagePlan] = []
     chunks: dict[str, list[Chunk]] = {}
     for work in planned:
@@ -132,10 +132,10 @@ class _Counting:
     first.
     """
 
-    def __init__(
-        self, prepared: Prepared, rates: Rates, limits: SweepLimits, resident: frozenset[int]
-    ) -> None:
-        self._prepared, self._rates, self._limits, self._resident = prepared, rates, limits, resident
+    def __init__(self, prepared: Prepared, rates: Rates, memory: MemoryPlan, wave_tokens: int) -> None:
+        self._prepared, self._rates, self._memory = prepared, rates, memory
+        self._limits = memory.limits(wave_tokens)
+        self._resident = resident_layers(prepared.store, memory.resident_bytes)
         self._has_read_resident = False
 
     def stage(self, work: StageWork) -> tuple[StagePlan, list["Chunk"]]:
@@ -154,7 +154,8 @@ class _Counting:
             work.stage.name,
             operations=operations(cost, self._prepared.skeleton),
             layers_read=round(cost.layers_read),
-            read_bytes=round(cost.layers_read) * store.layer_bytes,
+            read_bytes=round(cost.layers_read) * store.layer_bytes
+            + round(self._memory.head_read_bytes(cost.answers)),
             seconds=self.seconds(cost),
             rough=work.stage.rough,
         )
@@ -162,7 +163,10 @@ class _Counting:
 
     def seconds(self, cost: SweepCost) -> float:
         """Return how long this machine computes or reads, whichever is longer."""
-        reading = cost.layers_read * self._prepared.store.layer_bytes / self._rates.disk_bytes_per_second
+        read_bytes = cost.layers_read * self._prepared.store.layer_bytes
+        reading = (
+            read_bytes + self._memory.head_read_bytes(cost.answers)
+        ) / self._rates.disk_bytes_per_second
         return max(self._rates.seconds(cost, self._limits.micro_batch_tokens), reading)
 
 

@@ -114,6 +114,7 @@ def _origin(record: Record) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return (
         f"{record['started']} on {machine['processor']}, {machine['threads']} threads{device}; {versions}; "
+        f"prompts: {record['model']['prompts']['sentence']}; "
         f"weights {record['model']['digest'][:12]}, protocol {options['protocol']}, seed {options['seed']}."
     )
 

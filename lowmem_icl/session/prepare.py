@@ -17,12 +17,13 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import check_names
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store
-from lowmem_icl.options import DEMO, RunOptions
+from lowmem_icl.options import DEMO, PACKAGED_MODELS, RunOptions
 from lowmem_icl.rows import PackedRows
+from lowmem_icl.session.text_form import TextForm, packing_limits, text_form, text_tokeniser
 from lowmem_icl.session.text_keys import table_key, tokenizer_digest
 from lowmem_icl.session.texts import FOLDER, KeptTexts
 from lowmem_icl.system.progress import Progress, unseen
-from lowmem_icl.tasks.catalogue import DEMO_TASKS, PAPER_TASKS
+from lowmem_icl.tasks.catalogue import DEMO_TASKS, LEARNT_PAIR_TASKS, PAPER_TASKS, expanded
 from lowmem_icl.tasks.demonstrations import Demonstrations
 from lowmem_icl.tasks.documents import TaskRows
 from lowmem_icl.tasks.loading import OpenTask, open_task
@@ -40,8 +41,6 @@ from lowmem_icl.tasks.prompt_table import MissingPrompt, PromptTable, TablePromp
 from lowmem_icl.tasks.prompting import DirectPrompter, Prompter
 from lowmem_icl.tasks.random_sequences import RandomSequences, drawable_ids, random_sequences
 from lowmem_icl.tasks.selection import Part
-
-LONGEST_REMEMBERED_TEXT = 200
 
 TaskKey = tuple[str, int]
 
@@ -68,6 +67,7 @@ class Prepared:
     options: RunOptions
     store: Store
     located: ModelLocation
+    text_form: TextForm
     limits: PackingLimits
     evaluate: tuple[TaskRows, ...]
     train: tuple[TaskRows, ...]
@@ -149,9 +149,13 @@ class Prepared:
 
 
 def task_names(options: RunOptions) -> tuple[str, ...]:
-    """Return the tasks asked for: the demo's own, or the paper's 14, where none are named."""
+    """Return the tasks asked for; where none are named the demo's own, those that small models learn from
+    demonstrations, or the paper's 14.
+    """
     if options.tasks is not None:
-        return options.tasks
+        return expanded(options.tasks)
+    if options.model in PACKAGED_MODELS:
+        return LEARNT_PAIR_TASKS
     return DEMO_TASKS if options.model == DEMO else PAPER_TASKS
 
 
@@ -167,47 +171,11 @@ def open_tasks(options: RunOptions) -> list[OpenTask]:
 def part_limits(options: RunOptions) -> dict[str, tuple[Part, int | None]]:
     """Return the part and the limit of the documents that a run needs, by field of Prepared."""
     return {
-        "evaluate": ("evaluate", options.limit),
+        "evaluate": ("evaluate", options.resolved_limit),
         "train": ("train", options.resolved_train_limit),
         "importance": ("importance", options.resolved_importance_limit),
         "curves": ("evaluate", options.resolved_curve_limit),
     }
-
-
-def packing_limits(options: RunOptions, store: Store, tokenizer: Any) -> PackingLimits:
-    """Return what model and tokenizer set for packing; raise InputError where they do not belong together."""
-    skeleton = store.skeleton
-    bos = tokenizer.bos_token_id
-    use_bos = skeleton.family.adds_bos if options.bos is None else options.bos
-    if use_bos and bos is None:
-        raise InputError("--bos: the tokenizer has no beginning-of-sequence token; leave the option out")
-    if len(tokenizer) > skeleton.vocabulary:
-        raise InputError(
-            f"{store.tokenizer_folder}: the tokenizer has {len(tokenizer)} tokens, the model only "
-            f"{skeleton.vocabulary}; they do not belong together"
-        )
-    return PackingLimits(
-        context_tokens=skeleton.context_tokens,
-        row_tokens=PackingLimits.row_tokens_for(skeleton.width),
-        empty_context=tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0,
-        bos=bos if use_bos else None,
-    )
-
-
-def text_tokeniser(tokenizer: Any) -> Tokenise:
-    """Return a tokenizer as a function of texts that remembers short ones, such as answers."""
-    remembered: dict[str, list[int]] = {}
-
-    def tokenise(texts: list[str]) -> list[list[int]]:
-        new = [text for text in dict.fromkeys(texts) if text not in remembered]
-        ids = tokenizer(new, add_special_tokens=False, verbose=False)["input_ids"] if new else []
-        made = dict(zip(new, ids, strict=True))
-        remembered.update(
-            (text, text_ids) for text, text_ids in made.items() if len(text) <= LONGEST_REMEMBERED_TEXT
-        )
-        return [made[text] if text in made else remembered[text] for text in texts]
-
-    return tokenise
 
 
 @dataclass(frozen=True)
@@ -274,7 +242,8 @@ def prepare(options: RunOptions, *, progress: Progress = unseen) -> Prepared:
     store = plan_store(located, options.weights)
     tokenizer = load_tokenizer(store.tokenizer_folder)
     digest = tokenizer_digest(tokenizer)
-    limits, texts = packing_limits(options, store, tokenizer), KeptTexts(options.resolved_store_dir / FOLDER)
+    form = text_form(options, store, tokenizer)
+    limits, texts = packing_limits(form, store, tokenizer), KeptTexts(options.resolved_store_dir / FOLDER)
     maker = _TextMaker(options, limits, text_tokeniser(tokenizer), digest, texts)
     tables: dict[TaskKey, KeptTable] = {}
     documents: dict[str, list[TaskRows]] = {name: [] for name in part_limits(options)}
@@ -290,6 +259,7 @@ def prepare(options: RunOptions, *, progress: Progress = unseen) -> Prepared:
         options,
         store,
         located,
+        form,
         limits,
         evaluate=tuple(documents["evaluate"]),
         train=tuple(documents["train"]),
@@ -300,7 +270,7 @@ def prepare(options: RunOptions, *, progress: Progress = unseen) -> Prepared:
     )
 
 
-def first_prompts(options: RunOptions, count: int) -> Iterator[tuple[TaskRows, TaskOptions]]:
+def first_prompts(options: RunOptions, count: int) -> Iterator[tuple[TextForm, TaskRows, TaskOptions]]:
     """Yield the first `count` evaluation documents of every task and shot count, with their texts and tokens.
 
     No other document is prompted, unless demonstrations are shared: how many a set keeps depends on all
@@ -308,14 +278,17 @@ def first_prompts(options: RunOptions, count: int) -> Iterator[tuple[TaskRows, T
     """
     store = plan_store(find_model(options), options.weights)
     tokenizer = load_tokenizer(store.tokenizer_folder)
-    limits, tokenise = packing_limits(options, store, tokenizer), text_tokeniser(tokenizer)
+    form = text_form(options, store, tokenizer)
+    limits, tokenise = packing_limits(form, store, tokenizer), text_tokeniser(tokenizer)
     prompter = DirectPrompter(partial(fit_context, tokenise=tokenise, limits=limits))
-    limit = options.limit if options.demonstrations == "shared" else min(count, options.limit or count)
+    limit = options.resolved_limit
+    if options.demonstrations != "shared":
+        limit = min(count, limit or count)
     for task in open_tasks(options):
         for shots in options.resolved_shots:
             rows = _part_rows(options, task, shots, ("evaluate", limit), prompter)
             first = replace(rows, documents=rows.documents[:count])
-            yield first, tokenised(first, tokenise, limits)
+            yield form, first, tokenised(first, tokenise, limits)
 
 
 def find_model(options: RunOptions, progress: Progress = unseen) -> ModelLocation:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lowmem_icl import __version__
 from lowmem_icl.options import RunOptions
+from lowmem_icl.tasks.catalogue import is_file_name
 from lowmem_icl.tasks.loading import OpenTask
 from lowmem_icl.tasks.packing import PackingLimits
 
@@ -18,7 +19,7 @@ KEY_DIGITS = 24
 # Packages that texts and tokens come from.
 TEXT_PACKAGES = ("lm-eval", "datasets", "transformers", "tokenizers")
 # Our own code and definitions that they come from.
-TEXT_SOURCES = ("rows.py", "tasks", "demo/tasks")
+TEXT_SOURCES = ("rows.py", "tasks", "demo/tasks", "session/text_form.py")
 
 
 def table_key(options: RunOptions, task: OpenTask, shots: int, tokenizer: str, limits: PackingLimits) -> str:
@@ -28,13 +29,13 @@ def table_key(options: RunOptions, task: OpenTask, shots: int, tokenizer: str, l
         "sources": _sources_digest(),
         "packages": {name: version(name) for name in TEXT_PACKAGES},
         # Of a file of one's own its content counts, not where it lies.
-        "task": "" if task.name.endswith(".jsonl") else task.name,
+        "task": "" if is_file_name(task.name) else task.name,
         "rows": task.rows_digest,
         "tokenizer": tokenizer,
         "limits": asdict(limits),
         "shots": shots,
         "documents": [
-            options.limit,
+            options.resolved_limit,
             options.resolved_train_limit,
             options.resolved_importance_limit,
             options.resolved_curve_limit,

@@ -1,6 +1,6 @@
 """The tasks that the tool knows by name, from the YAML of their definitions alone, without lm-eval."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -16,8 +16,20 @@ PAPER_TASKS = (
     "wic", "wsc", "multirc", "rte", "record",
 )  # fmt: skip
 DEMO_TASKS = ("recall", "category", "knowledge", "repeat")
-KNOWN_TASKS = (*PAPER_TASKS, *OUT_OF_DOMAIN_TASKS, *DEMO_TASKS)
+PAIR_TASKS = (
+    "country_capital", "antonym", "singular_plural", "present_past", "present_participle", "comparative",
+    "english_french", "english_spanish", "word_category", "capitalize", "first_letter", "next_item",
+    "first_of_five", "last_of_five", "animal_among_objects", "object_among_animals", "verb_among_nouns",
+)  # fmt: skip
+# Word pairs that a model of a few hundred million parameters learns from demonstrations, by much.
+LEARNT_PAIR_TASKS = (
+    "next_item", "first_letter", "english_french", "object_among_animals", "word_category",
+)  # fmt: skip
+KNOWN_TASKS = (*PAPER_TASKS, *OUT_OF_DOMAIN_TASKS, *DEMO_TASKS, *PAIR_TASKS)
+# Names that stand for several tasks, each of which is a task of its own in every table.
+COLLECTIONS = {"pairs": PAIR_TASKS}
 HARNESS_PREFIX = "lm-eval:"
+ROWS_SUFFIX, PAIRS_SUFFIX = ".jsonl", ".json"
 SPLITS = ("train", "validation", "test")
 
 Definition = Mapping[str, Any]
@@ -33,6 +45,35 @@ def demo_tasks_folder() -> Path:
     return Path(str(files("lowmem_icl"))) / "demo" / "tasks"
 
 
+def pair_tasks_folder() -> Path:
+    """Folder of the definitions and rows of the word pairs."""
+    return Path(str(files("lowmem_icl.tasks"))) / "pairs"
+
+
+def bundled_folder(name: str) -> Path | None:
+    """Return the folder of a task's rows where they come with the tool; None for other tasks."""
+    if name in PAIR_TASKS:
+        return pair_tasks_folder()
+    return demo_tasks_folder() if name.split("_")[0] in DEMO_TASKS else None
+
+
+def expanded(names: Sequence[str]) -> tuple[str, ...]:
+    """Return tasks by name, with the tasks of a collection in its place.
+
+    Raises InputError where a task is then listed twice.
+    """
+    listed = [task for name in names for task in COLLECTIONS.get(name, (name,))]
+    repeated = next((task for task in listed if listed.count(task) > 1), None)
+    if repeated is not None:
+        raise InputError(f"--tasks: '{repeated}' is listed twice, once in a collection; name it once")
+    return tuple(listed)
+
+
+def is_file_name(name: str) -> bool:
+    """Tell whether a task is named by its file: of rows or of word pairs."""
+    return name.endswith((ROWS_SUFFIX, PAIRS_SUFFIX))
+
+
 class _DefinitionLoader(yaml.SafeLoader):  # type: ignore[misc]
     """Reads lm-eval's YAML; a function that it names stays a name."""
 
@@ -43,8 +84,7 @@ _DefinitionLoader.add_constructor("!function", lambda loader, node: str(node.val
 @cache
 def definition(name: str) -> Definition:
     """Return the fields of one of our definitions, those it includes among them."""
-    folder = demo_tasks_folder() if name.split("_")[0] in DEMO_TASKS else definitions_folder()
-    return _read_definition(folder / f"{name}.yaml")
+    return _read_definition((bundled_folder(name) or definitions_folder()) / f"{name}.yaml")
 
 
 def _read_definition(path: Path) -> dict[str, Any]:

@@ -6,14 +6,22 @@ from typing import Any
 from lowmem_icl.protocols import OUT_OF_DOMAIN_TASKS
 from lowmem_icl.tasks.catalogue import (
     DEMO_TASKS,
+    PAIR_TASKS,
     PAPER_TASKS,
+    bundled_folder,
     definition,
-    demo_tasks_folder,
     member_names,
     split_files,
     task_metric,
 )
 from lowmem_icl.tasks.row_files import count_rows
+
+ORIGINS = {
+    "demo": DEMO_TASKS,
+    "pairs": PAIR_TASKS,
+    "paper": PAPER_TASKS,
+    "out of domain": OUT_OF_DOMAIN_TASKS,
+}
 
 
 def known_tasks(data_dir: Path | None) -> list[dict[str, Any]]:
@@ -23,10 +31,11 @@ def known_tasks(data_dir: Path | None) -> list[dict[str, Any]]:
     where a task's folder lacks a split or holds a file that is no text.
     """
     listed = []
-    for kind, names in (("demo", DEMO_TASKS), ("paper", PAPER_TASKS), ("out of domain", OUT_OF_DOMAIN_TASKS)):
-        folder = demo_tasks_folder() if kind == "demo" else data_dir
+    for kind, names in ORIGINS.items():
         for name in names:
-            at_hand = folder is not None and (kind == "demo" or (folder / name).is_dir())
+            bundled = bundled_folder(name)
+            folder = bundled or data_dir
+            at_hand = bundled is not None or (folder is not None and (folder / name).is_dir())
             sizes = _sizes(name, folder) if folder is not None and at_hand else {}
             listed.append({"task": name, "from": kind, "metric": task_metric(name), "rows": sizes})
     return listed

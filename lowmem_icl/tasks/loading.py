@@ -173,7 +173,7 @@ class _PartOfMember:
 
 
 def open_task(name: str, data_dir: Path | None) -> OpenTask:
-    """Load a task's definition and rows: a plain name, `lm-eval:NAME` or a path to JSON lines.
+    """Load a task's definition and rows: a plain name, `lm-eval:NAME` or a path to JSON lines or pairs.
 
     Raises InputError naming what is not known, missing or malformed.
     """

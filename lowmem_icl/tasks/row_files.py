@@ -7,6 +7,7 @@ from typing import Any
 from lowmem_icl.errors import InputError
 
 Rows = list[dict[str, Any]]
+FORM_BY_SUFFIX = {".jsonl": "JSON lines", ".json": "word pairs"}
 
 
 def read_rows(path: Path) -> Rows:
@@ -39,10 +40,15 @@ def count_rows(path: Path) -> int:
 
 
 def _lines(path: Path) -> list[str]:
+    # Not splitlines(): JSON may hold a bare U+2028 or U+0085 inside a text, and that ends no row.
+    return read_text(path).split("\n")
+
+
+def read_text(path: Path) -> str:
+    """Return a file's text without a byte-order mark; raise InputError where it has none."""
     if path.is_dir():
-        raise InputError(f"{path} is a folder; expected a file of JSON lines")
+        raise InputError(f"{path} is a folder; expected a file of {FORM_BY_SUFFIX.get(path.suffix, 'text')}")
     try:
-        # Not splitlines(): JSON may hold a bare U+2028 or U+0085 inside a text, and that ends no row.
-        return path.read_text(encoding="utf-8-sig").split("\n")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error

@@ -18,16 +18,21 @@ from lm_eval.tasks import TaskManager
 
 from lowmem_icl.errors import InputError
 from lowmem_icl.tasks.catalogue import (
-    DEMO_TASKS,
+    COLLECTIONS,
     HARNESS_PREFIX,
     KNOWN_TASKS,
+    PAIRS_SUFFIX,
+    ROWS_SUFFIX,
+    bundled_folder,
     definition,
     definitions_folder,
     demo_tasks_folder,
     member_names,
+    pair_tasks_folder,
     split_files,
 )
 from lowmem_icl.tasks.row_files import Rows, read_rows
+from lowmem_icl.tasks.word_pairs import pair_rows, prompt_text, read_pairs
 
 # What lm-eval raises where it renders a row that lacks a field or has it in another form. Caught around
 # rendering alone, so that a defect of ours is not taken for a fault of the rows.
@@ -40,9 +45,8 @@ HARNESS_ERRORS = (ImportError, RuntimeError)
 
 @cache
 def _own_manager() -> TaskManager:
-    return TaskManager(
-        include_path=[str(definitions_folder()), str(demo_tasks_folder())], include_defaults=False
-    )
+    folders = (definitions_folder(), demo_tasks_folder(), pair_tasks_folder())
+    return TaskManager(include_path=[str(folder) for folder in folders], include_defaults=False)
 
 
 def load_members(name: str, data_dir: Path | None) -> list[ConfigurableTask]:
@@ -54,16 +58,19 @@ def load_members(name: str, data_dir: Path | None) -> list[ConfigurableTask]:
     datasets.disable_progress_bars()
     if name.startswith(HARNESS_PREFIX):
         return [_from_harness(name)]
-    if name.endswith(".jsonl"):
-        return [_own_file(Path(name))]
+    if name.endswith(ROWS_SUFFIX):
+        return [_own_rows(Path(name))]
+    if name.endswith(PAIRS_SUFFIX):
+        return [_own_pairs(Path(name))]
     if name not in KNOWN_TASKS:
-        close = difflib.get_close_matches(name, KNOWN_TASKS, n=1)
+        known = (*KNOWN_TASKS, *COLLECTIONS)
+        close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise InputError(
-            f"--tasks: unknown task '{name}'; {hint}expected one of {', '.join(KNOWN_TASKS)}, "
-            f"{HARNESS_PREFIX}NAME or a path to .jsonl"
+            f"--tasks: unknown task '{name}'; {hint}expected one of {', '.join(known)}, "
+            f"{HARNESS_PREFIX}NAME or a path to {ROWS_SUFFIX} or {PAIRS_SUFFIX}"
         )
-    folder = demo_tasks_folder() if name in DEMO_TASKS else data_dir
+    folder = bundled_folder(name) or data_dir
     loaded = []
     for member in member_names(name):
         override: dict[str, Any] = {"task": member}
@@ -140,21 +147,52 @@ def _from_harness(name: str) -> ConfigurableTask:
     return task
 
 
-def _own_file(path: Path) -> ConfigurableTask:
+def _own_rows(path: Path) -> ConfigurableTask:
     """Build a task from JSON lines with `context`, `options` and `gold`; texts are used as they stand."""
-    if not path.exists():
-        raise InputError(f"--tasks: {path} does not exist; give a task's name or a file of JSON lines")
+    _check_exists(path)
     rows = read_rows(path)
     for number, row in enumerate(rows, start=1):
         _check_own_row(path, number, row)
-    plain = [
-        {"context": row["context"], "options": row["options"], "gold": _as_list(row["gold"])} for row in rows
-    ]
+    return _own_task(
+        path,
+        [
+            {"context": row["context"], "options": row["options"], "gold": _as_list(row["gold"])}
+            for row in rows
+        ],
+    )
+
+
+def _own_pairs(path: Path) -> ConfigurableTask:
+    """Build a task from a JSON list of pairs of `input` and `output`."""
+    _check_exists(path)
+    return _own_task(
+        path,
+        [
+            {
+                "context": prompt_text(row["input"]),
+                "options": [f" {option}" for option in row["options"]],
+                "gold": [row["answer"]],
+            }
+            for row in pair_rows(read_pairs(path))
+        ],
+    )
+
+
+def _check_exists(path: Path) -> None:
+    if not path.exists():
+        raise InputError(
+            f"--tasks: {path} does not exist; give a task's name, a file of JSON lines ({ROWS_SUFFIX}) "
+            f"or of word pairs ({PAIRS_SUFFIX})"
+        )
+
+
+def _own_task(path: Path, rows: Rows) -> ConfigurableTask:
+    """Build a task named like a file from rows with `context`, `options` and a list as `gold`."""
     config = {
         "task": path.stem,
         "output_type": "multiple_choice",
         "validation_split": "validation",
-        "custom_dataset": _given({"validation": _dataset(path, plain)}),
+        "custom_dataset": _given({"validation": _dataset(path, rows)}),
         "doc_to_text": lambda row: row["context"],
         "doc_to_choice": lambda row: row["options"],
         # lm-eval learns from the first row whether labels are lists, so all rows have one; a demonstration

@@ -118,7 +118,7 @@ class LogitForm:
 
 @dataclass(frozen=True, eq=False)
 class NormForm:
-    """A norm as numbers: (x − its mean, if `centred`) / deviation · scale + shift, [D] each; None: without."""
+    """A norm as numbers: (x − its mean, if `centred`) / deviation · scale + shift, [D] each."""
 
     scale: Tensor
     shift: Tensor | None

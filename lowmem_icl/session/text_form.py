@@ -1,0 +1,102 @@
+"""How a model's tokenizer is used: what stands before a prompt, and texts to token ids."""
+
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+from lowmem_icl.errors import InputError
+from lowmem_icl.model.store import Store
+from lowmem_icl.options import RunOptions
+from lowmem_icl.tasks.packing import PackingLimits, Tokenise
+
+LONGEST_REMEMBERED_TEXT = 200
+WORD_START = "▁"
+
+
+@dataclass(frozen=True)
+class TextForm:
+    """What is done to prompts, for run.json, the page and `prompts`.
+
+    bos: the token put once before every context, None without; bos_by: who decides, `option` (--bos),
+    `family` or `tokenizer`; chat_template: whether the tokenizer has one, which is never applied.
+    """
+
+    bos: str | None
+    bos_by: str
+    chat_template: bool
+
+    def as_record(self) -> dict[str, Any]:
+        """Return plain values for run.json, and the sentence that says it."""
+        return asdict(self) | {"sentence": self.sentence}
+
+    @property
+    def sentence(self) -> str:
+        """What is done to prompts, in words."""
+        begins = f"{self.bos} stands before every prompt" if self.bos else "nothing stands before a prompt"
+        reason = {
+            "option": "as --bos asks",
+            "family": "as this family needs it",
+            "tokenizer": "as the model's tokenizer does",
+        }[self.bos_by]
+        template = "; the tokenizer has a chat template, which is not applied" if self.chat_template else ""
+        return f"{begins}, {reason}{template}"
+
+
+def text_form(options: RunOptions, store: Store, tokenizer: Any) -> TextForm:
+    """Return how prompts begin; raise InputError where --bos asks for a token that there is not.
+
+    Where neither option nor family decide, the tokenizer does: a text of its own begins with BOS or not.
+    """
+    bos, by_family = tokenizer.bos_token_id, store.skeleton.family.adds_bos
+    if options.bos is not None:
+        adds, by = options.bos, "option"
+    elif by_family is not None:
+        adds, by = by_family, "family"
+    else:
+        adds, by = bos is not None and tokenizer("a")["input_ids"][:1] == [bos], "tokenizer"
+    if adds and bos is None:
+        raise InputError("--bos: the tokenizer has no beginning-of-sequence token; leave the option out")
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    return TextForm(tokenizer.bos_token if adds else None, by, has_template)
+
+
+def packing_limits(form: TextForm, store: Store, tokenizer: Any) -> PackingLimits:
+    """Return what model and tokenizer set for packing; raise InputError where they do not belong together."""
+    skeleton = store.skeleton
+    if len(tokenizer) > skeleton.vocabulary:
+        raise InputError(
+            f"{store.tokenizer_folder}: the tokenizer has {len(tokenizer)} tokens, the model only "
+            f"{skeleton.vocabulary}; they do not belong together"
+        )
+    return PackingLimits(
+        context_tokens=skeleton.context_tokens,
+        row_tokens=PackingLimits.row_tokens_for(skeleton.width),
+        empty_context=tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0,
+        bos=None if form.bos is None else tokenizer.bos_token_id,
+    )
+
+
+def text_tokeniser(tokenizer: Any) -> Tokenise:
+    """Return a tokenizer as a function of texts that remembers short ones, such as answers.
+
+    A text that begins with a space continues another. Tokenizers that put a space before every text (Llama
+    2's) would give it two, so it loses its own.
+    """
+    remembered: dict[str, list[int]] = {}
+
+    @cache
+    def puts_space() -> bool:
+        ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+        return bool(ids) and str(tokenizer.convert_ids_to_tokens(ids[:1])[0]).startswith(WORD_START)
+
+    def tokenise(texts: list[str]) -> list[list[int]]:
+        new = [text for text in dict.fromkeys(texts) if text not in remembered]
+        given = [text.removeprefix(" ") for text in new] if new and puts_space() else new
+        ids = tokenizer(given, add_special_tokens=False, verbose=False)["input_ids"] if given else []
+        made = dict(zip(new, ids, strict=True))
+        remembered.update(
+            (text, text_ids) for text, text_ids in made.items() if len(text) <= LONGEST_REMEMBERED_TEXT
+        )
+        return [made[text] if text in made else remembered[text] for text in texts]
+
+    return tokenise

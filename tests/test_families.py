@@ -1,0 +1,264 @@
+"""One suite for every family: the engine against plain hooks on Hugging Face's own model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import family_oracles as oracles
+import numpy as np
+import pytest
+import torch
+from conftest import make_store
+from family_models import CASES, CONTEXT, HEADS, LAYERS, FamilyCase
+from test_engine import CPU, PLENTY, ablation_masks, cache_of, packed_task, swept
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from lowmem_icl.engine.head_scores import HeadQuestions, HeadScores
+from lowmem_icl.engine.passes import GradientJob, PassSetup, score_heads, sweep, unit_gradients
+from lowmem_icl.engine.schedule import Job, SweepLimits
+from lowmem_icl.engine.unit_gradients import UnitGradients
+from lowmem_icl.errors import InputError
+from lowmem_icl.masks.mask import Mask
+from lowmem_icl.model.families.catalogue import FAMILIES
+from lowmem_icl.model.skeleton import Skeleton
+from lowmem_icl.model.store import Store, open_store, verify_store
+from lowmem_icl.model.streamed import StreamedModel
+from lowmem_icl.rows import stem_of
+from lowmem_icl.tasks.random_sequences import Drawable, random_sequences
+
+SEQUENCES = random_sequences(Drawable(np.arange(4, 300), "ids"), 2, 50, seed=1, count=1)
+TIGHT = SweepLimits(60_000, 60_000, 1 << 24, 64)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A family's small model: as a checkpoint, as stores, and as Hugging Face's own."""
+
+    case: FamilyCase
+    folder: Path
+
+    @cached_property
+    def model(self) -> Any:
+        return self.case.reloaded(self.folder / "checkpoint")
+
+    @cached_property
+    def store(self) -> Store:
+        return make_store(self.folder / "checkpoint", self.folder / "float32", "float32")
+
+    @cached_property
+    def int8_store(self) -> Store:
+        return make_store(self.folder / "checkpoint", self.folder / "int8", "int8")
+
+
+@pytest.fixture(scope="module", params=CASES)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    case, folder = CASES[request.param], tmp_path_factory.mktemp("family")
+    case.save(folder / "checkpoint")
+    return Made(case, folder)
+
+
+def test_every_family_has_a_case() -> None:
+    assert {case.model_type for case in CASES.values()} == set(FAMILIES)
+
+
+def test_cases_are_uneven() -> None:
+    assert HEADS & (HEADS - 1), "no power of two"
+    skeletons = {name: Skeleton(case.make().config) for name, case in CASES.items()}
+    assert any(skeleton.attention_width != skeleton.width for skeleton in skeletons.values())
+    kinds = {name: len(set(skeleton.kind_of_layer)) for name, skeleton in skeletons.items()}
+    assert {name for name, count in kinds.items() if count > 1} == {
+        "qwen2", "smollm3", "gemma2", "gemma3_text"
+    }  # fmt: skip
+
+
+def test_a_store_is_read_back_as_it_was_written(made: Made) -> None:
+    for store in (made.store, made.int8_store):
+        verify_store(open_store(store.folder))
+        assert store.manifest.source.digest == made.store.manifest.source.digest
+
+
+@pytest.mark.parametrize("shared", [0, 40], ids=["own prompts", "shared demonstrations"])
+def test_every_unit_removed_equals_one_hooked_run_a_unit(made: Made, shared: int) -> None:
+    """Trees of options and stems against single rows; the clean run among them."""
+    task, masks = packed_task(2, shared=shared), ablation_masks(LAYERS, HEADS)
+    assert len({row.stem for row in task.packed.rows}) == (2 if shared else 1)
+    (scores,) = swept(made.store, [Job(task.packed, masks)])
+    for mask, values in zip(masks, scores.logprobs, strict=True):
+        expected = oracles.option_logprobs(made.case, made.model, task.options, mask)
+        np.testing.assert_allclose(values, expected, atol=1e-4)
+    assert (np.abs(scores.logprobs[1:] - scores.logprobs[0]).max(1) > 1e-3).all(), "every unit matters"
+
+
+def test_gradients_equal_the_whole_graph(made: Made) -> None:
+    task = packed_task(4, gold_only=True)
+    chosen = np.array([gold for document in task.task.documents for gold in document.gold])
+    result = UnitGradients.empty(len(task.task.documents), task.packed.option_count, LAYERS, HEADS)
+    with StreamedModel(made.store, device=CPU, resident_bytes=0) as model, cache_of(PLENTY) as cache:
+        job = GradientJob(task.packed.rows, lambda logprobs: chosen)
+        unit_gradients(PassSetup(model, PLENTY, cache), [job], [result])
+    for owner, document in enumerate(task.task.documents):
+        option = task.options[int(task.first_option[owner]) + document.gold.index(True)]
+        expected = oracles.unit_gradients(made.case, made.model, option)
+        names = ("head_absolute", "head_signed", "ffn_absolute", "ffn_signed")
+        for name, values in zip(names, expected, strict=True):
+            largest = np.abs(values).max()
+            np.testing.assert_allclose(getattr(result, name)[owner], values, atol=1e-4 * largest)
+
+
+def head_scores(store: Store) -> HeadScores:
+    rows = [
+        tuple(stem_of(tokens.tolist()) for tokens in kind)
+        for kind in (SEQUENCES.repeated, SEQUENCES.unrepeated)
+    ]
+    asked = HeadQuestions(rows[0], rows[1], SEQUENCES.base_tokens)
+    scores = HeadScores.empty(1, LAYERS, HEADS)
+    with StreamedModel(store, device=CPU, resident_bytes=0) as model, cache_of(PLENTY) as cache:
+        score_heads(PassSetup(model, PLENTY, cache), asked, scores)
+    return scores
+
+
+def written_by_heads(case: FamilyCase, model: Any, tokens: Tensor, layer: int) -> Tensor:
+    """What each head puts into the residual, [H, T, D], up to the positive divisor of a norm after it."""
+    kept: list[Tensor] = []
+    output: Any = case.module(model, layer, case.output)
+    handle = output.register_forward_pre_hook(lambda module, arguments: kept.append(arguments[0]))
+    with torch.no_grad():
+        model(tokens[None])
+    handle.remove()
+    weight = output.weight.t() if isinstance(output, Conv1D) else output.weight
+    written = torch.stack(
+        [z @ part.t() for z, part in zip(oracles.slices(kept[0][0]), oracles.slices(weight), strict=True)]
+    )
+    if not case.written_ffn:
+        return written
+    norm: Any = case.module(model, layer, "post_attention_layernorm")
+    return written * (norm.weight + 1 if case.model_type.startswith("gemma") else norm.weight)
+
+
+def test_prefix_matching_and_copying_equal_the_models_own_attention(made: Made) -> None:
+    if made.case.attention != "eager":
+        pytest.skip("transformers gives no attention here; BLOOM has the same biases")
+    scores = head_scores(made.store)
+    repeated, unrepeated = (torch.from_numpy(kind[0]) for kind in (SEQUENCES.repeated, SEQUENCES.unrepeated))
+    for layer, pattern in enumerate(oracles.attention_patterns(made.model, repeated)):
+        expected = oracles.prefix_matching(pattern, SEQUENCES.base_tokens[0])
+        np.testing.assert_allclose(scores.prefix_matching[0, layer], expected, atol=1e-5)
+        written = written_by_heads(made.case, made.model, unrepeated, layer)
+        with torch.no_grad():
+            copied = oracles.copying(made.case, made.model, unrepeated, layer, written)
+        np.testing.assert_allclose(scores.copying[0, layer], copied, atol=2e-4)
+
+
+def test_eigenvalues_are_those_of_each_heads_circuit(made: Made) -> None:
+    """With values found by what the model's own layer makes of basis vectors, not by where they lie."""
+    ours = head_scores(made.store).copying_eigenvalues
+    assert np.isfinite(ours).all()
+    assert (np.abs(ours) <= 1 + 1e-6).all()
+    with StreamedModel(made.store, device=CPU, resident_bytes=0) as model:
+        for number, layer in model.layers(range(LAYERS)):
+            values = values_of_basis(made, number, model.skeleton.width)
+            expected = values.unflatten(0, (-1, model.skeleton.head_width))
+            given = layer.value_weight.unflatten(0, (HEADS, -1))
+            groups = HEADS // len(expected)
+            torch.testing.assert_close(given, expected.repeat_interleave(groups, 0), atol=1e-5, rtol=1e-4)
+
+
+def values_of_basis(made: Made, number: int, width: int) -> Tensor:
+    """The values [G · d, D] that a layer's attention makes of the D basis vectors, biases taken off."""
+    family = FAMILIES[made.case.model_type]
+    attention: Any = made.case.module(made.model, number, made.case.output.rpartition(".")[0])
+    linear: Any = made.case.module(made.model, number, family.attention_inputs[-1])
+    vectors = torch.cat([torch.zeros(1, width), torch.eye(width)])
+    with torch.no_grad():
+        projected = linear(vectors[None])
+    values = projected[0] if family.fused is None else _split(attention, projected)[0].flatten(1)
+    return (values[1:] - values[0]).t()
+
+
+def _split(attention: Any, projected: Tensor) -> Tensor:
+    """The values [1, T, G, d] as the module itself takes them from its fused projection [1, T, N]."""
+    kind = type(attention).__name__
+    width = projected.shape[-1]
+    by_kind: dict[str, Callable[[], Tensor]] = {
+        "GPT2Attention": lambda: projected[..., 2 * width // 3 :].unflatten(-1, (HEADS, -1)),
+        "GPTNeoXAttention": lambda: projected.unflatten(-1, (HEADS, -1)).chunk(3, -1)[2],
+        "Phi3Attention": lambda: projected[..., width - 2 * attention.head_dim :].unflatten(-1, (2, -1)),
+        "BloomAttention": lambda: attention._reshape(projected)[2].transpose(1, 2),
+        "FalconAttention": lambda: attention._split_heads(projected)[2],
+    }
+    return by_kind[kind]()
+
+
+def test_int8_is_bitwise_the_same_for_any_memory(made: Made) -> None:
+    """Layers streamed or kept, waves, micro-batches, and the vocabulary in memory or on disk."""
+    job = Job(
+        packed_task(3, shared=40).packed, (*ablation_masks(LAYERS, HEADS)[:4], Mask(ffns=frozenset([2])))
+    )
+    (plenty,) = swept(made.int8_store, [job])
+    spill = made.folder / "spill"
+    with (
+        StreamedModel(made.int8_store, device=CPU, resident_bytes=0, tables_in_memory=False) as model,
+        cache_of(TIGHT, spill) as cache,
+    ):
+        (tight,) = sweep(PassSetup(model, TIGHT, cache), [job])
+    np.testing.assert_array_equal(plenty.logprobs, tight.logprobs)
+    np.testing.assert_array_equal(plenty.greedy, tight.greedy)
+
+
+def test_int8_is_near_float(made: Made) -> None:
+    job = Job(packed_task(3).packed, (Mask(),))
+    (rounded,), (exact,) = swept(made.int8_store, [job]), swept(made.store, [job])
+    spread = exact.logprobs.std()
+    assert np.abs(rounded.logprobs - exact.logprobs).mean() < 0.2 * spread
+
+
+def test_positions_are_depths_whatever_the_row_is_packed_with(made: Made) -> None:
+    """Alone, each option is one plain row; packed, it is a branch somewhere in a tree of many documents."""
+    task = packed_task(5)
+    (together,) = swept(made.store, [Job(task.packed, (Mask(),))])
+    longest = max(len(row) for row in task.packed.rows)
+    deepest = max(int(row.positions.max()) for row in task.packed.rows)
+    assert deepest + 1 < longest <= CONTEXT * 2, "places in rows and depths differ"
+    expected = oracles.option_logprobs(made.case, made.model, task.options, Mask())
+    np.testing.assert_allclose(together.logprobs[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "missing"),
+    [
+        ({"model_type": "mixtral", "num_local_experts": 8}, "routing"),
+        ({"model_type": "qwen2_moe", "num_experts": 60}, "routing"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "encoder"),
+        ({"model_type": "mamba", "state_size": 16}, "state-space"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "text model"),
+    ],
+)
+def test_what_other_architectures_lack_is_named(config: dict[str, Any], missing: str) -> None:
+    with pytest.raises(InputError, match=missing) as refused:
+        Skeleton.from_dict(config)
+    assert config["model_type"] in str(refused.value)
+    assert "gemma3_text, gpt2" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("gemma3_text", {"use_bidirectional_attention": True}),
+    ],
+)
+def test_fields_that_change_attention_in_other_ways_are_refused(
+    model_type: str, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(InputError, match=next(iter(changes))):
+        Skeleton.from_dict({"model_type": model_type, **CASES[model_type].config, **changes})
+
+
+def test_angles_that_depend_on_length_end_where_the_model_was_trained() -> None:
+    scaled = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
+    config = CASES["llama"].config | {"max_position_embeddings": CONTEXT}
+    scaled |= {"original_max_position_embeddings": 24}
+    assert Skeleton.from_dict({"model_type": "llama", **config, "rope_scaling": scaled}).context_tokens == 24
