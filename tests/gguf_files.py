@@ -71,7 +71,7 @@ def write_gguf(
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if form == GGMLQuantizationType.Q8_0 else 0)
     edit(writer)
     (arch,) = [key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture]
-    names = gguf.get_tensor_name_map(arch, SIZES["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         values = _as_llama_cpp_stores_it(architecture, name, parameter.detach().numpy())
         stored = GGMLQuantizationType.F32 if values.ndim == 1 else form

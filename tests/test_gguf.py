@@ -85,11 +85,8 @@ def test_heads_have_the_width_that_the_file_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("layers", "scale"), [(3, 32), (62, 64 // 4)])
 def test_gemmas_attention_is_scaled_by_llama_cpps_rule(tmp_path: Path, layers: int, scale: int) -> None:
     """The file does not hold the scale: a head's width, but in the 27B model, which has 62 layers."""
-
-    def with_layers(writer: GGUFWriter) -> None:
-        writer.kv_data[0]["gemma3.block_count"].value = layers
-
-    path = write_gguf(tmp_path / "tiny.gguf", "gemma3", random_model("gemma3"), edit=with_layers)
+    model = random_model("gemma3", num_hidden_layers=layers)
+    path = write_gguf(tmp_path / "tiny.gguf", "gemma3", model)
     assert opened(path).config["query_pre_attn_scalar"] == scale
 
 
@@ -252,6 +249,10 @@ def test_llama_3s_rotary_scaling_is_restored(tmp_path: Path) -> None:
     assert any("scaled as in Llama 3.1, by 32" in note for note in checkpoint.notes)
 
 
+def too_many_layers(writer: GGUFWriter) -> None:
+    writer.kv_data[0]["llama.block_count"].value = 1 << 31
+
+
 def other_divisors(writer: GGUFWriter) -> None:
     writer.add_tensor("rope_freqs.weight", torch.arange(1.0, 9.0).numpy())
 
@@ -264,6 +265,7 @@ def extra_tensor(writer: GGUFWriter) -> None:
     ("edit", "message"),
     [
         (extra_tensor, r"tensor 'blk\.0\.attn_rel_b\.weight' belongs to no parameter"),
+        (too_many_layers, "block_count is 2147483648, but there are tensors of 3 layers"),
         (other_divisors, r"'rope_freqs\.weight' scales rotary frequencies in another way"),
         (
             lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN),
@@ -285,7 +287,6 @@ def test_what_would_be_read_wrongly_is_refused(
 
 def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     writer = GGUFWriter(tmp_path / "x.gguf", "hyperllama")
-    writer.add_block_count(2)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -340,7 +341,7 @@ def test_a_file_without_a_tensor_or_vocabulary_is_refused(tmp_path: Path) -> Non
     content = path.read_bytes()
     for found, changed, message in (
         (b"tokenizer.ggml.tokens", b"tokenizer.ggml.t0kens", "no tokenizer|no config"),
-        (b"blk.1.attn_k.weight", b"blk.9.attn_k.weight", "belongs to no parameter"),
+        (b"blk.1.attn_k.weight", b"blk.1.attn_x.weight", "belongs to no parameter"),
     ):
         path.write_bytes(content.replace(found, changed))
         with pytest.raises(InputError, match=message):

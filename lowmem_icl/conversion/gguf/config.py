@@ -6,6 +6,7 @@ refused by name.
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def gguf_config(path: Path, header: GgufHeader) -> dict[str, Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     _refuse_unread_fields(path, header)
+    _check_layers(path, header)
     try:
         fields = load_gguf_checkpoint(path, return_tensors=False)["config"]
         model_type = fields.pop("model_type")
@@ -85,6 +87,18 @@ def _refuse_unread_fields(path: Path, header: GgufHeader) -> None:
         raise InputError(
             f"{path}: {name} is {header.metadata[name]}, which transformers' reader of GGUF files passes "
             "over: the numbers would be wrong; give the original checkpoint"
+        )
+
+
+def _check_layers(path: Path, header: GgufHeader) -> None:
+    """Refuse a number of layers that the tensors do not bear out: libraries would build without end."""
+    matches = (re.match(r"blk\.(\d+)\.", name) for name in header.tensors)
+    found = len({match[1] for match in matches if match is not None})
+    stated = header.field("block_count")
+    if stated is not None and stated != found:
+        raise InputError(
+            f"{path}: {header.architecture}.block_count is {stated}, but there are tensors of {found} "
+            "layers; fetch the file again"
         )
 
 
