@@ -22,6 +22,7 @@ from lowmem_icl.options import RunOptions, run_options
 from lowmem_icl.rows import PackedRows, outline
 from lowmem_icl.session import prepare as preparing
 from lowmem_icl.session.prepare import Prepared, first_prompts, prepare
+from lowmem_icl.session.task_texts import part_limits, part_rows
 from lowmem_icl.session.texts import KeptTexts
 from lowmem_icl.tasks import packing
 from lowmem_icl.tasks.packing import PackingLimits, pack
@@ -135,14 +136,14 @@ def test_documents_and_rows_equal_those_made_without_keeping(tmp_path: Path, mor
         tokenise = preparing.text_tokeniser(locate.load_tokenizer(prepared.store.tokenizer_folder))
         for task in preparing.open_tasks(options):
             for shots in options.resolved_shots:
-                for name, part in preparing.part_limits(options).items():
+                for name, part in part_limits(options).items():
                     kept = {(rows.task, rows.shots): rows for rows in getattr(prepared, name)}[
                         task.name, shots
                     ]
                     prompter = DirectPrompter(
                         partial(packing.fit_context, tokenise=tokenise, limits=prepared.limits)
                     )
-                    plain = preparing._part_rows(options, task, shots, part, prompter)
+                    plain = part_rows(options, task, shots, part, prompter)
                     for left, right in zip(plain.documents, kept.documents, strict=True):
                         assert replace(left, options=()) == replace(right, options=())
                         assert (tuple(left.options), left.row) == (tuple(right.options), right.row)
@@ -179,6 +180,7 @@ def test_options_without_influence_on_texts_share_them(tmp_path: Path, calls: Ca
     prepare(small_options(tmp_path))
     calls.forget()
     prepare(small_options(tmp_path, seed=7, experiments="evaluate", memory="3GB"))
+    prepare(small_options(tmp_path, labels="right"))
     assert not calls.prompted
 
 

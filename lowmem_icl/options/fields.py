@@ -25,7 +25,7 @@ from lowmem_icl.options.forms import (
     SmallCount,
     describe_form,
 )
-from lowmem_icl.protocols import PROTOCOLS, Protocol, ProtocolName
+from lowmem_icl.protocols import LABELS, PROTOCOLS, Labels, Protocol, ProtocolName
 
 Experiment = Literal["evaluate", "importance", "ablate", "prune", "induction", "overlap"]
 EXPERIMENTS: tuple[Experiment, ...] = get_args(Experiment)
@@ -136,6 +136,16 @@ class RunOptions(BaseModel):
     demonstration_sets: Annotated[
         SmallCount, Flag(Group.TASKS, "How many sets are shared; intervals cluster by set.")
     ] = 8
+    labels: Annotated[
+        tuple[Labels, ...],
+        *Listed,
+        NotEmpty,
+        Flag(
+            Group.TASKS,
+            "Whose answers demonstrations show when tasks are evaluated: their own; as controls, also each "
+            "other's and those of other documents.",
+        ),
+    ] = LABELS
     protocol: Annotated[
         ProtocolName,
         Flag(
@@ -269,6 +279,10 @@ class RunOptions(BaseModel):
     @model_validator(mode="after")
     def _fit_together(self) -> "RunOptions":
         experiments = set(self.experiments)
+        if "right" not in self.labels:
+            raise ValueError(
+                "--labels: expected right among them, which the controls are compared with; add it"
+            )
         if self.exact is not None and self.screen is None:
             raise ValueError(
                 "--exact: expected with --screen attribution, which says what is left out; add it"
@@ -288,6 +302,12 @@ class RunOptions(BaseModel):
     def protocol_flags(self) -> Protocol:
         """Which of its steps the protocol does in the reference's way."""
         return PROTOCOLS[self.protocol]
+
+    @property
+    def control_labels(self) -> tuple[Labels, ...]:
+        """Whose answers demonstrations show besides the right ones, where tasks are evaluated."""
+        controls = tuple(name for name in self.labels if name != "right")
+        return controls if "evaluate" in self.experiments else ()
 
     @property
     def resolved_shots(self) -> tuple[int, ...]:
