@@ -336,7 +336,7 @@ def test_options_reach_a_command_checked(monkeypatch: pytest.MonkeyPatch, tmp_pa
     default, named = seen
     assert default.out is not None
     assert default.out.name.startswith("evaluate-demo-")
-    expected = RunOptions(experiments=("evaluate",), limit=8, bos=False, seed=5)
+    expected = RunOptions(experiments=("evaluate",), labels=("right",), limit=8, bos=False, seed=5)
     assert default.model_copy(update={"out": None}) == expected
     assert named == expected.model_copy(update={"out": tmp_path / "own"})
     twice = invoke("evaluate", "--mask", left, "--mask", left)

@@ -102,18 +102,35 @@ def digests(prepared: Prepared) -> list[list[str]]:
 
 
 def test_texts_are_made_once_for_plan_run_and_resumed_run(tmp_path: Path, calls: Calls) -> None:
-    first = prepare(small_options(tmp_path))
+    first = prepare(small_options(tmp_path, labels="right"))
     made = digests(first)
     for counter in (calls.prompted, calls.tokenised, calls.laid_out):
         assert [key for key, count in counter.items() if count > 1] == []
     # Two tasks at two shot counts: 12 documents to evaluate on, curves among them, and 4 to train on.
     assert calls.prompted.total() == 2 * 2 * (12 + 4)
     calls.forget()
-    second = prepare(small_options(tmp_path))
+    second = prepare(small_options(tmp_path, labels="right"))
     assert digests(second) == made
     assert second.tasks_digest == first.tasks_digest
     assert not calls.prompted
     assert not calls.tokenised
+    assert not calls.laid_out
+
+
+def test_texts_of_controls_are_made_once_too(tmp_path: Path, calls: Calls) -> None:
+    def made() -> tuple[str, list[str]]:
+        prepared = prepare(small_options(tmp_path))
+        rows = [prepared.pack(control).packed.rows for control in prepared.label_controls]
+        return prepared.tasks_digest, [row.digest for packed in rows for row in packed]
+
+    prepare(small_options(tmp_path, labels="right"))
+    calls.forget()
+    first = made()
+    # Two tasks at 2 shots, their 12 documents with two other choices of labels.
+    assert calls.prompted.total() == 2 * 12 * 2
+    calls.forget()
+    assert made() == first
+    assert not calls.prompted
     assert not calls.laid_out
 
 
