@@ -426,7 +426,8 @@ def test_means_over_tasks_leave_out_what_is_out_of_domain(
     run_with_lambada: PlayedRun, experiment: str, procedure: str | None, metrics: tuple[str, ...]
 ) -> None:
     kept = (
-        "shots", "labels", "metric", "kind", "layer", "head", "percent", "heads_removed", "ffns_removed", "mask",
+        "shots", "labels", "metric", "kind", "layer", "head", "percent", "heads_removed", "ffns_removed",
+        "mask",
     )  # fmt: skip
     records = run_with_lambada.results.filter(
         (pl.col("experiment") == experiment)
