@@ -6,7 +6,7 @@ reference is the code published with Bansal et al. 2023 (amazon-science/llm-inte
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 ProtocolName = Literal["corrected", "reference"]
 
@@ -59,6 +59,10 @@ REFERENCE = Protocol(
     copying_of_own_token=True,
 )
 PROTOCOLS: dict[ProtocolName, Protocol] = {"corrected": CORRECTED, "reference": REFERENCE}
+
+Labels = Literal["right", "shuffled", "foreign"]
+"""Whose answers the demonstrations of a prompt show: their own, each other's, or those of other documents."""
+LABELS: tuple[Labels, ...] = get_args(Labels)
 
 AGGREGATE = "aggregate"
 """The task that stands for the mean over tasks."""

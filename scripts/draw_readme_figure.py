@@ -58,7 +58,8 @@ def head_drops(results: pl.DataFrame, task: str, shots: int) -> NDArray[np.float
 
 def accuracies(results: pl.DataFrame, shots: int) -> pl.DataFrame:
     """Return accuracies with bounds and chance by task and method: clean, and under each task's own masks."""
-    clean = (pl.col("experiment") == "evaluate") & (pl.col("mask") == "clean")
+    right = pl.col("labels").fill_null("right") == "right"
+    clean = (pl.col("experiment") == "evaluate") & (pl.col("mask") == "clean") & right
     pruned = (pl.col("experiment") == "prune") & (pl.col("procedure") == "greedy")
     own = pl.col("mask_task") == pl.col("task")
     return (

@@ -48,7 +48,7 @@ def test_commands_take_their_flags_from_the_options() -> None:
     assert flags("run") == set(FLAGS) | {"config", "quiet", "as_json"}
     assert flags("plan") == flags("run")
     assert set(FLAGS) - flags("evaluate") == {
-        *("train_limit", "importance_limit", "hours", "masks_dir"),
+        *("train_limit", "importance_limit", "labels", "hours", "masks_dir"),
         *(name for name, flag in FLAGS.items() if flag.group == Group.EXPERIMENTS and name != "seed"),
     }
     changes_prompts = {
@@ -59,6 +59,7 @@ def test_commands_take_their_flags_from_the_options() -> None:
         "demonstration_sets",
         "limit",
         "data_dir",
+        "labels",
     }
     assert changes_prompts <= flags("prompts")
     assert {"revision", "weights", "store_dir"} <= flags("convert")
@@ -336,7 +337,7 @@ def test_options_reach_a_command_checked(monkeypatch: pytest.MonkeyPatch, tmp_pa
     default, named = seen
     assert default.out is not None
     assert default.out.name.startswith("evaluate-demo-")
-    expected = RunOptions(experiments=("evaluate",), limit=8, bos=False, seed=5)
+    expected = RunOptions(experiments=("evaluate",), labels=("right",), limit=8, bos=False, seed=5)
     assert default.model_copy(update={"out": None}) == expected
     assert named == expected.model_copy(update={"out": tmp_path / "own"})
     twice = invoke("evaluate", "--mask", left, "--mask", left)

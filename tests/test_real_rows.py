@@ -33,8 +33,20 @@ def test_real_rows_of_all_14_tasks_run(small_opt: Path, shared_data: Path, tmp_p
     assert result.exit_code == 0, result.output
     results = read_table(tmp_path / "run" / "results.parquet", "results")
     evaluated = results.filter((pl.col("experiment") == "evaluate") & pl.col("metric").is_in(["acc", "em"]))
-    assert set(evaluated["task"]) == {*PAPER_TASKS, "aggregate"}
-    assert len(evaluated) == 2 * 15
+    foreign = evaluated.filter(pl.col("labels") == "foreign")
+    right = evaluated.filter(pl.col("labels").fill_null("right") == "right")
+    assert set(right["task"]) == {*PAPER_TASKS, "aggregate"}
+    assert len(right) == 2 * 15
+    assert set(foreign["task"]) == {*PAPER_TASKS} - {"wsc"}, (
+        "its demonstrations all show yes; so no mean either"
+    )
+    gained = results.filter(pl.col("metric") == "acc_label_effect")
+    assert set(gained["task"]) == {*foreign["task"], "aggregate"}
+    assert set(gained["labels"]) == {"foreign"}
+    warnings = json.loads((tmp_path / "run" / "run.json").read_text())["warnings"]
+    assert [warning for warning in warnings if "labels" in warning] == [
+        "task wsc: no control with foreign labels: all demonstrations show the same answer"
+    ]
     answers = read_table(tmp_path / "run" / "answers.parquet", "answers")
     assert answers["logprob"].is_finite().all()
     assert answers.filter(pl.col("task") == "multirc")["document"].n_unique() > 8, (

@@ -138,6 +138,8 @@ def all_options() -> Iterator[Mapping[str, Any]]:
         yield {"experiments": EXPERIMENTS[:n_experiments]}
         yield {"experiments": EXPERIMENTS[-n_experiments:]}
     yield {"rescore": True}
+    yield {"labels": "right"}
+    yield {"labels": ("right", "foreign"), "limit": 130, "experiments": ("evaluate",)}
     yield {"experiments": ("importance", "prune")}
     yield {"experiments": ("ablate", "prune", "overlap")}
     yield {"tasks": ("recall",), "shots": (4,)}
@@ -305,16 +307,16 @@ def test_without_what_screens_nothing_is_ablated() -> None:
     work = played(prepared, allowed=1)
     results = last_results(work)
     assert [part.name for part in work.asked] == ["evaluate-000000"]
-    assert not results["evaluate"].unfinished
-    for name in ("importance", "ablate"):
+    assert set(results["evaluate"].results["labels"]) == {None, "right"}, "the controls come second"
+    for name in ("evaluate", "importance", "ablate"):
         assert results[name].unfinished.startswith(f"{name}: the time was over before it was finished")
-        assert results[name].results.is_empty()
+        assert results[name].results.is_empty() == (name != "evaluate")
     assert results["overlap"].warnings == (), "they are asked for, and will come"
 
 
 def test_ablations_that_are_cut_tell_how_far_they_came_and_show_it() -> None:
     prepared = prepared_for(experiments=("evaluate", "importance", "ablate", "overlap"), train_limit=6)
-    results = last_results(played(prepared, allowed=4))
+    results = last_results(played(prepared, allowed=5))
     sentence = "ablate: the time was over after 2 of 6 documents per task; the same command continues"
     assert results["ablate"].unfinished == sentence
     singles = results["ablate"].results.filter(pl.col("procedure") == "single")
@@ -371,7 +373,7 @@ def test_memory_is_dealt_out_by_the_largest_sweep_of_every_stage_that_is_known()
         if isinstance(part, SweepPart)
     }
     most = max(documents.values())
-    assert sweeps - {"evaluate-000000"} <= {name for name, n in documents.items() if n == most}
+    assert sweeps - {"evaluate-labels-000000"} <= {name for name, n in documents.items() if n == most}
     assert len(sweeps) == 2, "what searches and induction ask for is not known beforehand"
 
 
@@ -413,7 +415,7 @@ def test_every_experiment_has_records_of_tasks_out_of_domain(run_with_lambada: P
 @pytest.mark.parametrize(
     ("experiment", "procedure", "metrics"),
     [
-        ("evaluate", None, ("acc", "gold_logprob", "gold_prob", "majority")),
+        ("evaluate", None, ("acc", "gold_logprob", "gold_prob", "majority", "acc_label_effect")),
         ("ablate", "single", ("gold_logprob_drop", "gold_prob_drop", "acc_drop")),
         ("ablate", "icl-effect", ("icl_effect", "icl_effect_acc")),
         ("induction", "removal", ("acc", "gold_logprob", "acc_drop")),
@@ -423,7 +425,10 @@ def test_every_experiment_has_records_of_tasks_out_of_domain(run_with_lambada: P
 def test_means_over_tasks_leave_out_what_is_out_of_domain(
     run_with_lambada: PlayedRun, experiment: str, procedure: str | None, metrics: tuple[str, ...]
 ) -> None:
-    kept = ("shots", "metric", "kind", "layer", "head", "percent", "heads_removed", "ffns_removed", "mask")
+    kept = (
+        "shots", "labels", "metric", "kind", "layer", "head", "percent", "heads_removed", "ffns_removed",
+        "mask",
+    )  # fmt: skip
     records = run_with_lambada.results.filter(
         (pl.col("experiment") == experiment)
         & pl.col("procedure").eq_missing(pl.lit(procedure))

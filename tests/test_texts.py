@@ -22,6 +22,7 @@ from lowmem_icl.options import RunOptions, run_options
 from lowmem_icl.rows import PackedRows, outline
 from lowmem_icl.session import prepare as preparing
 from lowmem_icl.session.prepare import Prepared, first_prompts, prepare
+from lowmem_icl.session.task_texts import part_limits, part_rows
 from lowmem_icl.session.text_form import text_tokeniser
 from lowmem_icl.session.texts import KeptTexts
 from lowmem_icl.tasks import packing
@@ -102,18 +103,35 @@ def digests(prepared: Prepared) -> list[list[str]]:
 
 
 def test_texts_are_made_once_for_plan_run_and_resumed_run(tmp_path: Path, calls: Calls) -> None:
-    first = prepare(small_options(tmp_path))
+    first = prepare(small_options(tmp_path, labels="right"))
     made = digests(first)
     for counter in (calls.prompted, calls.tokenised, calls.laid_out):
         assert [key for key, count in counter.items() if count > 1] == []
     # Two tasks at two shot counts: 12 documents to evaluate on, curves among them, and 4 to train on.
     assert calls.prompted.total() == 2 * 2 * (12 + 4)
     calls.forget()
-    second = prepare(small_options(tmp_path))
+    second = prepare(small_options(tmp_path, labels="right"))
     assert digests(second) == made
     assert second.tasks_digest == first.tasks_digest
     assert not calls.prompted
     assert not calls.tokenised
+    assert not calls.laid_out
+
+
+def test_texts_of_controls_are_made_once_too(tmp_path: Path, calls: Calls) -> None:
+    def made() -> tuple[str, list[str]]:
+        prepared = prepare(small_options(tmp_path))
+        rows = [prepared.pack(control).packed.rows for control in prepared.label_controls]
+        return prepared.tasks_digest, [row.digest for packed in rows for row in packed]
+
+    prepare(small_options(tmp_path, labels="right"))
+    calls.forget()
+    first = made()
+    # Two tasks at 2 shots, their 12 documents with two other choices of labels.
+    assert calls.prompted.total() == 2 * 12 * 2
+    calls.forget()
+    assert made() == first
+    assert not calls.prompted
     assert not calls.laid_out
 
 
@@ -136,14 +154,14 @@ def test_documents_and_rows_equal_those_made_without_keeping(tmp_path: Path, mor
         tokenise = text_tokeniser(locate.load_tokenizer(prepared.store.tokenizer_folder))
         for task in preparing.open_tasks(options):
             for shots in options.resolved_shots:
-                for name, part in preparing.part_limits(options).items():
+                for name, part in part_limits(options).items():
                     kept = {(rows.task, rows.shots): rows for rows in getattr(prepared, name)}[
                         task.name, shots
                     ]
                     prompter = DirectPrompter(
                         partial(packing.fit_context, tokenise=tokenise, limits=prepared.limits)
                     )
-                    plain = preparing._part_rows(options, task, shots, part, prompter)
+                    plain = part_rows(options, task, shots, part, prompter)
                     for left, right in zip(plain.documents, kept.documents, strict=True):
                         assert replace(left, options=()) == replace(right, options=())
                         assert (tuple(left.options), left.row) == (tuple(right.options), right.row)
@@ -180,6 +198,7 @@ def test_options_without_influence_on_texts_share_them(tmp_path: Path, calls: Ca
     prepare(small_options(tmp_path))
     calls.forget()
     prepare(small_options(tmp_path, seed=7, experiments="evaluate", memory="3GB"))
+    prepare(small_options(tmp_path, labels="right"))
     assert not calls.prompted
 
 

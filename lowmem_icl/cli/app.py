@@ -24,6 +24,7 @@ from lowmem_icl.cli.parameters import (
 )
 from lowmem_icl.errors import InputError
 from lowmem_icl.options import Group
+from lowmem_icl.protocols import LABELS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -173,7 +174,7 @@ def evaluate(
 
     lowmem-icl evaluate --mask masks/demo/greedy-recall-16shot.json --shots 16
     """
-    options = given.checked(experiments=("evaluate",))
+    options = given.checked(experiments=("evaluate",), labels=("right",))
     from lowmem_icl.cli.evaluate import read_masks, with_folder
 
     mask_files = read_masks(mask)
@@ -229,6 +230,14 @@ def prompts(
             help="Numbers of demonstrations, comma-separated.", metavar="LIST", rich_help_panel=Group.TASKS
         ),
     ] = "0",
+    labels: Annotated[
+        str,
+        typer.Option(
+            help=f"Whose answers demonstrations show: {', '.join(LABELS[:-1])} or {LABELS[-1]}.",
+            metavar="NAME",
+            rich_help_panel=Group.TASKS,
+        ),
+    ] = "right",
     count: Annotated[int, typer.Option(help="How many documents to show.", metavar="N", min=1)] = 2,
     as_json: JsonOption = False,
 ) -> None:
@@ -236,11 +245,11 @@ def prompts(
 
     lowmem-icl prompts wsc --model facebook/opt-1.3b --shots 1
     """
-    options = given.checked(tasks=(task,), shots=shots)
+    options = given.checked(tasks=(task,), shots=shots, labels=tuple(dict.fromkeys(("right", labels))))
     from lowmem_icl.cli.prompts import prompt_entries, show_prompts
     from lowmem_icl.cli.terminal import plain_console
 
-    entries = prompt_entries(options, count)
+    entries = prompt_entries(options, count, options.labels[-1])
     if as_json:
         _print_json(entries)
     else:

@@ -24,7 +24,7 @@ from lowmem_icl.options import (
 ALL_OPTIONS = tuple(FLAGS)
 EVALUATE_OPTIONS = (
     *names_of(Group.MODEL),
-    *(name for name in names_of(Group.TASKS) if name not in ("train_limit", "importance_limit")),
+    *(name for name in names_of(Group.TASKS) if name not in ("train_limit", "importance_limit", "labels")),
     *("seed", "memory", "device_memory", "device", "out"),
 )
 PROMPT_OPTIONS = (

@@ -7,19 +7,21 @@ from rich.console import Console
 from rich.text import Text
 
 from lowmem_icl.options import RunOptions
+from lowmem_icl.protocols import Labels
 from lowmem_icl.session.prepare import first_prompts
 from lowmem_icl.tasks.documents import Document, TaskRows
 from lowmem_icl.tasks.packing import OptionTokens, first_options
 
 
-def prompt_entries(options: RunOptions, count: int) -> list[dict[str, Any]]:
-    """Return the first `count` documents of every task and shot count, with what the model gets.
+def prompt_entries(options: RunOptions, count: int, labels: Labels) -> list[dict[str, Any]]:
+    """Return the first `count` documents of every task and shot count, with what the model gets where their
+    demonstrations have such labels.
 
     Of every option: context, continuation, token ids, and whether tokens were lost on the left. Where
     demonstrations are shared, how many a set keeps depends on all of the run's documents, so all are read.
     """
     entries = []
-    for form, task, tokenised in first_prompts(options, count):
+    for form, task, tokenised in first_prompts(options, count, labels):
         starts = first_options(task.documents).tolist()
         for document, start in zip(task.documents, starts, strict=True):
             entry = _entry(task, document, tokenised[start : start + len(document.gold)])
@@ -32,6 +34,7 @@ def _entry(task: TaskRows, document: Document, tokenised: Sequence[OptionTokens]
         "task": task.task,
         "shots": task.shots,
         "split": task.split,
+        "labels": task.labels if task.shots else None,
         "document": document.index,
         "demonstrations": list(document.demonstrations),
         "options": [

@@ -19,6 +19,7 @@ from lowmem_icl.report.numbers import (
     top_units,
     total_seconds,
     unit_name,
+    with_right_labels,
 )
 from lowmem_icl.session.folder import run_record
 from lowmem_icl.tables.schema import read_table
@@ -107,7 +108,9 @@ def _print_greedy(results: pl.DataFrame, record: Mapping[str, Any], console: Con
 def show_evaluation(folder: Path, console: Console) -> None:
     """Print accuracies clean and under every mask."""
     results = read_table(folder / "results.parquet", "results")
-    records = results.filter((pl.col("experiment") == "evaluate") & pl.col("metric").is_in(ACCURACY))
+    records = results.filter(
+        (pl.col("experiment") == "evaluate") & with_right_labels() & pl.col("metric").is_in(ACCURACY)
+    )
     masks = list(dict.fromkeys(records["mask"]))
     table = Table("task", "shots")
     for mask in masks:

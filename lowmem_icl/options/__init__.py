@@ -1,6 +1,6 @@
 """The options of a run: every option once, checked in one way, whether given by a flag or in a TOML file.
 
-`fields` holds the options, `forms` what values they take, in checks and in words; `reading` merges and checks
+`fields` holds the options, `defaults` what they are by model, `flags` their descriptions, `forms` what values they take, in checks and in words; `reading` merges and checks
 what was given.
 """
 
@@ -16,11 +16,8 @@ from lowmem_icl.options.fields import (
     Flag,
     Group,
     RunOptions,
-    default_text,
-    flag_name,
-    form_of,
-    names_of,
 )
+from lowmem_icl.options.flags import default_text, flag_name, form_of, names_of
 from lowmem_icl.options.forms import Form, parse_size
 from lowmem_icl.options.reading import read_config, run_options
 

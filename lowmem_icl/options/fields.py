@@ -24,9 +24,8 @@ from lowmem_icl.options.forms import (
     NotEmpty,
     Size,
     SmallCount,
-    describe_form,
 )
-from lowmem_icl.protocols import PROTOCOLS, Protocol, ProtocolName
+from lowmem_icl.protocols import LABELS, PROTOCOLS, Labels, Protocol, ProtocolName
 
 Experiment = Literal["evaluate", "importance", "ablate", "prune", "induction", "overlap"]
 EXPERIMENTS: tuple[Experiment, ...] = get_args(Experiment)
@@ -148,6 +147,16 @@ class RunOptions(BaseModel):
     demonstration_sets: Annotated[
         SmallCount, Flag(Group.TASKS, "How many sets are shared; intervals cluster by set.")
     ] = 8
+    labels: Annotated[
+        tuple[Labels, ...],
+        *Listed,
+        NotEmpty,
+        Flag(
+            Group.TASKS,
+            "Whose answers demonstrations show when tasks are evaluated: their own; as controls, also each "
+            "other's and those of other documents.",
+        ),
+    ] = LABELS
     protocol: Annotated[
         ProtocolName,
         Flag(
@@ -281,6 +290,10 @@ class RunOptions(BaseModel):
     @model_validator(mode="after")
     def _fit_together(self) -> "RunOptions":
         experiments = set(self.experiments)
+        if "right" not in self.labels:
+            raise ValueError(
+                "--labels: expected right among them, which the controls are compared with; add it"
+            )
         if self.exact is not None and self.screen is None:
             raise ValueError(
                 "--exact: expected with --screen attribution, which says what is left out; add it"
@@ -305,6 +318,12 @@ class RunOptions(BaseModel):
     def protocol_flags(self) -> Protocol:
         """Which of its steps the protocol does in the reference's way."""
         return PROTOCOLS[self.protocol]
+
+    @property
+    def control_labels(self) -> tuple[Labels, ...]:
+        """Whose answers demonstrations show besides the right ones, where tasks are evaluated."""
+        controls = tuple(name for name in self.labels if name != "right")
+        return controls if "evaluate" in self.experiments else ()
 
     @property
     def resolved_shots(self) -> tuple[int, ...]:
@@ -359,29 +378,3 @@ def _flag(field: FieldInfo) -> Flag:
 
 
 FLAGS: dict[str, Flag] = {name: _flag(field) for name, field in RunOptions.model_fields.items()}
-
-
-def names_of(*groups: Group) -> tuple[str, ...]:
-    """Return the names of the options in some groups, in the order in which `--help` lists them."""
-    return tuple(name for name, flag in FLAGS.items() if flag.group in groups)
-
-
-def flag_name(name: str) -> str:
-    """Return the flag of an option."""
-    return f"--{name.replace('_', '-')}"
-
-
-def default_text(name: str) -> str:
-    """Return an option's default as a person reads it; empty for a switch that is off."""
-    if FLAGS[name].default:
-        return FLAGS[name].default
-    value = RunOptions.model_fields[name].default
-    if isinstance(value, tuple):
-        return ",".join(value)
-    return "" if value is False else str(value)
-
-
-def form_of(name: str) -> Form:
-    """Return what values an option takes, read from its type and its check."""
-    field = RunOptions.model_fields[name]
-    return describe_form(field.annotation, field.metadata)

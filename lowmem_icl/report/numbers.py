@@ -38,17 +38,27 @@ def subject(records: pl.DataFrame) -> str:
 
 
 def clean_accuracy(results: pl.DataFrame) -> pl.DataFrame:
-    """Return the records of the clean run's accuracy on the evaluation split."""
-    return results.filter(
-        (pl.col("experiment") == "evaluate") & (pl.col("mask") == "clean") & pl.col("metric").is_in(ACCURACY)
-    )
+    """Return the records of the clean run's accuracy on the evaluation split, with right labels."""
+    return clean_evaluation(results).filter(with_right_labels() & pl.col("metric").is_in(ACCURACY))
+
+
+def clean_evaluation(results: pl.DataFrame) -> pl.DataFrame:
+    """Return the records of the clean run on the evaluation split, with whatever labels."""
+    return results.filter((pl.col("experiment") == "evaluate") & (pl.col("mask") == "clean"))
+
+
+def with_right_labels() -> pl.Expr:
+    """Select records whose demonstrations show their own answers, and those without demonstrations."""
+    return pl.col("labels").fill_null("right") == "right"
 
 
 def accuracy(results: pl.DataFrame) -> pl.DataFrame:
     """Return clean accuracy by task and shots, with chance and the accuracy of the best constant answer."""
-    majority = results.filter(
-        (pl.col("experiment") == "evaluate") & (pl.col("mask") == "clean") & (pl.col("metric") == "majority")
-    ).select("task", "shots", pl.col("value").alias("majority"))
+    majority = (
+        clean_evaluation(results)
+        .filter(pl.col("metric") == "majority")
+        .select("task", "shots", pl.col("value").alias("majority"))
+    )
     columns = ("task", "shots", "metric", "value", "stderr", "low", "high", "chance", "documents")
     return (
         clean_accuracy(results)

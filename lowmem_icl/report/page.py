@@ -16,6 +16,7 @@ from lowmem_icl.report.greedy import greedy_section
 from lowmem_icl.report.importance import importance_section
 from lowmem_icl.report.in_context import in_context_section
 from lowmem_icl.report.induction import induction_section
+from lowmem_icl.report.labels import labels_section
 from lowmem_icl.report.numbers import (
     SIGNIFICANT_Q,
     mean_over_tasks,
@@ -32,6 +33,7 @@ from lowmem_icl.tables.schema import read_table
 
 SECTIONS: tuple[Callable[[pl.DataFrame, Record], Section | None], ...] = (
     accuracy_section,
+    labels_section,
     importance_section,
     ablation_section,
     in_context_section,

@@ -5,10 +5,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lowmem_icl.conversion.locate import ModelLocation, ensure_store, load_tokenizer, locate, plan_store
 from lowmem_icl.errors import InputError
@@ -18,40 +16,28 @@ from lowmem_icl.masks.naming import check_names
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store
 from lowmem_icl.options import DEMO, PACKAGED_MODELS, RunOptions
+from lowmem_icl.protocols import Labels
 from lowmem_icl.rows import PackedRows
+from lowmem_icl.session.task_texts import KeptTable, LabelControls, TextMaker, part_limits, part_rows
 from lowmem_icl.session.text_form import TextForm, packing_limits, text_form, text_tokeniser
-from lowmem_icl.session.text_keys import table_key, tokenizer_digest
+from lowmem_icl.session.text_keys import TableName, tokenizer_digest
 from lowmem_icl.session.texts import FOLDER, KeptTexts
 from lowmem_icl.system.progress import Progress, unseen
 from lowmem_icl.tasks.catalogue import DEMO_TASKS, LEARNT_PAIR_TASKS, PAPER_TASKS, expanded
-from lowmem_icl.tasks.demonstrations import Demonstrations
 from lowmem_icl.tasks.documents import TaskRows
+from lowmem_icl.tasks.label_controls import NoLabelControl, with_other_labels
 from lowmem_icl.tasks.loading import OpenTask, open_task
 from lowmem_icl.tasks.packing import (
     PackedTask,
     PackingLimits,
     TaskOptions,
-    Tokenise,
     first_options,
     fit_context,
     packed,
     tokenised,
 )
-from lowmem_icl.tasks.prompt_table import MissingPrompt, PromptTable, TablePrompter, TableWriter
-from lowmem_icl.tasks.prompting import DirectPrompter, Prompter
+from lowmem_icl.tasks.prompting import DirectPrompter
 from lowmem_icl.tasks.random_sequences import RandomSequences, drawable_ids, random_sequences
-from lowmem_icl.tasks.selection import Part
-
-TaskKey = tuple[str, int]
-
-
-@dataclass(frozen=True)
-class KeptTable:
-    """The prompts of one task at one shot count, the key they are kept under, a digest of their content."""
-
-    key: str
-    digest: str
-    table: PromptTable = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -60,8 +46,10 @@ class Prepared:
 
     `evaluate`, `train`: the documents of every task and shot count, in the same order; `importance`: the
     training documents whose gradients are taken; `curves`: the first of `evaluate`, as many as pruning curves
-    are judged on. `masks`: those that the user gives, by name, to be evaluated as well as the clean model.
-    The store may be only planned, with sizes and no files: `with_store` makes it.
+    are judged on; `label_controls`: those of `evaluate` that have demonstrations, with other answers shown.
+    `notes`: what is left out, and why, in sentences. `masks`: those that the user gives, by name, to be
+    evaluated as well as the clean model. The store may be only planned, with sizes and no files: `with_store`
+    makes it.
     """
 
     options: RunOptions
@@ -73,8 +61,10 @@ class Prepared:
     train: tuple[TaskRows, ...]
     importance: tuple[TaskRows, ...]
     curves: tuple[TaskRows, ...]
-    tables: Mapping[TaskKey, KeptTable] = field(repr=False)
+    tables: Mapping[TableName, KeptTable] = field(repr=False)
     texts: KeptTexts = field(repr=False)
+    label_controls: tuple[TaskRows, ...] = ()
+    notes: tuple[str, ...] = ()
     masks: Mapping[str, Mask] = field(default_factory=dict)
 
     @property
@@ -98,7 +88,7 @@ class Prepared:
     def pack(self, task: TaskRows, documents: slice = slice(None), *, gold_only: bool = False) -> PackedTask:
         """Pack a slice of a task's documents; rows are planned when they are first asked for, and kept."""
         part = replace(task, documents=task.documents[documents])
-        options = self.tables[task.task, task.shots].table.options(part, self.limits)
+        options = self._table(task).table.options(part, self.limits)
         plan = partial(self._rows, self.texts.rows, part, options, gold_only)
         return PackedTask(part, options, first_options(part.documents), plan)
 
@@ -107,8 +97,11 @@ class Prepared:
     ) -> PackedRows:
         """Return the rows of a slice of a task's documents in their sizes alone, without content."""
         part = replace(task, documents=task.documents[documents])
-        options = self.tables[task.task, task.shots].table.options(part, self.limits)
+        options = self._table(task).table.options(part, self.limits)
         return self._rows(self.texts.outline, part, options, gold_only)
+
+    def _table(self, task: TaskRows) -> KeptTable:
+        return self.tables[TableName(task.task, task.shots, task.labels)]
 
     def _rows(
         self,
@@ -117,7 +110,7 @@ class Prepared:
         options: TaskOptions,
         gold_only: bool,
     ) -> PackedRows:
-        kept = self.tables[task.task, task.shots]
+        kept = self._table(task)
         numbers = kept.table.option_numbers(task)
         counts = np.array([len(document.gold) for document in task.documents])
         packing = f"{self.limits.row_tokens} {gold_only} {len(counts)} ".encode()
@@ -140,8 +133,8 @@ class Prepared:
     def tasks_digest(self) -> str:
         """SHA-256 over all texts, tokens, labels and demonstrations of both parts."""
         summed = hashlib.sha256()
-        for task in (*self.evaluate, *self.train, *self.importance):
-            kept = self.tables[task.task, task.shots]
+        for task in (*self.evaluate, *self.train, *self.importance, *self.label_controls):
+            kept = self._table(task)
             summed.update(repr((task.task, task.shots, task.split, kept.digest)).encode())
             summed.update(np.array([document.index for document in task.documents]).tobytes())
             summed.update(kept.table.option_numbers(task).tobytes())
@@ -168,70 +161,6 @@ def open_tasks(options: RunOptions) -> list[OpenTask]:
     return [open_task(name, options.data_dir) for name in task_names(options)]
 
 
-def part_limits(options: RunOptions) -> dict[str, tuple[Part, int | None]]:
-    """Return the part and the limit of the documents that a run needs, by field of Prepared."""
-    return {
-        "evaluate": ("evaluate", options.resolved_limit),
-        "train": ("train", options.resolved_train_limit),
-        "importance": ("importance", options.resolved_importance_limit),
-        "curves": ("evaluate", options.resolved_curve_limit),
-    }
-
-
-@dataclass(frozen=True)
-class _TextMaker:
-    """What the texts of tasks are made with, and where they are kept."""
-
-    options: RunOptions
-    limits: PackingLimits
-    tokenise: Tokenise
-    tokenizer_digest: str
-    texts: KeptTexts
-
-    def documents(self, task: OpenTask, shots: int) -> tuple[dict[str, TaskRows], KeptTable]:
-        """Return a task's documents at a shot count, by field of Prepared, and the table of their prompts."""
-
-        def make() -> dict[str, NDArray[Any]]:
-            writer = TableWriter(self.tokenise, self.limits)
-            self._rows(task, shots, writer)
-            return writer.arrays()
-
-        key = table_key(self.options, task, shots, self.tokenizer_digest, self.limits)
-        for again in (False, True):
-            table, digest = self.texts.table(key, make, again=again)
-            try:
-                rows = self._rows(task, shots, TablePrompter(table, self.limits))
-            except MissingPrompt:
-                if again:
-                    raise
-                continue
-            break
-        for part_rows in rows.values():
-            # An option that does not fit is reported now, not in the night.
-            table.options(part_rows, self.limits)
-        return rows, KeptTable(key, digest, table)
-
-    def _rows(self, task: OpenTask, shots: int, prompter: Prompter) -> dict[str, TaskRows]:
-        return {
-            name: _part_rows(self.options, task, shots, (part, limit), prompter)
-            for name, (part, limit) in part_limits(self.options).items()
-        }
-
-
-def _part_rows(
-    options: RunOptions, task: OpenTask, shots: int, part: tuple[Part, int | None], prompter: Prompter
-) -> TaskRows:
-    """Return the documents of a part, as many as its limit says."""
-    return task.rows(
-        shots=shots,
-        part=part[0],
-        limit=part[1],
-        demonstrations=Demonstrations(options.demonstrations, options.demonstration_sets),
-        protocol=options.protocol_flags,
-        prompter=prompter,
-    )
-
-
 def prepare(options: RunOptions, *, progress: Progress = unseen, needs_weights: bool = False) -> Prepared:
     """Load and check everything but the weights' values; raises InputError before any long work, also where
     weights that are needed are not there.
@@ -247,14 +176,16 @@ def prepare(options: RunOptions, *, progress: Progress = unseen, needs_weights: 
     digest = tokenizer_digest(tokenizer)
     form = text_form(options, store, tokenizer)
     limits, texts = packing_limits(form, store, tokenizer), KeptTexts(options.resolved_store_dir / FOLDER)
-    maker = _TextMaker(options, limits, text_tokeniser(tokenizer), digest, texts)
-    tables: dict[TaskKey, KeptTable] = {}
+    maker = TextMaker(options, limits, text_tokeniser(tokenizer), digest, texts)
+    tables: dict[TableName, KeptTable] = {}
+    controls = LabelControls(maker, tables)
     documents: dict[str, list[TaskRows]] = {name: [] for name in part_limits(options)}
     check_names(task_names(options))
     wanted = [(task, shots) for task in open_tasks(options) for shots in options.resolved_shots]
     with progress("texts", len(wanted), "tasks") as advance:
         for task, shots in wanted:
-            rows, tables[task.name, shots] = maker.documents(task, shots)
+            rows, tables[TableName(task.name, shots, "right")] = maker.documents(task, shots)
+            controls.add(task, rows["evaluate"])
             for name, part_rows in rows.items():
                 documents[name].append(part_rows)
             advance(1)
@@ -270,14 +201,18 @@ def prepare(options: RunOptions, *, progress: Progress = unseen, needs_weights: 
         curves=tuple(documents["curves"]),
         tables=tables,
         texts=texts,
+        label_controls=tuple(controls.found),
+        notes=controls.notes(),
     )
 
 
-def first_prompts(options: RunOptions, count: int) -> Iterator[tuple[TextForm, TaskRows, TaskOptions]]:
+def first_prompts(
+    options: RunOptions, count: int, labels: Labels = "right"
+) -> Iterator[tuple[TextForm, TaskRows, TaskOptions]]:
     """Yield the first `count` evaluation documents of every task and shot count, with their texts and tokens.
 
-    No other document is prompted, unless demonstrations are shared: how many a set keeps depends on all
-    documents of a run.
+    Raises InputError where their demonstrations cannot show such labels. No other document is prompted,
+    unless demonstrations are shared: how many a set keeps depends on all documents of a run.
     """
     store = plan_store(find_model(options), options.weights)
     tokenizer = load_tokenizer(store.tokenizer_folder)
@@ -289,9 +224,21 @@ def first_prompts(options: RunOptions, count: int) -> Iterator[tuple[TextForm, T
         limit = min(count, limit or count)
     for task in open_tasks(options):
         for shots in options.resolved_shots:
-            rows = _part_rows(options, task, shots, ("evaluate", limit), prompter)
+            rows = part_rows(options, task, shots, ("evaluate", limit), prompter)
             first = replace(rows, documents=rows.documents[:count])
+            if labels != "right":
+                first = _with_labels_asked_for(options, task, first, labels)
             yield form, first, tokenised(first, tokenise, limits)
+
+
+def _with_labels_asked_for(options: RunOptions, task: OpenTask, rows: TaskRows, labels: Labels) -> TaskRows:
+    try:
+        return with_other_labels(task, rows, labels, options.protocol_flags, DirectPrompter())
+    except NoLabelControl as error:
+        raise InputError(
+            f"--labels {labels}: task {task.name} has none at {rows.shots} shots: {error}; "
+            "ask for right, or for other --shots"
+        ) from error
 
 
 def find_model(options: RunOptions, progress: Progress = unseen) -> ModelLocation:

@@ -80,7 +80,13 @@ def rankings_of(*results: StageResult | None) -> Rankings:
 
 def task_fields(task: TaskRows) -> dict[str, Any]:
     """Return the columns that say which documents a number is of."""
-    return {"task": task.task, "shots": task.shots, "split": task.split, "documents": len(task.documents)}
+    return {
+        "task": task.task,
+        "shots": task.shots,
+        "split": task.split,
+        "documents": len(task.documents),
+        "labels": task.labels,
+    }
 
 
 def stamp(prepared: Prepared, experiment: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
@@ -11,8 +11,8 @@ from typing import Any
 
 from lowmem_icl import __version__
 from lowmem_icl.options import RunOptions
+from lowmem_icl.protocols import Labels
 from lowmem_icl.tasks.catalogue import is_file_name
-from lowmem_icl.tasks.loading import OpenTask
 from lowmem_icl.tasks.packing import PackingLimits
 
 KEY_DIGITS = 24
@@ -22,18 +22,32 @@ TEXT_PACKAGES = ("lm-eval", "datasets", "transformers", "tokenizers")
 TEXT_SOURCES = ("rows.py", "tasks", "demo/tasks", "session/text_form.py")
 
 
-def table_key(options: RunOptions, task: OpenTask, shots: int, tokenizer: str, limits: PackingLimits) -> str:
-    """Return the key of a task's texts at a shot count; tokenizer: its digest."""
+@dataclass(frozen=True)
+class TableName:
+    """Which texts of a run a table holds: a task's at a shot count, with whose answers shown."""
+
+    task: str
+    shots: int
+    labels: Labels
+
+
+def table_key(
+    options: RunOptions, name: TableName, rows_digest: str, tokenizer: str, limits: PackingLimits
+) -> str:
+    """Return the key of a table of texts; rows_digest, tokenizer: digests of the task's rows and of the
+    tokenizer.
+    """
     depends_on = {
         "version": __version__,
         "sources": _sources_digest(),
-        "packages": {name: version(name) for name in TEXT_PACKAGES},
+        "packages": {package: version(package) for package in TEXT_PACKAGES},
         # Of a file of one's own its content counts, not where it lies.
-        "task": "" if is_file_name(task.name) else task.name,
-        "rows": task.rows_digest,
+        "task": "" if is_file_name(name.task) else name.task,
+        "rows": rows_digest,
         "tokenizer": tokenizer,
         "limits": asdict(limits),
-        "shots": shots,
+        "shots": name.shots,
+        "labels": name.labels,
         "documents": [
             options.resolved_limit,
             options.resolved_train_limit,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lowmem_icl.protocols import Labels
+
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
 
@@ -42,7 +44,8 @@ class TaskRows:
     """Documents of one task at one shot count from one split, and what scores them.
 
     `chance`: expected accuracy of a uniform guess; `majority`: that of always giving the option that is right
-    most often; both exact over these documents. `metric`: the task's main metric.
+    most often; both exact over these documents. `metric`: the task's main metric. `labels`: whose answers
+    their demonstrations show.
     """
 
     task: str
@@ -51,6 +54,7 @@ class TaskRows:
     documents: tuple[Document, ...]
     metric: str
     members: "tuple[ConfigurableTask, ...]" = field(repr=False, compare=False)
+    labels: Labels = "right"
 
     @cached_property
     def chance(self) -> float:

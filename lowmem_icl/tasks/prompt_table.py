@@ -133,7 +133,8 @@ def _numbers_of(options: OptionTexts) -> Integers:
 
 
 def _flat(key: PromptKey) -> tuple[int, ...]:
-    return (key.member, int(key.from_train), key.index, int(key.for_gradients), *key.demonstrations)
+    whose = (key.member, int(key.from_train), key.index, int(key.for_gradients), len(key.answers))
+    return (*whose, *key.answers, *key.demonstrations)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from lowmem_icl.errors import InputError
 from lowmem_icl.tasks.documents import OptionTexts
 from lowmem_icl.tasks.sources import ROW_ERRORS
 
+Row = dict[str, Any]
+
 
 class Prompt(NamedTuple):
     """A document's options as (context, continuation), in the order of the hub's labels; which are right."""
@@ -24,6 +26,8 @@ class Prompt(NamedTuple):
 class PromptKey:
     """What a prompt of a task depends on: whose row it is and from which split, the rows shown before
     it, and its form.
+
+    `answers`: the rows whose answers are shown, one per demonstration; empty where each shows its own.
     """
 
     member: int
@@ -31,6 +35,7 @@ class PromptKey:
     index: int
     demonstrations: tuple[int, ...]
     for_gradients: bool = False
+    answers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,8 @@ class PromptRequest:
     key: PromptKey
     part: str
     task: ConfigurableTask = field(repr=False)
-    row: dict[str, Any] = field(repr=False)
-    shown: Callable[[int], dict[str, Any]] = field(repr=False)
+    row: Row = field(repr=False)
+    shown: Callable[[int], Row] = field(repr=False)
     protocol: protocols.Protocol
 
     @property
@@ -100,22 +105,19 @@ def all_forms(request: PromptRequest) -> dict[PromptKey, Prompt]:
 class _DrawnSampler(ContextSampler):  # type: ignore[misc]
     """Hands lm-eval the demonstrations that were drawn for the document at hand."""
 
-    drawn: Sequence[dict[str, Any]] = ()
+    drawn: Sequence[Row] = ()
 
-    def sample(self, n: int, eval_doc: Any = None, df: Any = None, **_: Any) -> Sequence[dict[str, Any]]:
+    def sample(self, n: int, eval_doc: Any = None, df: Any = None, **_: Any) -> Sequence[Row]:
         return self.drawn
 
 
 def _scored_prompt(request: PromptRequest) -> Prompt:
     task, row = request.task, request.row
-    sampler = _DrawnSampler()
-    sampler.drawn = [request.shown(index) for index in request.key.demonstrations]
-    task.sampler = sampler
     if task.config.task in protocols.BARE_DEMONSTRATION_TASKS:
         bare = request.protocol.bare_continuations
         task.fewshot_cfg.target_delimiter = "" if bare else task.config.target_delimiter
     try:
-        context = task.fewshot_context(row, len(sampler.drawn))
+        context = _context(request)
         rendered = task.construct_requests(row, context)
         label = _label(task, row)
     except ROW_ERRORS as error:
@@ -126,6 +128,45 @@ def _scored_prompt(request: PromptRequest) -> Prompt:
     if not right or not all(isinstance(index, int) and 0 <= index < len(options) for index in right):
         raise _malformed(request, f"no right option among {len(options)}: label {label!r}")
     return Prompt(options, tuple(index in right for index in range(len(options))))
+
+
+def _context(request: PromptRequest) -> Any:
+    """Return what lm-eval puts before a row's continuations, the answers asked for in its demonstrations."""
+    task = request.task
+    demonstrations = [request.shown(index) for index in request.key.demonstrations]
+    others = [request.shown(index) for index in request.key.answers]
+    sampler = _DrawnSampler()
+    sampler.drawn = demonstrations
+    task.sampler = sampler
+    if not others:
+        return task.fewshot_context(request.row, len(demonstrations))
+    with_answer_of = with_answer_of_another(task)
+    if with_answer_of is not None:
+        sampler.drawn = [
+            with_answer_of(row, other) for row, other in zip(demonstrations, others, strict=True)
+        ]
+        return task.fewshot_context(request.row, len(demonstrations))
+    answers = {id(row): _shown_answer(task, other) for row, other in zip(demonstrations, others, strict=True)}
+    own = task.fewshot_cfg.doc_to_target
+    task.fewshot_cfg.doc_to_target = lambda row: answers[id(row)]
+    try:
+        return task.fewshot_context(request.row, len(demonstrations))
+    finally:
+        task.fewshot_cfg.doc_to_target = own
+
+
+def with_answer_of_another(task: ConfigurableTask) -> Callable[[Row, Row], Row] | None:
+    """Return how a task's definition gives a row the answer of another one; None where it does not say."""
+    found: Callable[[Row, Row], Row] | None = (task.config.metadata or {}).get("with_answer_of")
+    return found
+
+
+def _shown_answer(task: ConfigurableTask, row: Row) -> str:
+    """Return the text that a row shows as its answer where it is a demonstration."""
+    shown = task.fewshot_cfg
+    choices = task.doc_to_choice(row, shown.doc_to_choice) if shown.doc_to_choice else None
+    turn = task.build_qa_turn(q="", c=choices, a=task.doc_to_target(row, shown.doc_to_target))
+    return str(turn[-1].content)
 
 
 def _label(task: ConfigurableTask, row: dict[str, Any]) -> Any:

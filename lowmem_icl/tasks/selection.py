@@ -112,9 +112,8 @@ def selected_rows(member: Member, request: RowRequest, limit: int | None) -> Ite
     unit_of: Callable[[Any], Hashable] | None = metadata.get("scored_together")
     cluster_of: Callable[[Any], str] | None = metadata.get("cluster")
     scored = member.scored(request.part)
-    # A group's members are drawn apart, else they would all ask and show the rows of the same indices.
-    rng = random.Random(PROTOCOL_SEED + member.number)
-    order, pool = _order_and_pool(member, request, rng)
+    rng = _generator(member)
+    order, pool = _order_and_pool(member, request.part, request.protocol, rng)
     dealer = Dealer(request.demonstrations, rng, pool, request.shots, _scores_the_pool(member, request))
     if dealer.needed > len(pool):
         raise InputError(
@@ -135,27 +134,37 @@ def selected_rows(member: Member, request: RowRequest, limit: int | None) -> Ite
         yield SelectedRow(index, row, cluster, f"{member.number}:{units[unit]}", draw)
 
 
+def demonstration_pool(member: Member, part: Part, protocol: Protocol) -> Sequence[int]:
+    """Return the indices of the rows that demonstrations of a part come from."""
+    return _order_and_pool(member, part, protocol, _generator(member))[1]
+
+
+def _generator(member: Member) -> random.Random:
+    # A group's members are drawn apart, else they would all ask and show the rows of the same indices.
+    return random.Random(PROTOCOL_SEED + member.number)
+
+
 def _order_and_pool(
-    member: Member, request: RowRequest, rng: random.Random
+    member: Member, part: Part, protocol: Protocol, rng: random.Random
 ) -> tuple[Sequence[int], Sequence[int]]:
     """Return the indices a part scores, in order, and those that demonstrations come from.
 
     Without a training split the shuffled evaluation rows are halved: the first half is evaluated on, the
     second is for training and demonstrations; under `reference` all rows are for everything.
     """
-    shuffled = list(range(len(member.scored(request.part))))
+    shuffled = list(range(len(member.scored(part))))
     rng.shuffle(shuffled)
-    if member.train is not None or request.protocol.one_split_for_all:
+    if member.train is not None or protocol.one_split_for_all:
         order, pool = shuffled, list(range(len(member.shown)))
     else:
         half = (len(shuffled) + 1) // 2
-        order = shuffled[:half] if request.part == "evaluate" else shuffled[half:]
+        order = shuffled[:half] if part == "evaluate" else shuffled[half:]
         pool = sorted(shuffled[half:])
     restricted = (member.task.config.metadata or {}).get("demonstrations_with") or {}
     for name, wanted in restricted.items():
         column = member.shown.table[name]
         pool = [index for index in pool if column[index] == wanted]
-    if request.part != "evaluate" and request.protocol.training_in_file_order:
+    if part != "evaluate" and protocol.training_in_file_order:
         order = sorted(order)
     return order, pool
 

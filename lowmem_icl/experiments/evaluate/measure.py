@@ -13,7 +13,7 @@ from lowmem_icl.statistics.intervals import mean_with_interval, normal_bounds
 from lowmem_icl.tables.blocks import Block
 from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.packing import PackedTask
-from lowmem_icl.tasks.scoring import document_scores, task_metrics
+from lowmem_icl.tasks.scoring import document_scores, task_metrics, unit_accuracy
 
 ACCURACIES = ("acc", "em")
 PER_DOCUMENT = ("gold_logprob", "gold_prob", "margin")
@@ -33,9 +33,9 @@ def evaluation_records(task: PackedTask, under: MaskScores, seed: int) -> Iterat
     """Yield the records of one task under one mask.
 
     Metrics of the task are lm-eval's, with its standard errors; gold_logprob, gold_prob and margin are means
-    over documents with intervals clustered by passage. `majority` (of the clean run) is the accuracy of the
-    best constant answer, `top_answer_share` the share of documents that get the answer given most often: a
-    model that always says the same has 1 there, whatever its accuracy.
+    over documents with intervals clustered by passage. `majority` (of the clean run with right labels) is the
+    accuracy of the best constant answer, `top_answer_share` the share of documents that get the answer given
+    most often: a model that always says the same has 1 there, whatever its accuracy.
     """
     base = task_fields(task.task) | {
         "mask": under.name,
@@ -58,11 +58,35 @@ def evaluation_records(task: PackedTask, under: MaskScores, seed: int) -> Iterat
         if not np.isnan(scores[name]).any():
             interval = mean_with_interval(scores[name], task.task.clusters, seed=seed)
             yield base | {"metric": name} | interval._asdict()
-    if under.name == CLEAN:
+    if under.name == CLEAN and task.task.labels == "right":
         yield base | {"metric": "majority", "value": task.task.majority}
     share = top_answer_share(task.task, under.logprobs)
     if share is not None:
         yield base | {"metric": "top_answer_share", "value": share}
+
+
+def label_effect_records(
+    right: TaskRows, control: TaskRows, with_right: MaskScores, with_control: MaskScores, seed: int
+) -> Iterator[Block]:
+    """Yield what right labels give: scores with them minus scores with a control's, of the same documents.
+
+    Intervals are over the paired differences, clustered; documents that are right only together count once in
+    `acc_label_effect`.
+    """
+    base = task_fields(control) | {
+        "mask": CLEAN,
+        "heads_removed": 0,
+        "ffns_removed": 0,
+        "exact": True,
+    }
+    scores = document_scores(right, with_right.logprobs, with_right.greedy)
+    others = document_scores(control, with_control.logprobs, with_control.greedy)
+    accuracy, clusters = unit_accuracy(right, scores["acc"])
+    gained = accuracy - unit_accuracy(control, others["acc"])[0]
+    yield base | {"metric": "acc_label_effect"} | mean_with_interval(gained, clusters, seed=seed)._asdict()
+    gained = scores["gold_logprob"] - others["gold_logprob"]
+    interval = mean_with_interval(gained, right.clusters, seed=seed)
+    yield base | {"metric": "gold_logprob_label_effect"} | interval._asdict()
 
 
 def top_answer_share(task: TaskRows, logprobs: NDArray[np.float64]) -> float | None:

@@ -54,6 +54,11 @@ def winogrande_contexts(row: Row) -> list[str]:
     return [before + row["option1"], before + row["option2"]]
 
 
+def winogrande_with_answer_of(row: Row, other: Row) -> Row:
+    # What stands in the gap is the answer: the other row's right option takes the place of this one's.
+    return row | {f"option{row['answer']}": other[f"option{other['answer']}"]}
+
+
 def winogrande_suffix(row: Row) -> str:
     return row["sentence"][row["sentence"].index("_") + 1 :].strip()
 
@@ -114,6 +119,11 @@ def multirc_choices(row: Row) -> list[str]:
     return [f"{row['answer']}\nIs the answer correct? {verdict}" for verdict in ("no", "yes")]
 
 
+def multirc_with_answer_of(row: Row, other: Row) -> Row:
+    # The answer is the verdict; the text that it judges belongs to the question.
+    return row | {"label": other["label"]}
+
+
 def multirc_question(row: Row) -> tuple[str, str]:
     return row["paragraph"], row["question"]
 
@@ -161,6 +171,11 @@ def record_choices(row: Row) -> list[str]:
 def record_target(row: Row) -> str:
     # A demonstration shows the first accepted entity.
     return record_line(row, row["answers"][0])
+
+
+def record_with_answer_of(row: Row, other: Row) -> Row:
+    # The answer is the entity; the line that it completes belongs to the question.
+    return row | {"answers": other["answers"]}
 
 
 def record_line(row: Row, entity: str) -> str:

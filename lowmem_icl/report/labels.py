@@ -1,0 +1,57 @@
+"""The page's section on what right labels give: scores with right, shuffled and foreign ones side by side."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import polars as pl
+
+from lowmem_icl.protocols import LABELS
+from lowmem_icl.report.numbers import ACCURACY, clean_evaluation
+from lowmem_icl.report.section import Record, Section, interval_text, number_text
+
+COLUMNS = (
+    "task", "shots", "measure", *LABELS,
+    "right − shuffled", "95 %", "right − foreign", "95 %",
+)  # fmt: skip
+MEASURES = {"acc": "accuracy", "gold_logprob": "gold log-probability"}
+TEXT = (
+    "The same documents after the same demonstrations, whose answers are their own (right), exchanged among "
+    "them (shuffled) or those of other documents (foreign); differences are paired. A task whose accuracy "
+    "does not fall with wrong labels has not been learnt from labels: its demonstrations give format alone."
+)
+
+Cells = Mapping[str, Mapping[str, Any]]
+
+
+def labels_section(results: pl.DataFrame, record: Record) -> Section | None:
+    """Return every task's scores by labels and shot count; None where there are no controls."""
+    rows = label_rows(results)
+    return Section("What the labels give", TEXT, columns=COLUMNS, rows=rows) if rows else None
+
+
+def label_rows(results: pl.DataFrame) -> list[list[str]]:
+    """Return formatted rows of COLUMNS: one per task, shot count and measure that has a control."""
+    records = clean_evaluation(results).with_columns(
+        metric=pl.when(pl.col("metric").is_in(ACCURACY)).then(pl.lit("acc")).otherwise(pl.col("metric"))
+    )
+    controlled = records.filter(pl.col("metric").str.ends_with("_label_effect"))
+    rows = []
+    for task, shots in controlled.select("task", "shots").unique(maintain_order=True).iter_rows():
+        members = records.filter((pl.col("task") == task) & (pl.col("shots") == shots))
+        for metric, name in MEASURES.items():
+            scores, effects = (_by_labels(members, each) for each in (metric, f"{metric}_label_effect"))
+            values = [number_text(scores[labels]["value"]) if labels in scores else "" for labels in LABELS]
+            gains = [text for labels in LABELS[1:] for text in _effect_texts(effects, labels)]
+            rows.append([str(task), str(shots), name, *values, *gains])
+    return rows
+
+
+def _by_labels(records: pl.DataFrame, metric: str) -> Cells:
+    return {row["labels"]: row for row in records.filter(pl.col("metric") == metric).iter_rows(named=True)}
+
+
+def _effect_texts(effects: Cells, labels: str) -> tuple[str, str]:
+    if labels not in effects:
+        return "", ""
+    effect = effects[labels]
+    return number_text(effect["value"]), interval_text(effect["low"], effect["high"])
