@@ -1,7 +1,7 @@
 """The options of a run: every option once, checked in one way, whether given by a flag or in a TOML file.
 
-`fields` holds the options, `defaults` what they are by model, `flags` their descriptions, `forms` what values they take, in checks and in words; `reading` merges and checks
-what was given.
+`fields` holds the options, `defaults` what some are by model, `flags` how they are called and described,
+`forms` what values they take, in checks and in words; `reading` merges and checks what was given.
 """
 
 from lowmem_icl.options.defaults import DEMO, PACKAGED_MODELS

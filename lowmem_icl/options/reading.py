@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.options.fields import FLAGS, RunOptions, default_text, flag_name, form_of
+from lowmem_icl.options.fields import RunOptions
+from lowmem_icl.options.flags import default_text, flag_name, form_of
 
 
 def read_config(path: Path) -> dict[str, Any]:
