@@ -6,7 +6,6 @@ The files are those that `models/get.py` beside the project puts together; witho
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ class RealModel:
 
 
 @pytest.fixture(scope="module", params=FILES)
-def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealModel]:
+def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RealModel:
     file, folder = _file(FILES[request.param]), tmp_path_factory.mktemp("real")
     located = locate(str(file), None, "float32", folder)
     assert located.checkpoint is not None
@@ -74,7 +73,7 @@ def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager"
     )
-    yield RealModel(
+    return RealModel(
         model.eval().requires_grad_(False),
         store,
         prepared.pack(prepared.evaluate[0]),
@@ -170,7 +169,7 @@ def test_gradients_equal_those_of_the_whole_graph(real: RealModel) -> None:
     last = real.layers[-1].self_attn.o_proj
     handle = last.register_forward_pre_hook(keep)
     option = task.options[int(task.first_option[0]) + task.task.documents[0].gold.index(True)]
-    logprob(real, option.path, option.continuation, Mask()).backward()  # type: ignore[no-untyped-call]
+    logprob(real, option.path, option.continuation, Mask()).backward()
     handle.remove()
     gradient = kept[0].grad
     assert gradient is not None

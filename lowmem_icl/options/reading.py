@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.options.fields import RunOptions
+from lowmem_icl.options.fields import FLAGS, RunOptions
 from lowmem_icl.options.flags import default_text, flag_name, form_of
 
 
