@@ -19,7 +19,7 @@ class Defaults:
 _BY_MODEL = {
     DEMO: Defaults(shots=(0, 4, 16)),
     # As much as two cores do in a quarter of an hour.
-    **dict.fromkeys(PACKAGED_MODELS, Defaults(shots=(0, 5), limit=64, train_limit=16)),
+    **dict.fromkeys(PACKAGED_MODELS, Defaults(shots=(0, 5), limit=32, train_limit=16)),
 }
 
 

@@ -119,7 +119,7 @@ class RunOptions(BaseModel):
     limit: Annotated[
         Count | None,
         Flag(
-            Group.TASKS, "Evaluation documents per task (MultiRC: questions).", "all; gemma3-270m, smollm2 64"
+            Group.TASKS, "Evaluation documents per task (MultiRC: questions).", "all; gemma3-270m, smollm2 32"
         ),
     ] = None
     train_limit: Annotated[
