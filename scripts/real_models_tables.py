@@ -1,0 +1,254 @@
+"""The tables of docs/real-models.md, from the run folders that scripts/real_models.sh leaves.
+
+    python scripts/real_models_tables.py RUNS [--docs docs/real-models.md]
+
+Every folder below RUNS with a results.parquet is a run. With --docs the tables are put between the file's
+marks, <!-- tables: scripts/real_models_tables.py --> and <!-- /tables -->; without, they are printed.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import polars as pl
+import typer
+from scipy.stats import spearmanr
+
+from lowmem_icl.report.numbers import accuracy, induction_heads, pruned, top_units, total_seconds, unit_name
+from lowmem_icl.session.folder import run_record
+from lowmem_icl.system.files import write_text_atomic
+from lowmem_icl.tables.schema import read_table
+
+BEGIN, END = "<!-- tables: scripts/real_models_tables.py -->", "<!-- /tables -->"
+UNIT = ("task", "shots", "kind", "layer", "head")
+MATCHING = 0.3
+INDUCTION_HEADS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's name, its record and its results."""
+
+    name: str
+    record: dict[str, Any]
+    results: pl.DataFrame
+
+    def of(self, **values: object) -> pl.DataFrame:
+        """Return the records with these values."""
+        return self.results.filter(*(pl.col(name) == value for name, value in values.items()))
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Return a number as it stands in a cell; a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def accuracy_table(run: Run) -> str:
+    """Return accuracy of every task by shots, with the label controls beside it."""
+    shots = run.record["shots"]
+    clean = {(row["task"], row["shots"]): row for row in accuracy(run.results).iter_rows(named=True)}
+    controls = {
+        (row["task"], row["shots"], row["labels"]): row["value"]
+        for row in run.of(experiment="evaluate", mask="clean", metric="acc").iter_rows(named=True)
+        if row["labels"] in ("shuffled", "foreign")
+    }
+    rows = []
+    for task in dict.fromkeys(task for task, _ in clean):
+        cells: list[str] = []
+        for n_shots in shots:
+            row = clean[task, n_shots]
+            others = [controls.get((task, n_shots, labels)) for labels in ("shuffled", "foreign")]
+            cell = number(row["value"])
+            cells.append(cell if others == [None, None] else " / ".join([cell, *map(number, others)]))
+        rows.append([task, number(clean[task, shots[0]]["chance"]), *cells])
+    return markdown(["task", "chance", *(f"{n_shots} shots" for n_shots in shots)], rows)
+
+
+def effect_table(run: Run) -> str:
+    """Return what right labels give over shuffled ones, paired, in nats of gold log-probability."""
+    effects = run.of(metric="gold_logprob_label_effect", labels="shuffled")
+    rows = [
+        [
+            row["task"], row["shots"], number(row["value"]),
+            f"{number(row['low'])} to {number(row['high'])}",
+        ]
+        for row in effects.sort("shots", "task").iter_rows(named=True)
+    ]  # fmt: skip
+    return markdown(["task", "shots", "right minus shuffled, nats", "95 %"], rows)
+
+
+def unit_table(run: Run) -> str:
+    """Return the units that cost most when removed alone, mean over tasks."""
+    by_shots: dict[int, list[str]] = {}
+    for row in top_units(run.results).iter_rows(named=True):
+        name = unit_name(row["kind"], row["layer"], row["head"])
+        by_shots.setdefault(row["shots"], []).append(f"{name} {number(row['value'])}")
+    return markdown(["shots", "costliest units, nats"], [[key, ", ".join(u)] for key, u in by_shots.items()])
+
+
+def knee_table(run: Run) -> str:
+    """Return how much of heads and FFNs can go by gradient importance, and what that costs elsewhere."""
+    knees = run.of(experiment="prune", metric="knee", method="gradient")
+    costs = run.of(experiment="prune", metric="knee_acc_drop", method="gradient")
+    both = knees.join(costs, on=["procedure", "task", "shots"], suffix="_cost")
+    rows = [
+        [
+            row["task"], row["shots"], "heads" if row["procedure"] == "curve-heads" else "FFNs",
+            f"{row['value']:.0f} %", number(row["value_cost"], 3),
+        ]
+        for row in both.filter(pl.col("procedure").is_in(["curve-heads", "curve-ffns"]))
+        .sort("procedure", "task", "shots")
+        .iter_rows(named=True)
+    ]  # fmt: skip
+    return markdown(["task", "shots", "of", "can go", "costs in accuracy"], rows)
+
+
+def greedy_table(run: Run) -> str:
+    """Return what the greedy search removes, and accuracy under its masks and others of equal size."""
+    table = pruned(run.results).filter(pl.col("task") != "aggregate")
+    model = run.record["model"]
+    rows = []
+    for (task, shots), masks in table.group_by("task", "shots", maintain_order=True):
+        by_method = {row["method"]: row for row in masks.iter_rows(named=True)}
+        if "greedy" not in by_method:
+            continue
+        greedy = by_method["greedy"]
+        rows.append(
+            [
+                task, shots, f"{greedy['heads_removed']}/{model['layers'] * model['heads']}",
+                f"{greedy['ffns_removed']}/{model['layers']}",
+                *(number(by_method[name]["value"]) if name in by_method else "–"
+                  for name in ("greedy", "gradient", "random")),
+            ]
+        )  # fmt: skip
+    return markdown(["task", "shots", "heads gone", "FFNs gone", "greedy", "gradient", "random"], rows)
+
+
+def induction_text(run: Run) -> str:
+    """Return heads by prefix matching, and what removing the best of them costs beside random heads."""
+    heads = induction_heads(run.results, 10_000)
+    matching = heads.filter(pl.col("value") >= MATCHING)
+    best = ", ".join(
+        f"{unit_name('head', row['layer'], row['head'])} {number(row['value'])}"
+        for row in heads.head(INDUCTION_HEADS_SHOWN).iter_rows(named=True)
+    )
+    lines = [f"{len(matching)} of {len(heads)} heads match prefixes at {MATCHING} or more; the best: {best}."]
+    costs = run.of(experiment="induction", metric="acc_drop")
+    costs = costs.filter(pl.col("method").is_not_null())
+    rows = [
+        [row["task"], row["shots"], row["method"], row["heads_removed"], number(row["value"], 3)]
+        for row in costs.group_by("task", "shots", "method", maintain_order=True)
+        .agg(pl.col("heads_removed").max(), pl.col("value").mean())
+        .iter_rows(named=True)
+    ]
+    table = markdown(["task", "shots", "removed", "heads", "lost accuracy (mean of masks)"], rows)
+    return "\n\n".join([*lines, table] if rows else lines)
+
+
+def overlap_table(run: Run) -> str:
+    """Return how rankings of heads by gradient agree between tasks, and between shot counts."""
+    pairs = run.of(experiment="overlap", procedure="pair", metric="spearman", method="gradient")
+    pairs = pairs.filter(
+        (pl.col("other_method") == "gradient") & (pl.col("task") != "aggregate")
+        & (pl.col("other_task") != "aggregate")
+    )  # fmt: skip
+    same_task, same_shots = pl.col("task") == pl.col("other_task"), pl.col("shots") == pl.col("other_shots")
+    rows = [
+        ["tasks, at one shot count", *_spread(pairs.filter(~same_task & same_shots))],
+        ["shot counts, of one task", *_spread(pairs.filter(same_task & ~same_shots))],
+    ]
+    return markdown(["between", "pairs", "mean rank correlation", "lowest", "highest"], rows)
+
+
+def _spread(pairs: pl.DataFrame) -> list[object]:
+    values = pairs["value"].to_list()
+    if not values:
+        return [0, "–", "–", "–"]
+    return [len(values), number(sum(values) / len(values)), number(min(values)), number(max(values))]
+
+
+def time_table(runs: Sequence[Run]) -> str:
+    """Return how long every stage of every run took, and the most memory it had."""
+    stages = list(dict.fromkeys(name for run in runs for name in run.record["stages"]))
+    rows = []
+    for run in runs:
+        seconds = {name: stage["seconds"] for name, stage in run.record["stages"].items()}
+        peak = max(session["peak_resident_bytes"] or 0 for session in run.record["sessions"])
+        rows.append(
+            [run.name, *(number(seconds.get(name), 0) for name in stages),
+             number(total_seconds(run.record), 0), f"{peak / 1e9:.2f} GB"]
+        )  # fmt: skip
+    return markdown(["run", *stages, "all, s", "peak memory"], rows)
+
+
+def form_table(left: Run, right: Run) -> str:
+    """Return how int8 and float32 of one model agree: accuracy, and the order of units by their drops."""
+    first, second = (
+        run.of(experiment="ablate", procedure="single", metric="gold_logprob_drop") for run in (left, right)
+    )
+    both = first.join(second, on=list(UNIT), nulls_equal=True, suffix="_other")
+    accuracies = accuracy(left.results).join(accuracy(right.results), on=["task", "shots"], suffix="_other")
+    apart = (accuracies["value"] - accuracies["value_other"]).abs()
+    largest = max(apart.to_list(), default=None)
+    rows = []
+    for (task, shots), units in both.group_by("task", "shots", maintain_order=True):
+        if task != "aggregate":
+            correlation = float(spearmanr(units["value"], units["value_other"]).statistic)
+            rows.append([task, shots, len(units), number(correlation, 3)])
+    table = markdown(["task", "shots", "units", "rank correlation of drops, int8 and float32"], rows)
+    return f"Accuracies differ by at most {number(largest, 3)}.\n\n{table}"
+
+
+def sections(runs: dict[str, Run]) -> Iterator[str]:
+    """Yield the text of all sections."""
+    for name, run in runs.items():
+        if name.endswith("-float32"):
+            continue
+        yield f"## {name}\n\n`{run.record['command']}`"
+        experiments = set(run.record["stages"])
+        yield f"### Accuracy: right / shuffled / foreign labels\n\n{accuracy_table(run)}"
+        yield f"### What right labels give\n\n{effect_table(run)}"
+        if "ablate" in experiments:
+            yield f"### Units\n\n{unit_table(run)}"
+        if "prune" in experiments:
+            yield f"### What can go: curves\n\n{knee_table(run)}"
+            yield f"### What can go: greedy search\n\n{greedy_table(run)}"
+        if "induction" in experiments:
+            yield f"### Induction heads\n\n{induction_text(run)}"
+        if "overlap" in experiments:
+            yield f"### Agreement of rankings\n\n{overlap_table(run)}"
+        exact = runs.get(name.removesuffix("-pairs") + "-float32")
+        if exact is not None:
+            yield f"### 8 bits against float32\n\n{form_table(run, exact)}"
+    yield f"## Time and memory\n\n{time_table(list(runs.values()))}"
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Folder of run folders.")],
+    docs: Annotated[Path | None, typer.Option(help="File to put the tables into.")] = None,
+) -> None:
+    """Print the tables, or put them into a file."""
+    found = sorted(path.parent for path in folder.glob("*/results.parquet"))
+    runs = {
+        path.name: Run(path.name, dict(run_record(path)), read_table(path / "results.parquet", "results"))
+        for path in found
+    }
+    text = "\n\n".join(sections(runs))
+    if docs is None:
+        sys.stdout.write(text + "\n")
+        return
+    before, _, rest = docs.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    write_text_atomic(docs, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
