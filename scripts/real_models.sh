@@ -24,17 +24,20 @@ take() {
 }
 
 for model in ${MODELS:-gemma3-270m smollm2}; do
-    take "$model-pairs" --model "$model" --config "$here/real_models.toml"
-    take "$model-float32" --model "$model" --config "$here/real_models.toml" --weights float32 \
-        --experiments evaluate,importance,ablate
+    # What the README shows, then every pair task with the control by labels, then the same in float32.
+    take "$model" --model "$model"
+    take "$model-pairs" --model "$model" --tasks pairs --shots 0,1,5,10 --limit 32 --experiments evaluate
+    take "$model-float32" --model "$model" --weights float32 --experiments evaluate,ablate
     if [[ -n ${DATA_DIR:-} ]]; then
         take "$model-rows" --model "$model" --data-dir "$DATA_DIR" --tasks copa,piqa,arc_easy,boolq \
-            --shots 0,5 --demonstrations shared --limit 32 --train-limit 16
+            --shots 0,5 --demonstrations shared --limit 32 --train-limit 8 \
+            --experiments evaluate,importance,prune
     fi
 done
 if [[ -n ${QWEN:-} ]]; then
-    take qwen-pairs --model "$QWEN" --config "$here/real_models.toml" --memory 600MB \
-        --experiments evaluate,importance,ablate --screen attribution --exact 60
+    take qwen --model "$QWEN" --tasks next_item,first_letter,english_french --shots 0,5 --limit 32 \
+        --train-limit 16 --memory 600MB --experiments evaluate,importance,ablate \
+        --screen attribution --exact 40
 fi
 python "$here/real_models_tables.py" "$out" || failed+=("tables ($?)")
 if ((${#failed[@]})); then

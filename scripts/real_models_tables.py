@@ -225,7 +225,7 @@ def sections(runs: dict[str, Run]) -> Iterator[str]:
             yield f"### Induction heads\n\n{induction_text(run)}"
         if "overlap" in experiments:
             yield f"### Agreement of rankings\n\n{overlap_table(run)}"
-        exact = runs.get(name.removesuffix("-pairs") + "-float32")
+        exact = runs.get(f"{name}-float32")
         if exact is not None:
             yield f"### 8 bits against float32\n\n{form_table(run, exact)}"
     yield f"## Time and memory\n\n{time_table(list(runs.values()))}"

@@ -17,7 +17,7 @@ from lowmem_icl.model.families.family import NormForm
 from lowmem_icl.model.int8 import FIXED_ROWS, matmul_in_fixed_rows
 from lowmem_icl.model.reading import read_header
 from lowmem_icl.model.skeleton import Skeleton
-from lowmem_icl.model.tables import VOCABULARY_BLOCK, VocabularyTable
+from lowmem_icl.model.tables import VocabularyTable
 
 READ_ROWS = 1024
 NARROW_WIDTH = 1024
@@ -70,7 +70,7 @@ class Vocabulary:
             return self.skeleton.family.token_outputs(self.skeleton.model, self._unembedding.rows(tokens))
 
     def vocabulary_outputs(self) -> Iterator[Tensor]:
-        """Yield `token_outputs` of the whole vocabulary, VOCABULARY_BLOCK ids at a time."""
+        """Yield `token_outputs` of the whole vocabulary, a block at a time."""
         for _, block in self._unembedding.blocks():
             with torch.no_grad():
                 outputs = self.skeleton.family.token_outputs(self.skeleton.model, block)
@@ -203,6 +203,3 @@ def _parts(rows: int, read_at: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, rows, READ_ROWS):
         answers = ((read_at >= start) & (read_at < start + READ_ROWS)).nonzero()[:, 0]
         yield slice(start, start + READ_ROWS), answers
-
-
-__all__ = ["LOWEST_EXPONENT", "READ_ROWS", "VOCABULARY_BLOCK", "Vocabulary", "head_rows"]

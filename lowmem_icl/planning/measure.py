@@ -17,7 +17,8 @@ from lowmem_icl.model.int8 import FIXED_ROWS, matmul_in_fixed_rows
 from lowmem_icl.model.layer import DecoderLayer
 from lowmem_icl.model.reading import read_rate
 from lowmem_icl.model.store import Store
-from lowmem_icl.model.vocabulary import VOCABULARY_BLOCK, head_rows
+from lowmem_icl.model.tables import VOCABULARY_BLOCK
+from lowmem_icl.model.vocabulary import head_rows
 from lowmem_icl.planning.memory import MemoryPlan
 from lowmem_icl.system.allocator import keep_freed_memory
 from lowmem_icl.system.files import existing_folder

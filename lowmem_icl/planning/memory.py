@@ -14,7 +14,8 @@ from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.experiments.induction.stage import copying_form
 from lowmem_icl.model.reading import PAGE_BYTES
 from lowmem_icl.model.store import NON_LAYER
-from lowmem_icl.model.vocabulary import READ_ROWS, VOCABULARY_BLOCK
+from lowmem_icl.model.tables import VOCABULARY_BLOCK
+from lowmem_icl.model.vocabulary import READ_ROWS
 from lowmem_icl.session.identity import run_folder
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.system.files import free_bytes
