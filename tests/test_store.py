@@ -4,7 +4,8 @@ import errno
 import itertools
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,10 +20,12 @@ from lowmem_icl.conversion.checkpoint import open_checkpoint
 from lowmem_icl.conversion.convert import check_room, planned_store
 from lowmem_icl.conversion.locate import ensure_store, locate
 from lowmem_icl.errors import DoesNotFit, InputError
-from lowmem_icl.model.reading import LayerReader
+from lowmem_icl.model.reading import LayerReader, read_header
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store, Weights, layer_file, open_store, verify_store
-from lowmem_icl.model.writing import save_tensors
+from lowmem_icl.model.tables import VocabularyTable
+from lowmem_icl.model.writing import save_one_by_one, save_tensors, source_digests
+from lowmem_icl.system.files import sha256_of_file
 
 
 def test_int8_layers_have_bitsandbytes_names_and_values(checkpoint: Path, int8_store: Store) -> None:
@@ -212,7 +215,7 @@ def test_broken_checkpoints_are_named(
     folder = make_checkpoint(tmp_path / "checkpoint")
     break_it(folder)
     with pytest.raises(InputError, match=message):
-        open_checkpoint(folder)
+        open_checkpoint(folder).check_weights()
 
 
 def test_missing_misshapen_and_infinite_parameters_are_named(tmp_path: Path) -> None:
@@ -286,3 +289,56 @@ def test_the_fixed_text_is_long_enough_to_decide_and_to_measure(int8_store: Stor
     assert int8_store.manifest.outliers is not None
     assert int8_store.manifest.outliers.activations > 100_000
     assert len(byte_tokens("é")) == 2
+
+
+def test_tensors_written_one_by_one_are_read_by_safetensors(tmp_path: Path) -> None:
+    tensors = {
+        "wide": torch.randn(3, 5),
+        "half": torch.randn(7, 2).half(),
+        "table": torch.randn(9, 4).bfloat16(),
+    }
+    digests: dict[str, str] = {}
+
+    def come() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors.items():
+            digests[name] = f"digest of {name}"
+            yield name, tensor
+
+    size, summed = save_one_by_one(tmp_path / "file", come(), digests)
+    assert (tmp_path / "file").stat().st_size == size
+    assert sha256_of_file(tmp_path / "file") == summed
+    read = load_file(tmp_path / "file")
+    assert {name: tensor.dtype for name, tensor in read.items()} == {
+        name: tensor.dtype for name, tensor in tensors.items()
+    }
+    for name, tensor in tensors.items():
+        assert torch.equal(read[name], tensor)
+    assert source_digests(tmp_path / "file") == digests
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_config_without_weights_is_planned_with_and_not_run(tmp_path: Path, checkpoint: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    shutil.copyfile(checkpoint / "config.json", folder / "config.json")
+    planned = planned_store(open_checkpoint(folder), tmp_path / "store", "float32")
+    half = planned_store(open_checkpoint(checkpoint), tmp_path / "store", "float32")
+    assert planned.layer_bytes == half.layer_bytes
+    located = locate(str(folder), None, "float32", tmp_path)
+    with pytest.raises(InputError, match="has no weights"):
+        ensure_store(located, "float32")
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_table_gives_its_rows_wherever_it_is(tmp_path: Path, in_memory: bool) -> None:
+    values = torch.randn(5000, 8).half()
+    save_tensors(tmp_path / "file", {"before": torch.ones(3), "table": values}, {})
+    location = read_header(tmp_path / "file")[0]["table"]
+    table = VocabularyTable(tmp_path / "file", location, torch.device("cpu"), in_memory=in_memory)
+    ids = torch.tensor([4999, 0, 17, 17])
+    assert torch.equal(table.rows(ids), values[ids].float())
+    blocks = list(table.blocks())
+    assert [start for start, _ in blocks] == [0, 2048, 4096]
+    assert torch.equal(torch.cat([block for _, block in blocks]), values.float())
+    assert table.read_bytes == (0 if in_memory else (3 + 5000) * 8 * 2)
+    table.close()
