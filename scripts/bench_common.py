@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import OPTConfig
 
-from lowmem_icl.conversion.calibration import fixed_text
+from lowmem_icl.conversion.calibration import CalibrationText, fixed_text
 from lowmem_icl.conversion.checkpoint import open_checkpoint
 from lowmem_icl.conversion.claim import Conversion
 from lowmem_icl.conversion.convert import convert
@@ -156,8 +156,7 @@ def converted(checkpoint: Path, folder: Path, weights: str) -> Store:
         return open_store(folder)
     return convert(
         Conversion(open_checkpoint(checkpoint), folder, weights, "random"),  # type: ignore[arg-type]
-        tokenise=tokeniser(checkpoint),
-        fixed_text=fixed_text(),
+        CalibrationText(tokeniser(load_tokenizer(checkpoint))(fixed_text())),
     )
 
 

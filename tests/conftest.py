@@ -45,7 +45,7 @@ from demo_scores import DemoScores
 from hypothesis import settings
 from transformers import OPTConfig, OPTForCausalLM
 
-from lowmem_icl.conversion.calibration import fixed_text
+from lowmem_icl.conversion.calibration import CalibrationText, fixed_text
 from lowmem_icl.conversion.checkpoint import open_checkpoint
 from lowmem_icl.conversion.claim import Conversion
 from lowmem_icl.conversion.convert import convert
@@ -160,8 +160,7 @@ def reference_model(folder: Path) -> OPTForCausalLM:
 def make_store(checkpoint_folder: Path, folder: Path, weights: str) -> Store:
     return convert(
         Conversion(open_checkpoint(checkpoint_folder), folder, weights, str(checkpoint_folder)),  # type: ignore[arg-type]
-        tokenise=byte_tokens,
-        fixed_text=fixed_text(),
+        CalibrationText(byte_tokens(fixed_text())),
     )
 
 

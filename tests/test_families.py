@@ -128,14 +128,19 @@ def written_by_heads(case: FamilyCase, model: Any, tokens: Tensor, layer: int) -
     with torch.no_grad():
         model(tokens[None])
     handle.remove()
-    weight = output.weight.t() if isinstance(output, Conv1D) else output.weight
-    written = torch.stack(
-        [z @ part.t() for z, part in zip(oracles.slices(kept[0][0]), oracles.slices(weight), strict=True)]
-    )
+    parts = oracles.slices(written_weight(case, model, layer))
+    return torch.stack([z @ part.t() for z, part in zip(oracles.slices(kept[0][0]), parts, strict=True)])
+
+
+def written_weight(case: FamilyCase, model: Any, layer: int) -> Tensor:
+    """The output projection [D, Z] of an attention, times the scale of a norm after it."""
+    output: Any = case.module(model, layer, case.output)
+    weight = (output.weight.t() if isinstance(output, Conv1D) else output.weight).detach()
     if not case.written_ffn:
-        return written
+        return weight
     norm: Any = case.module(model, layer, "post_attention_layernorm")
-    return written * (norm.weight + 1 if case.model_type.startswith("gemma") else norm.weight)
+    scale = norm.weight + 1 if case.model_type.startswith("gemma") else norm.weight
+    return weight * scale.detach()[:, None]
 
 
 def test_prefix_matching_and_copying_equal_the_models_own_attention(made: Made) -> None:
@@ -153,17 +158,31 @@ def test_prefix_matching_and_copying_equal_the_models_own_attention(made: Made) 
 
 
 def test_eigenvalues_are_those_of_each_heads_circuit(made: Made) -> None:
-    """With values found by what the model's own layer makes of basis vectors, not by where they lie."""
-    ours = head_scores(made.store).copying_eigenvalues
-    assert np.isfinite(ours).all()
-    assert (np.abs(ours) <= 1 + 1e-6).all()
-    with StreamedModel(made.store, device=CPU, resident_bytes=0) as model:
-        for number, layer in model.layers(range(LAYERS)):
-            values = values_of_basis(made, number, model.skeleton.width)
-            expected = values.unflatten(0, (-1, model.skeleton.head_width))
-            given = layer.value_weight.unflatten(0, (HEADS, -1))
-            groups = HEADS // len(expected)
-            torch.testing.assert_close(given, expected.repeat_interleave(groups, 0), atol=1e-5, rtol=1e-4)
+    """U W_O W_V Eᵀ, vocabulary by vocabulary: values from what the model's own layer makes of basis vectors,
+    embeddings from what reaches its first layer.
+    """
+    ours, skeleton = head_scores(made.store).copying_eigenvalues, made.store.skeleton
+    unembedding = made.model.get_output_embeddings().weight.detach().double()
+    embedding = put_in(made)
+    for number in range(LAYERS):
+        values = values_of_basis(made, number, skeleton.width).unflatten(0, (-1, skeleton.head_width))
+        by_head = values.repeat_interleave(HEADS // len(values), 0).double()
+        for head, leaving in enumerate(oracles.slices(written_weight(made.case, made.model, number))):
+            circuit = unembedding @ leaving.double() @ by_head[head] @ embedding.t()
+            eigenvalues = np.linalg.eigvals(circuit.numpy())
+            expected = eigenvalues.real.sum() / np.abs(eigenvalues).sum()
+            np.testing.assert_allclose(ours[number, head], expected, atol=1e-4)
+
+
+def put_in(made: Made) -> Tensor:
+    """What each word alone puts into the residual without its position, [V, D]."""
+    vocabulary = made.store.skeleton.vocabulary
+    embedding = made.model.get_input_embeddings()(torch.arange(vocabulary)).detach()
+    if made.case.model_type == "bloom":
+        embedding = made.model.transformer.word_embeddings_layernorm(embedding).detach()
+    if made.case.model_type == "granite":
+        embedding = embedding * made.case.config["embedding_multiplier"]
+    return embedding.double()
 
 
 def values_of_basis(made: Made, number: int, width: int) -> Tensor:
@@ -262,3 +281,12 @@ def test_angles_that_depend_on_length_end_where_the_model_was_trained() -> None:
     config = CASES["llama"].config | {"max_position_embeddings": CONTEXT}
     scaled |= {"original_max_position_embeddings": 24}
     assert Skeleton.from_dict({"model_type": "llama", **config, "rope_scaling": scaled}).context_tokens == 24
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_attention_heads": 5}, {"hidden_size": "x"}, {"quantization_config": {"quant_method": "fp8"}}],
+)
+def test_configs_that_make_no_model_are_named(changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"config\.json"):
+        Skeleton.from_dict({"model_type": "llama", **CASES["qwen2"].config, **changes})

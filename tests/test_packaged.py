@@ -12,6 +12,7 @@ from gguf_files import random_model, write_gguf
 from lowmem_icl.conversion import packaged
 from lowmem_icl.conversion.packaged import PACKAGED_MODELS
 from lowmem_icl.model.store import open_store
+from lowmem_icl.options import PACKAGED_MODEL_NAMES
 
 PROJECT = Path(__file__).parents[1]
 GEMMA, SMOLLM2 = "gemma3-270m", "smollm2"
@@ -50,6 +51,10 @@ def gemma(site: Path, tmp_path: Path) -> bytes:
     sums = f"{hashlib.sha256(content).hexdigest()}  gemma-3-270m-q4_k_m.gguf\n"
     install(site, model.package, model.sums, sums.encode())
     return content
+
+
+def test_names_that_options_know_are_those_that_are_packaged() -> None:
+    assert set(PACKAGED_MODEL_NAMES) == set(PACKAGED_MODELS)
 
 
 def test_gemmas_parts_are_joined_checked_and_converted(

@@ -17,10 +17,10 @@ from conftest import SHARED
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lowmem_icl.conversion.calibration import fixed_text
+from lowmem_icl.conversion.calibration import CalibrationText, fixed_text
 from lowmem_icl.conversion.claim import Conversion
 from lowmem_icl.conversion.convert import convert
-from lowmem_icl.conversion.locate import locate, tokeniser
+from lowmem_icl.conversion.locate import load_tokenizer, locate, tokeniser
 from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.engine.head_scores import HeadQuestions, HeadScores
 from lowmem_icl.engine.passes import GradientJob, PassSetup, score_heads, sweep, unit_gradients
@@ -62,8 +62,7 @@ def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     assert located.checkpoint is not None
     store = convert(
         Conversion(located.checkpoint, located.store_folder, "float32", request.param),
-        tokenise=tokeniser(located.checkpoint.folder),
-        fixed_text=fixed_text(),
+        CalibrationText(tokeniser(load_tokenizer(located.checkpoint.folder))(fixed_text())),
     )
     options = RunOptions(
         model=str(store.folder), weights="float32", store_dir=folder, tasks=("english_french",), shots=(2,),

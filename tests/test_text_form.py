@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from commands import invoke
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lowmem_icl.errors import InputError
@@ -15,6 +15,15 @@ from lowmem_icl.options import RunOptions
 from lowmem_icl.session.text_form import text_form, text_tokeniser
 
 WORDS = ["<unk>", "<s>", "▁Paris", "▁", "Paris", "▁a", "a", "▁is", "is"]
+
+
+def doubling_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that puts a space before every text, also before one that has it, as Phi-3's does."""
+    words = {word: n for n, word in enumerate(WORDS)}
+    backend = Tokenizer(models.WordLevel(words, "<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
 
 
 def tokenizer(prepend: str, *, bos: str | None = "<s>", adds_bos: bool = False) -> PreTrainedTokenizerFast:
@@ -65,23 +74,30 @@ def test_a_chat_template_is_named_and_not_applied() -> None:
     assert "not applied" in text_form(RunOptions(), store(None), with_template).sentence
 
 
-@pytest.mark.parametrize("prepend", ["always", "never"])
-def test_a_text_that_continues_another_begins_with_one_space(prepend: str) -> None:
+@pytest.mark.parametrize(
+    ("made", "puts_space"),
+    [(tokenizer("always"), True), (tokenizer("never"), False), (doubling_tokenizer(), True)],
+    ids=["once", "never", "doubling"],
+)
+def test_a_text_that_continues_another_begins_with_its_own_spaces(
+    made: PreTrainedTokenizerFast, puts_space: bool
+) -> None:
     """As the whole text would have it: what stands before a space does not decide what comes after."""
-    tokenise = text_tokeniser(tokenizer(prepend))
-    (ids,) = tokenise([" Paris"])
-    assert [WORDS[number] for number in ids] == ["▁Paris"]
-    (beginning,) = tokenise(["Paris"])
-    assert [WORDS[number] for number in beginning] == ["▁Paris" if prepend == "always" else "Paris"]
+    tokenise = text_tokeniser(made)
+    texts = {" Paris": ["▁Paris"], "  Paris": ["▁", "▁Paris"], "Paris": ["▁Paris" if puts_space else "Paris"]}
+    for text, expected in texts.items():
+        (ids,) = tokenise([text])
+        assert [WORDS[number] for number in ids] == expected, text
 
 
 def test_prompts_say_what_stands_before_them(tmp_path: Path) -> None:
     shown = invoke("prompts", "recall", "--shots", "1", "--count", "1", "--store-dir", tmp_path)
     assert shown.exit_code == 0, shown.output
-    assert "nothing stands before a prompt, as this family needs it" in shown.stdout
-    entries = json.loads(
-        invoke("prompts", "recall", "--bos", "--json", "--count", "1", "--store-dir", tmp_path).stdout
+    assert "nothing stands before a prompt, as in the paper's protocol" in shown.stdout
+    arguments = ("prompts", "recall", "--json", "--count", "1", "--store-dir", tmp_path)
+    (with_bos,), (without,) = (
+        json.loads(invoke(*arguments, *more).stdout) for more in (("--bos",), ("--no-bos",))
     )
-    assert entries[0]["prompts"]["bos_by"] == "option"
-    first = entries[0]["options"][0]["context_ids"]
-    assert first.count(first[0]) == 1, "once, and at the front"
+    assert with_bos["prompts"]["bos_by"] == without["prompts"]["bos_by"] == "option"
+    ids = [entry["options"][0]["context_ids"] for entry in (with_bos, without)]
+    assert ids[0][1:] == ids[1], "once, and at the front"

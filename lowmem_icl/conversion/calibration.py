@@ -28,11 +28,20 @@ def fixed_text() -> str:
     return files("lowmem_icl.conversion").joinpath(FIXED_TEXT).read_text(encoding="utf-8")
 
 
-def text_rows(tokens: Sequence[int], context_tokens: int) -> list[Tensor]:
-    """Cut token ids into an even number of rows of at most ROW_TOKENS and the context, all of one length."""
-    length = min(ROW_TOKENS, context_tokens, max(1, len(tokens) // 2))
-    pairs = max(1, min(2, len(tokens) // (2 * length)))
-    return [torch.tensor(tokens[length * i : length * (i + 1)]) for i in range(2 * pairs)]
+@dataclass(frozen=True)
+class CalibrationText:
+    """The fixed text as token ids, and the BOS that stands before every row of it, if prompts have one."""
+
+    tokens: Sequence[int]
+    bos: int | None = None
+
+    def rows(self, context_tokens: int) -> list[Tensor]:
+        """Cut the text into an even number of rows of one length, at most ROW_TOKENS and the context."""
+        front = [] if self.bos is None else [self.bos]
+        count = len(self.tokens)
+        length = min(ROW_TOKENS, context_tokens - len(front), max(1, count // 2))
+        pairs = max(1, min(2, count // (2 * length)))
+        return [torch.tensor([*front, *self.tokens[length * i : length * (i + 1)]]) for i in range(2 * pairs)]
 
 
 @dataclass

@@ -30,6 +30,8 @@ WEIGHT_FILES = (
 INDEX_FILES = tuple(name for name in WEIGHT_FILES if name.endswith(".index.json"))
 TOKENIZER_FILES = (
     "tokenizer.json",
+    "tokenizer.model",
+    "chat_template.jinja",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -134,6 +136,7 @@ class Checkpoint:
     float_bytes: int | None = None
     open_shard: OpenShard = open_weight_file
     stored_name: dict[str, str] = field(default_factory=dict)
+    tied_tables_settled: bool = False
     _open_name: str = ""
     _open_shard: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
 

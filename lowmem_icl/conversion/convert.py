@@ -7,7 +7,7 @@ embeddings (int8 only) and the fixed text's residuals.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowmem_icl.conversion.calibration import CalibrationPass, text_rows
+from lowmem_icl.conversion.calibration import CalibrationPass, CalibrationText
 from lowmem_icl.conversion.checkpoint import TOKENIZER_FILES, Checkpoint
 from lowmem_icl.conversion.checks import check_written
 from lowmem_icl.conversion.claim import Claim, Conversion
@@ -47,8 +47,6 @@ STORED_TYPE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 NON_LAYER_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What is kept in the source's precision; of anything else float32 is stored, in which it computes anyway."""
 MARGIN_BYTES = 64 << 20
-
-Tokenise = Callable[[str], Sequence[int]]
 
 
 def planned_store(checkpoint: Checkpoint, folder: Path, weights: Weights) -> Store:
@@ -103,9 +101,7 @@ def check_room(folder: Path, size_bytes: int) -> int:
     return free
 
 
-def convert(
-    conversion: Conversion, *, tokenise: Tokenise, fixed_text: str, progress: Progress = unseen
-) -> Store:
+def convert(conversion: Conversion, text: CalibrationText, *, progress: Progress = unseen) -> Store:
     """Write a checkpoint as a store, check its bytes and return it opened.
 
     Shards are asked for one after the other, and released after the last layer that needs them. Raises
@@ -123,7 +119,7 @@ def convert(
     digests = source_digests(folder / NON_LAYER)
     calibration = None
     if conversion.weights == "int8":
-        calibration = _start_calibration(skeleton, folder / NON_LAYER, tokenise(fixed_text))
+        calibration = _start_calibration(skeleton, folder / NON_LAYER, text)
     with progress("converting", skeleton.layers, "layers") as advance:
         for layer in range(skeleton.layers):
             _convert_layer(layer, claim, steps, calibration)
@@ -158,15 +154,15 @@ def _tokenizer_files(folder: Path) -> dict[str, StoredFile]:
     }
 
 
-def _start_calibration(skeleton: Skeleton, non_layer: Path, tokens: Sequence[int]) -> CalibrationPass:
-    if max(tokens) >= skeleton.vocabulary:
+def _start_calibration(skeleton: Skeleton, non_layer: Path, text: CalibrationText) -> CalibrationPass:
+    if max(text.tokens) >= skeleton.vocabulary:
         raise InputError(
-            f"the tokenizer next to the weights knows token {max(tokens)}, the model only "
+            f"the tokenizer next to the weights knows token {max(text.tokens)}, the model only "
             f"{skeleton.vocabulary} tokens; they do not belong together"
         )
     vocabulary = Vocabulary(skeleton, non_layer, torch.device("cpu"), in_memory=False)
     try:
-        return CalibrationPass.start(vocabulary, text_rows(tokens, skeleton.context_tokens))
+        return CalibrationPass.start(vocabulary, text.rows(skeleton.context_tokens))
     finally:
         vocabulary.close()
 
@@ -325,7 +321,7 @@ def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
 def _fetch(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> tuple[Tensor, str]:
     """Return a parameter and the SHA-256 of its source bytes; raise InputError for another shape or type."""
     tensor = checkpoint.tensor(checkpoint.source_name(name))
-    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+    if tuple(tensor.shape) != shape or tensor.dtype not in (*NON_LAYER_TYPES, torch.float64):
         raise InputError(
             f"{checkpoint.folder}: parameter '{name}': expected floating point of shape {list(shape)}, "
             f"got {tensor.dtype} {list(tensor.shape)}; config.json and weights do not belong together"

@@ -7,17 +7,16 @@ id.
 import glob
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lowmem_icl.conversion.calibration import fixed_text
+from lowmem_icl.conversion.calibration import CalibrationText, fixed_text
 from lowmem_icl.conversion.checkpoint import Checkpoint, FolderShards, open_checkpoint
 from lowmem_icl.conversion.claim import Conversion, finished_bytes
 from lowmem_icl.conversion.convert import (
-    Tokenise,
     check_room,
     convert,
     planned_store,
@@ -26,6 +25,8 @@ from lowmem_icl.conversion.gguf.source import gguf_folder_name, open_gguf
 from lowmem_icl.conversion.packaged import PACKAGED_MODELS, packaged_file
 from lowmem_icl.conversion.tied import settle_tied_tables
 from lowmem_icl.errors import InputError
+from lowmem_icl.model.families.catalogue import family_of
+from lowmem_icl.model.families.family import Family
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store, Weights, is_store, open_store
 from lowmem_icl.system.files import existing_folder
@@ -153,9 +154,18 @@ def _eight_digits(identity: Any) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def tokeniser(folder: Path) -> Tokenise:
-    """Return a function from a text to token ids without special tokens, by the tokenizer in a folder."""
-    tokenizer = load_tokenizer(folder)
+def begins_with_bos(family: Family, tokenizer: Any) -> tuple[bool, str]:
+    """Return whether texts begin with BOS, and who says so: `family`, or else `tokenizer`, by what it does
+    to a text of its own.
+    """
+    if family.adds_bos is not None:
+        return family.adds_bos, "family"
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos], "tokenizer"
+
+
+def tokeniser(tokenizer: Any) -> Callable[[str], Sequence[int]]:
+    """Return a tokenizer as a function from a text to token ids without special tokens."""
     return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -208,10 +218,11 @@ def ensure_store(
         f"converting {located.source_id} to {weights}: reads {checkpoint.size_bytes / 1e9:.3g} GB, writes "
         f"about {left / 1e9:.3g} GB to {located.store_folder} ({free / 1e9:.3g} GB free)"
     )
+    tokenizer = load_tokenizer(checkpoint.folder)
+    adds_bos, _ = begins_with_bos(family_of(checkpoint.config["model_type"]), tokenizer)
     return convert(
         Conversion(checkpoint, located.store_folder, weights, located.source_id, located.revision),
-        tokenise=tokeniser(checkpoint.folder),
-        fixed_text=fixed_text(),
+        CalibrationText(tokeniser(tokenizer)(fixed_text()), tokenizer.bos_token_id if adds_bos else None),
         progress=progress,
     )
 

@@ -23,6 +23,9 @@ def settle_tied_tables(checkpoint: Checkpoint) -> None:
     That is what Hugging Face does (`PreTrainedModel.tie_weights`). Reads both tables where both are stored;
     the checkpoint's notes say what was found.
     """
+    if checkpoint.tied_tables_settled:
+        return
+    checkpoint.tied_tables_settled = True
     for embedding, head in tied_names(Skeleton.from_dict(checkpoint.config)).items():
         if embedding in checkpoint.stored_name or not checkpoint.holds(head):
             continue

@@ -100,9 +100,7 @@ class LayerCut:
 
     def apply(self, z: Tensor) -> Tensor:
         """Return z [N, Z] without the slices of removed heads."""
-        if self.keep_heads is None:
-            return z
-        return (z.unflatten(-1, (self.keep_heads.shape[1], -1)) * self.keep_heads[..., None]).flatten(-2)
+        return z if self.keep_heads is None else cut_heads(z[:, None], self.keep_heads)[:, 0]
 
 
 WHOLE = LayerCut()

@@ -63,8 +63,20 @@ class Skeleton:
                 "config.json: expected a field 'model_type'; give a Hugging Face checkpoint folder"
             )
         family_of(model_type, config)
+        if config.get("quantization_config"):
+            raise InputError(
+                "config.json: the checkpoint is quantised ('quantization_config'), and its scales would be "
+                "lost; give the checkpoint that it was made from, or a GGUF file"
+            )
         fields = {name: value for name, value in config.items() if name != "model_type"}
-        return cls(AutoConfig.for_model(model_type, **fields))
+        try:
+            built = AutoConfig.for_model(model_type, **fields)
+        except Exception as error:
+            # transformers' own checks of a stranger's fields raise anything.
+            raise InputError(
+                f"config.json: no model of type '{model_type}' can be made of it ({error})"
+            ) from error
+        return cls(built)
 
     @cached_property
     def kind_of_layer(self) -> tuple[int, ...]:
@@ -179,6 +191,16 @@ class Skeleton:
             None if self.family.rotary is None or uses_biases else module_at(self.model, self.family.rotary)
         )
 
+    @property
+    def attention_products(self) -> int:
+        """How many tensors of queries by keys and heads, [H, Q, K], attention makes besides torch's own.
+
+        Where products are capped it is computed step by step; linear biases make a mask by head.
+        """
+        if getattr(self.config, "attn_logit_softcapping", None):
+            return 4
+        return int("alibi" in self.family.layer_arguments and self.rotary is None)
+
     def final_norm(self) -> NormForm | None:
         """Return the filled norm before the unembedding; None where the model has none."""
         norm = module_at(self.model, self.family.final_norm)
@@ -234,9 +256,13 @@ def _context_tokens(config: PretrainedConfig) -> int:
     """Return how many positions a model has, as far as angles do not depend on the sequence's length."""
     positions = int(getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT_TOKENS)
     rotary = getattr(config, "rope_parameters", None) or {}
-    if rotary.get("rope_type") in LENGTH_DEPENDENT:
-        original = rotary.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
-        return min(positions, int(original or positions))
-    return positions
+    # One set of parameters, or one by type of layer.
+    sets = [value for value in rotary.values() if isinstance(value, dict)] or [rotary]
+    originals = [
+        parameters.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or positions
+        for parameters in sets
+        if parameters.get("rope_type") in LENGTH_DEPENDENT
+    ]
+    return min([positions, *map(int, originals)])

@@ -29,11 +29,12 @@ class StreamedModel:
         # Its own, since it holds weights: a store, and another model of it, are never written to.
         self.skeleton = Skeleton(copy.deepcopy(store.skeleton.config))
         self.device = device
+        self._layer = DecoderLayer(self.skeleton, store.manifest.weights, device)
+        self._reader = LayerReader(store.layer_paths, resident_layers(store, resident_bytes), device)
+        # Last: it keeps files open.
         self.vocabulary = Vocabulary(
             self.skeleton, store.folder / NON_LAYER, device, in_memory=tables_in_memory
         )
-        self._layer = DecoderLayer(self.skeleton, store.manifest.weights, device)
-        self._reader = LayerReader(store.layer_paths, resident_layers(store, resident_bytes), device)
 
     def __enter__(self) -> Self:
         return self

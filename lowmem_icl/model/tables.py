@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowmem_icl.errors import InputError
 from lowmem_icl.model.reading import TensorLocation
 
 VOCABULARY_BLOCK = 2048
@@ -24,7 +25,7 @@ class VocabularyTable:
     def __init__(
         self, path: Path, location: TensorLocation, device: torch.device, *, in_memory: bool
     ) -> None:
-        self._location, self._device = location, device
+        self._path, self._location, self._device = path, location, device
         self._rows, self._width = location.shape
         self._row_bytes = self._width * location.dtype.itemsize
         self._file: int | None = os.open(path, os.O_RDONLY)
@@ -51,7 +52,7 @@ class VocabularyTable:
             return self._held[ids.to(self._device)].float()
         wanted, where = torch.unique(ids.cpu(), return_inverse=True)
         read = torch.cat([self._read(row, 1) for row in wanted.tolist()])
-        return read[where].float().to(self._device)
+        return read[where].to(self._device).float()
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the table by VOCABULARY_BLOCK rows: the first row's id, and [rows, E] in float32."""
@@ -59,7 +60,7 @@ class VocabularyTable:
             if self._held is not None:
                 yield start, self._held[start : start + VOCABULARY_BLOCK].float()
             else:
-                yield start, self._read(start, VOCABULARY_BLOCK).float().to(self._device)
+                yield start, self._read(start, VOCABULARY_BLOCK).to(self._device).float()
 
     def _read(self, first: int, rows: int) -> Tensor:
         assert self._file is not None, "the table is closed"
@@ -68,7 +69,8 @@ class VocabularyTable:
         place, left = self._location.offset + first * self._row_bytes, memoryview(content)
         while left:
             count = os.preadv(self._file, [left], place)
-            assert count, "the file was checked to hold the table"
+            if not count:
+                raise InputError(f"{self._path}: became shorter while it was read; convert again")
             place, left = place + count, left[count:]
         self.read_bytes += len(content)
         return torch.frombuffer(content, dtype=self._location.dtype).view(rows, self._width)

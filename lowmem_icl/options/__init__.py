@@ -4,7 +4,7 @@
 `forms` what values they take, in checks and in words; `reading` merges and checks what was given.
 """
 
-from lowmem_icl.options.defaults import DEMO, PACKAGED_MODELS
+from lowmem_icl.options.defaults import DEMO, PACKAGED_MODEL_NAMES
 from lowmem_icl.options.fields import (
     CURVES,
     DEFAULT_CURVES,
@@ -28,7 +28,7 @@ __all__ = [
     "DEMO",
     "EXPERIMENTS",
     "FLAGS",
-    "PACKAGED_MODELS",
+    "PACKAGED_MODEL_NAMES",
     "Curve",
     "Experiment",
     "Flag",

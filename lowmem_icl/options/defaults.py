@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 DEMO = "demo"
-PACKAGED_MODELS = ("gemma3-270m", "smollm2")
+PACKAGED_MODEL_NAMES = ("gemma3-270m", "smollm2")
 """Real models that come from the package index, each by the name that `--model` takes."""
 
 
@@ -19,7 +19,7 @@ class Defaults:
 _BY_MODEL = {
     DEMO: Defaults(shots=(0, 4, 16)),
     # As much as two cores do in a quarter of an hour.
-    **dict.fromkeys(PACKAGED_MODELS, Defaults(shots=(0, 5), limit=32, train_limit=16)),
+    **dict.fromkeys(PACKAGED_MODEL_NAMES, Defaults(shots=(0, 5), limit=32, train_limit=16)),
 }
 
 

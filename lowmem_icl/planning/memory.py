@@ -230,6 +230,8 @@ def working_bytes(prepared: Prepared, longest_tokens: int, together: int) -> int
     working = tokens * (9 * ffn_width + 72 * width)
     # Attention masks: of the longest row, and those that are kept.
     working += 2 * longest_tokens**2 * FLOAT_BYTES + KEPT_MASK_ELEMENTS * FLOAT_BYTES
+    products = skeleton.attention_products * skeleton.heads * tokens * longest_tokens * FLOAT_BYTES
+    working += products * (2 if "importance" in options.experiments else 1)
     if "importance" in options.experiments:
         # The graph of a layer and the gradients at everything in it.
         working += tokens * (16 * ffn_width + 64 * width)

@@ -116,9 +116,16 @@ def _origin(record: Record) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return (
         f"{record['started']} on {machine['processor']}, {machine['threads']} threads{device}; {versions}; "
-        f"prompts: {record['model']['prompts']['sentence']}; "
+        f"{_prompts(record['model'])}"
         f"weights {record['model']['digest'][:12]}, protocol {options['protocol']}, seed {options['seed']}."
     )
+
+
+def _prompts(model: Record) -> str:
+    """Say what was done to prompts and weights; nothing for runs that did not record it."""
+    said = [f"prompts: {model['prompts']['sentence']}"] if "prompts" in model else []
+    said += [f"weights dequantised from {model['quantisation']}"] if model.get("quantisation") else []
+    return "".join(f"{text}; " for text in said)
 
 
 def greedy_findings(results: pl.DataFrame, record: Record) -> list[str]:

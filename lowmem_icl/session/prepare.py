@@ -15,11 +15,11 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import check_names
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store
-from lowmem_icl.options import DEMO, PACKAGED_MODELS, RunOptions
+from lowmem_icl.options import DEMO, PACKAGED_MODEL_NAMES, RunOptions
 from lowmem_icl.protocols import Labels
 from lowmem_icl.rows import PackedRows
 from lowmem_icl.session.task_texts import KeptTable, LabelControls, TextMaker, part_limits, part_rows
-from lowmem_icl.session.text_form import TextForm, packing_limits, text_form, text_tokeniser
+from lowmem_icl.session.text_form import TextForm, check_ids, packing_limits, text_form, text_tokeniser
 from lowmem_icl.session.text_keys import TableName, tokenizer_digest
 from lowmem_icl.session.texts import FOLDER, KeptTexts
 from lowmem_icl.system.progress import Progress, unseen
@@ -147,7 +147,7 @@ def task_names(options: RunOptions) -> tuple[str, ...]:
     """
     if options.tasks is not None:
         return expanded(options.tasks)
-    if options.model in PACKAGED_MODELS:
+    if options.model in PACKAGED_MODEL_NAMES:
         return LEARNT_PAIR_TASKS
     return DEMO_TASKS if options.model == DEMO else PAPER_TASKS
 
@@ -189,6 +189,7 @@ def prepare(options: RunOptions, *, progress: Progress = unseen, needs_weights: 
             for name, part_rows in rows.items():
                 documents[name].append(part_rows)
             advance(1)
+    check_ids((kept.table.tokens.tokens for kept in tables.values()), store)
     return Prepared(
         options,
         store,

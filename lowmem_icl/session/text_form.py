@@ -1,9 +1,14 @@
 """How a model's tokenizer is used: what stands before a prompt, and texts to token ids."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from lowmem_icl.conversion.locate import begins_with_bos
 from lowmem_icl.errors import InputError
 from lowmem_icl.model.store import Store
 from lowmem_icl.options import RunOptions
@@ -35,7 +40,7 @@ class TextForm:
         begins = f"{self.bos} stands before every prompt" if self.bos else "nothing stands before a prompt"
         reason = {
             "option": "as --bos asks",
-            "family": "as this family needs it",
+            "family": "as this family needs it" if self.bos else "as in the paper's protocol",
             "tokenizer": "as the model's tokenizer does",
         }[self.bos_by]
         template = "; the tokenizer has a chat template, which is not applied" if self.chat_template else ""
@@ -47,27 +52,23 @@ def text_form(options: RunOptions, store: Store, tokenizer: Any) -> TextForm:
 
     Where neither option nor family decide, the tokenizer does: a text of its own begins with BOS or not.
     """
-    bos, by_family = tokenizer.bos_token_id, store.skeleton.family.adds_bos
+    adds, by = begins_with_bos(store.skeleton.family, tokenizer)
     if options.bos is not None:
         adds, by = options.bos, "option"
-    elif by_family is not None:
-        adds, by = by_family, "family"
-    else:
-        adds, by = bos is not None and tokenizer("a")["input_ids"][:1] == [bos], "tokenizer"
-    if adds and bos is None:
-        raise InputError("--bos: the tokenizer has no beginning-of-sequence token; leave the option out")
+    if adds and tokenizer.bos_token_id is None:
+        raise InputError(
+            "--bos: the tokenizer has no beginning-of-sequence token; leave the option out"
+            if by == "option"
+            else f"{store.tokenizer_folder}: this family's prompts begin with a beginning-of-sequence token, "
+            "and the tokenizer has none; give the model's own tokenizer, or --no-bos"
+        )
     has_template = bool(getattr(tokenizer, "chat_template", None))
     return TextForm(tokenizer.bos_token if adds else None, by, has_template)
 
 
 def packing_limits(form: TextForm, store: Store, tokenizer: Any) -> PackingLimits:
-    """Return what model and tokenizer set for packing; raise InputError where they do not belong together."""
+    """Return what model and tokenizer set for packing."""
     skeleton = store.skeleton
-    if len(tokenizer) > skeleton.vocabulary:
-        raise InputError(
-            f"{store.tokenizer_folder}: the tokenizer has {len(tokenizer)} tokens, the model only "
-            f"{skeleton.vocabulary}; they do not belong together"
-        )
     return PackingLimits(
         context_tokens=skeleton.context_tokens,
         row_tokens=PackingLimits.row_tokens_for(skeleton.width),
@@ -76,22 +77,36 @@ def packing_limits(form: TextForm, store: Store, tokenizer: Any) -> PackingLimit
     )
 
 
+def check_ids(tokens: Iterable[NDArray[np.int32]], store: Store) -> None:
+    """Raise InputError where texts have ids that the model's vocabulary lacks.
+
+    A tokenizer may know more tokens than the model, as long as no text has them.
+    """
+    largest = max((int(ids.max(initial=0)) for ids in tokens), default=0)
+    if largest >= store.skeleton.vocabulary:
+        raise InputError(
+            f"{store.tokenizer_folder}: the tokenizer gives token {largest}, the model knows only "
+            f"{store.skeleton.vocabulary}; they do not belong together"
+        )
+
+
 def text_tokeniser(tokenizer: Any) -> Tokenise:
     """Return a tokenizer as a function of texts that remembers short ones, such as answers.
 
-    A text that begins with a space continues another. Tokenizers that put a space before every text (Llama
-    2's) would give it two, so it loses its own.
+    A text that begins with a space continues another. Tokenizers that put a space before every text, also
+    before one that has it (Phi-3's, Llama 2's first files), would give it two, so it loses its own.
     """
     remembered: dict[str, list[int]] = {}
 
     @cache
-    def puts_space() -> bool:
-        ids = tokenizer("a", add_special_tokens=False)["input_ids"]
-        return bool(ids) and str(tokenizer.convert_ids_to_tokens(ids[:1])[0]).startswith(WORD_START)
+    def doubles_space() -> bool:
+        plain, spaced = tokenizer(["a", " a"], add_special_tokens=False)["input_ids"]
+        first = str(tokenizer.convert_ids_to_tokens(plain[:1])[0]) if plain else ""
+        return first.startswith(WORD_START) and plain != spaced
 
     def tokenise(texts: list[str]) -> list[list[int]]:
         new = [text for text in dict.fromkeys(texts) if text not in remembered]
-        given = [text.removeprefix(" ") for text in new] if new and puts_space() else new
+        given = [text.removeprefix(" ") for text in new] if new and doubles_space() else new
         ids = tokenizer(given, add_special_tokens=False, verbose=False)["input_ids"] if given else []
         made = dict(zip(new, ids, strict=True))
         remembered.update(

@@ -98,12 +98,14 @@ class TaskOptions(Sequence[OptionTokens]):
         if isinstance(option, slice):
             return [self[index] for index in range(*option.indices(len(self)))]
         limits = self.limits
-        before = self.table[int(self.contexts[option])]
-        if limits.bos is not None:
-            before = [limits.bos, *before]
+        # What is cut is text: a model that needs its BOS has it before a prompt that is too long, too.
+        front = [] if limits.bos is None else [limits.bos]
+        text = self.table[int(self.contexts[option])]
         continuation = self.table[int(self.continuations[option])]
         kept = int(self.context_tokens[option])
-        path = ((before or [limits.empty_context]) + continuation)[-kept - len(continuation) : -1]
+        left = kept - len(front)
+        before = front + (text[-left:] if left > 0 else [])
+        path = ((before or [limits.empty_context]) + continuation)[:-1]
         return OptionTokens(tuple(path), tuple(continuation), kept, bool(self.truncated[option]))
 
     @property

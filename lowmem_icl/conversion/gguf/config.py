@@ -18,6 +18,7 @@ from lowmem_icl.errors import InputError
 
 SAME_NAME_FIELDS = ("attn_logit_softcapping", "final_logit_softcapping")
 UNREAD_FIELDS = ("logit_scale", "attention.scale", "residual_scale", "embedding_scale", "expert_count")
+SCALING_FACTORS = ("rope.scaling.factor", "rope.scale_linear")
 LARGEST_GEMMA_LAYERS = {"gemma2": 46, "gemma3": 62}
 """Of the 27B models, whose attention is scaled by another rule than that of all others."""
 
@@ -61,6 +62,9 @@ def _fields_passed_over(header: GgufHeader) -> dict[str, Any]:
     head_width = header.field("attention.key_length")
     if head_width is not None:
         fields["head_dim"] = head_width
+    window = header.field("attention.sliding_window")
+    if window is not None:
+        fields["sliding_window"] = window or None
     if header.architecture in LARGEST_GEMMA_LAYERS and head_width is not None:
         # The file does not hold the scale; the rule is llama.cpp's (src/models/gemma3.cpp).
         largest = header.field("block_count") == LARGEST_GEMMA_LAYERS[header.architecture]
@@ -71,7 +75,7 @@ def _fields_passed_over(header: GgufHeader) -> dict[str, Any]:
 
 def _refuse_unread_fields(path: Path, header: GgufHeader) -> None:
     count = header.metadata.get("split.count", 1)
-    if count > 1:
+    if count not in (0, 1):
         raise InputError(
             f"{path}: one of {count} parts of a model; join them with llama-gguf-split --merge and give the "
             "file that it writes"
@@ -79,8 +83,9 @@ def _refuse_unread_fields(path: Path, header: GgufHeader) -> None:
     found = [name for name in UNREAD_FIELDS if header.field(name) not in (None, 0)]
     if header.field("rope.scaling.type") not in (None, "none"):
         found.append("rope.scaling.type")
-    rotated, head_width = header.field("rope.dimension_count"), header.field("attention.key_length")
-    if None not in (rotated, head_width) and rotated != head_width:
+    found += [name for name in SCALING_FACTORS if header.field(name) not in (None, 0, 1)]
+    rotated = header.field("rope.dimension_count")
+    if None not in (rotated, _head_width(header)) and rotated != _head_width(header):
         found.append("rope.dimension_count")
     if found:
         name = f"{header.architecture}.{found[0]}"
@@ -88,6 +93,15 @@ def _refuse_unread_fields(path: Path, header: GgufHeader) -> None:
             f"{path}: {name} is {header.metadata[name]}, which transformers' reader of GGUF files passes "
             "over: the numbers would be wrong; give the original checkpoint"
         )
+
+
+def _head_width(header: GgufHeader) -> int | None:
+    """Return the width of a head: as stated, or else the model's width by heads."""
+    stated = header.field("attention.key_length")
+    width, heads = header.field("embedding_length"), header.field("attention.head_count")
+    if stated is not None or not isinstance(width, int) or not isinstance(heads, int) or not heads:
+        return stated
+    return width // heads
 
 
 def _check_layers(path: Path, header: GgufHeader) -> None:

@@ -5,9 +5,11 @@ import json
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lowmem_icl import __version__
 from lowmem_icl.conversion.checkpoint import Checkpoint, FolderShards, read_json
 from lowmem_icl.conversion.gguf.config import gguf_config, notes_on_config, quantisation
 from lowmem_icl.conversion.gguf.header import read_gguf_header
@@ -24,7 +26,9 @@ LONGEST_STEM = 40
 def gguf_folder_name(path: Path) -> str:
     """Return a name for what is made of a file: part of its own, and digits that change with the file."""
     stat = path.stat()
-    identity = os.fsencode(path.name) + f" {stat.st_size} {stat.st_mtime_ns}".encode()
+    # Another version may read a file otherwise.
+    readers = f"{__version__} {version('transformers')}"
+    identity = os.fsencode(path.name) + f" {stat.st_size} {stat.st_mtime_ns} {readers}".encode()
     return f"{path.stem[:LONGEST_STEM]}-{hashlib.sha256(identity).hexdigest()[:8]}"
 
 

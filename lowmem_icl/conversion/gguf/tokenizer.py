@@ -46,12 +46,21 @@ def save_gguf_tokenizer(path: Path, header: GgufHeader, folder: Path) -> list[st
         ) from error
     if restored:
         return [f"tokenizer rules '{rules}': {restored}, which transformers' reader drops, is restored"]
-    if rules in RULES_OF_TRANSFORMERS:
+    if rules in RULES_OF_TRANSFORMERS | _splits_of_transformers():
         return [f"tokenizer rules '{rules}', as transformers rebuilds them"]
     return [
         f"tokenizer rules '{rules}', as transformers rebuilds them: how the original splits digits and "
         "spaces may be lost"
     ]
+
+
+def _splits_of_transformers() -> set[str]:
+    """Return the names of rules whose splits transformers restores by itself, in versions that do."""
+    try:
+        from transformers.integrations.gguf import gguf_tokenizer_mapping
+    except ImportError:
+        return set()
+    return set(getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", ()))
 
 
 def _restore_rules(backend: Any, rules: str) -> str:

@@ -4,6 +4,7 @@ Their projections, splits and rotations stay transformers' own; only the product
 is ours. Axis letters: K keys, H heads.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from transformers.models.falcon.modeling_falcon import FalconAttention, apply_ro
 from lowmem_icl.model.attention import RowAttention, attend_by_row
 
 
-def alibi_slopes(heads: int) -> Tensor:
+@cache
+def alibi_slopes(heads: int, device: torch.device) -> Tensor:
     """Return the slope of every head's linear bias, [H] (Press et al. 2022, ALiBi; their code for head counts
     that are no power of two).
     """
@@ -23,7 +25,7 @@ def alibi_slopes(heads: int) -> Tensor:
     slopes = [2.0 ** (-8.0 * (head + 1) / whole) for head in range(whole)]
     # The heads left over take every other slope of twice as many.
     slopes += [2.0 ** (-4.0 * (2 * head + 1) / whole) for head in range(heads - whole)]
-    return torch.tensor(slopes)
+    return torch.tensor(slopes, device=device)
 
 
 class BloomRowAttention(BloomAttention):  # type: ignore[misc]
@@ -31,7 +33,7 @@ class BloomRowAttention(BloomAttention):  # type: ignore[misc]
 
     def key_bias(self, positions: Tensor) -> Tensor:
         """Return what is added to the products with keys at these positions, [H, K]."""
-        return alibi_slopes(self.num_heads).to(positions.device)[:, None] * positions
+        return alibi_slopes(self.num_heads, positions.device)[:, None] * positions
 
     def forward(
         self, hidden_states: Tensor, residual: Tensor, *, attention_mask: RowAttention, **_: Any
@@ -52,7 +54,7 @@ class FalconRowAttention(FalconAttention):  # type: ignore[misc]
 
         Rounded to bfloat16 and scaled like the products, as in the model.
         """
-        slopes = alibi_slopes(self.num_heads).to(positions.device).bfloat16()[:, None]
+        slopes = alibi_slopes(self.num_heads, positions.device).bfloat16()[:, None]
         return (slopes * positions).float() * self.inv_norm_factor
 
     def forward(

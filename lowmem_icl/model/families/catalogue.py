@@ -39,8 +39,12 @@ def _embed_gpt2(model: PreTrainedModel, rows: Tensor, positions: Tensor) -> Tens
     return rows + cast(Any, model).transformer.wpe(positions)
 
 
-def _embed_bloom(model: PreTrainedModel, rows: Tensor, positions: Tensor) -> Tensor:
+def _token_inputs_bloom(model: PreTrainedModel, rows: Tensor) -> Tensor:
     return cast(Any, model).transformer.word_embeddings_layernorm(rows)
+
+
+def _embed_bloom(model: PreTrainedModel, rows: Tensor, positions: Tensor) -> Tensor:
+    return _token_inputs_bloom(model, rows)
 
 
 def _query_heads(config: PretrainedConfig) -> int:
@@ -123,8 +127,10 @@ BLOOM = Family(
     ffn_output="mlp.dense_4h_to_h",
     final_norm="transformer.ln_f",
     layer_arguments={"alibi": None},
+    token_inputs=_token_inputs_bloom,
     embed=_embed_bloom,
     adapt=adapt_bloom,
+    refused={"slow_but_exact": False},
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -153,8 +159,10 @@ FAMILIES: Mapping[str, Family] = {
         BLOOM,
         fused=FusedProjection(stacked=False, groups=_falcon_groups),
         rotary="transformer.rotary_emb",
+        token_inputs=Family.token_inputs,
         embed=Family.embed,
         adapt=adapt_falcon,
+        refused={},
     ),
 }
 
