@@ -33,7 +33,7 @@ from lowmem_icl.system.machine import peak_resident_bytes
 
 def score(folder: Path, own_task: Path, memory: str, sequences: int) -> dict[str, Any]:
     """Score all heads on the longest so many random sequences; return seconds, reads and peak memory."""
-    wanted = {"model": str(folder), "tasks": str(own_task), "shots": 0, "experiments": "induction"}
+    wanted = {"model": str(folder), "tasks": str(own_task), "shots": "0", "experiments": "induction"}
     prepared = prepare(RunOptions.model_validate(wanted | {"memory": memory}))
     asked = head_questions(prepared)
     asked = replace(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowmem_icl.masks.mask import Mask
+from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.tasks.packing import OptionTokens
 
 Scores = list[float]
@@ -60,17 +61,21 @@ def summed(logits: Tensor, targets: Tensor, options: Sequence[OptionTokens]) -> 
 
 
 class HuggingFace:
-    """Hugging Face's own model with forward hooks, batched by length, the vocabulary at answers only."""
+    """Hugging Face's own model of any family with forward hooks, batched by length, the vocabulary at answers
+    only.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.skeleton = Skeleton(model.config)
+        self.layers = model.get_submodule(self.skeleton.blocks_name)
 
     @contextmanager
     def without(self, mask: Mask) -> Iterator[None]:
         """Remove the units while the context lasts."""
-        width = self.model.config.hidden_size // self.model.config.num_attention_heads
+        width, family = self.skeleton.head_width, self.skeleton.family
         handles = []
-        for number, layer in enumerate(self.model.model.decoder.layers):
+        for number, layer in enumerate(self.layers):
             heads = mask.heads_in(number)
             if heads:
 
@@ -78,16 +83,24 @@ class HuggingFace:
                     z = arguments[0].clone()
                     for head in heads:
                         z[..., head * width : (head + 1) * width] = 0
-                    return (z,)
+                    return (z, *arguments[1:])
 
-                handles.append(layer.self_attn.out_proj.register_forward_pre_hook(cut))
+                output = layer.get_submodule(family.attention_output)
+                handles.append(output.register_forward_pre_hook(cut))
             if number in mask.ffns:
-                handles.append(layer.fc2.register_forward_hook(lambda *seen: torch.zeros_like(seen[2])))
+                output = layer.get_submodule(family.ffn_output)
+                handles.append(output.register_forward_hook(lambda *seen: torch.zeros_like(seen[2])))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits [A, V] of final hidden states [A, D], scaled and capped as the model does."""
+        form = self.skeleton.logit_form
+        logits = self.model.get_output_embeddings()(hidden) * form.scale
+        return logits if form.softcap is None else form.softcap * (logits / form.softcap).tanh()
 
     def score(self, options: Sequence[OptionTokens], mask: Mask, batch_size: int) -> Scores:
         """Return all options' scores under a mask."""
@@ -96,9 +109,9 @@ class HuggingFace:
             for batch in batches_by_length(options, batch_size):
                 members = [options[number] for number in batch]
                 ids, attention = padded(members)
-                hidden = self.model.model.decoder(ids, attention_mask=attention).last_hidden_state
+                hidden = self.model.base_model(ids, attention_mask=attention, use_cache=False)
                 rows, positions, targets = answer_positions(members)
-                logits = self.model.lm_head(hidden[rows, positions])
+                logits = self.logits(hidden.last_hidden_state[rows, positions])
                 for number, value in zip(batch, summed(logits, targets, members), strict=True):
                     scores[number] = value
         return scores

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,14 +30,13 @@ from lowmem_icl.engine.passes import PassSetup, sweep
 from lowmem_icl.engine.schedule import BlockRow, Job, PlannedWave, SweepLimits, Variant
 from lowmem_icl.engine.wave import Wave
 from lowmem_icl.masks.mask import Mask, all_heads
-from lowmem_icl.model.store import NON_LAYER, open_store
+from lowmem_icl.model.store import NON_LAYER, Store, open_store
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.rows import PackedRows
 from lowmem_icl.system.machine import peak_resident_bytes
 from lowmem_icl.tasks.packing import PackedTask
 
 DOCUMENTS = 32
-BATCH_SIZES = (1, 4, 8, 16)
 WAVES = 4
 PLENTY = SweepLimits.of(8 << 30)
 CPU = torch.device("cpu")
@@ -45,11 +44,16 @@ CPU = torch.device("cpu")
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True)
 class Inputs:
-    """Where things are: the folder models are built in, rows and tokenizer."""
+    """Where things are: the folder models are built in, rows and tokenizer; and what the real case takes."""
 
-    def __init__(self, folder: Path, data_dir: Path, tokenizer: Path) -> None:
-        self.folder, self.data_dir, self.tokenizer = folder, data_dir, tokenizer
+    folder: Path
+    data_dir: Path
+    tokenizer: Path
+    model: str = "smollm2"
+    peer_units: int = 12
+    documents: int = DOCUMENTS
 
     def task(self, name: str, width: int, documents: int, shots: int = 0) -> PackedTask:
         """Return a task's documents, not packed yet; with demonstrations, one set for all."""
@@ -58,16 +62,33 @@ class Inputs:
 
 @dataclass(frozen=True)
 class BenchTask:
-    """What all sides score: the first documents of a task at a shot count."""
+    """What all sides score: the first documents of a task at a shot count, here by OPT-125M's shape."""
 
     inputs: Inputs
     name: str
     shots: int
     documents: int = DOCUMENTS
 
-    def rows_for(self, width: int) -> PackedTask:
-        """Return the documents as a model of this width gets them, not packed yet."""
-        return self.inputs.task(self.name, width, self.documents, self.shots)
+    BATCH_SIZES: ClassVar[tuple[int, ...]] = (1, 4, 8, 16)
+    # The share of the documents on which a peer's batch size is chosen.
+    TUNING_SHARE: ClassVar[int] = 4
+
+    @property
+    def label(self) -> str:
+        """The task as results name it."""
+        return self.name
+
+    def store(self) -> Store:
+        """Return the weights of our side."""
+        return open_store(self.inputs.folder / "opt-125m-float32")
+
+    def packed_task(self) -> PackedTask:
+        """Return the documents, not packed yet."""
+        return self.inputs.task(self.name, OPT_125M.hidden_size, self.documents, self.shots)
+
+    def peer(self, kind: str) -> Any:
+        """Return a peer with the same weights."""
+        return _peer(kind, self.inputs.folder / "opt-125m", self.inputs.tokenizer)
 
 
 @cache
@@ -93,32 +114,32 @@ def peer_scores(
     kind: str, task: BenchTask, masks: Sequence[Mask], batch_size: int
 ) -> tuple[float, list[list[float]]]:
     """Return the seconds of scoring a task under some masks, one pass each, and the scores."""
-    peer = _peer(kind, task.inputs.folder / "opt-125m", task.inputs.tokenizer)
-    options = task.rows_for(OPT_125M.hidden_size).options
+    peer = task.peer(kind)
+    options = list(task.packed_task().options)
     start = time.perf_counter()
     scores = [peer.score(options, mask, batch_size) for mask in masks]
     return time.perf_counter() - start, scores
 
 
 def best_batch_size(kind: str, task: BenchTask) -> int:
-    """Return the batch size at which a peer scores a quarter of the documents fastest;
+    """Return the batch size at which a peer scores a part of the documents fastest;
     the first pass warms up.
     """
-    few = replace(task, documents=task.documents // 4)
+    few = replace(task, documents=max(1, task.documents // task.TUNING_SHARE))
 
     def seconds(size: int) -> float:
         return peer_scores(kind, few, [Mask()], size)[0]
 
-    seconds(BATCH_SIZES[-1])
-    return min(BATCH_SIZES, key=seconds)
+    seconds(task.BATCH_SIZES[-1])
+    return min(task.BATCH_SIZES, key=seconds)
 
 
 def arithmetic(task: BenchTask, masks: Sequence[Mask]) -> tuple[float, float]:
     """Return the operations of one pass an ablation, and ours: layers,
     and the vocabulary where answers are read.
     """
-    skeleton = open_store(task.inputs.folder / "opt-125m-float32").skeleton
-    documents = task.rows_for(skeleton.width)
+    skeleton = task.store().skeleton
+    documents = task.packed_task()
     tokens = sum(len(option.path) for option in documents.options)
     answers = sum(len(option.continuation) for option in documents.options)
     through = tokens * skeleton.layers
@@ -129,12 +150,12 @@ def arithmetic(task: BenchTask, masks: Sequence[Mask]) -> tuple[float, float]:
 
 def our_scores(task: BenchTask, masks: Sequence[Mask]) -> tuple[float, list[list[float]]]:
     """Return the seconds of packing and sweeping a task under all masks, and the scores."""
-    store = open_store(task.inputs.folder / "opt-125m-float32")
+    store = task.store()
     with StreamedModel(store, device=CPU, resident_bytes=store.size_bytes) as model:
         # Weights are in memory on both sides.
         for _ in model.layers(range(store.skeleton.layers)):
             pass
-        documents = task.rows_for(OPT_125M.hidden_size)
+        documents = task.packed_task()
         start = time.perf_counter()
         job = Job(documents.packed, tuple(masks))
         with CleanCache(PLENTY.cache_bytes) as cache_of_clean:

