@@ -205,7 +205,7 @@ def test_names_are_never_markup_in_tables(capsys: pytest.CaptureFixture[str]) ->
     show_status(
         state | {"seconds_left_planned": 1.0, "best_units": [unit], "warnings": [NAME]}, plain_console()
     )
-    assert capsys.readouterr().out.count(NAME) == 3
+    assert capsys.readouterr().out.count(NAME) == 4
 
 
 def test_names_are_never_markup_in_prompts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from lowmem_icl.report.numbers import status_of
 from lowmem_icl.session.folder import RunFolder, check_output, open_folder, run_record
 from lowmem_icl.session.identity import Identity, default_folder, identity_of, run_folder
 from lowmem_icl.session.run_form import StageActuals
+from lowmem_icl.session.text_form import TextForm
 from lowmem_icl.tables.schema import TABLES, read_table, write_table
 
 PLAN = {"stages": [{"experiment": name, "seconds": 2.0} for name in ("evaluate", "ablate")]}
@@ -31,11 +32,14 @@ TASK = SimpleNamespace(
 )
 PREPARED: Any = SimpleNamespace(
     store=SimpleNamespace(
-        manifest=SimpleNamespace(weights="int8", outliers=None),
+        manifest=SimpleNamespace(
+            weights="int8", outliers=None, source=SimpleNamespace(quantisation=None, notes=[])
+        ),
         skeleton=SimpleNamespace(width=32),
         folder=Path("store"),
     ),
     mask_model=MaskModel(id="made", model_type="opt", layers=4, heads=8, digest="d" * 64),
+    text_form=TextForm(bos=None, bos_by="family", chat_template=False),
     evaluate=(TASK,),
     train=(TASK,),
 )

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lowmem_icl.conversion.checkpoint import Checkpoint
+from lowmem_icl.conversion.gguf import config as config_module
 from lowmem_icl.conversion.gguf import header as header_module
 from lowmem_icl.conversion.gguf.header import GgufHeader, read_gguf_header
 from lowmem_icl.conversion.gguf.source import open_gguf
@@ -82,11 +83,14 @@ def test_heads_have_the_width_that_the_file_says(tmp_path: Path) -> None:
     assert_equal_tensors(checkpoint, written)
 
 
-@pytest.mark.parametrize(("layers", "scale"), [(3, 32), (62, 64 // 4)])
-def test_gemmas_attention_is_scaled_by_llama_cpps_rule(tmp_path: Path, layers: int, scale: int) -> None:
-    """The file does not hold the scale: a head's width, but in the 27B model, which has 62 layers."""
-    model = random_model("gemma3", num_hidden_layers=layers)
-    path = write_gguf(tmp_path / "tiny.gguf", "gemma3", model)
+@pytest.mark.parametrize(("largest", "scale"), [(62, 32), (3, 64 // 4)])
+def test_gemmas_attention_is_scaled_by_llama_cpps_rule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int, scale: int
+) -> None:
+    """The file does not hold the scale: a head's width, but in the largest model, told by its layers."""
+    assert config_module.LARGEST_GEMMA_LAYERS == {"gemma2": 46, "gemma3": 62}
+    monkeypatch.setitem(config_module.LARGEST_GEMMA_LAYERS, "gemma3", largest)
+    path = write_gguf(tmp_path / "tiny.gguf", "gemma3", random_model("gemma3", num_hidden_layers=3))
     assert opened(path).config["query_pre_attn_scalar"] == scale
 
 

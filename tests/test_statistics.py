@@ -41,7 +41,9 @@ def test_estimated_drops_have_clustered_standard_errors() -> None:
 
 def packed_task(clusters: list[str]) -> PackedTask:
     """As much of a packed task as the importance experiment's blocks are made from."""
-    task = SimpleNamespace(task="recall", shots=4, split="train", documents=clusters, clusters=clusters)
+    task = SimpleNamespace(
+        task="recall", shots=4, split="train", documents=clusters, clusters=clusters, labels="right"
+    )
     return cast(PackedTask, SimpleNamespace(task=task))
 
 
