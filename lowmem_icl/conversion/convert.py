@@ -1,7 +1,7 @@
 """A checkpoint into a store, layer by layer; a stopped conversion continues at the layer where it was.
 
-In memory at any time: one layer in the source's precision and as converted, the open shard's pages, the
-embeddings (int8 only) and the fixed text's residuals.
+In memory at any time: one layer in the source's precision and as converted, or one of the vocabulary's
+tables; the open shard's pages; and the fixed text's residuals (int8 only).
 """
 
 import hashlib
