@@ -6,6 +6,7 @@ Every folder below RUNS with a results.parquet is a run. With --docs the tables 
 marks, <!-- tables: scripts/real_models_tables.py --> and <!-- /tables -->; without, they are printed.
 """
 
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from lowmem_icl.tables.schema import read_table
 BEGIN, END = "<!-- tables: scripts/real_models_tables.py -->", "<!-- /tables -->"
 UNIT = ("task", "shots", "kind", "layer", "head")
 MATCHING = 0.3
+PLACES = ("--out", "--store-dir", "--data-dir", "--masks-dir")
 INDUCTION_HEADS_SHOWN = 5
 
 
@@ -38,6 +40,17 @@ class Run:
     def of(self, **values: object) -> pl.DataFrame:
         """Return the records with these values."""
         return self.results.filter(*(pl.col(name) == value for name, value in values.items()))
+
+
+def shown_command(command: str) -> str:
+    """Return a run's command without what only its machine needs."""
+    words, shown = iter(shlex.split(command)), []
+    for word in words:
+        if word in PLACES:
+            next(words, None)
+        elif word != "--quiet":
+            shown.append(Path(word).name if "/" in word and not word.startswith("-") else word)
+    return " ".join(shown)
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -212,7 +225,7 @@ def sections(runs: dict[str, Run]) -> Iterator[str]:
     for name, run in runs.items():
         if name.endswith("-float32"):
             continue
-        yield f"## {name}\n\n`{run.record['command']}`"
+        yield f"## {name}\n\n`{shown_command(run.record['command'])}`"
         experiments = set(run.record["stages"])
         yield f"### Accuracy: right / shuffled / foreign labels\n\n{accuracy_table(run)}"
         yield f"### What right labels give\n\n{effect_table(run)}"
