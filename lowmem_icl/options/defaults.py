@@ -14,12 +14,14 @@ class Defaults:
     shots: tuple[int, ...] = (0, 1, 5)
     limit: int | None = None
     train_limit: int = 32
+    curve_limit: int = 64
 
 
+# On two cores.
+_QUARTER_OF_AN_HOUR = Defaults(shots=(0, 5), limit=32, train_limit=12, curve_limit=16)
 _BY_MODEL = {
     DEMO: Defaults(shots=(0, 4, 16)),
-    # As much as two cores do in a quarter of an hour.
-    **dict.fromkeys(PACKAGED_MODEL_NAMES, Defaults(shots=(0, 5), limit=32, train_limit=16)),
+    **dict.fromkeys(PACKAGED_MODEL_NAMES, _QUARTER_OF_AN_HOUR),
 }
 
 

@@ -127,7 +127,7 @@ class RunOptions(BaseModel):
         Flag(
             Group.TASKS,
             "Training documents per task, for importance, ablations and pruning.",
-            "32, or --limit; gemma3-270m, smollm2 16",
+            "32, or --limit; gemma3-270m, smollm2 12",
         ),
     ] = None
     importance_limit: Annotated[
@@ -212,8 +212,13 @@ class RunOptions(BaseModel):
         tuple[Curve, ...], *Listed, Flag(Group.EXPERIMENTS, "Which pruning curves to draw; '' for none.")
     ] = DEFAULT_CURVES
     curve_limit: Annotated[
-        Count, Flag(Group.EXPERIMENTS, "Evaluation documents per task for pruning curves, at most --limit.")
-    ] = 64
+        Count | None,
+        Flag(
+            Group.EXPERIMENTS,
+            "Evaluation documents per task for pruning curves, at most --limit.",
+            "64; gemma3-270m, smollm2 16",
+        ),
+    ] = None
     random_draws: Annotated[SmallCount, Flag(Group.EXPERIMENTS, "Draws for the random curves.")] = 10
     rescore: Annotated[
         bool,
@@ -348,7 +353,8 @@ class RunOptions(BaseModel):
     @property
     def resolved_curve_limit(self) -> int:
         """Evaluation documents per task that curves are judged on."""
-        return min(self.curve_limit, self.resolved_limit or self.curve_limit)
+        wanted = self.curve_limit or self.defaults.curve_limit
+        return min(wanted, self.resolved_limit or wanted)
 
     @property
     def resolved_store_dir(self) -> Path:
@@ -362,7 +368,11 @@ class RunOptions(BaseModel):
     def identity_values(self) -> dict[str, Any]:
         """The plain JSON values of all options that results depend on; the device is not among them."""
         values = self.model_dump(mode="json", include={name for name in FLAGS if FLAGS[name].changes_results})
-        resolved = {"limit": self.resolved_limit, "train_limit": self.resolved_train_limit}
+        resolved = {
+            "limit": self.resolved_limit,
+            "train_limit": self.resolved_train_limit,
+            "curve_limit": self.resolved_curve_limit,
+        }
         return values | {"shots": list(self.resolved_shots), **resolved}
 
     @property
