@@ -108,17 +108,22 @@ def unit_table(run: Run) -> str:
 
 
 def knee_table(run: Run) -> str:
-    """Return how much of heads and FFNs can go by gradient importance, and what that costs elsewhere."""
-    knees = run.of(experiment="prune", metric="knee", method="gradient")
-    costs = run.of(experiment="prune", metric="knee_acc_drop", method="gradient")
-    both = knees.join(costs, on=["procedure", "task", "shots"], suffix="_cost")
+    """Return how much of heads and FFNs can go by each task's own ranking, and what that costs elsewhere.
+
+    Heads go by gradient, FFNs by ablation; knees are found on training documents.
+    """
+    of_a_curve = ["procedure", "task", "shots", "method"]
+    curves = run.of(experiment="prune").filter(
+        pl.col("other_task").is_null() & pl.col("procedure").is_in(["curve-heads", "curve-ffns"])
+    )
+    knees, costs = (curves.filter(pl.col("metric") == metric) for metric in ("knee", "knee_acc_drop"))
     rows = [
         [
             row["task"], row["shots"], "heads" if row["procedure"] == "curve-heads" else "FFNs",
             f"{row['value']:.0f} %", number(row["value_cost"], 3),
         ]
-        for row in both.filter(pl.col("procedure").is_in(["curve-heads", "curve-ffns"]))
-        .sort("procedure", "task", "shots")
+        for row in knees.join(costs, on=of_a_curve, suffix="_cost")
+        .sort("task", "shots", "procedure", descending=[False, False, True])
         .iter_rows(named=True)
     ]  # fmt: skip
     return markdown(["task", "shots", "of", "can go", "costs in accuracy"], rows)
