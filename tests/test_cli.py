@@ -205,7 +205,7 @@ def test_names_are_never_markup_in_tables(capsys: pytest.CaptureFixture[str]) ->
     show_status(
         state | {"seconds_left_planned": 1.0, "best_units": [unit], "warnings": [NAME]}, plain_console()
     )
-    assert capsys.readouterr().out.count(NAME) == 4
+    assert capsys.readouterr().out.count(NAME) == 3
 
 
 def test_names_are_never_markup_in_prompts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,10 +224,10 @@ def test_names_are_never_markup_in_prompts(capsys: pytest.CaptureFixture[str]) -
         "split": "train",
         "document": 3,
         "options": [option | {"truncated": False}],
-        "prompts": {"sentence": NAME},
+        "prompts": {"sentence": NAME, "notes": [NAME]},
     }
     show_prompts([entry], plain_console())
-    assert capsys.readouterr().out.count(NAME) == 3
+    assert capsys.readouterr().out.count(NAME) == 5
 
 
 def test_prompts_show_the_first_documents_of_the_run_that_takes_the_same_options(tmp_path: Path) -> None:

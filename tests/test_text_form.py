@@ -38,8 +38,13 @@ def tokenizer(prepend: str, *, bos: str | None = "<s>", adds_bos: bool = False) 
 
 
 def store(adds_bos: bool | None) -> Any:
-    """What is asked of a store: whether its family decides on BOS."""
-    return SimpleNamespace(skeleton=SimpleNamespace(family=SimpleNamespace(adds_bos=adds_bos)))
+    """What is asked of a store: whether its family decides on BOS, and what was noted of its source."""
+    source = SimpleNamespace(notes=["tokenizer rules 'default'"])
+    return SimpleNamespace(
+        skeleton=SimpleNamespace(family=SimpleNamespace(adds_bos=adds_bos)),
+        manifest=SimpleNamespace(source=source),
+        tokenizer_folder="tokenizer",
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,6 +63,7 @@ def test_option_then_family_then_tokenizer_decide_on_bos(
 ) -> None:
     form = text_form(RunOptions(bos=option), store(family), tokenizer("never", adds_bos=by_itself))
     assert (form.bos, form.bos_by) == (expected, by)
+    assert form.as_record()["notes"] == ("tokenizer rules 'default'",)
     assert form.sentence.startswith(f"{expected} stands" if expected else "nothing stands")
 
 

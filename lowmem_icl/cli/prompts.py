@@ -56,7 +56,9 @@ def _entry(task: TaskRows, document: Document, tokenised: Sequence[OptionTokens]
 def show_prompts(entries: list[dict[str, Any]], console: Console) -> None:
     """Print prompts for reading: a context once, its options below, the right one marked."""
     if entries:
-        console.print(Text(entries[0]["prompts"]["sentence"], "dim"))
+        form = entries[0]["prompts"]
+        for line in (form["sentence"], *form["notes"]):
+            console.print(Text(line, "dim"))
     for entry in entries:
         console.rule(f"{entry['task']}, {entry['shots']}-shot, {entry['split']} document {entry['document']}")
         last_context = None

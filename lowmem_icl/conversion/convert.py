@@ -73,7 +73,7 @@ def planned_store(checkpoint: Checkpoint, folder: Path, weights: Weights) -> Sto
         format=STORE_FORMAT,
         weights=weights,
         config=checkpoint.config,
-        source=Source(id="planned", revision=None, digest=""),
+        source=Source(id="planned", revision=None, digest="", notes=list(checkpoint.notes)),
         files={name: StoredFile(size_bytes=size, sha256="0" * 64) for name, size in sizes.items()},
         outliers=None,
     )

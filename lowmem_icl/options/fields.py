@@ -371,7 +371,7 @@ class RunOptions(BaseModel):
         resolved = {
             "limit": self.resolved_limit,
             "train_limit": self.resolved_train_limit,
-            "curve_limit": self.resolved_curve_limit,
+            "curve_limit": self.curve_limit or self.defaults.curve_limit,
         }
         return values | {"shots": list(self.resolved_shots), **resolved}
 

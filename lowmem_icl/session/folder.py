@@ -299,7 +299,6 @@ def _describe_model(prepared: "Prepared") -> dict[str, Any]:
         "weights": manifest.weights,
         "store": str(prepared.store.folder),
         "quantisation": manifest.source.quantisation,
-        "notes": manifest.source.notes,
         "prompts": prepared.text_form.as_record(),
         "outliers": manifest.outliers.model_dump() if manifest.outliers else None,
     }

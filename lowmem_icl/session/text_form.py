@@ -23,12 +23,14 @@ class TextForm:
     """What is done to prompts, for run.json, the page and `prompts`.
 
     bos: the token put once before every context, None without; bos_by: who decides, `option` (--bos),
-    `family` or `tokenizer`; chat_template: whether the tokenizer has one, which is never applied.
+    `family` or `tokenizer`; chat_template: whether the tokenizer has one, which is never applied; notes: what
+    was done to the source at conversion that a reader would not expect, such as a tokenizer's rules.
     """
 
     bos: str | None
     bos_by: str
     chat_template: bool
+    notes: tuple[str, ...] = ()
 
     def as_record(self) -> dict[str, Any]:
         """Return plain values for run.json, and the sentence that says it."""
@@ -63,7 +65,8 @@ def text_form(options: RunOptions, store: Store, tokenizer: Any) -> TextForm:
             "and the tokenizer has none; give the model's own tokenizer, or --no-bos"
         )
     has_template = bool(getattr(tokenizer, "chat_template", None))
-    return TextForm(tokenizer.bos_token if adds else None, by, has_template)
+    notes = tuple(store.manifest.source.notes)
+    return TextForm(tokenizer.bos_token if adds else None, by, has_template, notes)
 
 
 def packing_limits(form: TextForm, store: Store, tokenizer: Any) -> PackingLimits:
