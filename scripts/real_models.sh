@@ -35,9 +35,9 @@ for model in ${MODELS:-gemma3-270m smollm2}; do
     fi
 done
 if [[ -n ${QWEN:-} ]]; then
-    take qwen --model "$QWEN" --tasks next_item,first_letter,english_french --shots 0,5 --limit 32 \
-        --train-limit 16 --memory 600MB --experiments evaluate,importance,ablate \
-        --screen attribution --exact 40
+    take qwen --model "$QWEN" --tasks next_item,english_french --shots 0,5 --limit 32 \
+        --train-limit 12 --memory 600MB --experiments evaluate,importance,ablate \
+        --screen attribution --exact 30
 fi
 python "$here/real_models_tables.py" "$out" || failed+=("tables ($?)")
 if ((${#failed[@]})); then
