@@ -19,7 +19,8 @@ def record(task: str, value: float, **fields: Any) -> dict[str, Any]:
         "mask": "clean",
         "metric": "acc",
     }
-    return base | {"value": value, "stderr": 0.1, "chance": 0.5, "documents": 10, "exact": True} | fields
+    measured = {"value": value, "stderr": 0.1, "low": value - 0.2, "high": value + 0.3}
+    return base | measured | {"chance": 0.5, "documents": 10, "exact": True} | fields
 
 
 def test_the_mean_is_of_all_tasks_in_the_domain() -> None:
@@ -28,7 +29,8 @@ def test_the_mean_is_of_all_tasks_in_the_domain() -> None:
     assert mean["task"] == "aggregate"
     assert mean["value"] == np.mean([0.5, 0.7])
     assert mean["stderr"] == pytest.approx(np.sqrt(2 * 0.01) / 2)
-    assert mean["high"] == pytest.approx(0.6 + 1.96 * np.sqrt(2 * 0.01) / 2)
+    assert mean["low"] == pytest.approx(0.6 - np.sqrt(2 * 0.04) / 2)
+    assert mean["high"] == pytest.approx(0.6 + np.sqrt(2 * 0.09) / 2)
     assert (mean["chance"], mean["documents"], mean["split"]) == (0.5, 20, "validation")
 
 
@@ -39,15 +41,29 @@ def test_numbers_that_one_task_lacks_have_no_mean() -> None:
 
 
 def test_a_tasks_own_metric_counts_as_its_accuracy() -> None:
-    records = [record("piqa", 0.5), record("record", 0.9, metric="em", split="test", stderr=None)]
+    records = [record("piqa", 0.5), record("record", 0.9, metric="em", split="test")]
     (mean,) = over_tasks(frame("results", records)).to_dicts()
-    assert (mean["metric"], mean["value"], mean["split"], mean["stderr"], mean["low"]) == (
-        "acc",
-        0.7,
-        None,
-        None,
-        None,
-    )
+    assert (mean["metric"], mean["value"], mean["split"]) == ("acc", 0.7, None)
+
+
+@pytest.mark.parametrize("unknown", [None, float("nan")])
+def test_a_task_without_an_error_is_left_out_of_the_bounds(unknown: float | None) -> None:
+    nothing = {"stderr": unknown, "low": unknown, "high": unknown}
+    records = [record("piqa", 0.4), record("copa", 0.5), record("boolq", 0.9, **nothing)]
+    (mean,) = over_tasks(frame("results", records)).to_dicts()
+    assert mean["value"] == pytest.approx(0.6)
+    # As if its error were that of the other two: three members of equal reach.
+    assert mean["low"] == pytest.approx(0.6 - 0.2 / np.sqrt(3))
+    assert mean["high"] == pytest.approx(0.6 + 0.3 / np.sqrt(3))
+    (alone,) = over_tasks(frame("results", [record(task, 0.5, **nothing) for task in ("a", "b")])).to_dicts()
+    assert (alone["stderr"], alone["low"], alone["high"]) == (None, None, None)
+
+
+def test_where_a_task_has_an_error_but_no_interval_the_mean_has_none() -> None:
+    records = [record("piqa", 0.4), record("copa", 0.5, low=None, high=None)]
+    (mean,) = over_tasks(frame("results", records)).to_dicts()
+    assert (mean["low"], mean["high"]) == (None, None)
+    assert mean["stderr"] == pytest.approx(np.sqrt(2 * 0.01) / 2)
 
 
 def test_what_tasks_prune_by_their_own_rankings_is_one_thing() -> None:

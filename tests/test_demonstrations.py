@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem_icl.tasks.demonstrations import Dealer, Demonstrations
+from lowmem_icl.tasks.documents import Document, TaskRows
 from lowmem_icl.tasks.loading import OpenTask, open_task
 from lowmem_icl.tasks.packing import PackingLimits, fit_context, pack
 from lowmem_icl.tasks.prompting import DirectPrompter
@@ -72,7 +73,7 @@ def test_documents_are_those_of_the_papers_mode_and_nested_under_limits(tmp_path
     assert np.bincount(sets).tolist() == [4, 4, 4]
 
 
-def test_intervals_cluster_by_set_where_there_are_several(tmp_path: Path) -> None:
+def test_intervals_cluster_by_set(tmp_path: Path) -> None:
     task = own_task(tmp_path)
 
     def clusters(shots: int, sets: int) -> set[str]:
@@ -80,7 +81,19 @@ def test_intervals_cluster_by_set_where_there_are_several(tmp_path: Path) -> Non
         return set(task.rows(shots=shots, part="evaluate", limit=None, demonstrations=how).clusters)
 
     assert clusters(2, 3) == {"set 0:0", "set 0:1", "set 0:2"}
-    assert len(clusters(2, 1)) == len(clusters(0, 3)) == 12, "else by document"
+    assert clusters(2, 1) == {"set 0:0"}, "one set says nothing about others"
+    assert len(clusters(0, 3)) == 12, "else by document"
+
+
+def test_documents_with_the_same_prompt_are_one() -> None:
+    def document(number: int, prompt: str, cluster: str) -> Document:
+        return Document(number, ((prompt, " a"), (prompt, " b")), (True, False), cluster, (), "", 0, {})
+
+    alike = [document(0, "x", "p"), document(1, "y", "q"), document(2, "x", "r"), document(3, "z", "q")]
+    assert TaskRows("t", 0, "test", tuple(alike), "acc", ()).clusters == ["p", "q", "p", "q"]
+    # Passages p and r share the prompt x, r and s the prompt y: all of them are one cluster.
+    chained = [document(0, "x", "p"), document(1, "x", "r"), document(2, "y", "s"), document(3, "y", "r")]
+    assert len(set(TaskRows("t", 0, "test", tuple(chained), "acc", ()).clusters)) == 1
 
 
 def test_a_set_loses_its_first_demonstrations_until_its_longest_document_fits(tmp_path: Path) -> None:

@@ -367,7 +367,7 @@ def test_controls_are_of_the_tasks_that_can_have_them_and_the_others_are_named(
 
 def made_task(golds: Sequence[tuple[bool, ...]], units: Sequence[str], labels: Labels) -> TaskRows:
     documents = tuple(
-        Document(number, [("", "")] * len(gold), gold, str(number), (), unit, 0, {})
+        Document(number, [(f"question {number}", "")] * len(gold), gold, str(number), (), unit, 0, {})
         for number, (gold, unit) in enumerate(zip(golds, units, strict=True))
     )
     return TaskRows("made", 2, "test", documents, "acc", (), labels)
@@ -382,15 +382,17 @@ def test_effects_are_paired_differences_of_option_log_probabilities() -> None:
         MaskScores("clean", Mask(), logprobs, np.zeros(6, dtype=bool))
         for logprobs in (with_right, with_foreign)
     )
-    records = {record["metric"]: record for record in label_effect_records(right, control, scores, others, 7)}
+    records = {record["metric"]: record for record in label_effect_records(right, control, scores, others)}
     assert set(records) == {"acc_label_effect", "gold_logprob_label_effect"}
     # Units: a is right, then wrong; b is right, then has one document wrong.
     assert records["acc_label_effect"]["value"] == 1.0
     logprob = records["gold_logprob_label_effect"]
     assert logprob["value"] == pytest.approx((0.5 + 0.5 + 0.0) / 3)
     # The spread of the differences 0.5, 0.5 and 0, over the root of three documents.
-    assert logprob["stderr"] == pytest.approx(np.std([0.5, 0.5, 0.0]) / np.sqrt(3), rel=0.1)
-    assert logprob["low"] < logprob["value"] < logprob["high"]
+    assert logprob["stderr"] == pytest.approx(np.std([0.5, 0.5, 0.0], ddof=1) / np.sqrt(3))
+    assert np.isnan([logprob["low"], logprob["high"]]).all(), "one of three documents is unlike the others"
+    accuracy = records["acc_label_effect"]
+    assert accuracy["low"] < accuracy["value"] <= accuracy["high"]
     assert {(record["labels"], record["mask"], record["documents"]) for record in records.values()} == {
         ("foreign", "clean", 3)
     }

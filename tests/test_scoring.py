@@ -112,13 +112,3 @@ def test_scores_of_many_masks_equal_those_of_each_document_alone() -> None:
             else:
                 assert scores["margin"][mask, index] == values[here].max() - values[~here].max()
             start += len(flags)
-
-
-def test_the_error_of_a_mean_grows_where_documents_share_a_passage() -> None:
-    documents = tuple(Document(n, (("q", " a"),), (True,), str(n // 4), (), str(n), 0, {}) for n in range(40))
-    values = np.repeat(np.random.default_rng(0).normal(size=10), 4)
-    from lowmem_icl.tasks.scoring import _stderr_of_mean
-
-    alone = _stderr_of_mean(values, [str(n) for n in range(40)])
-    assert alone == pytest.approx(values.std(ddof=1) / np.sqrt(40))
-    assert _stderr_of_mean(values, [d.cluster for d in documents]) == pytest.approx(2 * alone, rel=0.05)

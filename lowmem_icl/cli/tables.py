@@ -58,7 +58,7 @@ def _print_accuracy(results: pl.DataFrame, record: Mapping[str, Any], console: C
     shots = sorted(set(records["shots"]))
     model = record["model"]
     table = _table(
-        f"{model['id']} in {model['weights']}: accuracy by demonstrations",
+        f"{model['id']} in {model['weights']}: accuracy by demonstrations [95 % interval]",
         ("task", "chance", *(f"{n_shots}-shot" for n_shots in shots)),
     )
     for (task,), task_records in records.group_by("task", maintain_order=True):
@@ -75,8 +75,8 @@ def _print_accuracy(results: pl.DataFrame, record: Mapping[str, Any], console: C
 def _accuracy_text(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return ""
-    error = "" if row["stderr"] is None else f" ± {row['stderr']:.3f}"
-    return f"{row['value']:.3f}{error}"
+    bounds = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
+    return f"{row['value']:.3f}{bounds}"
 
 
 def _print_greedy(results: pl.DataFrame, record: Mapping[str, Any], console: Console) -> None:

@@ -6,9 +6,9 @@ from matplotlib.figure import Figure
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.figures import COLOURS, error_bars, legend_label, new_figure, page_figure
 from lowmem_icl.report.numbers import accuracy, clean_accuracy
-from lowmem_icl.report.section import Record, Section, number_text
+from lowmem_icl.report.section import Record, Section, interval_text, number_text
 
-COLUMNS = ("task", "shots", "metric", "value", "± stderr", "chance", "majority", "documents")
+COLUMNS = ("task", "shots", "metric", "value", "95 %", "chance", "majority", "documents")
 MARKERS = "os^Dv<>ph*X8d+"
 
 
@@ -26,8 +26,8 @@ def accuracy_section(results: pl.DataFrame, record: Record) -> Section | None:
         rows=[
             [
                 row["task"], str(row["shots"]), row["metric"], number_text(row["value"]),
-                number_text(row["stderr"]), number_text(row["chance"]), number_text(row["majority"]),
-                str(row["documents"]),
+                interval_text(row["low"], row["high"]), number_text(row["chance"]),
+                number_text(row["majority"]), str(row["documents"]),
             ]
             for row in table.iter_rows(named=True)
         ],
@@ -47,7 +47,7 @@ def accuracy_by_shots(results: pl.DataFrame) -> Figure | None:
         x = [shots.index(n_shots) for n_shots in task_records["shots"]]
         colour = COLOURS[number % len(COLOURS)]
         axis.errorbar(
-            x, task_records["value"], yerr=error_bars(task_records["stderr"]), color=colour, capsize=2,
+            x, task_records["value"], yerr=error_bars(task_records), color=colour, capsize=2,
             marker=MARKERS[number % len(MARKERS)], label=legend_label(str(task)),
         )  # fmt: skip
         if task_records["chance"].null_count() == 0:

@@ -106,7 +106,7 @@ def _draw_panel(axis: Axes, panel: pl.DataFrame) -> None:
         curve = panel.filter((pl.col("method") == method) & (is_shared == shared)).sort("percent")
         if len(curve):
             axis.errorbar(
-                curve["percent"], curve["value"], yerr=error_bars(curve["stderr"]), color=colour,
+                curve["percent"], curve["value"], yerr=error_bars(curve), color=colour,
                 linestyle=line, label=label, linewidth=1.1, elinewidth=0.6,
             )  # fmt: skip
     chance = panel["chance"].drop_nulls()

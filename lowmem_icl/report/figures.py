@@ -10,11 +10,10 @@ import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.section import PageFigure
-from lowmem_icl.statistics.intervals import NORMAL_95
 
 Arguments = ParamSpec("Arguments")
 
@@ -68,9 +67,10 @@ def legend_label(name: str) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-def error_bars(stderr: ArrayLike) -> NDArray[np.float64]:
-    """Return half the widths of 95 % intervals; 0 where the standard error is null or NaN."""
-    return np.nan_to_num(NORMAL_95 * np.asarray(stderr, dtype=np.float64))
+def error_bars(records: pl.DataFrame) -> NDArray[np.float64]:
+    """Return how far 95 % intervals reach below and above their values, [2, N]; 0 where there is none."""
+    value, low, high = (records[name].to_numpy() for name in ("value", "low", "high"))
+    return np.nan_to_num(np.maximum(np.stack([value - low, high - value]), 0))
 
 
 def task_order(tasks: Iterable[str]) -> list[str]:

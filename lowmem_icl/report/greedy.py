@@ -90,7 +90,7 @@ def _draw_bars(axis: Axes, records: pl.DataFrame, tasks: Sequence[str]) -> None:
         bars = records.filter(pl.col("method") == method)
         x = [tasks.index(task) + (number - 1) * BAR_DISTANCE for task in bars["task"]]
         axis.bar(
-            x, bars["value"], 0.25, yerr=error_bars(bars["stderr"]), capsize=2,
+            x, bars["value"], 0.25, yerr=error_bars(bars), capsize=2,
             color=COLOURS[number], label=method,
         )  # fmt: skip
     for mask in records.filter(pl.col("method") == METHODS[0]).iter_rows(named=True):

@@ -1,26 +1,54 @@
 """Means with standard errors and 95 % intervals, over documents that may agree within clusters.
 
-Axis letters: U units, N documents.
+The one place that computes an interval. Which method holds its rate depends on what the values are, so every
+caller says their kind; tests/calibration measures the rates, docs/numbers.md says what each method is.
+
+Axis letters: U units, N documents, G clusters.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 Values = NDArray[np.float64]
 
-Number = TypeVar("Number", float, Values)
+CONFIDENCE = 0.95
+TRANSFORMED_CONFIDENCE = 0.97
+"""Of Hall's interval, which alone falls short of its rate for skewed values of few documents."""
+FEWEST_DIFFERENT = 5
+"""Where fewer documents differ from the others, they say nothing of how often such documents are."""
+FEW_FAILURES = 3
+SMALLEST_SKEWNESS = 1e-6
+SMALLEST_DISTANCE = 1e-6
+"""Of the largest distance from the median: below it, a difference is one of rounding."""
 
-NORMAL_95 = 1.96
-"""Half the width of a normal 95 % interval, in standard errors."""
-RESAMPLES = 1000
-UNITS_TOGETHER = 512
+
+@dataclass(frozen=True)
+class Kind:
+    """What values of documents are, and with that which interval holds its rate for their mean.
+
+    `proportion`: each is 0 or 1; `bounded`: none lies outside `lowest` and `highest`; `mean`: any number.
+    """
+
+    method: Literal["proportion", "bounded", "mean"]
+    lowest: float = -np.inf
+    highest: float = np.inf
+
+
+PROPORTION = Kind("proportion", 0, 1)
+SHARE = Kind("bounded", 0, 1)
+CHANGE = Kind("bounded", -1, 1)
+"""The difference of two proportions of the same documents."""
+CHANGE_OF_CHANGES = Kind("bounded", -2, 2)
+MEAN = Kind("mean")
 
 
 class Interval(NamedTuple):
-    """A mean with its standard error and the bounds of its 95 % interval."""
+    """A mean with its standard error and the bounds of its 95 % interval; NaN where there is none."""
 
     value: float
     stderr: float
@@ -29,47 +57,12 @@ class Interval(NamedTuple):
 
 
 class Intervals(NamedTuple):
-    """Means [U] with their standard errors and the bounds of their 95 % intervals."""
+    """Means [U], their standard errors and the bounds of their 95 % intervals; NaN where there is none."""
 
     value: Values
     stderr: Values
     low: Values
     high: Values
-
-
-def normal_bounds(value: Number, stderr: Number) -> tuple[Number, Number]:
-    """Return the bounds of normal 95 % intervals: value ± 1.96 standard errors."""
-    return value - NORMAL_95 * stderr, value + NORMAL_95 * stderr
-
-
-def means_with_intervals(values: Values, clusters: Sequence[str], *, seed: int) -> Intervals:
-    """Return the means of values [U, N] over N with percentile bootstrap intervals over clusters.
-
-    All units share the same draws, and documents of one cluster (a passage, or a set of demonstrations) are
-    drawn together. A single cluster says nothing about others: its standard error is NaN and its bounds are
-    the mean.
-    """
-    mean = values.mean(1)
-    names, member = np.unique(np.asarray(clusters), return_inverse=True)
-    if len(names) < 2:
-        return Intervals(mean, np.full(len(mean), np.nan), mean, mean)
-    order = np.argsort(member, kind="stable")
-    starts = np.flatnonzero(np.diff(member[order], prepend=-1))
-    sums = np.add.reduceat(values[:, order], starts, axis=1)
-    weights = _resampled_weights(len(names), seed)
-    drawn_sizes = weights @ np.bincount(member).astype(np.float64)
-    stderr, low, high = np.empty(len(mean)), np.empty(len(mean)), np.empty(len(mean))
-    for start in range(0, len(mean), UNITS_TOGETHER):
-        part = slice(start, start + UNITS_TOGETHER)
-        means = (sums[part] @ weights.T) / drawn_sizes
-        stderr[part] = means.std(1, ddof=1)
-        low[part], high[part] = np.quantile(means, [0.025, 0.975], axis=1)
-    return Intervals(mean, stderr, low, high)
-
-
-def mean_with_interval(values: Values, clusters: Sequence[str], *, seed: int) -> Interval:
-    """Return the mean of values [N] with its interval, as `means_with_intervals` does."""
-    return Interval(*(float(column[0]) for column in means_with_intervals(values[None], clusters, seed=seed)))
 
 
 class Estimates(NamedTuple):
@@ -80,22 +73,74 @@ class Estimates(NamedTuple):
     freedom: Values
 
 
+def mean_intervals(values: Values, clusters: Sequence[str], kind: Kind) -> Intervals:
+    """Return the means of values [U, N] over N with 95 % intervals; documents of a cluster count as drawn
+    together.
+
+    proportion: Wilson's interval (1927) at the effective number of documents, with Student's quantile, and
+    near 0 and 1 with Poisson bounds (Brown, Cai and DasGupta 2001, section 4.1.1). bounded: the interval of
+    Bonett and Price (2012), one document added at either bound. mean: the hull of Student's interval and
+    Hall's (1992), which allows for skewness; none where fewer than FEWEST_DIFFERENT clusters differ from the
+    rest. A single cluster says nothing about others: no interval, and a standard error that is NaN.
+    """
+    grouped = _Grouped.of(np.asarray(values, dtype=np.float64), clusters)
+    if grouped.clusters < 2:
+        unknown = np.full(len(grouped.mean), np.nan)
+        return Intervals(grouped.mean, unknown, unknown, unknown)
+    low, high = _METHODS[kind.method](grouped, kind)
+    return Intervals(grouped.mean, grouped.stderr, low, high)
+
+
+def mean_interval(values: Values, clusters: Sequence[str], kind: Kind) -> Interval:
+    """Return the mean of values [N] with its interval, as `mean_intervals` does."""
+    return Interval(*(float(column[0]) for column in mean_intervals(values[None], clusters, kind)))
+
+
+def statistic_interval(value: float, stderr: float, clusters: Sequence[str]) -> Interval:
+    """Return the interval of a statistic between 0 and 1 that is no mean (an F1), from its standard error.
+
+    Wilson's, at the number of documents at which a proportion would have this standard error.
+    """
+    sizes = np.unique(np.asarray(clusters), return_counts=True)[1]
+    if len(sizes) < 2 or not np.isfinite(stderr) or not 0 <= value <= 1:
+        return Interval(value, stderr, np.nan, np.nan)
+    most = effective_count(sizes)
+    n_effective = min(most, value * (1 - value) / stderr**2 + 1) if stderr > 0 else most
+    low, high = wilson_bounds(np.array([value]), np.array([n_effective]), most - 1)
+    return Interval(value, stderr, float(low[0]), float(high[0]))
+
+
 def clustered_estimates(values: Values, clusters: Sequence[str]) -> Estimates:
     """Return the means of values [U, N] over N with cluster-robust standard errors.
 
     Of G clusters: stderr² = G / (G − 1) · Σ_clusters (Σ_documents value − mean)² / N², with G − 1 degrees of
-    freedom (where each document is a cluster of its own, the usual standard error). NaN for a single cluster.
+    freedom where clusters are of one size (Cameron and Miller 2015), else with the effective number of
+    clusters in G's place. NaN for a single cluster.
     """
-    names, member = np.unique(np.asarray(clusters), return_inverse=True)
-    mean, groups = values.mean(1), len(names)
-    freedom = np.full(len(mean), groups - 1.0)
-    if groups < 2:
-        return Estimates(mean, np.full(len(mean), np.nan), freedom)
-    order = np.argsort(member, kind="stable")
-    starts = np.flatnonzero(np.diff(member[order], prepend=-1))
-    sums = np.add.reduceat(values[:, order] - mean[:, None], starts, axis=1)
-    stderr = np.sqrt(groups / (groups - 1) * np.square(sums).sum(1)) / values.shape[1]
-    return Estimates(mean, stderr, freedom)
+    grouped = _Grouped.of(values, clusters)
+    return Estimates(grouped.mean, grouped.stderr, np.full(len(grouped.mean), grouped.freedom))
+
+
+def mean_of_intervals(members: Intervals) -> Intervals:
+    """Return the means over T independent estimates with intervals, each column [U, T].
+
+    Zou and Donner's method (2008) for sums, which needs nothing of the estimates but their bounds: how far a
+    mean's bound lies from it is the root of the summed squares of its members' distances, over T. A member
+    without a standard error (one cluster) is left out of that, as if its error were the others' average;
+    where one has an error but no interval, or none has an error, the mean has no interval.
+    """
+    n_members = members.value.shape[1]
+    has_error = np.isfinite(members.stderr)
+    lacks_bounds = (has_error & ~np.isfinite(members.low)).any(1) | ~has_error.any(1)
+
+    def combined(distance: Values) -> Values:
+        squares = np.square(np.where(has_error, distance, 0.0)).sum(1)
+        return np.asarray(np.sqrt(squares / np.maximum(has_error.sum(1), 1) / n_members))
+
+    value = members.value.mean(1)
+    stderr = np.where(has_error.any(1), combined(members.stderr), np.nan)
+    low, high = value - combined(members.value - members.low), value + combined(members.high - members.value)
+    return Intervals(value, stderr, np.where(lacks_bounds, np.nan, low), np.where(lacks_bounds, np.nan, high))
 
 
 def mean_of_estimates(members: Sequence[Estimates]) -> Estimates:
@@ -108,15 +153,159 @@ def mean_of_estimates(members: Sequence[Estimates]) -> Estimates:
     return Estimates(value, np.sqrt(total) / len(members), freedom)
 
 
-_weights: dict[tuple[int, int], Values] = {}
+def effective_count(sizes: NDArray[np.int64]) -> float:
+    """Return how many clusters of one size weigh as much as clusters of these sizes: (Σ size)² / Σ size²."""
+    return float(sizes.sum() ** 2 / np.square(sizes).sum())
 
 
-def _resampled_weights(clusters: int, seed: int) -> Values:
-    """Return how often each cluster is drawn in each resample, [RESAMPLES, clusters]; cached."""
-    if (clusters, seed) not in _weights:
-        _weights.clear()
-        rng = np.random.default_rng(seed)
-        _weights[clusters, seed] = rng.multinomial(
-            clusters, np.full(clusters, 1 / clusters), size=RESAMPLES
-        ).astype(np.float64)
-    return _weights[clusters, seed]
+def wilson_bounds(proportion: Values, count: Values, freedom: float) -> tuple[Values, Values]:
+    """Return Wilson's bounds of proportions [U] of `count` documents, Student's quantile in the normal's
+    place; both within [0, 1].
+    """
+    quantile = stats.t.ppf(0.5 + CONFIDENCE / 2, freedom)
+    centre = proportion + quantile**2 / (2 * count)
+    reach = quantile * np.sqrt(proportion * (1 - proportion) / count + np.square(quantile / (2 * count)))
+    shrunk = 1 + quantile**2 / count
+    low, high = (centre - reach) / shrunk, (centre + reach) / shrunk
+    low = np.minimum(low, _poisson_bound(proportion, count))
+    high = np.maximum(high, 1 - _poisson_bound(1 - proportion, count))
+    return np.clip(low, 0, 1), np.clip(high, 0, 1)
+
+
+def _poisson_bound(proportion: Values, count: Values) -> Values:
+    """Return the lower bound of a proportion of few successes; else 1, which bounds nothing.
+
+    Where one success was seen, Wilson's lower bound excludes rates that show none in one sample of six.
+    """
+    successes = proportion * count
+    is_rare = (successes > 0) & (successes <= FEW_FAILURES)
+    bound = stats.gamma.ppf(1 - CONFIDENCE, np.where(is_rare, successes, 1.0)) / count
+    return np.where(is_rare, bound, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Grouped:
+    """Values [U, N] by cluster; `deviations` [U, G]: Σ of value − mean over a cluster's documents."""
+
+    values: Values
+    mean: Values
+    deviations: Values
+    sizes: NDArray[np.int64]
+    order: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, values: Values, clusters: Sequence[str]) -> "_Grouped":
+        member = np.unique(np.asarray(clusters), return_inverse=True)[1]
+        order = np.argsort(member, kind="stable")
+        starts = np.flatnonzero(np.diff(member[order], prepend=-1))
+        mean = values.mean(1)
+        deviations = np.add.reduceat(values[:, order] - mean[:, None], starts, axis=1)
+        return cls(values, mean, deviations, np.bincount(member), order, starts)
+
+    @property
+    def clusters(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def documents(self) -> int:
+        return self.values.shape[1]
+
+    @property
+    def freedom(self) -> float:
+        return effective_count(self.sizes) - 1
+
+    @property
+    def stderr(self) -> Values:
+        groups = self.clusters
+        if groups < 2:
+            return np.full(len(self.mean), np.nan)
+        squares = np.square(self.deviations).sum(1)
+        return np.asarray(np.sqrt(groups / (groups - 1) * squares) / self.documents)
+
+    @property
+    def different(self) -> NDArray[np.int64]:
+        """How many clusters have a document whose value is not that of the median document, [U]."""
+        distance = np.abs(self.values - np.median(self.values, axis=1, keepdims=True))
+        differs = distance > SMALLEST_DISTANCE * distance.max(1, keepdims=True)
+        return np.asarray((np.add.reduceat(differs[:, self.order], self.starts, axis=1) > 0).sum(1))
+
+    @property
+    def effective_documents(self) -> Values:
+        """How many independent documents would say as much, [U]: their variance over the clustered one.
+
+        At most as many as there are. Where the documents that differ are of few clusters, nobody knows how
+        far those of a cluster agree, and clusters count instead.
+        """
+        alone = self.values.var(1) / (self.documents - 1)
+        clustered = np.square(self.stderr)
+        known = (self.different >= FEWEST_DIFFERENT) & (clustered > 0)
+        count = np.full(len(self.mean), effective_count(self.sizes))
+        np.divide(alone * self.documents, clustered, out=count, where=known)
+        return np.minimum(count, self.documents)
+
+
+def _wilson_of(grouped: _Grouped, kind: Kind) -> tuple[Values, Values]:
+    bounds = wilson_bounds(grouped.mean, grouped.effective_documents, grouped.freedom)
+    return _at_least_skewed(grouped, kind, *bounds)
+
+
+def _bounded_of(grouped: _Grouped, kind: Kind) -> tuple[Values, Values]:
+    """Return Bonett and Price's bounds, of values that all lie within the kind's."""
+    count = grouped.effective_documents
+    added = np.array([kind.lowest, kind.highest])
+    mean = (count * grouped.mean + added.sum()) / (count + 2)
+    square = (count * np.square(grouped.values).mean(1) + np.square(added).sum()) / (count + 2)
+    stderr = np.sqrt(np.maximum(square - np.square(mean), 0) / (count + 2))
+    reach = stats.t.ppf(0.5 + CONFIDENCE / 2, grouped.freedom) * stderr
+    return _at_least_skewed(grouped, kind, mean - reach, mean + reach)
+
+
+def _at_least_skewed(grouped: _Grouped, kind: Kind, low: Values, high: Values) -> tuple[Values, Values]:
+    """Return bounds within the kind's that also hold where a few clusters are unlike the others."""
+    if grouped.clusters < grouped.documents:
+        skewed_low, skewed_high = _hull(grouped)
+        low, high = np.minimum(low, skewed_low), np.maximum(high, skewed_high)
+    return np.clip(low, kind.lowest, kind.highest), np.clip(high, kind.lowest, kind.highest)
+
+
+def _skewed_of(grouped: _Grouped, kind: Kind) -> tuple[Values, Values]:
+    """Return the hull of Student's and Hall's bounds; NaN where too few clusters differ from the others."""
+    low, high = _hull(grouped)
+    too_few = grouped.different < min(FEWEST_DIFFERENT, grouped.clusters - 1)
+    return np.where(too_few, np.nan, low), np.where(too_few, np.nan, high)
+
+
+def _hull(grouped: _Grouped) -> tuple[Values, Values]:
+    reach = stats.t.ppf(0.5 + CONFIDENCE / 2, grouped.freedom) * grouped.stderr
+    low, high = grouped.mean - reach, grouped.mean + reach
+    if grouped.clusters > 2:
+        hall_low, hall_high = _hall_bounds(grouped)
+        low, high = np.minimum(low, hall_low), np.maximum(high, hall_high)
+    return low, high
+
+
+def _hall_bounds(grouped: _Grouped) -> tuple[Values, Values]:
+    """Return the bounds from a cubic transformation that removes the statistic's skewness (Hall 1992).
+
+    With T = (mean − true mean) / stderr, g(T) = T + γT²/(3√G) + γ²T³/(27G) + γ/(6√G) is nearly symmetric;
+    Student's quantiles go back through its inverse. γ: the skewness, without its bias in small samples.
+    """
+    groups = grouped.clusters
+    second = np.square(grouped.deviations).mean(1)
+    third = (grouped.deviations**3).mean(1)
+    skewness = np.zeros(len(second))
+    np.divide(third, second**1.5, out=skewness, where=second > 0)
+    skewness *= np.sqrt(groups * (groups - 1)) / (groups - 2)
+    skewness = np.where(np.abs(skewness) < SMALLEST_SKEWNESS, SMALLEST_SKEWNESS, skewness)
+    quantile = stats.t.ppf(0.5 + TRANSFORMED_CONFIDENCE / 2, grouped.freedom) / np.sqrt(groups)
+
+    def inverse(transformed: float) -> Values:
+        shifted = transformed - skewness / (6 * groups)
+        return np.asarray(3 / skewness * (np.cbrt(1 + skewness * shifted) - 1))
+
+    spread = grouped.stderr * np.sqrt(groups)
+    return grouped.mean - spread * inverse(quantile), grouped.mean - spread * inverse(-quantile)
+
+
+_METHODS = {"proportion": _wilson_of, "bounded": _bounded_of, "mean": _skewed_of}

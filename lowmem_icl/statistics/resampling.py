@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+from scipy.stats import norm, rankdata
 
-from lowmem_icl.statistics.intervals import NORMAL_95, Interval
+from lowmem_icl.statistics.intervals import CONFIDENCE, Interval
 
 RESAMPLES = 200
 SPLITS = 50
@@ -21,6 +21,7 @@ UNITS_TOGETHER = 512
 STEP = 0.5
 # Beyond it Fisher's transform would be infinite.
 LARGEST_CORRELATION = 1 - 1e-9
+QUANTILE = float(norm.ppf(0.5 + CONFIDENCE / 2))
 
 Values = NDArray[np.float64]
 Draw = Callable[[int, np.random.Generator], NDArray[np.generic]]
@@ -147,7 +148,7 @@ def correlation_interval(
         return None
     bounded = np.clip([value, *resampled], -LARGEST_CORRELATION, LARGEST_CORRELATION)
     centre, *spread = np.arctanh(bounded)
-    reach = NORMAL_95 * float(np.std(spread, ddof=1)) / STEP
+    reach = QUANTILE * float(np.std(spread, ddof=1)) / STEP
     return Interval(
         value,
         float(resampled.std(ddof=1)) / STEP,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lowmem_icl.statistics.intervals import Interval, Values, mean_with_interval
+from lowmem_icl.statistics.intervals import MEAN, Interval, Values, mean_interval
 
 
 def alternate_halves(clusters: Sequence[str]) -> NDArray[np.bool_]:
@@ -17,7 +17,7 @@ def alternate_halves(clusters: Sequence[str]) -> NDArray[np.bool_]:
     return np.array([index[name] % 2 == 0 for name in clusters])
 
 
-def top_mean(values: Values, clusters: Sequence[str], count: int, *, seed: int) -> Interval:
+def top_mean(values: Values, clusters: Sequence[str], count: int) -> Interval:
     """Return the mean of the `count` units whose values [U, N] are highest, free of selection bias.
 
     One half of the documents selects the units and the other half judges them, then the reverse, so every
@@ -30,4 +30,4 @@ def top_mean(values: Values, clusters: Sequence[str], count: int, *, seed: int) 
     for selecting in (first, ~first):
         order = np.argsort(-values[:, selecting].mean(1), kind="stable")
         held_out[~selecting] = values[order[:count]][:, ~selecting].mean(0)
-    return mean_with_interval(held_out, clusters, seed=seed)
+    return mean_interval(held_out, clusters, MEAN)

@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 
 from lowmem_icl.protocols import AGGREGATE, in_domain
-from lowmem_icl.statistics.intervals import normal_bounds
+from lowmem_icl.statistics.intervals import Intervals, mean_of_intervals
 from lowmem_icl.tables.schema import RESULTS
 
 # What may differ between the tasks that a mean is of.
@@ -19,9 +19,9 @@ def over_tasks(results: pl.DataFrame) -> pl.DataFrame:
 
     Tasks that are out of domain are left out; where fewer than two are left there is no mean. Numbers belong
     together that agree in all else: what a task's own ranking, or that of a task chosen for it, removes is
-    one thing, whatever it is called. A task's own metric (em for ReCoRD) counts as its accuracy. The standard
-    error is that of a mean of independent tasks, null where a task has none; the bounds are normal; documents
-    are added up; it is exact where all are.
+    one thing, whatever it is called. A task's own metric (em for ReCoRD) counts as its accuracy. Standard
+    error and bounds are those of a mean of independent tasks (see `mean_of_intervals`); documents are added
+    up; it is exact where all are.
     """
     tasks = [
         task for task in results["task"].unique(maintain_order=True) if task is not None and in_domain(task)
@@ -68,14 +68,15 @@ def _means(groups: pl.DataFrame, n_tasks: int) -> pl.DataFrame:
         return groups.select(pl.col(name).list.eval(pl.element().is_not_null()).list.all())[name]
 
     value = task_values("value").mean(1)
-    stderr = np.sqrt(np.square(task_values("stderr")).sum(1)) / n_tasks
-    low, high = normal_bounds(value, stderr)
-    with_error, with_chance = known("stderr"), known("chance")
+    _, stderr, low, high = mean_of_intervals(
+        Intervals(*(task_values(name) for name in ("value", "stderr", "low", "high")))
+    )
+    with_chance = known("chance")
     return groups.with_columns(
         pl.lit(AGGREGATE).alias("task"),
         pl.Series("value", value),
         *(
-            pl.when(with_error).then(pl.Series(name, column)).otherwise(None).alias(name)
+            pl.Series(name, column).fill_nan(None)
             for name, column in (("stderr", stderr), ("low", low), ("high", high))
         ),
         pl.when(with_chance)

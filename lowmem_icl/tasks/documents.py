@@ -78,17 +78,34 @@ class TaskRows:
 
     @cached_property
     def clusters(self) -> list[str]:
-        """What intervals cluster by, a name per document: its passage, or its set where several are shared.
+        """What intervals cluster by, a name per document: its passage, or the demonstrations it shares.
 
-        With one set, what is said holds for that set.
+        Documents whose prompts are the same are one document, however often it is drawn; clusters that share
+        one are one cluster. Without demonstrations some tasks have only a few prompts.
         """
-        sets = {document.set_number for document in self.documents}
-        if None in sets or len(sets) < 2:
-            return [document.cluster for document in self.documents]
-        return [f"set {document.member}:{document.set_number}" for document in self.documents]
+        named = [
+            document.cluster
+            if document.set_number is None
+            else f"set {document.member}:{document.set_number}"
+            for document in self.documents
+        ]
+        first_cluster: dict[tuple[tuple[str, str], ...], str] = {}
+        merged: dict[str, str] = {}
+        for document, name in zip(self.documents, named, strict=True):
+            other = _root(merged, first_cluster.setdefault(tuple(document.options), name))
+            if (own := _root(merged, name)) != other:
+                merged[own] = other
+        return [_root(merged, name) for name in named]
 
     def _by_unit(self, value: Callable[[tuple[bool, ...]], float]) -> list[list[float]]:
         units: dict[str, list[float]] = {}
         for document in self.documents:
             units.setdefault(document.unit, []).append(value(document.gold))
         return list(units.values())
+
+
+def _root(merged: dict[str, str], name: str) -> str:
+    """Return the cluster that a cluster was merged into, if any."""
+    while name in merged:
+        name = merged[name]
+    return name

@@ -7,6 +7,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lowmem_icl.statistics.intervals import (
+    MEAN,
+    PROPORTION,
+    SHARE,
+    Interval,
+    Kind,
+    mean_interval,
+    statistic_interval,
+)
 from lowmem_icl.tasks.loading import TaskRows
 
 LARGEST_GROUP_COUNT = 200
@@ -16,11 +25,13 @@ Flags = NDArray[np.bool_]
 
 
 class MetricValue(NamedTuple):
-    """One of a task's metrics with its standard error."""
+    """One of a task's metrics with its standard error and the bounds of its 95 % interval."""
 
     metric: str
     value: float
     stderr: float
+    low: float
+    high: float
 
 
 def document_scores(task: TaskRows, logprobs: Values, greedy: Flags) -> dict[str, Values]:
@@ -72,19 +83,28 @@ def task_metrics(task: TaskRows, logprobs: Values, greedy: Flags) -> list[Metric
     result = []
     for name, items in values.items():
         if name in aggregation:
-            result.append(
-                MetricValue(
-                    name, float(aggregation[name](items)), _stderr(items, clusters, aggregation[name])
-                )
-            )
+            result.append(MetricValue(name, *_interval(items, clusters, aggregation[name])))
     return result
 
 
-def _stderr(items: list[Any], clusters: Sequence[str], aggregate: Callable[[list[Any]], float]) -> float:
-    if len(items) < 2:
-        return float("nan")
-    if all(isinstance(item, (int, float, np.number)) for item in items):
-        return _stderr_of_mean(np.array(items, dtype=np.float64), clusters)
+def _interval(items: list[Any], clusters: Sequence[str], aggregate: Callable[[list[Any]], float]) -> Interval:
+    """Return a metric of the documents' items: what the harness makes of them, with an interval."""
+    value = float(aggregate(items))
+    if not all(isinstance(item, (int, float, np.number)) for item in items):
+        return statistic_interval(value, _jackknife_stderr(items, clusters, aggregate), clusters)
+    values = np.array(items, dtype=np.float64)
+    return mean_interval(values, clusters, _kind_of(values))._replace(value=value)
+
+
+def _kind_of(values: Values) -> Kind:
+    if np.isin(values, (0, 1)).all():
+        return PROPORTION
+    return SHARE if (values >= 0).all() and (values <= 1).all() else MEAN
+
+
+def _jackknife_stderr(
+    items: list[Any], clusters: Sequence[str], aggregate: Callable[[list[Any]], float]
+) -> float:
     items_by_cluster: dict[str, list[Any]] = defaultdict(list)
     for item, cluster in zip(items, clusters, strict=True):
         items_by_cluster[cluster].append(item)
@@ -100,15 +120,6 @@ def _stderr(items: list[Any], clusters: Sequence[str], aggregate: Callable[[list
         for left_out in range(count)
     ]
     return float(np.sqrt((count - 1) * np.var(without)))
-
-
-def _stderr_of_mean(values: Values, clusters: Sequence[str]) -> float:
-    """Return the standard error of a mean of values [N], clustered; the usual one where all are alone."""
-    members = np.unique(np.asarray(clusters), return_inverse=True)[1]
-    sums = np.bincount(members, weights=values - values.mean())
-    if len(sums) < 2:
-        return float("nan")
-    return float(np.sqrt(np.sum(sums**2) * len(sums) / (len(sums) - 1)) / len(values))
 
 
 def unit_accuracy(task: TaskRows, accuracy: Values) -> tuple[Values, list[str]]:

@@ -17,10 +17,12 @@ from lowmem_icl.masks.mask import Unit
 from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.session.result import task_fields
 from lowmem_icl.statistics.intervals import (
+    CHANGE_OF_CHANGES,
+    MEAN,
     Estimates,
     clustered_estimates,
+    mean_intervals,
     mean_of_estimates,
-    means_with_intervals,
 )
 from lowmem_icl.statistics.selection import top_mean
 from lowmem_icl.statistics.significance import q_values
@@ -85,7 +87,7 @@ def claim_blocks(units: Sequence[Unit], drops: Sequence[ExactDrops]) -> list[Blo
     return found
 
 
-def top_drop_records(units: Sequence[Unit], drops: ExactDrops, seed: int) -> Iterator[Block]:
+def top_drop_records(units: Sequence[Unit], drops: ExactDrops) -> Iterator[Block]:
     """Yield top_drop: what the `count` costliest heads, and FFNs, cost alone in gold log-probability, mean
     over these units.
 
@@ -109,7 +111,7 @@ def top_drop_records(units: Sequence[Unit], drops: ExactDrops, seed: int) -> Ite
                         "metric": "top_drop",
                         "exact": True,
                     }
-                    | top_mean(drops.gold[rows], drops.task.clusters, count, seed=seed)._asdict()
+                    | top_mean(drops.gold[rows], drops.task.clusters, count)._asdict()
                 )
 
 
@@ -162,15 +164,15 @@ def in_context(shown: ExactDrops, alone: ExactDrops) -> InContextEffects | None:
     )
 
 
-def in_context_blocks(units: Sequence[Unit], effects: Sequence[InContextEffects], seed: int) -> list[Block]:
+def in_context_blocks(units: Sequence[Unit], effects: Sequence[InContextEffects]) -> list[Block]:
     """Return blocks of icl_effect (nats) and icl_effect_acc with clustered intervals."""
     found: list[Block] = []
     for effect in effects:
-        for metric, values, clusters in (
-            ("icl_effect", effect.gold, effect.clusters),
-            ("icl_effect_acc", effect.accuracy, effect.accuracy_clusters),
+        for metric, values, clusters, kind in (
+            ("icl_effect", effect.gold, effect.clusters, MEAN),
+            ("icl_effect_acc", effect.accuracy, effect.accuracy_clusters, CHANGE_OF_CHANGES),
         ):
-            intervals = means_with_intervals(values, clusters, seed=seed)
+            intervals = mean_intervals(values, clusters, kind)
             fields = single_fields(effect.task) | {
                 "procedure": "icl-effect",
                 "metric": metric,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lowmem_icl.masks.mask import Unit, all_ffns, all_heads
 from lowmem_icl.session.result import task_fields
 from lowmem_icl.statistics.agreement import spearman
-from lowmem_icl.statistics.intervals import clustered_estimates, means_with_intervals, normal_bounds
+from lowmem_icl.statistics.intervals import CHANGE, MEAN, clustered_estimates, mean_intervals
 from lowmem_icl.tables.blocks import Block, unit_blocks
 from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.packing import PackedTask
@@ -54,7 +54,7 @@ def unit_drops(task: PackedTask, logprobs: Values, greedy: NDArray[np.bool_]) ->
     )
 
 
-def drop_blocks(task: TaskRows, units: Sequence[Unit], drops: UnitDrops, seed: int) -> list[Block]:
+def drop_blocks(task: TaskRows, units: Sequence[Unit], drops: UnitDrops) -> list[Block]:
     """Return blocks of results, one record per unit: mean drops over documents with paired, clustered
     intervals.
     """
@@ -63,10 +63,10 @@ def drop_blocks(task: TaskRows, units: Sequence[Unit], drops: UnitDrops, seed: i
         if np.isnan(values).any():
             continue
         whole = name == "acc"
-        intervals = means_with_intervals(
+        intervals = mean_intervals(
             drops.accuracy if whole else values,
             drops.accuracy_clusters if whole else task.clusters,
-            seed=seed,
+            CHANGE if whole else MEAN,
         )
         found += unit_blocks(units, intervals._asdict(), **single_fields(task), metric=f"{name}_drop")
     return found
@@ -141,11 +141,14 @@ def screened(estimates: Estimates, n_exact: int, seed: int) -> tuple[Indices, In
 def estimate_blocks(
     task: TaskRows, units: Sequence[Unit], indices: Indices, estimates: Estimates
 ) -> list[Block]:
-    """Return blocks of results for the units that are only estimated, marked as not exact."""
+    """Return blocks of results for the units that are only estimated, marked as not exact.
+
+    They have no interval: their standard error says how much the estimate varies between documents, nothing
+    says how far it is from the exact drop.
+    """
     value = estimates.value[indices]
     stderr = np.where(np.isfinite(estimates.stderr[indices]), estimates.stderr[indices], np.nan)
-    low, high = normal_bounds(value, stderr)
-    columns = {"value": value, "stderr": stderr, "low": low, "high": high}
+    columns = {"value": value, "stderr": stderr}
     same = single_fields(task) | {"method": "attribution", "exact": False}
     return unit_blocks([units[index] for index in indices], columns, **same, metric="gold_logprob_drop")
 

@@ -150,7 +150,7 @@ def _result(
     prepared: Prepared, selected: Sequence[Selection], done: Sequence[Sequence[Scores]]
 ) -> StageResult:
     """Return what is scored so far as tables and rankings, with estimates for all other units."""
-    units, seed = _units(prepared), prepared.options.seed
+    units = _units(prepared)
     found: list[blocks.Block] = []
     effects: list[blocks.Block] = []
     exact_drops: list[claims.ExactDrops] = []
@@ -161,12 +161,12 @@ def _result(
             scored = _scored(task, joined(chunks))
             drops = measure.unit_drops(prepared.pack(scored), joined(chunks).logprobs, joined(chunks).greedy)
             exact = [units[index] for index in selection.exact]
-            found += measure.drop_blocks(scored, exact, drops, seed)
+            found += measure.drop_blocks(scored, exact, drops)
             effects += measure.effect_blocks(scored, exact, drops)
             gold = drops.by_document["gold_logprob"]
             own = claims.ExactDrops(scored, selection.exact, gold, drops.accuracy, drops.accuracy_clusters)
             exact_drops.append(own)
-            found += claims.top_drop_records(units, own, seed)
+            found += claims.top_drop_records(units, own)
             found += _agreement(selection, scored, gold.mean(1))
             rankings |= _rankings(prepared, selection, own, drops)
             estimated = np.setdiff1d(estimated, selection.exact)
@@ -176,7 +176,7 @@ def _result(
             found += measure.estimate_blocks(task, units, estimated, selection.estimates)
     found += claims.claim_blocks(units, exact_drops)
     in_context = _in_context(exact_drops)
-    found += claims.in_context_blocks(units, in_context, seed)
+    found += claims.in_context_blocks(units, in_context)
     results = blocks.frame("results", found, stamp(prepared, "ablate"))
     return StageResult(
         results=pl.concat([results, _means(results)]),

@@ -9,14 +9,15 @@ from numpy.typing import NDArray
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.session.result import task_fields
-from lowmem_icl.statistics.intervals import mean_with_interval, normal_bounds
+from lowmem_icl.statistics.intervals import CHANGE, MEAN, SHARE, mean_interval
 from lowmem_icl.tables.blocks import Block
 from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.packing import PackedTask
 from lowmem_icl.tasks.scoring import document_scores, task_metrics, unit_accuracy
 
 ACCURACIES = ("acc", "em")
-PER_DOCUMENT = ("gold_logprob", "gold_prob", "margin")
+PER_DOCUMENT = {"gold_logprob": MEAN, "gold_prob": SHARE, "margin": MEAN}
+"""Scores of documents whose means are reported, and what they are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,7 @@ class MaskScores:
     greedy: NDArray[np.bool_]
 
 
-def evaluation_records(task: PackedTask, under: MaskScores, seed: int) -> Iterator[Block]:
+def evaluation_records(task: PackedTask, under: MaskScores) -> Iterator[Block]:
     """Yield the records of one task under one mask.
 
     Metrics of the task are lm-eval's, with its standard errors; gold_logprob, gold_prob and margin are means
@@ -44,19 +45,12 @@ def evaluation_records(task: PackedTask, under: MaskScores, seed: int) -> Iterat
         "exact": True,
     }
     for metric in task_metrics(task.task, under.logprobs, under.greedy):
-        low, high = normal_bounds(metric.value, metric.stderr)
-        yield base | {
-            "metric": metric.metric,
-            "value": metric.value,
-            "stderr": metric.stderr,
-            "low": low,
-            "high": high,
-            "chance": task.task.chance if metric.metric in ACCURACIES else None,
-        }
+        chance = task.task.chance if metric.metric in ACCURACIES else None
+        yield base | metric._asdict() | {"chance": chance}
     scores = document_scores(task.task, under.logprobs, under.greedy)
-    for name in PER_DOCUMENT:
+    for name, kind in PER_DOCUMENT.items():
         if not np.isnan(scores[name]).any():
-            interval = mean_with_interval(scores[name], task.task.clusters, seed=seed)
+            interval = mean_interval(scores[name], task.task.clusters, kind)
             yield base | {"metric": name} | interval._asdict()
     if under.name == CLEAN and task.task.labels == "right":
         yield base | {"metric": "majority", "value": task.task.majority}
@@ -66,7 +60,7 @@ def evaluation_records(task: PackedTask, under: MaskScores, seed: int) -> Iterat
 
 
 def label_effect_records(
-    right: TaskRows, control: TaskRows, with_right: MaskScores, with_control: MaskScores, seed: int
+    right: TaskRows, control: TaskRows, with_right: MaskScores, with_control: MaskScores
 ) -> Iterator[Block]:
     """Yield what right labels give: scores with them minus scores with a control's, of the same documents.
 
@@ -83,9 +77,9 @@ def label_effect_records(
     others = document_scores(control, with_control.logprobs, with_control.greedy)
     accuracy, clusters = unit_accuracy(right, scores["acc"])
     gained = accuracy - unit_accuracy(control, others["acc"])[0]
-    yield base | {"metric": "acc_label_effect"} | mean_with_interval(gained, clusters, seed=seed)._asdict()
+    yield base | {"metric": "acc_label_effect"} | mean_interval(gained, clusters, CHANGE)._asdict()
     gained = scores["gold_logprob"] - others["gold_logprob"]
-    interval = mean_with_interval(gained, right.clusters, seed=seed)
+    interval = mean_interval(gained, right.clusters, MEAN)
     yield base | {"metric": "gold_logprob_label_effect"} | interval._asdict()
 
 

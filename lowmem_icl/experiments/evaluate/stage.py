@@ -84,7 +84,7 @@ def _evaluated(
         packed = prepared.pack(task)
         for index, (name, mask) in enumerate(named.items()):
             under = MaskScores(name, mask, score.logprobs[index], score.greedy[index])
-            found += measure.evaluation_records(packed, under, prepared.options.seed)
+            found += measure.evaluation_records(packed, under)
             answers.append(measure.answer_columns(packed, name, score.logprobs[index]))
     return found, answers
 
@@ -94,7 +94,7 @@ def _controls(work: Work, with_right: Sequence[Scores], results: pl.DataFrame) -
 
     results: the records with right labels, which say of which tasks a mean must be.
     """
-    prepared, seed = work.prepared, work.prepared.options.seed
+    prepared = work.prepared
     right = {
         (task.task, task.shots): (task, _clean(score))
         for task, score in zip(prepared.evaluate, with_right, strict=True)
@@ -104,8 +104,8 @@ def _controls(work: Work, with_right: Sequence[Scores], results: pl.DataFrame) -
     scores = _scores(work, prepared.label_controls, control_parts(prepared))
     for control, score in zip(prepared.label_controls, scores, strict=True):
         task, under = right[control.task, control.shots]
-        scored += measure.evaluation_records(prepared.pack(control), _clean(score), seed)
-        effects += measure.label_effect_records(task, control, under, _clean(score), seed)
+        scored += measure.evaluation_records(prepared.pack(control), _clean(score))
+        effects += measure.label_effect_records(task, control, under, _clean(score))
     stamped = stamp(prepared, "evaluate")
     of_tasks, gained = (blocks.frame("results", found, stamped) for found in (scored, effects))
     means = over_tasks(pl.concat([results, of_tasks])).filter(pl.col("labels") != "right")

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from lowmem_icl.engine.unit_gradients import UnitGradients
 from lowmem_icl.session.result import task_fields
 from lowmem_icl.session.work import best_gold
-from lowmem_icl.statistics.intervals import clustered_estimates, normal_bounds
+from lowmem_icl.statistics.intervals import MEAN, mean_intervals
 from lowmem_icl.statistics.resampling import DocumentScores
 from lowmem_icl.tables.blocks import Block
 from lowmem_icl.tasks.packing import PackedTask
@@ -100,7 +100,6 @@ def importance_blocks(task: PackedTask, scores: Importance) -> list[Block]:
 def mean_columns(by_document: Values, clusters: Sequence[str]) -> dict[str, Values]:
     """Return columns of the clustered mean over documents with its interval, by unit, from [N, ...]."""
     units = by_document.shape[1:]
-    value, stderr, _ = clustered_estimates(by_document.reshape(len(by_document), -1).T, clusters)
-    low, high = normal_bounds(value, stderr)
-    columns = {"value": by_document.mean(0), "stderr": stderr, "low": low, "high": high}
+    intervals = mean_intervals(by_document.reshape(len(by_document), -1).T, clusters, MEAN)
+    columns = intervals._asdict() | {"value": by_document.mean(0)}
     return {name: column.reshape(units) for name, column in columns.items()}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.rankings import RankingKey, ascending, highest_heads
 from lowmem_icl.statistics.detection import Measure, area_under_curve, precision_at, rank_correlation
-from lowmem_icl.statistics.intervals import normal_bounds
+from lowmem_icl.statistics.intervals import MEAN, mean_intervals
 from lowmem_icl.tables.blocks import Block
 
 Values = NDArray[np.float64]
@@ -36,11 +36,10 @@ def score_blocks(metric: str, method: str, by_sequence: Values) -> Iterator[Bloc
     sequences = len(by_sequence)
     value = by_sequence.mean(0)
     variance = np.full(value.shape, np.nan) if sequences < 2 else by_sequence.var(0, ddof=1)
-    stderr = np.sqrt(variance / sequences)
-    low, high = normal_bounds(value, stderr)
+    alone = [str(sequence) for sequence in range(sequences)]
+    intervals = mean_intervals(by_sequence.reshape(sequences, -1).T, alone, MEAN)
     base = _head_fields(value) | {"method": method, "documents": sequences}
-    columns = {"value": value, "stderr": stderr, "low": low, "high": high}
-    yield base | {"metric": metric} | {name: column.ravel() for name, column in columns.items()}
+    yield base | {"metric": metric} | intervals._asdict()
     yield base | {"metric": f"{metric}_variance", "value": variance.ravel()}
 
 

@@ -28,7 +28,7 @@ from lowmem_icl.session.work import (
     joined,
     masked_chunk,
 )
-from lowmem_icl.statistics.intervals import means_with_intervals
+from lowmem_icl.statistics.intervals import CHANGE, mean_intervals
 from lowmem_icl.tables import blocks
 from lowmem_icl.tables.aggregate import over_tasks
 from lowmem_icl.tasks.loading import TaskRows
@@ -233,26 +233,26 @@ def _removal_records(work: Work, removals: Sequence[_Removal]) -> Iterator[block
         if len(task.documents) > MORE_DOCUMENTS.start:
             both = joined([both, next(more)])
         everything = prepared.pack(task, slice(0, MORE_DOCUMENTS.stop))
-        yield from _mask_records(everything, removals[:2], both, prepared.options.seed)
+        yield from _mask_records(everything, removals[:2], both)
         if len(removals) > 2:
             few = prepared.pack(task, DRAWN_DOCUMENTS)
-            for record in _mask_records(few, removals, score, prepared.options.seed):
+            for record in _mask_records(few, removals, score):
                 if record["method"] == "random":
                     yield record
 
 
 def _mask_records(
-    packed: PackedTask, removals: Sequence[_Removal], scores: Scores, seed: int
+    packed: PackedTask, removals: Sequence[_Removal], scores: Scores
 ) -> Iterator[dict[str, Any]]:
     """Yield the records under each mask, with the accuracy that it costs on the same documents."""
     drops = unit_drops(packed, scores.logprobs, scores.greedy)
-    lost = means_with_intervals(drops.accuracy, drops.accuracy_clusters, seed=seed)
+    lost = mean_intervals(drops.accuracy, drops.accuracy_clusters, CHANGE)
     for index, removal in enumerate(removals):
         under = evaluation.MaskScores(
             removal.name, removal.mask, scores.logprobs[index], scores.greedy[index]
         )
         record: dict[str, Any] = {}
-        for block in evaluation.evaluation_records(packed, under, seed):
+        for block in evaluation.evaluation_records(packed, under):
             record = {**block, **removal.fields}
             yield record
         if index:

@@ -190,7 +190,7 @@ def _curve_records(
         under = measure.scores_under_masks(packed, score.logprobs, score.greedy)
         index = {mask: number for number, mask in enumerate(masks)}
         clean, pruned = under.at([0]), under.at([index[point.mask] for point in task_points])
-        found += measure.point_records(packed, task_points, clean, pruned, prepared.options.seed)
+        found += measure.point_records(packed, task_points, clean, pruned)
         effects += measure.effect_blocks(packed, task_points, clean, pruned)
     results = blocks.frame("results", found, stamp(prepared, "prune"))
     return _CurveRecords(pl.concat([results, over_tasks(results)]), blocks.frame("effects", effects))

@@ -190,7 +190,7 @@ def _judged(work: Work, made: Sequence[MaskResult]) -> pl.DataFrame:
                 "mask_shots": judged.shots,
                 "seed": judged.seed,
             }
-            records = evaluation.evaluation_records(packed, under, prepared.options.seed)
+            records = evaluation.evaluation_records(packed, under)
             found += [{**record, **fields} for record in records]
     results = blocks.frame("results", found, stamp(prepared, "prune"))
     shared = results.filter(pl.col("mask").is_in([mask.name for mask in made if mask.task == AGGREGATE]))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lowmem_icl.experiments.prune.points import CurvePoint, TaskShots
 from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.session.result import task_fields
-from lowmem_icl.statistics.intervals import means_with_intervals
+from lowmem_icl.statistics.intervals import CHANGE, MEAN, PROPORTION, SHARE, Kind, mean_intervals
 from lowmem_icl.tables.blocks import Block
 from lowmem_icl.tasks.packing import PackedTask
 from lowmem_icl.tasks.scoring import document_scores, unit_accuracy
@@ -52,26 +52,24 @@ def point_records(
     points: Sequence[CurvePoint],
     clean: ScoresUnderMasks,
     pruned: ScoresUnderMasks,
-    seed: int,
 ) -> Records:
     """Yield the records of a task's curve points: scores, and paired drops from the clean run on the same
     documents.
 
-    `clean` [1, …], `pruned` [P, …] in the order of the points. Intervals are bootstrapped over documents,
-    clustered.
+    `clean` [1, …], `pruned` [P, …] in the order of the points. Intervals are over documents, clustered.
     """
     main = task.task.metric if task.task.metric in ("acc", "em") else "acc"
-    values: dict[str, tuple[Values, Sequence[str]]] = {
-        main: (pruned.accuracy, pruned.accuracy_clusters),
-        "acc_drop": (clean.accuracy - pruned.accuracy, pruned.accuracy_clusters),
+    values: dict[str, tuple[Values, Sequence[str], Kind]] = {
+        main: (pruned.accuracy, pruned.accuracy_clusters, PROPORTION),
+        "acc_drop": (clean.accuracy - pruned.accuracy, pruned.accuracy_clusters, CHANGE),
     }
-    for metric in ("gold_logprob", "gold_prob"):
+    for metric, kind in (("gold_logprob", MEAN), ("gold_prob", SHARE)):
         left, whole = pruned.by_document[metric], clean.by_document[metric]
-        values[metric] = (left, task.task.clusters)
-        values[f"{metric}_drop"] = (whole - left, task.task.clusters)
+        values[metric] = (left, task.task.clusters, kind)
+        values[f"{metric}_drop"] = (whole - left, task.task.clusters, MEAN)
     own = TaskShots(task.task.task, task.task.shots)
-    for metric, (by_document, clusters) in values.items():
-        intervals = means_with_intervals(by_document, clusters, seed=seed)
+    for metric, (by_document, clusters, kind) in values.items():
+        intervals = mean_intervals(by_document, clusters, kind)
         for index, point in enumerate(points):
             interval = {name: float(column[index]) for name, column in intervals._asdict().items()}
             chance = {"chance": task.task.chance if metric == main else None}
