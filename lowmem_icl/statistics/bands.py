@@ -15,8 +15,9 @@ Values = NDArray[np.float64]
 def prediction_band(draws: Values, lowest: float = -np.inf, highest: float = np.inf) -> tuple[float, float]:
     """Return the bounds of the 95 % prediction interval of one more draw, from draws [K]; NaN for one draw.
 
-    Student's: mean ± t · s · √(1 + 1/K) with K − 1 degrees of freedom, within `lowest` and `highest`, and never
-    narrower than the draws themselves. Quantiles of ten draws would hold the next one in four of five cases.
+    Student's: mean ± t · s · √(1 + 1/K) with K − 1 degrees of freedom, within `lowest` and `highest`, and
+    never narrower than the draws themselves. Quantiles of ten draws would hold the next one in four of five
+    cases.
     """
     count = len(draws)
     if count < 2:
