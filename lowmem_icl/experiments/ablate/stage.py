@@ -25,8 +25,8 @@ from lowmem_icl.tasks.loading import Document, TaskRows
 METHOD = "ablation"
 ICL_EFFECT = "icl_effect"
 LARGEST_CHUNK = 16
-# Of ablate's numbers, those that have a mean over tasks which is not computed from the tasks' means.
-NOT_AVERAGED = ("q_value",)
+# Of ablate's numbers about units, those whose aggregate counts all tasks' documents and is no mean.
+NOT_AVERAGED = ("q_value", "documents_hurt", "documents_helped")
 
 
 @dataclass(frozen=True, eq=False)
