@@ -17,7 +17,15 @@ import polars as pl
 import typer
 from scipy.stats import spearmanr
 
-from lowmem_icl.report.numbers import accuracy, induction_heads, pruned, top_units, total_seconds, unit_name
+from lowmem_icl.report.numbers import (
+    accuracy,
+    induction_heads,
+    mean_over_tasks,
+    pruned,
+    top_units,
+    total_seconds,
+    unit_name,
+)
 from lowmem_icl.session.folder import run_record
 from lowmem_icl.system.files import write_text_atomic
 from lowmem_icl.tables.schema import read_table
@@ -26,7 +34,7 @@ BEGIN, END = "<!-- tables: scripts/real_models_tables.py -->", "<!-- /tables -->
 UNIT = ("task", "shots", "kind", "layer", "head")
 MATCHING = 0.3
 PLACES = ("--out", "--store-dir", "--data-dir", "--masks-dir")
-INDUCTION_HEADS_SHOWN = 5
+INDUCTION_HEADS_SHOWN = LABEL_UNITS_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,23 @@ def unit_table(run: Run) -> str:
         name = unit_name(row["kind"], row["layer"], row["head"])
         by_shots.setdefault(row["shots"], []).append(f"{name} {number(row['value'])}")
     return markdown(["shots", "costliest units, nats"], [[key, ", ".join(u)] for key, u in by_shots.items()])
+
+
+def label_table(run: Run) -> str:
+    """Return the units whose drops are most about labels, mean over tasks; nothing where that is not known."""
+    effects = mean_over_tasks(run.of(experiment="ablate", metric="label_effect"))
+    rows = [
+        [
+            row["shots"], unit_name(row["kind"], row["layer"], row["head"]), number(row["value"]),
+            f"{number(row['low'])} to {number(row['high'])}",
+        ]
+        for row in effects.sort(["shots", "value"], descending=[False, True])
+        .group_by("shots", maintain_order=True)
+        .head(LABEL_UNITS_SHOWN)
+        .iter_rows(named=True)
+    ]  # fmt: skip
+    columns = ["shots", "unit", "drop with right minus with shuffled labels, nats", "95 %"]
+    return markdown(columns, rows) if rows else ""
 
 
 def knee_table(run: Run) -> str:
@@ -244,6 +269,8 @@ def sections(runs: dict[str, Run]) -> Iterator[str]:
         yield f"### What right labels give over shuffled ones, nats\n\n{effect_table(run)}"
         if "ablate" in experiments:
             yield f"### Units\n\n{unit_table(run)}"
+            if about_labels := label_table(run):
+                yield f"### Units by how much of their drop is about labels\n\n{about_labels}"
         if "prune" in experiments:
             yield f"### What can go: curves\n\n{knee_table(run)}"
             yield f"### What can go: greedy search\n\n{greedy_table(run)}"

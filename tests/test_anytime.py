@@ -266,7 +266,7 @@ def test_with_shared_demonstrations_every_set_comes_early_and_results_stay_as_th
     early = read_table(out / "effects.parquet", "effects").filter(shots=4, metric="gold_logprob_drop")
     monkeypatch.setattr(Work, "sweep", patient)
     assert run("interleaved") == out, "the same command goes on"
-    monkeypatch.setattr("lowmem_icl.experiments.ablate.stage.every_set_first", lambda task: task)
+    monkeypatch.setattr("lowmem_icl.experiments.ablate.sweeps.every_set_first", lambda task: task)
     ours, plain = (
         read_table(folder / "effects.parquet", "effects") for folder in (out, run("in the order of the task"))
     )

@@ -1,5 +1,7 @@
 """Claims about single units against scipy and simulation; in-context effects by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -8,10 +10,9 @@ from scipy import stats
 from lowmem_icl.experiments.ablate.claims import (
     ExactDrops,
     claim_blocks,
-    in_context,
-    in_context_blocks,
     top_drop_records,
 )
+from lowmem_icl.experiments.ablate.differences import drop_differences, in_context_blocks, label_blocks
 from lowmem_icl.masks.mask import Unit
 from lowmem_icl.statistics.intervals import clustered_estimates
 from lowmem_icl.statistics.selection import alternate_halves, top_mean
@@ -169,7 +170,7 @@ def test_top_drops_by_hand() -> None:
 def test_in_context_effects_by_hand() -> None:
     shown = drops_of(task_rows("a", 4, [5, 2, 9]), np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]))
     without = drops_of(task_rows("a", 0, [9, 5, 7]), np.array([[0.5, 0, 100], [9, 0, 100]]), [0, 2])
-    effect = in_context(shown, without)
+    effect = drop_differences(shown, without)
     assert effect is not None
     # Units 0 and 2 and documents 5 and 9 are in both.
     assert effect.indices.tolist() == [0, 2]
@@ -181,7 +182,22 @@ def test_in_context_effects_by_hand() -> None:
     assert heads["procedure"] == ffns["procedure"] == "icl-effect"
     assert (heads["value"], ffns["value"]) == (pytest.approx([1.75]), pytest.approx([3.5]))
     assert heads["documents"] == 2
-    assert in_context(shown, drops_of(task_rows("a", 0, [1]), np.zeros((3, 1)))) is None
+    assert drop_differences(shown, drops_of(task_rows("a", 0, [1]), np.zeros((3, 1)))) is None
+
+
+def test_label_effects_are_of_the_same_documents_and_say_what_they_are_compared_with() -> None:
+    rows = task_rows("a", 4, [5, 2, 9])
+    right = drops_of(rows, np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]))
+    shuffled = drops_of(replace(rows, labels="shuffled"), np.array([[1.0, 0, 0], [4, 5, 6], [0, 0, 0]]))
+    effect = drop_differences(right, shuffled)
+    assert effect is not None
+    blocks = label_blocks(UNITS, [effect])
+    in_nats = [block for block in blocks if block["metric"] == "label_effect"]
+    assert np.concatenate([block["value"] for block in in_nats]) == pytest.approx([5 / 3, 0, 8])
+    assert {
+        (block["procedure"], block["labels"], block["shots"], block["documents"]) for block in blocks
+    } == {("label-effect", "shuffled", 4, 3)}
+    assert {block["metric"] for block in blocks} == {"label_effect", "label_effect_acc"}
 
 
 def test_a_question_counts_as_a_whole_in_both() -> None:
@@ -191,7 +207,7 @@ def test_a_question_counts_as_a_whole_in_both() -> None:
             task, np.array([0]), np.zeros((1, len(rows))), np.array([accuracy]), ["passage"] * len(accuracy)
         )
 
-    effect = in_context(
+    effect = drop_differences(
         of(1, [0, 1, 2], ["q0", "q0", "q1"], [1.0, 0.5]), of(0, [2, 0, 1], ["q1", "q0", "q0"], [0.25, 0])
     )
     assert effect is not None
@@ -206,7 +222,7 @@ def test_the_mean_over_tasks_leaves_out_what_is_out_of_domain() -> None:
         [drops_of(task_rows(task, shots, list(range(6))), rng.normal(size=(3, 6))) for task in tasks]
         for shots in (0, 2)
     ]
-    effects = [in_context(shown, without) for without, shown in zip(*both, strict=True)]
+    effects = [drop_differences(shown, without) for without, shown in zip(*both, strict=True)]
     blocks = in_context_blocks(UNITS, [effect for effect in effects if effect is not None])
     heads = frame("results", [block for block in blocks if block["kind"] == "head"])
     mean = over_tasks(heads).filter(pl.col("metric") == "icl_effect")

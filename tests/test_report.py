@@ -105,7 +105,7 @@ def test_ffn_bars_leave_out_what_is_out_of_domain() -> None:
 
 def test_in_context_effects_leave_out_what_is_out_of_domain() -> None:
     effects = table(*drops("head", 1, 0, VALUES, metric="icl_effect", low=-1.0, high=1.0))
-    assert in_context.in_context_rows(effects) == [["L1H0", "4", "2.000", "-1.000 to 1.000"]]
+    assert in_context.difference_rows(effects) == [["L1H0", "4", "2.000", "-1.000 to 1.000"]]
 
 
 def test_the_grid_leaves_out_what_is_out_of_domain() -> None:

@@ -191,6 +191,14 @@ class RunOptions(BaseModel):
             str(DEFAULT_EXACT),
         ),
     ] = None
+    label_drops: Annotated[
+        bool,
+        Flag(
+            Group.EXPERIMENTS,
+            "Ablate again with shuffled labels in the demonstrations: how much of each unit's drop is about "
+            "labels. Takes about as long again.",
+        ),
+    ] = False
     objective: Annotated[
         Literal["gold_prob", "gold_logprob", "acc"],
         Flag(Group.EXPERIMENTS, "What the greedy pruner preserves."),
@@ -307,6 +315,8 @@ class RunOptions(BaseModel):
             raise ValueError("--screen: its estimates come from importance; add that to --experiments")
         if self.rescore and not {"importance", "prune"} <= experiments:
             raise ValueError("--rescore: expected importance and prune among --experiments; add them")
+        if self.label_drops and "ablate" not in experiments:
+            raise ValueError("--label-drops: expected ablate among --experiments; add it")
         return self
 
     @property

@@ -145,8 +145,8 @@ class _Counting:
         for part, part_cost in work.costs(self._prepared, self._limits, self._resident):
             cost += part_cost
             if isinstance(part, SweepPart):
-                first = part.jobs[0].documents.start or 0
-                chunks.append(Chunk(first, part.documents, self.seconds(part_cost)))
+                seconds = self.seconds(part_cost)
+                chunks.append(Chunk(part.documents_before, part.documents, seconds))
         if cost.attention_tokens and not self._has_read_resident:
             cost += SweepCost(layers_read=len(self._resident))
             self._has_read_resident = True

@@ -14,7 +14,7 @@ from lowmem_icl.report.agreement import agreement_section
 from lowmem_icl.report.curves import curves_section
 from lowmem_icl.report.greedy import greedy_section
 from lowmem_icl.report.importance import importance_section
-from lowmem_icl.report.in_context import in_context_section
+from lowmem_icl.report.in_context import in_context_section, label_drops_section
 from lowmem_icl.report.induction import induction_section
 from lowmem_icl.report.labels import labels_section
 from lowmem_icl.report.numbers import (
@@ -37,6 +37,7 @@ SECTIONS: tuple[Callable[[pl.DataFrame, Record], Section | None], ...] = (
     importance_section,
     ablation_section,
     in_context_section,
+    label_drops_section,
     curves_section,
     greedy_section,
     induction_section,

@@ -46,7 +46,8 @@ class Prepared:
 
     `evaluate`, `train`: the documents of every task and shot count, in the same order; `importance`: the
     training documents whose gradients are taken; `curves`: the first of `evaluate`, as many as pruning curves
-    are judged on; `label_controls`: those of `evaluate` that have demonstrations, with other answers shown.
+    are judged on; `label_controls`, `train_controls`: those of `evaluate` and of `train` that have
+    demonstrations, with other answers shown.
     `notes`: what is left out, and why, in sentences. `masks`: those that the user gives, by name, to be
     evaluated as well as the clean model. The store may be only planned, with sizes and no files: `with_store`
     makes it.
@@ -64,6 +65,7 @@ class Prepared:
     tables: Mapping[TableName, KeptTable] = field(repr=False)
     texts: KeptTexts = field(repr=False)
     label_controls: tuple[TaskRows, ...] = ()
+    train_controls: tuple[TaskRows, ...] = ()
     notes: tuple[str, ...] = ()
     masks: Mapping[str, Mask] = field(default_factory=dict)
 
@@ -133,7 +135,8 @@ class Prepared:
     def tasks_digest(self) -> str:
         """SHA-256 over all texts, tokens, labels and demonstrations of both parts."""
         summed = hashlib.sha256()
-        for task in (*self.evaluate, *self.train, *self.importance, *self.label_controls):
+        controls = (*self.label_controls, *self.train_controls)
+        for task in (*self.evaluate, *self.train, *self.importance, *controls):
             kept = self._table(task)
             summed.update(repr((task.task, task.shots, task.split, kept.digest)).encode())
             summed.update(np.array([document.index for document in task.documents]).tobytes())
@@ -185,7 +188,7 @@ def prepare(options: RunOptions, *, progress: Progress = unseen, needs_weights: 
     with progress("texts", len(wanted), "tasks") as advance:
         for task, shots in wanted:
             rows, tables[TableName(task.name, shots, "right")] = maker.documents(task, shots)
-            controls.add(task, rows["evaluate"])
+            controls.add(task, rows)
             for name, part_rows in rows.items():
                 documents[name].append(part_rows)
             advance(1)
@@ -202,7 +205,8 @@ def prepare(options: RunOptions, *, progress: Progress = unseen, needs_weights: 
         curves=tuple(documents["curves"]),
         tables=tables,
         texts=texts,
-        label_controls=tuple(controls.found),
+        label_controls=tuple(controls.found["evaluate"]),
+        train_controls=tuple(controls.found["train"]),
         notes=controls.notes(),
     )
 

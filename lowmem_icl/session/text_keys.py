@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -32,10 +33,17 @@ class TableName:
 
 
 def table_key(
-    options: RunOptions, name: TableName, rows_digest: str, tokenizer: str, limits: PackingLimits
+    options: RunOptions,
+    name: TableName,
+    fields: Sequence[str],
+    rows_digest: str,
+    tokenizer: str,
+    limits: PackingLimits,
 ) -> str:
-    """Return the key of a table of texts; rows_digest, tokenizer: digests of the task's rows and of the
-    tokenizer.
+    """Return the key of a table of texts.
+
+    fields: of Prepared, whose documents it holds; rows_digest, tokenizer: digests of the task's rows and of
+    the tokenizer.
     """
     depends_on = {
         "version": __version__,
@@ -48,6 +56,7 @@ def table_key(
         "limits": asdict(limits),
         "shots": name.shots,
         "labels": name.labels,
+        "fields": list(fields),
         "documents": [
             options.resolved_limit,
             options.resolved_train_limit,

@@ -1,7 +1,7 @@
-"""What can be said about single units from their exact drops, and what demonstrations have to do with it.
+"""What can be said about single units from their exact drops.
 
-Which units can be claimed to matter among so many; what the costliest ones cost on documents that did not
-pick them; and how much more a unit matters where there are demonstrations.
+Which units can be claimed to matter among so many, and what the costliest ones cost on documents that did not
+pick them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +16,6 @@ from lowmem_icl.experiments.ablate.measure import single_fields
 from lowmem_icl.masks.mask import Unit
 from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.session.result import task_fields
-from lowmem_icl.statistics.intervals import (
-    CHANGE_OF_CHANGES,
-    MEAN,
-    mean_intervals,
-)
 from lowmem_icl.statistics.selection import top_mean
 from lowmem_icl.statistics.significance import SignCounts, q_values, sign_counts
 from lowmem_icl.tables.blocks import Block, unit_blocks
@@ -128,76 +123,6 @@ def top_drop_records(units: Sequence[Unit], drops: ExactDrops) -> Iterator[Block
                 )
 
 
-@dataclass(frozen=True, eq=False)
-class InContextEffects:
-    """How much more units [U] matter with demonstrations than without, on the same documents [N] or scored
-    units [S].
-
-    gold: drops of gold log-probability at some shot count minus those at none, [U, N]; accuracy: likewise,
-    [U, S].
-    """
-
-    task: TaskRows
-    indices: Indices
-    gold: Values
-    clusters: list[str]
-    accuracy: Values
-    accuracy_clusters: list[str]
-
-
-def in_context(shown: ExactDrops, alone: ExactDrops) -> InContextEffects | None:
-    """Return the in-context effects of the units and documents that both have; None where there are none in
-    common.
-
-    A head of the language in general costs as much without demonstrations as with them, and comes out at 0.
-    """
-    indices, (ours, theirs) = _in_all([shown.indices, alone.indices])
-
-    def difference(
-        values: Values, other: Values, names: Sequence[Any], others: Sequence[Any]
-    ) -> tuple[Values, Indices]:
-        _, here, there = np.intersect1d(np.array(names), np.array(others), return_indices=True)
-        return values[np.ix_(ours, here)] - other[np.ix_(theirs, there)], here
-
-    documents = [[document.index for document in drops.task.documents] for drops in (shown, alone)]
-    scored_units = [
-        list(dict.fromkeys(document.unit for document in drops.task.documents)) for drops in (shown, alone)
-    ]
-    gold, common_documents = difference(shown.gold, alone.gold, *documents)
-    accuracy, common_units = difference(shown.accuracy, alone.accuracy, *scored_units)
-    if not gold.size:
-        return None
-    return InContextEffects(
-        shown.task,
-        indices,
-        gold,
-        [shown.task.clusters[index] for index in common_documents],
-        accuracy,
-        [shown.accuracy_clusters[index] for index in common_units],
-    )
-
-
-def in_context_blocks(units: Sequence[Unit], effects: Sequence[InContextEffects]) -> list[Block]:
-    """Return blocks of icl_effect (nats) and icl_effect_acc with clustered intervals."""
-    found: list[Block] = []
-    for effect in effects:
-        for metric, values, clusters, kind in (
-            ("icl_effect", effect.gold, effect.clusters, MEAN),
-            ("icl_effect_acc", effect.accuracy, effect.accuracy_clusters, CHANGE_OF_CHANGES),
-        ):
-            intervals = mean_intervals(values, clusters, kind)
-            fields = single_fields(effect.task) | {
-                "procedure": "icl-effect",
-                "metric": metric,
-                "other_task": effect.task.task,
-                "other_shots": 0,
-                "other_method": "ablation",
-                "documents": effect.gold.shape[1],
-            }
-            found += unit_blocks([units[index] for index in effect.indices], intervals._asdict(), **fields)
-    return found
-
-
 def _by_shots(members: Sequence[ExactDrops]) -> list[list[ExactDrops]]:
     """Return, for each shot count that two tasks have, all that count in a mean over tasks."""
     groups: dict[int, list[ExactDrops]] = {}
@@ -205,12 +130,6 @@ def _by_shots(members: Sequence[ExactDrops]) -> list[list[ExactDrops]]:
         if in_domain(member.task.task):
             groups.setdefault(member.task.shots, []).append(member)
     return [group for group in groups.values() if len(group) > 1]
-
-
-def _in_all(indices: Sequence[Indices]) -> tuple[Indices, list[Indices]]:
-    """Return the values that all of some ascending arrays have, and where each has them."""
-    common = reduce(np.intersect1d, indices)
-    return common, [np.searchsorted(array, common) for array in indices]
 
 
 def _aggregate_fields(members: Sequence[ExactDrops]) -> dict[str, Any]:

@@ -92,22 +92,67 @@ def every_set_first(task: TaskRows) -> TaskRows:
     return replace(task, documents=(*first, *rest)) if first else task
 
 
-def sweep_parts(
-    prepared: Prepared, tasks: Sequence[TaskRows], selected: Sequence[Selection]
-) -> list[SweepPart]:
-    """Return the sweeps of the documents of tasks, chunk by chunk, under every unit selected alone."""
-    units = units_of(prepared)
-    masks = [(Mask(), *(units[index].as_mask() for index in selection.exact)) for selection in selected]
-    chunks = doubling_chunks(most_documents(tasks))
-    return [
-        SweepPart(
-            f"ablate-{chunk.start:06d}",
-            f"ablate, chunk {number} of {len(chunks)}",
-            masked_chunk(tasks, masks, chunk),
-            documents=chunk.stop,
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One pass over the documents of tasks: all with right labels, or all with shuffled ones.
+
+    tasks: as they stand; swept: with their documents in the order of the chunks; `is_control`: whether labels
+    are shuffled, which another pass with right ones has come before.
+    """
+
+    tasks: tuple[TaskRows, ...]
+    swept: tuple[TaskRows, ...]
+    selected: tuple[Selection, ...]
+    parts: tuple[SweepPart, ...]
+    is_control: bool
+
+    @classmethod
+    def over(
+        cls,
+        prepared: Prepared,
+        tasks: Sequence[TaskRows],
+        selected: Sequence[Selection],
+        *,
+        is_control: bool,
+    ) -> "Pass":
+        """Return the pass over tasks under every unit selected for each of them alone."""
+        swept = tuple(every_set_first(task) for task in tasks)
+        units = units_of(prepared)
+        masks = [(Mask(), *(units[index].as_mask() for index in selection.exact)) for selection in selected]
+        name, label = ("ablate-labels", "ablate, labels shuffled") if is_control else ("ablate", "ablate")
+        whole = most_documents(prepared.train)
+        chunks = doubling_chunks(most_documents(tasks))
+        parts = tuple(
+            SweepPart(
+                f"{name}-{chunk.start:06d}",
+                f"{label}, chunk {number} of {len(chunks)}",
+                masked_chunk(swept, masks, chunk),
+                documents_before=whole if is_control else chunk.start,
+                documents=whole if is_control else chunk.stop,
+            )
+            for number, chunk in enumerate(chunks, start=1)
         )
-        for number, chunk in enumerate(chunks, start=1)
-    ]
+        return cls(tuple(tasks), swept, tuple(selected), parts, is_control)
+
+    def documents_before(self, part: SweepPart) -> str:
+        """Say how many documents per task are done before a part of the pass."""
+        reached = part.jobs[0].documents.start
+        labels = " with shuffled labels" if self.is_control else ""
+        return f"{reached} of {most_documents(self.tasks)} documents per task{labels}"
+
+
+def passes(prepared: Prepared, importance: ImportanceResult | None) -> list[Pass]:
+    """Return the pass with right labels and, where they are asked for, that with shuffled ones after it."""
+    selected = selections(prepared, importance)
+    found = [Pass.over(prepared, prepared.train, selected, is_control=False)]
+    if prepared.train_controls:
+        by_setting = {
+            (task.task, task.shots): selection
+            for task, selection in zip(prepared.train, selected, strict=True)
+        }
+        of_controls = [by_setting[task.task, task.shots] for task in prepared.train_controls]
+        found.append(Pass.over(prepared, prepared.train_controls, of_controls, is_control=True))
+    return found
 
 
 def scored_so_far(task: TaskRows, swept: TaskRows, chunks: Sequence[Scores]) -> tuple[TaskRows, Scores]:
