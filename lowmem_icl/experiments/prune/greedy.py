@@ -2,7 +2,7 @@
 documents.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import MaskResult, Rankings, StageResult
 from lowmem_icl.session.work import MaskedDocuments, Part, SweepPart, Work
 from lowmem_icl.statistics.certificate import LEVEL
+from lowmem_icl.statistics.intervals import MEAN, Intervals, mean_interval, mean_of_intervals
 from lowmem_icl.tasks.documents import TaskRows
 from lowmem_icl.tasks.scoring import document_scores
 
@@ -131,10 +132,11 @@ def search_masks(work: Work, rankings: Rankings) -> FoundMasks:
     checked: list[dict[str, Any]] = []
     for name, setting in settings.items():
         result, returned, note = found[name], found[name].mask, ""
-        checked.append(_checked(setting, "greedy", result.lost, result.lost_stderr))
+        check = _check_of(prepared, setting)
+        checked.append(check("greedy", result.document_losses))
         if name in compared:
-            lost, stderr = search.loss_with_stderr(*compared[name])
-            checked.append(_checked(setting, "gradient", lost, stderr))
+            checked.append(check("gradient", search.document_losses(*compared[name])))
+            lost = checked[-1]["check_loss"]
             made.append(_made(prepared, setting, "gradient", by_gradient[name]))
             if lost < result.lost:
                 returned, note = by_gradient[name], INSTEAD
@@ -145,7 +147,11 @@ def search_masks(work: Work, rankings: Rankings) -> FoundMasks:
         tuple(made),
         checked,
         [_of_setting(settings[name]) | tested.as_record() for name, tested in certificates.items()],
-        (*_unsettled(found, options.tolerance), *certify.notes(prepared), *certify.empty_note(certificates)),
+        (
+            *_unsettled(checked, options.tolerance),
+            *certify.notes(prepared),
+            *certify.empty_note(certificates),
+        ),
     )
 
 
@@ -207,31 +213,48 @@ def _gradient_masks(
     return masks
 
 
-def _checked(setting: Setting, method: str, lost: float, stderr: float) -> dict[str, Any]:
-    return _of_setting(setting) | {
-        "method": method,
-        "mask": setting.mask_name(method),
-        "check_loss": lost,
-        "stderr": stderr,
-    }
+def _check_of(prepared: Prepared, setting: Setting) -> Callable[[str, search.Answer], dict[str, Any]]:
+    """Return what turns the losses of the documents on the checking half, by method, into a record."""
+    tasks = [prepared.train[index] for index in setting.tasks]
+    halves = [task.documents[_half(len(task.documents), "check")] for task in tasks]
+    clusters = [
+        replace(task, documents=documents).clusters for task, documents in zip(tasks, halves, strict=True)
+    ]
+
+    def checked(method: str, losses: search.Answer) -> dict[str, Any]:
+        lost, stderr = mean_loss(losses, clusters)
+        named = {"method": method, "mask": setting.mask_name(method)}
+        return _of_setting(setting) | named | {"check_loss": lost, "stderr": stderr}
+
+    return checked
+
+
+def mean_loss(losses: search.Answer, clusters: Sequence[Sequence[str]]) -> tuple[float, float]:
+    """Return the mean loss and its standard error of groups that weigh the same, from their documents' losses
+    [N] each; NaN where no group has two clusters.
+    """
+    members = [mean_interval(*of_group, MEAN) for of_group in zip(losses, clusters, strict=True)]
+    whole = mean_of_intervals(Intervals(*(np.array([column]) for column in zip(*members, strict=True))))
+    return float(whole.value[0]), float(whole.stderr[0])
 
 
 def _of_setting(setting: Setting) -> dict[str, Any]:
     return {"task": setting.task, "shots": setting.shots}
 
 
-def _unsettled(found: Mapping[str, search.Pruned], tolerance: float) -> list[str]:
-    """Return a warning where the tolerance is finer than the documents can tell."""
+def _unsettled(checked: Sequence[Mapping[str, Any]], tolerance: float) -> list[str]:
+    """Return a warning where the tolerance is finer than the documents can tell, unknown errors included."""
+    searched = [check for check in checked if check["method"] == "greedy"]
     errors = {
-        name: 2 * result.lost_stderr for name, result in found.items() if tolerance < 2 * result.lost_stderr
+        check["mask"]: 2 * check["stderr"] for check in searched if not tolerance >= 2 * check["stderr"]
     }
     if not errors:
         return []
-    worst = max(errors, key=lambda name: errors[name])
+    worst = max(errors, key=lambda name: (not np.isfinite(errors[name]), errors[name]))
+    size = f"at most {errors[worst]:.2g}" if np.isfinite(errors[worst]) else "unknown"
     return [
         f"prune: the tolerance {tolerance:g} is below two standard errors of the loss it is compared with "
-        f"for {len(errors)} of {len(found)} masks (at most {errors[worst]:.2g}, {worst}); "
-        "a larger --train-limit settles it"
+        f"for {len(errors)} of {len(searched)} masks ({size}, {worst}); a larger --train-limit settles it"
     ]
 
 
