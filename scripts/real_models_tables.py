@@ -8,7 +8,7 @@ marks, <!-- tables: scripts/real_models_tables.py --> and <!-- /tables -->; with
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -86,16 +86,24 @@ def accuracy_table(run: Run) -> str:
 
 
 def effect_table(run: Run) -> str:
-    """Return what right labels give over shuffled ones, paired, in nats of gold log-probability."""
-    effects = run.of(metric="gold_logprob_label_effect", labels="shuffled")
+    """Return what right labels give over shuffled ones, paired, in nats, with 95 % intervals."""
+    effects = {
+        (row["task"], row["shots"]): row
+        for row in run.of(metric="gold_logprob_label_effect", labels="shuffled").iter_rows(named=True)
+    }
+    shots = sorted({n_shots for _, n_shots in effects})
     rows = [
-        [
-            row["task"], row["shots"], number(row["value"]),
-            f"{number(row['low'])} to {number(row['high'])}",
-        ]
-        for row in effects.sort("shots", "task").iter_rows(named=True)
-    ]  # fmt: skip
-    return markdown(["task", "shots", "right minus shuffled, nats", "95 %"], rows)
+        [task, *(_with_interval(effects.get((task, n_shots))) for n_shots in shots)]
+        for task in dict.fromkeys(task for task, _ in effects)
+    ]
+    return markdown(["task", *(f"{n_shots} shots" for n_shots in shots)], rows)
+
+
+def _with_interval(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    bounds = "" if row["low"] is None else f" ({number(row['low'])} to {number(row['high'])})"
+    return number(row["value"]) + bounds
 
 
 def unit_table(run: Run) -> str:
@@ -233,7 +241,7 @@ def sections(runs: dict[str, Run]) -> Iterator[str]:
         yield f"## {name}\n\n`{shown_command(run.record['command'])}`"
         experiments = set(run.record["stages"])
         yield f"### Accuracy: right / shuffled / foreign labels\n\n{accuracy_table(run)}"
-        yield f"### What right labels give\n\n{effect_table(run)}"
+        yield f"### What right labels give over shuffled ones, nats\n\n{effect_table(run)}"
         if "ablate" in experiments:
             yield f"### Units\n\n{unit_table(run)}"
         if "prune" in experiments:

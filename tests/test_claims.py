@@ -13,11 +13,11 @@ from lowmem_icl.experiments.ablate.claims import (
     top_drop_records,
 )
 from lowmem_icl.masks.mask import Unit
-from lowmem_icl.statistics.intervals import Estimates, clustered_estimates, mean_of_estimates
+from lowmem_icl.statistics.intervals import clustered_estimates
 from lowmem_icl.statistics.selection import alternate_halves, top_mean
-from lowmem_icl.statistics.significance import q_values
+from lowmem_icl.statistics.significance import q_values, sign_counts
 from lowmem_icl.tables.aggregate import over_tasks
-from lowmem_icl.tables.blocks import frame
+from lowmem_icl.tables.blocks import Block, frame
 from lowmem_icl.tasks.loading import Document, TaskRows
 
 UNITS = [Unit("head", 0, 0), Unit("head", 0, 1), Unit("ffn", 0)]
@@ -58,55 +58,74 @@ def drops_of(task: TaskRows, gold: np.ndarray, indices: list[int] | None = None)
     return ExactDrops(task, at, gold, np.sign(gold), list(task.clusters))
 
 
-def test_standard_errors_and_q_values_are_scipys_where_documents_are_alone() -> None:
+def test_q_values_are_scipys() -> None:
     values = np.random.default_rng(0).normal(0.2, 1, (40, 12))
-    estimates = clustered_estimates(values, alone(12))
-    tested = stats.ttest_1samp(values, 0, axis=1)
-    np.testing.assert_allclose(estimates.value / estimates.stderr, tested.statistic)
-    assert set(estimates.freedom) == {11}
-    np.testing.assert_allclose(q_values(estimates), stats.false_discovery_control(tested.pvalue, method="bh"))
+    values[:, 3] = 0
+    counts = sign_counts(values, alone(12))
+    tested = [
+        stats.binomtest(int((row > 0).sum()), int((row != 0).sum()), alternative="two-sided").pvalue
+        for row in values
+    ]
+    np.testing.assert_allclose(q_values(counts), stats.false_discovery_control(tested))
+    nothing = sign_counts(np.zeros((2, 4)), alone(4))
+    assert q_values(nothing).tolist() == [1, 1]
+
+
+def test_a_cluster_counts_once_by_what_most_of_its_documents_do() -> None:
+    values = np.array([[1.0, 2, -9, 1, -1, 0], [-1, 0, 0, 0, 0, 3], [1, 1, 1, -1, -1, -1]])
+    counts = sign_counts(values, ["a", "a", "a", "b", "b", "c"])
+    assert counts.hurt.tolist() == [1, 1, 1]
+    assert counts.helped.tolist() == [0, 1, 2]
 
 
 def test_documents_that_repeat_a_passage_add_nothing() -> None:
     values = np.random.default_rng(0).normal(size=(5, 8))
     once, five_times = (
-        clustered_estimates(np.repeat(values, times, axis=1), np.repeat(alone(8), times).tolist())
+        (
+            clustered_estimates(np.repeat(values, times, axis=1), np.repeat(alone(8), times).tolist()),
+            sign_counts(np.repeat(values, times, axis=1), np.repeat(alone(8), times).tolist()),
+        )
         for times in (1, 5)
     )
-    np.testing.assert_allclose(once, five_times)
+    np.testing.assert_allclose(once[0], five_times[0])
+    np.testing.assert_array_equal(once[1], five_times[1])
     assert np.isnan(clustered_estimates(values, ["one"] * 8).stderr).all()
+    assert q_values(sign_counts(values, ["one"] * 8)).tolist() == [1] * 5, "one cluster claims nothing"
 
 
-def test_the_mean_over_two_tasks_is_tested_as_welch_does() -> None:
-    rng = np.random.default_rng(0)
-    one, other = rng.normal(0.5, 1, (6, 9)), rng.normal(0.5, 3, (6, 20))
-    mean = mean_of_estimates([clustered_estimates(one, alone(9)), clustered_estimates(other, alone(20))])
-    tested = stats.ttest_ind(one, -other, axis=1, equal_var=False)
-    np.testing.assert_allclose(mean.value / mean.stderr, tested.statistic)
-    np.testing.assert_allclose(mean.freedom, tested.df)
-    np.testing.assert_allclose(q_values(mean), stats.false_discovery_control(tested.pvalue))
+def test_equal_drops_of_a_few_documents_are_no_certainty() -> None:
+    # All four documents lose the same: 2 · 0.5⁴.
+    assert q_values(sign_counts(np.full((1, 4), 0.5), alone(4))).tolist() == [0.125]
 
 
-def test_units_that_change_nothing_are_no_finding() -> None:
-    zero, certain = np.zeros(4), np.full(4, 0.5)
-    estimates = clustered_estimates(np.stack([zero, certain]), alone(4))
-    assert q_values(estimates).tolist() == [1, 0]
-    twice = mean_of_estimates([estimates, estimates])
-    assert q_values(twice).tolist() == [1, 0]
+def test_what_scores_cannot_tell_apart_is_no_difference() -> None:
+    rounding = drops_of(task_rows("a", 1, [0, 1, 2]), np.array([[1e-4, -1e-4, 2e-4]]))
+    assert (rounding.signs.hurt.tolist(), rounding.signs.helped.tolist()) == ([1], [0])
 
 
-def test_among_units_without_effect_nothing_is_found() -> None:
-    rng = np.random.default_rng(0)
-    found = [
-        (q_values(clustered_estimates(rng.normal(size=(300, 16)), alone(16))) <= 0.05).any()
-        for _ in range(100)
-    ]
-    assert np.mean(found) <= 0.12, "one family in twenty, or about"
-    values = rng.normal(size=(300, 16))
-    values[:30] += 2
-    q = q_values(clustered_estimates(values, alone(16)))
-    assert (q[:30] <= 0.05).mean() > 0.9
-    assert (q[30:] <= 0.05).sum() <= 6
+def counted(blocks: list[Block], task: str) -> dict[str, list[float]]:
+    """What is counted and claimed of a task's units, by metric."""
+    found: dict[str, list[float]] = {}
+    for block in blocks:
+        if block["task"] == task:
+            found.setdefault(block["metric"], []).extend(np.asarray(block["value"]).tolist())
+    return found
+
+
+def test_of_all_tasks_documents_are_added_up_over_those_that_have_the_unit() -> None:
+    rows = [task_rows(task, 1, list(range(5))) for task in ("a", "b")]
+    one, other = np.ones((2, 5)), np.array([[-1.0, 1, 1, 1, 0], [-1, -1, -1, -1, -1]])
+    blocks = claim_blocks(UNITS, [drops_of(rows[0], one, [0, 2]), drops_of(rows[1], other, [0, 1])])
+    of_all = counted(blocks, "aggregate")
+    # L0H0 is in both tasks, L0H1 in the second, the FFN in the first.
+    assert of_all["documents_hurt"] == [5 + 3, 0, 5]
+    assert of_all["documents_helped"] == [1, 5, 0]
+    expected = stats.false_discovery_control(
+        [stats.binomtest(hurt, both).pvalue for hurt, both in ((8, 9), (0, 5), (5, 5))]
+    )
+    np.testing.assert_allclose(of_all["q_value"], expected)
+    assert counted(blocks, "a")["documents_hurt"] == [5, 5]
+    assert {block["documents"] for block in blocks if block["task"] == "aggregate"} == {10}
 
 
 def test_the_best_units_are_no_better_than_others_where_all_are_the_same() -> None:
@@ -208,12 +227,9 @@ def test_the_mean_over_tasks_leaves_out_what_is_out_of_domain() -> None:
         (task, shots) for task in (*tasks, "aggregate") for shots in (0, 2)
     }
     by_kind = {
-        block["kind"]: block["value"] for block in claims if (block["task"], block["shots"]) == ("piqa", 0)
+        block["kind"]: block["value"]
+        for block in claims
+        if (block["task"], block["shots"], block["metric"]) == ("piqa", 0, "q_value")
     }
-    together = q_values(Estimates(*clustered_estimates(both[0][0].gold, alone(6))))
+    together = q_values(sign_counts(both[0][0].gold, alone(6)))
     np.testing.assert_allclose(np.concatenate([by_kind["head"], by_kind["ffn"]]), together)
-    of_mean = np.concatenate(
-        [block["value"] for block in claims if (block["task"], block["shots"]) == ("aggregate", 0)]
-    )
-    members = [clustered_estimates(drops.gold, alone(6)) for drops in both[0][:2]]
-    np.testing.assert_allclose(of_mean, q_values(mean_of_estimates(members)))

@@ -10,7 +10,13 @@ from scipy import stats
 
 from lowmem_icl.experiments.overlap.measure import TOP_PERCENTS, overlap_records
 from lowmem_icl.masks.rankings import RankingKey, mean_of_normalised
-from lowmem_icl.statistics.agreement import correlation_of_orders, kendall, spearman
+from lowmem_icl.statistics.agreement import (
+    correlation_of_orders,
+    kendall,
+    spearman,
+    top_membership,
+    top_overlap,
+)
 from lowmem_icl.statistics.resampling import (
     RESAMPLES,
     DocumentRanking,
@@ -91,6 +97,41 @@ def test_orders_are_compared_as_the_papers_code_does() -> None:
     one, other = np.array([3.0, 1.0, 2.0, 4.0]), np.array([1.0, 2.0, 4.0, 3.0])
     # In ascending order stand units 1, 2, 0, 3 and units 0, 1, 3, 2.
     assert correlation_of_orders(one, other) == pytest.approx(stats.spearmanr([1, 2, 0, 3], [0, 1, 3, 2])[0])
+
+
+@given(seeds)
+def test_a_top_with_ties_is_the_mean_over_random_choices(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores, count = rng.integers(0, 4, 6).astype(float), int(rng.integers(1, 7))
+    found = np.zeros(6)
+    orders = list(itertools.permutations(range(6)))
+    for order in orders:
+        found[sorted(order, key=lambda unit: -scores[unit])[:count]] += 1 / len(orders)
+    np.testing.assert_allclose(top_membership(scores, count), found)
+
+
+def test_chance_is_what_it_says_where_nine_of_ten_scores_are_zero() -> None:
+    rng = np.random.default_rng(0)
+    found: dict[str, list[float]] = {}
+    for _ in range(300):
+        one, other = (np.where(rng.random(200) < 0.1, rng.random(200), 0.0) for _ in range(2))
+        found.setdefault("order", []).append(correlation_of_orders(one, other))
+        for fraction in (0.05, 0.3, 0.5):
+            shared = top_overlap(one, other, fraction)
+            assert shared.chance == fraction
+            found.setdefault(str(fraction), []).append(shared.value - shared.chance)
+    for values in found.values():
+        assert np.mean(values) == pytest.approx(0, abs=4 * np.std(values) / np.sqrt(300))
+
+
+def test_orders_with_ties_are_the_mean_over_random_orders() -> None:
+    rng = np.random.default_rng(1)
+    one, other = rng.integers(0, 3, (2, 9)).astype(float)
+    drawn = []
+    for _ in range(4000):
+        orders = [np.lexsort([rng.random(9), scores]) for scores in (one, other)]
+        drawn.append(stats.spearmanr(*orders).statistic)
+    assert correlation_of_orders(one, other) == pytest.approx(np.mean(drawn), abs=4 * np.std(drawn) / 63)
 
 
 def test_each_tasks_scores_weigh_the_same_once_normalised() -> None:
@@ -195,6 +236,10 @@ def test_intervals_and_ceilings_stand_at_rankings_with_documents() -> None:
             assert row["low"] < row["value"] < row["high"]
     # Per method 3 pairs of tasks at 2 shot counts and 3 tasks at both; 6 across methods.
     assert len(correlations) == 2 * (2 * 3 + 3) + 6
+    for row in rows:
+        if row["metric"] in ("kendall", "top_overlap") and row["method"] == row["other_method"]:
+            assert ("low" in row) == ("c" not in (row["task"], row["other_task"]))
+            assert "low" not in row or row["low"] <= row["value"] <= row["high"]
     ceilings = [row for row in rows if row["metric"] == "split_half"]
     assert len(ceilings) == 8
     assert all(0.5 < row["value"] <= 1 and "other_task" not in row for row in ceilings)
@@ -209,3 +254,6 @@ def test_intervals_and_ceilings_stand_at_rankings_with_documents() -> None:
     assert (mean["task"], mean["shots"], mean["other_shots"]) == ("aggregate", 0, 1)
     assert mean["value"] == pytest.approx(np.mean(by_task))
     assert 3 * mean["stderr"] ** 2 == pytest.approx(np.var(by_task, ddof=1))
+    reach = stats.t.ppf(0.975, 2) * mean["stderr"]
+    assert -1 <= mean["low"] <= mean["value"] - reach
+    assert min(1, mean["value"] + reach) <= mean["high"] <= 1

@@ -209,9 +209,15 @@ def test_searches_are_counted_about_as_they_go() -> None:
     assert variants(work.asked) / 3 < variants(planned) < 3 * variants(work.asked)
 
 
+SHARED = {"demonstrations": "shared", "demonstration_sets": 3}
+
+
+@pytest.mark.parametrize("more", [{}, SHARED], ids=str)
 @pytest.mark.parametrize("allowed", [2, 3, 5])
-def test_a_run_that_was_cut_by_its_hours_continues_with_what_the_plan_says_is_left(allowed: int) -> None:
-    prepared = prepared_for(experiments=("evaluate", "importance", "ablate"), train_limit=6)
+def test_a_run_that_was_cut_by_its_hours_continues_with_what_the_plan_says_is_left(
+    allowed: int, more: Mapping[str, Any]
+) -> None:
+    prepared = prepared_for(experiments=("evaluate", "importance", "ablate"), train_limit=6, **more)
     first = played(prepared, allowed=allowed)
     unfinished = [result.unfinished for _, result, is_over in run_stages(first, {}, frozenset()) if is_over]
     assert any(unfinished)

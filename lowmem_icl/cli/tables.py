@@ -11,7 +11,7 @@ from rich.text import Text
 
 from lowmem_icl.report.numbers import (
     ACCURACY,
-    SIGNIFICANT_Q,
+    STAR,
     accuracy,
     induction_heads,
     pruned,
@@ -39,8 +39,7 @@ def show_summary(folder: Path, console: Console) -> None:
             for unit in units.iter_rows(named=True)
         )
         console.print(
-            f"costliest units alone at {shots} shots (nats of gold log-probability; * where q ≤ "
-            f"{SIGNIFICANT_Q}): {named}"
+            f"costliest units alone at {shots} shots (nats of gold log-probability; {STAR}): {named}"
         )
     scored = ", ".join(
         f"{unit_name('head', row['layer'], row['head'])} {row['value']:.2f}"

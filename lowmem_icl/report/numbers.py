@@ -14,6 +14,12 @@ ACCURACY = ("acc", "em")
 """A task's own accuracy goes by either name."""
 TOP_UNITS = 5
 SIGNIFICANT_Q = 0.05
+STAR = (
+    "*: more documents are hurt than helped without the unit, or the reverse, at a false discovery rate of "
+    f"{100 * SIGNIFICANT_Q:.0f} % (exact sign test)"
+)
+"""What a star claims; it stands wherever stars do."""
+CLAIM = ("documents_hurt", "documents_helped", "q_value")
 UNIT_KEYS = ("shots", "kind", "layer", "head")
 
 
@@ -94,15 +100,17 @@ def unit_drops(results: pl.DataFrame) -> pl.DataFrame:
 def top_units(results: pl.DataFrame, n: int = TOP_UNITS) -> pl.DataFrame:
     """Return the n units per shot count that cost most when removed alone, mean over tasks.
 
-    `value` is the drop of gold log-probability in nats; `q_value` that of the mean, Benjamini and Hochberg's
-    over all units; null where it is unknown.
+    `value` is the drop of gold log-probability in nats, measured on the documents that the units are picked
+    by. Null where unknown: `documents_hurt` and `documents_helped`, how many lose and gain without the unit,
+    over all tasks; `q_value`, Benjamini and Hochberg's over all units, of their being as many.
     """
     keys = ["task", *UNIT_KEYS]
-    q_values = results.filter(pl.col("metric") == "q_value").select(*keys, pl.col("value").alias("q_value"))
+    units = mean_over_tasks(unit_drops(results))
+    for name in CLAIM:
+        column = results.filter(pl.col("metric") == name).select(*keys, pl.col("value").alias(name))
+        units = units.join(column, on=keys, how="left", nulls_equal=True)
     return (
-        mean_over_tasks(unit_drops(results))
-        .join(q_values, on=keys, how="left", nulls_equal=True)
-        .select(*UNIT_KEYS, "value", "q_value")
+        units.select(*UNIT_KEYS, "value", *CLAIM)
         .sort(["shots", "value", "layer", "head"], descending=[False, True, False, False])
         .group_by("shots", maintain_order=True)
         .head(n)

@@ -18,7 +18,7 @@ from lowmem_icl.report.in_context import in_context_section
 from lowmem_icl.report.induction import induction_section
 from lowmem_icl.report.labels import labels_section
 from lowmem_icl.report.numbers import (
-    SIGNIFICANT_Q,
+    STAR,
     mean_over_tasks,
     pruned,
     significance_mark,
@@ -152,7 +152,6 @@ def unit_findings(results: pl.DataFrame) -> list[str]:
         )
         findings.append(
             f"At {shots} shots the costliest units to remove alone are {named}, in nats of gold "
-            f"log-probability; *: differs from 0 at a false discovery rate of {SIGNIFICANT_Q:.0%} among all "
-            "units."
+            f"log-probability; {STAR}."
         )
     return findings

@@ -15,12 +15,16 @@ Values = NDArray[np.float64]
 def prediction_band(draws: Values, lowest: float = -np.inf, highest: float = np.inf) -> tuple[float, float]:
     """Return the bounds of the 95 % prediction interval of one more draw, from draws [K]; NaN for one draw.
 
-    Student's: mean ± t · s · √(1 + 1/K) with K − 1 degrees of freedom, within `lowest` and `highest`, and never
-    narrower than the draws themselves. Quantiles of ten draws would hold the next one in four of five cases.
+    Student's: mean ± t · s · √(1 + 1/K) with K − 1 degrees of freedom, within `lowest` and `highest`, and
+    never narrower than the draws themselves. On the side where draws lie farther from their mean, s is of
+    that side: s² = 2 Σ distance² / (K − 1). Quantiles of ten draws would hold four of five.
     """
     count = len(draws)
     if count < 2:
         return np.nan, np.nan
-    reach = stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1) * draws.std(ddof=1) * np.sqrt(1 + 1 / count)
-    low, high = min(draws.mean() - reach, draws.min()), max(draws.mean() + reach, draws.max())
+    mean, square = draws.mean(), draws.var(ddof=1)
+    quantile = stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1) * np.sqrt(1 + 1 / count)
+    below, above = (np.square(np.maximum(sign * (draws - mean), 0)).sum() / (count - 1) for sign in (-1, 1))
+    low = min(mean - quantile * np.sqrt(max(square, 2 * below)), draws.min())
+    high = max(mean + quantile * np.sqrt(max(square, 2 * above)), draws.max())
     return float(np.clip(low, lowest, highest)), float(np.clip(high, lowest, highest))

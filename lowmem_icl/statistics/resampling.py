@@ -10,18 +10,22 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm, rankdata
+from scipy import stats
+from scipy.stats import rankdata
 
-from lowmem_icl.statistics.intervals import CONFIDENCE, Interval
+from lowmem_icl.statistics.agreement import top_membership
+from lowmem_icl.statistics.intervals import CONFIDENCE, Interval, wilson_bounds
 
 RESAMPLES = 200
+KENDALL_RESAMPLES = 20
 SPLITS = 50
 UNITS_TOGETHER = 512
 # How far weights go from 1 for every document towards the counts of a bootstrap sample.
 STEP = 0.5
 # Beyond it Fisher's transform would be infinite.
 LARGEST_CORRELATION = 1 - 1e-9
-QUANTILE = float(norm.ppf(0.5 + CONFIDENCE / 2))
+SMALLEST_SPREAD = 1e-12
+MOST_PER_UNIT = 2
 
 Values = NDArray[np.float64]
 Draw = Callable[[int, np.random.Generator], NDArray[np.generic]]
@@ -112,15 +116,27 @@ class DocumentRanking:
             scores = [rankdata(score, axis=1) for score in scores]
         return np.asarray(rankdata(np.mean(scores, axis=0), axis=1))
 
-    def resampled(self, seed: int) -> NDArray[np.float32]:
-        """Return standardised ranks [R, U], documents weighted STEP of the way to bootstrap samples.
+    def resampled(self, seed: int) -> "ResampledRanking":
+        """Return the ranking under documents weighted STEP of the way to bootstrap samples.
 
         Ranks of a full bootstrap sample contain the documents' noise twice, so they vary too little between
         samples.
         """
-        return standardised(
-            self.ranks([1 + STEP * (member.bootstrap_counts(seed) - 1) for member in self.members])
-        )
+        clusters = [len(set(member.clusters)) for member in self.members]
+        weights = [
+            # A bootstrap of few clusters varies too little: as a variance over G does in place of G - 1.
+            1 + STEP * np.sqrt(count / (count - 1)) * (member.bootstrap_counts(seed) - 1)
+            for member, count in zip(self.members, clusters, strict=True)
+        ]
+        return ResampledRanking(standardised(self.ranks(weights)), sum(clusters) - len(clusters))
+
+
+@dataclass(frozen=True, eq=False)
+class ResampledRanking:
+    """A ranking under other weights of its documents: standardised ranks [R, U], and degrees of freedom."""
+
+    ranks: NDArray[np.float32]
+    freedom: int
 
 
 def standardised(ranks: Values) -> NDArray[np.float32]:
@@ -132,29 +148,75 @@ def standardised(ranks: Values) -> NDArray[np.float32]:
     ).astype(np.float32)  # fmt: skip
 
 
-def correlation_interval(
-    value: float, left: NDArray[np.float32], right: NDArray[np.float32]
-) -> Interval | None:
-    """Return a rank correlation's 95 % interval from both rankings' resampled standardised ranks [R, U].
+def correlation_interval(value: float, left: ResampledRanking, right: ResampledRanking) -> Interval | None:
+    """Return the 95 % interval of Spearman's ρ of two rankings.
 
-    On Fisher's scale, atanh, it is the value ± 1.96 standard deviations of the resamples divided by STEP. The
-    resamples' percentiles would lie too low, since each resample adds noise to both rankings. The interval
-    covers the correlation that as many other documents would give. Without the rankings' noise that would be
-    higher; the split-half reliability says how much noise there is. None where some resample ranks all units
-    the same.
+    On Fisher's scale, atanh, it is the value ± Student's quantile of standard deviations of the resamples
+    divided by STEP. The resamples' percentiles would lie too low, since each resample adds noise to both
+    rankings. The interval covers the correlation that as many other documents would give. Without the
+    rankings' noise that would be higher; the split-half reliability says how much noise there is. None where
+    some resample ranks all units the same.
     """
-    resampled = np.einsum("ru,ru->r", left, right, dtype=np.float64)
+    resampled = _correlations(left, right)
+    return _fisher_interval(value, resampled, 1.0, left, right)
+
+
+def kendall_interval(value: float, left: ResampledRanking, right: ResampledRanking) -> Interval | None:
+    """Return the 95 % interval of Kendall's τ of two rankings, as that of ρ.
+
+    Its standard deviation is that of ρ, times the ratio of both in the first KENDALL_RESAMPLES: in resamples
+    they go together, and τ takes a hundred times as long.
+    """
+    resampled = _correlations(left, right)
     if not np.isfinite(resampled).all():
         return None
-    bounded = np.clip([value, *resampled], -LARGEST_CORRELATION, LARGEST_CORRELATION)
-    centre, *spread = np.arctanh(bounded)
-    reach = QUANTILE * float(np.std(spread, ddof=1)) / STEP
-    return Interval(
-        value,
-        float(resampled.std(ddof=1)) / STEP,
-        float(np.tanh(centre - reach)),
-        float(np.tanh(centre + reach)),
-    )
+    some = [
+        stats.kendalltau(one, other, method="asymptotic").statistic
+        for one, other in zip(left.ranks[:KENDALL_RESAMPLES], right.ranks[:KENDALL_RESAMPLES], strict=True)
+    ]
+    ratio = _fisher(some).std(ddof=1) / max(_fisher(resampled[: len(some)]).std(ddof=1), SMALLEST_SPREAD)
+    return _fisher_interval(value, resampled, ratio, left, right)
+
+
+def overlap_interval(
+    value: float, count: int, left: ResampledRanking, right: ResampledRanking
+) -> Interval | None:
+    """Return the 95 % interval of the share of the top `count` units that two rankings have in common.
+
+    Wilson's, with Student's quantile, at the number of units of which a share would have the resamples'
+    standard deviation divided by STEP; at most at MOST_PER_UNIT · `count`, since where no resample moves a
+    unit over the edge other documents may.
+    """
+    if not (np.isfinite(left.ranks).all() and np.isfinite(right.ranks).all()):
+        return None
+    shared = top_membership(left.ranks, count) * top_membership(right.ranks, count)
+    shares = shared.sum(1) / count
+    stderr = float(shares.std(ddof=1)) / STEP
+    most = MOST_PER_UNIT * count
+    n_units = min(most, value * (1 - value) / stderr**2) if stderr > 0 and 0 < value < 1 else count
+    low, high = wilson_bounds(np.array([value]), np.array([n_units]), min(left.freedom, right.freedom))
+    return Interval(value, stderr, float(low[0]), float(high[0]))
+
+
+def _correlations(left: ResampledRanking, right: ResampledRanking) -> Values:
+    return np.asarray(np.einsum("ru,ru->r", left.ranks, right.ranks, dtype=np.float64))
+
+
+def _fisher(correlations: Values | list[float]) -> Values:
+    return np.asarray(np.arctanh(np.clip(correlations, -LARGEST_CORRELATION, LARGEST_CORRELATION)))
+
+
+def _fisher_interval(
+    value: float, resampled: Values, ratio: float, left: ResampledRanking, right: ResampledRanking
+) -> Interval | None:
+    """Return the interval of a coefficient that varies `ratio` times as much as the resampled ones [R]."""
+    if not np.isfinite(resampled).all():
+        return None
+    spread = ratio * float(_fisher(resampled).std(ddof=1)) / STEP
+    reach = stats.t.ppf(0.5 + CONFIDENCE / 2, min(left.freedom, right.freedom)) * spread
+    centre = float(_fisher([value])[0])
+    low, high = np.tanh(centre + np.array([-reach, reach]))
+    return Interval(value, spread * (1 - value**2), float(low), float(high))
 
 
 def split_half(ranking: DocumentRanking, seed: int) -> float:

@@ -4,7 +4,7 @@ Which units can be claimed to matter among so many; what the costliest ones cost
 pick them; and how much more a unit matters where there are demonstrations.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -19,17 +19,16 @@ from lowmem_icl.session.result import task_fields
 from lowmem_icl.statistics.intervals import (
     CHANGE_OF_CHANGES,
     MEAN,
-    Estimates,
-    clustered_estimates,
     mean_intervals,
-    mean_of_estimates,
 )
 from lowmem_icl.statistics.selection import top_mean
-from lowmem_icl.statistics.significance import q_values
+from lowmem_icl.statistics.significance import SignCounts, q_values, sign_counts
 from lowmem_icl.tables.blocks import Block, unit_blocks
 from lowmem_icl.tasks.loading import TaskRows
 
 TOP_COUNTS = (1, 3, 10)
+LARGEST_ROUNDING = 1e-4
+"""Nats by which scores may differ from the reference's: a drop of no more counts as none."""
 
 Values = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -50,9 +49,10 @@ class ExactDrops:
     accuracy_clusters: list[str]
 
     @property
-    def estimates(self) -> Estimates:
-        """Mean drops of gold log-probability, [U], with clustered standard errors."""
-        return clustered_estimates(self.gold, self.task.clusters)
+    def signs(self) -> SignCounts:
+        """How many clusters of documents lose without each unit, [U], and how many gain."""
+        differs = np.abs(self.gold) > LARGEST_ROUNDING
+        return sign_counts(np.where(differs, self.gold, 0.0), self.task.clusters)
 
     @property
     def has_clusters(self) -> bool:
@@ -61,30 +61,43 @@ class ExactDrops:
 
 
 def claim_blocks(units: Sequence[Unit], drops: Sequence[ExactDrops]) -> list[Block]:
-    """Return blocks of q_value: of every task and shot count, and of the mean over tasks at each shot count.
+    """Return blocks of documents_hurt, documents_helped and q_value: of every task and shot count, and of all
+    tasks together at each shot count.
 
-    A family of claims is all units of a task at a shot count (of the mean: those that every task has): "its
-    drop of gold log-probability is not zero", two-sided, so that among the units with q ≤ 0.05 about one of
-    twenty is no finding.
+    The claim is that more documents are hurt than helped without the unit, or the reverse; a family of claims
+    is all units of a task at a shot count (of all tasks: those that any task has, its documents added up), so
+    that among the units with q ≤ 0.05 about one of twenty is no finding.
     """
     found: list[Block] = []
-    for task_drops in drops:
-        if len(task_drops.indices) and task_drops.has_clusters:
-            columns = {"value": q_values(task_drops.estimates)}
-            fields = single_fields(task_drops.task) | {"metric": "q_value"}
-            found += unit_blocks([units[index] for index in task_drops.indices], columns, **fields)
+    for own in drops:
+        found += _sign_blocks(units, own.indices, own.signs, single_fields(own.task))
     for members in _by_shots(drops):
-        common, at = _in_all([member.indices for member in members])
-        if not len(common) or not all(member.has_clusters for member in members):
-            continue
-        estimates = [
-            Estimates(*(column[indices] for column in member.estimates))
-            for member, indices in zip(members, at, strict=True)
-        ]
-        columns = {"value": q_values(mean_of_estimates(estimates))}
-        fields = single_fields(members[0].task) | {"metric": "q_value"} | _aggregate_fields(members)
-        found += unit_blocks([units[index] for index in common], columns, **fields)
+        indices = reduce(np.union1d, [member.indices for member in members])
+        added = np.zeros((2, len(indices)), dtype=np.int64)
+        for member in members:
+            added[:, np.searchsorted(indices, member.indices)] += np.array(member.signs)
+        fields = single_fields(members[0].task) | _aggregate_fields(members)
+        found += _sign_blocks(units, indices, SignCounts(*added), fields)
     return found
+
+
+def _sign_blocks(
+    units: Sequence[Unit], indices: Indices, signs: SignCounts, fields: Mapping[str, Any]
+) -> list[Block]:
+    """Return blocks of what is counted of the units at some indices, and of what can be claimed from that."""
+    if not len(indices):
+        return []
+    columns: dict[str, NDArray[Any]] = {
+        "documents_hurt": signs.hurt,
+        "documents_helped": signs.helped,
+        "q_value": q_values(signs),
+    }
+    counted = [units[index] for index in indices]
+    return [
+        block
+        for metric, values in columns.items()
+        for block in unit_blocks(counted, {"value": values}, **fields, metric=metric)
+    ]
 
 
 def top_drop_records(units: Sequence[Unit], drops: ExactDrops) -> Iterator[Block]:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -10,93 +10,35 @@ from numpy.typing import NDArray
 
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.experiments.ablate import claims, measure
+from lowmem_icl.experiments.ablate.sweeps import (
+    Selection,
+    every_set_first,
+    scored_so_far,
+    selections,
+    sweep_parts,
+    units_of,
+)
 from lowmem_icl.experiments.importance.stage import ImportanceResult, ranked_settings
-from lowmem_icl.masks.mask import Mask, Unit
 from lowmem_icl.masks.rankings import RankingKey, mean_of_ranks, with_ties_broken
 from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import Rankings, StageResult, Values, stamp
-from lowmem_icl.session.work import OutOfTime, SweepPart, Work, joined, masked_chunk, most_documents
+from lowmem_icl.session.work import OutOfTime, SweepPart, Work, most_documents
 from lowmem_icl.statistics.resampling import DocumentRanking, DocumentScores
 from lowmem_icl.tables import blocks
 from lowmem_icl.tables.aggregate import over_tasks
-from lowmem_icl.tasks.loading import Document, TaskRows
+from lowmem_icl.tasks.loading import TaskRows
 
 METHOD = "ablation"
 ICL_EFFECT = "icl_effect"
-LARGEST_CHUNK = 16
-# Of ablate's numbers, those that have a mean over tasks which is not computed from the tasks' means.
-NOT_AVERAGED = ("q_value",)
-
-
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """Which units of one task and shot count are ablated exactly, by their indices, and what is known of all.
-
-    estimates: None where nothing is screened; drawn: the units that chance picked.
-    """
-
-    exact: NDArray[np.int64]
-    drawn: NDArray[np.int64]
-    estimates: measure.Estimates | None = None
+# Of ablate's numbers about units, those whose aggregate counts all tasks' documents and is no mean.
+NOT_AVERAGED = ("q_value", "documents_hurt", "documents_helped")
 
 
 def parts(prepared: Prepared, importance: ImportanceResult | None) -> list[SweepPart]:
     """Return the sweeps of the training documents, chunk by chunk, under every unit asked for alone."""
-    return _parts(prepared, selections(prepared, importance))
-
-
-def doubling_chunks(n_documents: int, largest: int = LARGEST_CHUNK) -> list[slice]:
-    """Return documents in chunks of 1, 1, 2, 4, 8, …: all units are measured early, and then better."""
-    chunks: list[slice] = []
-    start, size = 0, 1
-    while start < n_documents:
-        chunks.append(slice(start, min(n_documents, start + size)))
-        start, size = start + size, min(largest, max(1, start + size))
-    return chunks
-
-
-def _parts(prepared: Prepared, selected: Sequence[Selection]) -> list[SweepPart]:
-    tasks, units = prepared.train, _units(prepared)
-    masks = [(Mask(), *(units[index].as_mask() for index in selection.exact)) for selection in selected]
-    chunks = doubling_chunks(most_documents(tasks))
-    return [
-        SweepPart(
-            f"ablate-{chunk.start:06d}",
-            f"ablate, chunk {number} of {len(chunks)}",
-            masked_chunk(tasks, masks, chunk),
-            documents=chunk.stop,
-        )
-        for number, chunk in enumerate(chunks, start=1)
-    ]
-
-
-def selections(prepared: Prepared, importance: ImportanceResult | None) -> list[Selection]:
-    """Return which units of every task are ablated exactly: all, or by screening those that estimates leave
-    open.
-
-    Before there are estimates as many stand for them, spread over all layers.
-    """
-    options, n_units = prepared.options, len(_units(prepared))
-    everything = np.arange(n_units)
-    if options.screen is None:
-        return [Selection(everything, everything[:0])] * len(prepared.train)
-    assert importance is not None, "options check that a screen has its estimates"
-    if not importance.attribution:
-        spread = np.linspace(0, n_units - 1, min(options.resolved_exact, n_units)).round().astype(np.int64)
-        return [Selection(spread, spread[:0])] * len(prepared.train)
-    selected = []
-    for task in prepared.train:
-        by_document = importance.attribution[task.task, task.shots]
-        estimates = measure.Estimates.of_documents(by_document, _clusters_of(prepared, task))
-        exact, drawn = measure.screened(estimates, options.resolved_exact, options.seed)
-        selected.append(Selection(exact, drawn, estimates))
-    return selected
-
-
-def _clusters_of(prepared: Prepared, task: TaskRows) -> list[str]:
-    """Return the clusters of the documents that a task's estimates are of."""
-    return next(of.clusters for of in prepared.importance if (of.task, of.shots) == (task.task, task.shots))
+    tasks = [every_set_first(task) for task in prepared.train]
+    return sweep_parts(prepared, tasks, selections(prepared, importance))
 
 
 def expected(prepared: Prepared) -> StageResult:
@@ -104,7 +46,7 @@ def expected(prepared: Prepared) -> StageResult:
     rng, skeleton = np.random.default_rng(1), prepared.skeleton
     settings = [setting for setting in ranked_settings(prepared) if setting[0] != AGGREGATE]
     keys = [RankingKey(*setting, METHOD) for setting in settings]
-    if prepared.options.screen is not None and prepared.options.resolved_exact < len(_units(prepared)):
+    if prepared.options.screen is not None and prepared.options.resolved_exact < len(units_of(prepared)):
         # Which units are exact differs between tasks and leaves out heads of every one.
         return StageResult()
     shown = [
@@ -120,12 +62,12 @@ def expected(prepared: Prepared) -> StageResult:
 
 def run(work: Work, importance: ImportanceResult | None) -> Iterator[StageResult]:
     """Remove every unit asked for alone, on the training documents; yields whenever there is more to show."""
-    tasks = work.prepared.train
     if work.prepared.options.screen is not None and importance is None:
         # What screens is not there yet.
         raise OutOfTime
+    tasks = [every_set_first(task) for task in work.prepared.train]
     selected = selections(work.prepared, importance)
-    sweeps = _parts(work.prepared, selected)
+    sweeps = sweep_parts(work.prepared, tasks, selected)
     done: list[list[Scores]] = [[] for _ in tasks]
     for number, part in enumerate(sweeps):
         try:
@@ -136,30 +78,33 @@ def run(work: Work, importance: ImportanceResult | None) -> Iterator[StageResult
                 f"ablate: the time was over after {reached} of {most_documents(tasks)} documents per task; "
                 "the same command continues"
             )
-            yield replace(_result(work.prepared, selected, done), unfinished=sentence)
+            yield replace(_result(work.prepared, tasks, selected, done), unfinished=sentence)
             return
         for job, score in zip(part.jobs, scores, strict=True):
             done[next(index for index, task in enumerate(tasks) if task is job.task)].append(score)
         is_new = number + 1 < len(sweeps) and not work.parts.has(sweeps[number + 1].name)
         if is_new and work.wants_results():
-            yield _result(work.prepared, selected, done)
-    yield _result(work.prepared, selected, done)
+            yield _result(work.prepared, tasks, selected, done)
+    yield _result(work.prepared, tasks, selected, done)
 
 
 def _result(
-    prepared: Prepared, selected: Sequence[Selection], done: Sequence[Sequence[Scores]]
+    prepared: Prepared,
+    swept: Sequence[TaskRows],
+    selected: Sequence[Selection],
+    done: Sequence[Sequence[Scores]],
 ) -> StageResult:
     """Return what is scored so far as tables and rankings, with estimates for all other units."""
-    units = _units(prepared)
+    units = units_of(prepared)
     found: list[blocks.Block] = []
     effects: list[blocks.Block] = []
     exact_drops: list[claims.ExactDrops] = []
     rankings = Rankings()
-    for task, selection, chunks in zip(prepared.train, selected, done, strict=True):
+    for task, order, selection, chunks in zip(prepared.train, swept, selected, done, strict=True):
         estimated = np.arange(len(units))
         if chunks:
-            scored = _scored(task, joined(chunks))
-            drops = measure.unit_drops(prepared.pack(scored), joined(chunks).logprobs, joined(chunks).greedy)
+            scored, scores = scored_so_far(task, order, chunks)
+            drops = measure.unit_drops(prepared.pack(scored), scores.logprobs, scores.greedy)
             exact = [units[index] for index in selection.exact]
             found += measure.drop_blocks(scored, exact, drops)
             effects += measure.effect_blocks(scored, exact, drops)
@@ -224,7 +169,7 @@ def _rankings(
 ) -> Rankings:
     """Return a task's rankings: of its heads, by estimates where none was removed, and of its FFNs."""
     skeleton, task = prepared.skeleton, own.task
-    values = np.full(len(_units(prepared)), np.nan)
+    values = np.full(len(units_of(prepared)), np.nan)
     if selection.estimates is not None:
         values = selection.estimates.value.copy()
     values[selection.exact] = own.gold.mean(1)
@@ -304,14 +249,3 @@ def _aggregate_ranking(rankings: Rankings, shots: int, keys: Sequence[RankingKey
         {key: mean_of_ranks([rankings.heads[member] for member in keys])},
         documents={key: DocumentRanking(tuple(members))},
     )
-
-
-def _scored(task: TaskRows, scores: Scores) -> TaskRows:
-    """Return the task with the documents, from the first on, whose options the scores are of."""
-    ends = list(itertools.accumulate(len(document.options) for document in task.documents))
-    documents: tuple[Document, ...] = task.documents[: ends.index(scores.logprobs.shape[1]) + 1]
-    return replace(task, documents=documents)
-
-
-def _units(prepared: Prepared) -> list[Unit]:
-    return measure.ablated_units(prepared.skeleton.layers, prepared.skeleton.heads)

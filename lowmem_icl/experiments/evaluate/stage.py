@@ -52,7 +52,7 @@ def run(work: Work) -> Iterator[StageResult]:
     first = StageResult(
         results=pl.concat([results, over_tasks(results)]),
         answers=blocks.frame("answers", answers),
-        warnings=prepared.notes,
+        warnings=(*prepared.notes, *measure.single_cluster_notes(prepared.evaluate)),
     )
     yield first
     if prepared.label_controls:

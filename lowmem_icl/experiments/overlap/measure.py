@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 from lowmem_icl.masks.rankings import RankingKey
 from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.statistics.agreement import correlation_of_orders, kendall, spearman, top_overlap
-from lowmem_icl.statistics.resampling import DocumentRanking, correlation_interval, split_half
+from lowmem_icl.statistics.intervals import MEAN, Interval, mean_interval
+from lowmem_icl.statistics.resampling import (
+    DocumentRanking,
+    ResampledRanking,
+    correlation_interval,
+    kendall_interval,
+    overlap_interval,
+    split_half,
+)
 
 TOP_PERCENTS = (10, 20, 30, 40, 50)
 
@@ -33,10 +41,10 @@ def overlap_records(
 
     spearman, kendall: of the scores; top_overlap: the share of the top `percent` of heads (`count` of them)
     in common, with its expectation for unrelated rankings; spearman_of_order, between rankings of one method:
-    what the paper's code computes instead. Where `documents` has both rankings of one method, spearman has an
-    interval over documents. split_half: a ranking's reliability. cross_shot_spearman (task `aggregate`): the
-    mean over tasks of the spearman between two shot counts, the paper's Table 1; its variance over T tasks is
-    T · stderr².
+    what the paper's code computes instead. Where `documents` has both rankings of one method, all but the
+    last have an interval over documents. split_half: a ranking's reliability. cross_shot_spearman (task
+    `aggregate`): the mean over tasks of the spearman between two shot counts, the paper's Table 1, with its
+    interval over tasks; its variance over T tasks is T · stderr².
     """
     keys = sorted(rankings)
     for method in sorted({key.method for key in keys}):
@@ -53,7 +61,7 @@ def _method_records(
     seed: int,
 ) -> Records:
     """Yield the records of one method's rankings; no more resampled ranks than these are held at a time."""
-    resampled: dict[RankingKey, NDArray[np.float32]] = {}
+    resampled: dict[RankingKey, ResampledRanking] = {}
     for key in keys:
         if key in documents and documents[key].can_be_split:
             resampled[key] = documents[key].resampled(seed)
@@ -69,12 +77,12 @@ def _method_records(
         if not comparable(left, right):
             continue
         for record in _agreement_records(left, right, rankings):
-            if record["metric"] == "spearman":
-                if left in resampled and right in resampled:
-                    interval = correlation_interval(record["value"], resampled[left], resampled[right])
-                    record |= {} if interval is None else interval._asdict()
-                if left.shots != right.shots and left.task != AGGREGATE and in_domain(left.task):
-                    across_shots.setdefault((left.shots, right.shots), []).append(record["value"])
+            if left in resampled and right in resampled:
+                interval = _interval(record, resampled[left], resampled[right])
+                record |= {} if interval is None else interval._asdict()
+            is_across = left.shots != right.shots and left.task != AGGREGATE and in_domain(left.task)
+            if record["metric"] == "spearman" and is_across:
+                across_shots.setdefault((left.shots, right.shots), []).append(record["value"])
             yield record
         yield _pair(left, right) | {
             "metric": "spearman_of_order",
@@ -85,15 +93,25 @@ def _method_records(
         yield _cross_shot_record(keys[0].method, shots, other_shots, values)
 
 
+def _interval(record: dict[str, Any], left: ResampledRanking, right: ResampledRanking) -> Interval | None:
+    """Return the interval over documents of one measure of agreement."""
+    if record["metric"] == "spearman":
+        return correlation_interval(record["value"], left, right)
+    if record["metric"] == "kendall":
+        return kendall_interval(record["value"], left, right)
+    return overlap_interval(record["value"], record["count"], left, right)
+
+
 def _cross_shot_record(method: str, shots: int, other_shots: int, values: list[float]) -> dict[str, Any]:
     left, right = RankingKey(AGGREGATE, shots, method), RankingKey(AGGREGATE, other_shots, method)
-    n_tasks = len(values)
-    return _pair(left, right, "cross-shot") | {
-        "metric": "cross_shot_spearman",
-        "value": float(np.mean(values)),
-        "stderr": float(np.std(values, ddof=1) / np.sqrt(n_tasks)) if n_tasks > 1 else None,
-        "chance": 0.0,
-    }
+    tasks = [str(number) for number in range(len(values))]
+    found = mean_interval(np.array(values), tasks, MEAN)
+    low, high = np.clip([found.low, found.high], -1, 1)
+    return (
+        _pair(left, right, "cross-shot")
+        | {"metric": "cross_shot_spearman", "chance": 0.0}
+        | found._replace(low=float(low), high=float(high))._asdict()
+    )
 
 
 def _agreement_records(left: RankingKey, right: RankingKey, rankings: Mapping[RankingKey, Values]) -> Records:
