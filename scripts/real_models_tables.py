@@ -124,7 +124,7 @@ def unit_table(run: Run) -> str:
 
 
 def label_table(run: Run) -> str:
-    """Return the units whose drops are most about labels, mean over tasks; nothing where that is not known."""
+    """Return the units whose drops are most about labels, mean over tasks; nothing where unknown."""
     effects = mean_over_tasks(run.of(experiment="ablate", metric="label_effect"))
     rows = [
         [

@@ -126,7 +126,7 @@ def is_curve(part: Part) -> bool:
 
 
 def is_search(part: Part) -> bool:
-    return part.name == "" or part.name.startswith(("prune-0", "prune-compared"))
+    return part.name == "" or part.name.startswith(("prune-0", "prune-compared", "prune-certify"))
 
 
 def all_options() -> Iterator[Mapping[str, Any]]:

@@ -208,6 +208,14 @@ class RunOptions(BaseModel):
         Field(gt=0, lt=1),
         Flag(Group.EXPERIMENTS, "How much of the objective the greedy pruner may lose in total."),
     ] = 0.01
+    certify_limit: Annotated[
+        Annotated[int, Field(ge=0)] | None,
+        Flag(
+            Group.EXPERIMENTS,
+            "Further training documents per task, to certify what the search removed; 0 for no certificates.",
+            "twice as many as the tolerance needs",
+        ),
+    ] = None
     direction: Annotated[
         Literal["down", "up"],
         Flag(Group.EXPERIMENTS, "Prune greedily from the last layer down, or from the first up."),

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from lowmem_icl.options import RunOptions
 from lowmem_icl.protocols import Labels
+from lowmem_icl.session.document_limits import part_limits
 from lowmem_icl.session.text_keys import TableName, table_key
 from lowmem_icl.session.texts import KeptTexts
 from lowmem_icl.tasks.demonstrations import Demonstrations
@@ -29,16 +30,6 @@ class KeptTable:
     key: str
     digest: str
     table: PromptTable = field(repr=False)
-
-
-def part_limits(options: RunOptions) -> dict[str, tuple[Part, int | None]]:
-    """Return the part and the limit of the documents that a run needs, by field of Prepared."""
-    return {
-        "evaluate": ("evaluate", options.resolved_limit),
-        "train": ("train", options.resolved_train_limit),
-        "importance": ("importance", options.resolved_importance_limit),
-        "curves": ("evaluate", options.resolved_curve_limit),
-    }
 
 
 def part_rows(

@@ -13,6 +13,7 @@ from typing import Any
 from lowmem_icl import __version__
 from lowmem_icl.options import RunOptions
 from lowmem_icl.protocols import Labels
+from lowmem_icl.session.document_limits import certify_limit
 from lowmem_icl.tasks.catalogue import is_file_name
 from lowmem_icl.tasks.packing import PackingLimits
 
@@ -62,6 +63,7 @@ def table_key(
             options.resolved_train_limit,
             options.resolved_importance_limit,
             options.resolved_curve_limit,
+            certify_limit(options),
         ],
         "demonstrations": [options.demonstrations, options.demonstration_sets],
         "protocol": asdict(options.protocol_flags),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lowmem_icl.experiments.prune.points import CurvePoint, TaskShots
 from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.session.result import task_fields
-from lowmem_icl.statistics.intervals import CHANGE, MEAN, PROPORTION, SHARE, Kind, mean_intervals
+from lowmem_icl.statistics.intervals import CHANGE, MEAN, PROPORTION, SHARE, Intervals, Kind, mean_intervals
 from lowmem_icl.tables.blocks import Block
 from lowmem_icl.tasks.packing import PackedTask
 from lowmem_icl.tasks.scoring import document_scores, unit_accuracy
@@ -61,19 +61,27 @@ def point_records(
     main = task.task.metric if task.task.metric in ("acc", "em") else "acc"
     values: dict[str, tuple[Values, Sequence[str], Kind]] = {
         main: (pruned.accuracy, pruned.accuracy_clusters, PROPORTION),
-        "acc_drop": (clean.accuracy - pruned.accuracy, pruned.accuracy_clusters, CHANGE),
+        "gold_logprob": (pruned.by_document["gold_logprob"], task.task.clusters, MEAN),
+        "gold_prob": (pruned.by_document["gold_prob"], task.task.clusters, SHARE),
     }
-    for metric, kind in (("gold_logprob", MEAN), ("gold_prob", SHARE)):
-        left, whole = pruned.by_document[metric], clean.by_document[metric]
-        values[metric] = (left, task.task.clusters, kind)
-        values[f"{metric}_drop"] = (whole - left, task.task.clusters, MEAN)
+    found = {metric: mean_intervals(*of_metric) for metric, of_metric in values.items()}
     own = TaskShots(task.task.task, task.task.shots)
-    for metric, (by_document, clusters, kind) in values.items():
-        intervals = mean_intervals(by_document, clusters, kind)
+    for metric, intervals in (found | drop_intervals(task, clean, pruned)).items():
         for index, point in enumerate(points):
             interval = {name: float(column[index]) for name, column in intervals._asdict().items()}
             chance = {"chance": task.task.chance if metric == main else None}
             yield task_fields(task.task) | point_fields(own, point) | interval | chance | {"metric": metric}
+
+
+def drop_intervals(
+    task: PackedTask, clean: ScoresUnderMasks, pruned: ScoresUnderMasks
+) -> dict[str, Intervals]:
+    """Return what is lost under each mask, clean minus pruned on the same documents, by the drop's metric."""
+    lost = {"acc_drop": mean_intervals(clean.accuracy - pruned.accuracy, pruned.accuracy_clusters, CHANGE)}
+    for metric in ("gold_logprob", "gold_prob"):
+        by_document = clean.by_document[metric] - pruned.by_document[metric]
+        lost[f"{metric}_drop"] = mean_intervals(by_document, task.task.clusters, MEAN)
+    return lost
 
 
 def point_fields(own: TaskShots, point: CurvePoint) -> dict[str, Any]:
