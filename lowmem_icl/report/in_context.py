@@ -1,4 +1,4 @@
-"""The page's sections on differences of drops: with and without demonstrations, with right and shuffled labels."""
+"""The page's sections on differences of drops: by demonstrations or none, by right or shuffled labels."""
 
 import polars as pl
 

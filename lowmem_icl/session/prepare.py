@@ -45,19 +45,13 @@ from lowmem_icl.tasks.random_sequences import RandomSequences, drawable_ids, ran
 class Prepared:
     """A run's model and documents, checked; their texts are tokens already.
 
-        `evaluate`, `train`: the documents of every task and shot count, in the same order; `importance`: the
-    <<<<<<< HEAD
-        training documents whose gradients are taken; `curves`: the first of `evaluate`, as many as pruning curves
-        are judged on; `label_controls`, `train_controls`: those of `evaluate` and of `train` that have
-        demonstrations, with other answers shown.
-    =======
-        training documents whose gradients are taken; `certify`: training documents that share no cluster with
-        `train`, () where none are asked for; `curves`: the first of `evaluate`, as many as pruning curves are
-        judged on; `label_controls`: those of `evaluate` that have demonstrations, with other answers shown.
-    >>>>>>> PRUNE
-        `notes`: what is left out, and why, in sentences. `masks`: those that the user gives, by name, to be
-        evaluated as well as the clean model. The store may be only planned, with sizes and no files: `with_store`
-        makes it.
+    `evaluate`, `train`: the documents of every task and shot count, in the same order; `importance`: the
+    training documents whose gradients are taken; `certify`: training documents that share no cluster with
+    `train`, () where none are asked for; `curves`: the first of `evaluate`, as many as pruning curves are
+    judged on; `label_controls`, `train_controls`: those of `evaluate` and of `train` that have
+    demonstrations, with other answers shown. `notes`: what is left out, and why, in sentences. `masks`: those
+    that the user gives, by name, to be evaluated as well as the clean model. The store may be only planned,
+    with sizes and no files: `with_store` makes it.
     """
 
     options: RunOptions
