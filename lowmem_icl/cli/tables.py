@@ -57,7 +57,7 @@ def _print_accuracy(results: pl.DataFrame, record: Mapping[str, Any], console: C
     shots = sorted(set(records["shots"]))
     model = record["model"]
     table = _table(
-        f"{model['id']} in {model['weights']}: accuracy by demonstrations [95 % interval]",
+        f"{model['id']} in {model['weights']}: accuracy by demonstrations, with 95 % intervals",
         ("task", "chance", *(f"{n_shots}-shot" for n_shots in shots)),
     )
     for (task,), task_records in records.group_by("task", maintain_order=True):
@@ -74,7 +74,7 @@ def _print_accuracy(results: pl.DataFrame, record: Mapping[str, Any], console: C
 def _accuracy_text(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return ""
-    bounds = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
+    bounds = "" if row["low"] is None else f" {row['low']:.2f}–{row['high']:.2f}"
     return f"{row['value']:.3f}{bounds}"
 
 
