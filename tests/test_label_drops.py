@@ -1,4 +1,4 @@
-"""How much of each unit's drop is about labels: a second pass with shuffled ones, which changes nothing else."""
+"""How much of each unit's drop is about labels: a second pass with shuffled ones changes nothing else."""
 
 from pathlib import Path
 

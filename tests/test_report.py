@@ -96,6 +96,19 @@ def test_headline_units_leave_out_what_is_out_of_domain() -> None:
     assert "L1F (3.50), L0H1 (2.00*)" in finding
 
 
+def test_beside_the_costliest_units_stands_what_they_cost_on_documents_that_did_not_pick_them() -> None:
+    units = drops("head", 0, 1, {"piqa": 3.0, AGGREGATE: 2.0})
+    (unknown,) = page.unit_findings(table(*units))
+    assert unknown.endswith("; picked and measured on the same documents, so likely too large.")
+    same: Row = {"procedure": "top", "metric": "top_drop", "count": 3, "kind": None, "low": 0.5, "high": 1.25}
+    of_heads = drops("head", 0, None, VALUES, **(same | {"kind": "head"}))
+    of_all = drops("head", 0, None, VALUES | {AGGREGATE: 1.0}, **(same | {"layer": None}))
+    (known,) = page.unit_findings(table(*units, *of_heads, *of_all))
+    assert known.endswith(
+        "on documents that did not pick them the 3 costliest cost 1.00 [0.50, 1.25] on average."
+    )
+
+
 def test_ffn_bars_leave_out_what_is_out_of_domain() -> None:
     bars = ablation.ffn_drops(table(*drops("ffn", 0, None, VALUES)))
     figure = ablation.ffn_bars(bars)
@@ -377,10 +390,13 @@ def test_names_are_printed_as_they_are(tmp_path: Path, monkeypatch: pytest.Monke
     assert "[v2]" in evaluation
     state = {
         "folder": "runs/[v2]", "state": "stopped", "started": "now", "parts": 1, "experiments": ["evaluate"],
-        "finished": {}, "seconds_left_planned": 2.0, "best_units": [], "warnings": ["a [/b] warning :smile:"],
+        "finished": {}, "seconds_left_planned": 2.0, "warnings": ["a [/b] warning :smile:"],
+        "best_units": [{"kind": "ffn", "layer": 1, "head": None, "shots": 4, "value": 2.0}],
+        "best_units_held_out": [{"shots": 4, "count": 5, "value": 1.5, "low": None, "high": None}],
     }  # fmt: skip
     status = printed(show_status, state)
     assert "folder: runs/[v2]" in status
+    assert "documents that did not pick them the 5 costliest cost 1.50 on average" in " ".join(status.split())
     assert "warning: a [/b] warning :smile:" in status
 
 

@@ -13,6 +13,8 @@ from lowmem_icl.report.numbers import (
     ACCURACY,
     STAR,
     accuracy,
+    held_out_text,
+    held_out_tops,
     induction_heads,
     pruned,
     significance_mark,
@@ -32,6 +34,7 @@ def show_summary(folder: Path, console: Console) -> None:
     record, results = run_record(folder), read_table(folder / "results.parquet", "results")
     _print_accuracy(results, record, console)
     _print_greedy(results, record, console)
+    held_out = held_out_tops(results).to_dicts()
     for (shots,), units in top_units(results).group_by("shots", maintain_order=True):
         named = ", ".join(
             f"{unit_name(unit['kind'], unit['layer'], unit['head'])} "
@@ -39,7 +42,8 @@ def show_summary(folder: Path, console: Console) -> None:
             for unit in units.iter_rows(named=True)
         )
         console.print(
-            f"costliest units alone at {shots} shots (nats of gold log-probability; {STAR}): {named}"
+            f"costliest units alone at {shots} shots (nats of gold log-probability; {STAR}): {named}; "
+            f"{held_out_text(held_out, shots)}"
         )
     scored = ", ".join(
         f"{unit_name('head', row['layer'], row['head'])} {row['value']:.2f}"
@@ -136,6 +140,8 @@ def show_status(state: Mapping[str, Any], console: Console) -> None:
     for unit in state["best_units"]:
         name = unit_name(unit["kind"], unit["layer"], unit["head"])
         _print_line(console, f"  {unit['shots']} shots: {name} {unit['value']:.3f} nats")
+    for shots in dict.fromkeys(unit["shots"] for unit in state["best_units"]):
+        _print_line(console, f"  {shots} shots: {held_out_text(state['best_units_held_out'], shots)}")
     for warning in state["warnings"]:
         _print_line(console, f"warning: {warning}")
 

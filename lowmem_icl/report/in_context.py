@@ -1,4 +1,4 @@
-"""The page's sections on differences of drops: with demonstrations or without, with right labels or shuffled."""
+"""The page's sections on differences of drops: by demonstrations, and by labels in these."""
 
 import polars as pl
 
@@ -16,7 +16,7 @@ TEXT = (
 )
 LABEL_TEXT = (
     "A unit's drop with right labels in the demonstrations minus its drop with shuffled ones, on the same "
-    "documents. Red heads matter more where there is a rule to learn from the labels; those near 0 serve what "
+    "documents. Red heads matter more where labels are there to learn from; those near 0 serve what "
     "demonstrations give whatever their labels: format, topic, the options."
 )
 PICKED = (
@@ -53,7 +53,7 @@ def label_drops_section(results: pl.DataFrame, record: Record) -> Section | None
         "What the labels give to each unit",
         f"{LABEL_TEXT} {PICKED}",
         page_figure(
-            "label-drops", "Each panel has its own scale; drops with right labels minus those with shuffled ones.",
+            "label-drops", "Each panel has its own scale and compares right labels with shuffled ones.",
             head_maps, effects, "label_effect", shape, "label effect, nats",
         ),
         LABEL_COLUMNS,

@@ -19,6 +19,8 @@ from lowmem_icl.report.induction import induction_section
 from lowmem_icl.report.labels import labels_section
 from lowmem_icl.report.numbers import (
     STAR,
+    held_out_text,
+    held_out_tops,
     mean_over_tasks,
     pruned,
     significance_mark,
@@ -145,6 +147,7 @@ def greedy_findings(results: pl.DataFrame, record: Record) -> list[str]:
 def unit_findings(results: pl.DataFrame) -> list[str]:
     """Return a sentence per shot count on the units that cost most when removed alone."""
     findings = []
+    held_out = held_out_tops(results, NAMED_UNITS).to_dicts()
     for (shots,), units in top_units(results, NAMED_UNITS).group_by("shots", maintain_order=True):
         named = ", ".join(
             f"{unit_name(unit['kind'], unit['layer'], unit['head'])} "
@@ -153,6 +156,6 @@ def unit_findings(results: pl.DataFrame) -> list[str]:
         )
         findings.append(
             f"At {shots} shots the costliest units to remove alone are {named}, in nats of gold "
-            f"log-probability; {STAR}."
+            f"log-probability; {STAR}; {held_out_text(held_out, shots)}."
         )
     return findings
