@@ -97,16 +97,22 @@ def test_headline_units_leave_out_what_is_out_of_domain() -> None:
 
 
 def test_beside_the_costliest_units_stands_what_they_cost_on_documents_that_did_not_pick_them() -> None:
-    units = drops("head", 0, 1, {"piqa": 3.0, AGGREGATE: 2.0})
+    units = [
+        *drops("head", 0, 1, {"piqa": 3.0, AGGREGATE: 2.0}),
+        *drops("head", 0, 0, {"piqa": 3.0, AGGREGATE: 1.0}),
+        *drops("ffn", 0, None, {"piqa": 3.0, AGGREGATE: 3.0}),
+    ]
     (unknown,) = page.unit_findings(table(*units))
-    assert unknown.endswith("; picked and measured on the same documents, so likely too large.")
-    same: Row = {"procedure": "top", "metric": "top_drop", "count": 3, "kind": None, "low": 0.5, "high": 1.25}
-    of_heads = drops("head", 0, None, VALUES, **(same | {"kind": "head"}))
-    of_all = drops("head", 0, None, VALUES | {AGGREGATE: 1.0}, **(same | {"layer": None}))
-    (known,) = page.unit_findings(table(*units, *of_heads, *of_all))
-    assert known.endswith(
-        "on documents that did not pick them the 3 costliest cost 1.00 [0.50, 1.25] on average."
+    assert "nats of gold log-probability: mean 2.00; single values are picked and measured on the" in unknown
+    same: Row = {"experiment": "ablate", "procedure": "top", "metric": "top_drop", "low": 0.5, "high": 1.25}
+    judged = table(
+        *units,
+        *by_task(VALUES, **same, count=3, kind="head"),
+        *by_task({"piqa": 7.0, AGGREGATE: 1.5}, **same, count=3),
+        *by_task({"piqa": 7.0, AGGREGATE: 9.0}, **same, count=5),
     )
+    (known,) = page.unit_findings(judged)
+    assert "mean 2.00, on documents that did not pick the units 1.50 [0.50, 1.25]; single values" in known
 
 
 def test_ffn_bars_leave_out_what_is_out_of_domain() -> None:
@@ -392,11 +398,12 @@ def test_names_are_printed_as_they_are(tmp_path: Path, monkeypatch: pytest.Monke
         "folder": "runs/[v2]", "state": "stopped", "started": "now", "parts": 1, "experiments": ["evaluate"],
         "finished": {}, "seconds_left_planned": 2.0, "warnings": ["a [/b] warning :smile:"],
         "best_units": [{"kind": "ffn", "layer": 1, "head": None, "shots": 4, "value": 2.0}],
-        "best_units_held_out": [{"shots": 4, "count": 5, "value": 1.5, "low": None, "high": None}],
+        "best_units_held_out": [{"shots": 4, "count": 1, "value": 1.5, "low": None, "high": None}],
     }  # fmt: skip
     status = printed(show_status, state)
     assert "folder: runs/[v2]" in status
-    assert "documents that did not pick them the 5 costliest cost 1.50 on average" in " ".join(status.split())
+    assert "4 shots: mean 2.00, on documents that did not pick the units 1.50" in status
+    assert "single values are picked and measured on the same documents" in status
     assert "warning: a [/b] warning :smile:" in status
 
 

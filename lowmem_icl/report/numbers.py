@@ -19,7 +19,7 @@ STAR = (
     f"{100 * SIGNIFICANT_Q:.0f} % (exact sign test)"
 )
 """What a star claims; it stands wherever stars do."""
-PICKED = "picked and measured on the same documents, so likely too large"
+PICKED = "single values are picked and measured on the same documents, so likely too large"
 CLAIM = ("documents_hurt", "documents_helped", "q_value")
 UNIT_KEYS = ("shots", "kind", "layer", "head")
 
@@ -128,16 +128,16 @@ def held_out_tops(results: pl.DataFrame, n: int = TOP_UNITS) -> pl.DataFrame:
     return mean_over_tasks(tops).select("shots", "count", "value", "low", "high").sort("shots")
 
 
-def held_out_text(tops: Sequence[Mapping[str, Any]], shots: int) -> str:
-    """Return what is said beside a list of the costliest units, from the records of `held_out_tops`."""
+def held_out_text(units: Sequence[Mapping[str, Any]], tops: Sequence[Mapping[str, Any]]) -> str:
+    """Return the mean of the costliest units at a shot count, with what it is on documents that did not pick
+    them, from the records of `top_units` and `held_out_tops`.
+    """
+    mean = f"mean {sum(unit['value'] for unit in units) / len(units):.2f}"
     for top in tops:
-        if top["shots"] == shots:
+        if (top["shots"], top["count"]) == (units[0]["shots"], len(units)):
             bounds = "" if top["low"] is None else f" [{top['low']:.2f}, {top['high']:.2f}]"
-            return (
-                f"{PICKED}: on documents that did not pick them the {top['count']} costliest cost "
-                f"{top['value']:.2f}{bounds} on average"
-            )
-    return PICKED
+            return f"{mean}, on documents that did not pick the units {top['value']:.2f}{bounds}"
+    return mean
 
 
 def induction_heads(results: pl.DataFrame, n: int = TOP_UNITS) -> pl.DataFrame:
