@@ -19,6 +19,7 @@ from scipy.stats import spearmanr
 
 from lowmem_icl.report.numbers import (
     accuracy,
+    held_out_tops,
     induction_heads,
     mean_over_tasks,
     pruned,
@@ -120,7 +121,12 @@ def unit_table(run: Run) -> str:
     for row in top_units(run.results).iter_rows(named=True):
         name = unit_name(row["kind"], row["layer"], row["head"])
         by_shots.setdefault(row["shots"], []).append(f"{name} {number(row['value'])}")
-    return markdown(["shots", "costliest units, nats"], [[key, ", ".join(u)] for key, u in by_shots.items()])
+    held_out = {
+        row["shots"]: number(row["value"]) for row in held_out_tops(run.results).iter_rows(named=True)
+    }
+    columns = ["shots", "costliest units, nats", "their mean on documents that did not pick them"]
+    rows = [[shots, ", ".join(names), held_out.get(shots, "–")] for shots, names in by_shots.items()]
+    return markdown(columns, rows)
 
 
 def label_table(run: Run) -> str:

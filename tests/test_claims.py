@@ -8,12 +8,16 @@ import pytest
 from scipy import stats
 
 from lowmem_icl.experiments.ablate.claims import (
+    LISTED_COUNTS,
     ExactDrops,
     claim_blocks,
+    listed_top_records,
     top_drop_records,
 )
 from lowmem_icl.experiments.ablate.differences import drop_differences, in_context_blocks, label_blocks
 from lowmem_icl.masks.mask import Unit
+from lowmem_icl.report.numbers import TOP_UNITS
+from lowmem_icl.report.page import NAMED_UNITS
 from lowmem_icl.statistics.intervals import clustered_estimates
 from lowmem_icl.statistics.selection import alternate_halves, top_mean
 from lowmem_icl.statistics.significance import q_values, sign_counts
@@ -135,7 +139,7 @@ def test_the_best_units_are_no_better_than_others_where_all_are_the_same() -> No
     for _ in range(100):
         values = rng.normal(0.1, 1, (200, 20))
         naive.append(np.sort(values.mean(1))[-3:].mean())
-        found = top_mean(values, alone(20), 3)
+        found = top_mean([values], [alone(20)], 3)
         honest.append(found.value)
         covered.append(found.low <= 0.1 <= found.high)
     assert np.mean(naive) > 0.5, "what choosing and judging on the same documents says"
@@ -147,7 +151,7 @@ def test_units_that_do_matter_are_found_and_judged() -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(0, 0.5, (50, 20))
     values[[3, 7, 11]] += 2
-    found = top_mean(values, alone(20), 3)
+    found = top_mean([values], [alone(20)], 3)
     assert found.value == pytest.approx(values[[3, 7, 11]].mean())
 
 
@@ -165,6 +169,40 @@ def test_top_drops_by_hand() -> None:
         ("top", "ffn", 1, 9),
     ]
     assert not list(top_drop_records(UNITS, drops_of(task_rows("a", 1, [0]), gold[:, :1])))
+
+
+def test_lists_of_the_costliest_are_judged_by_documents_that_did_not_pick_them() -> None:
+    units = [Unit("head", 0, number) for number in range(3)] + [Unit("ffn", 0)]
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(4, 6)), rng.normal(size=(4, 8))
+    drops = [
+        drops_of(task_rows("a", 1, list(range(6))), one),
+        drops_of(task_rows("b", 1, list(range(8))), other),
+    ]
+    rows = {(row["task"], row["count"]): row for row in listed_top_records(units, drops)}
+    assert set(rows) == {("a", 3), ("b", 3), ("aggregate", 3)}, "there are no five"
+    halves = []
+    for picking, judging in ((0, 1), (1, 0)):
+        picked = np.argsort(-(one[:, picking::2].mean(1) + other[:, picking::2].mean(1)))[:3]
+        halves.append([values[picked][:, judging::2].mean() for values in (one, other)])
+    aggregate = rows["aggregate", 3]
+    assert aggregate["value"] == pytest.approx(np.mean(halves))
+    assert (aggregate["documents"], aggregate.get("kind")) == (14, None)
+    screened = [drops_of(task_rows("a", 1, list(range(6))), one[:2], [0, 1])]
+    assert not list(listed_top_records(units, screened))
+
+
+def test_no_more_is_promised_of_the_mean_over_tasks_where_all_units_are_the_same() -> None:
+    rng = np.random.default_rng(0)
+    honest = [
+        top_mean([rng.normal(0.1, 1, (200, 16)) for _ in range(3)], [alone(16)] * 3, 5).value
+        for _ in range(100)
+    ]
+    assert np.mean(honest) == pytest.approx(0.1, abs=4 * float(np.std(honest)) / 10)
+
+
+def test_every_list_of_the_costliest_has_its_judgement() -> None:
+    assert set(LISTED_COUNTS) == {TOP_UNITS, NAMED_UNITS}
 
 
 def test_in_context_effects_by_hand() -> None:

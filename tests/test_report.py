@@ -96,6 +96,25 @@ def test_headline_units_leave_out_what_is_out_of_domain() -> None:
     assert "L1F (3.50), L0H1 (2.00*)" in finding
 
 
+def test_beside_the_costliest_units_stands_what_they_cost_on_documents_that_did_not_pick_them() -> None:
+    units = [
+        *drops("head", 0, 1, {"piqa": 3.0, AGGREGATE: 2.0}),
+        *drops("head", 0, 0, {"piqa": 3.0, AGGREGATE: 1.0}),
+        *drops("ffn", 0, None, {"piqa": 3.0, AGGREGATE: 3.0}),
+    ]
+    (unknown,) = page.unit_findings(table(*units))
+    assert "nats of gold log-probability: mean 2.00; single values are picked and measured on the" in unknown
+    same: Row = {"experiment": "ablate", "procedure": "top", "metric": "top_drop", "low": 0.5, "high": 1.25}
+    judged = table(
+        *units,
+        *by_task(VALUES, **same, count=3, kind="head"),
+        *by_task({"piqa": 7.0, AGGREGATE: 1.5}, **same, count=3),
+        *by_task({"piqa": 7.0, AGGREGATE: 9.0}, **same, count=5),
+    )
+    (known,) = page.unit_findings(judged)
+    assert "mean 2.00, on documents that did not pick the units 1.50 [0.50, 1.25]; single values" in known
+
+
 def test_ffn_bars_leave_out_what_is_out_of_domain() -> None:
     bars = ablation.ffn_drops(table(*drops("ffn", 0, None, VALUES)))
     figure = ablation.ffn_bars(bars)
@@ -377,10 +396,14 @@ def test_names_are_printed_as_they_are(tmp_path: Path, monkeypatch: pytest.Monke
     assert "[v2]" in evaluation
     state = {
         "folder": "runs/[v2]", "state": "stopped", "started": "now", "parts": 1, "experiments": ["evaluate"],
-        "finished": {}, "seconds_left_planned": 2.0, "best_units": [], "warnings": ["a [/b] warning :smile:"],
+        "finished": {}, "seconds_left_planned": 2.0, "warnings": ["a [/b] warning :smile:"],
+        "best_units": [{"kind": "ffn", "layer": 1, "head": None, "shots": 4, "value": 2.0}],
+        "best_units_held_out": [{"shots": 4, "count": 1, "value": 1.5, "low": None, "high": None}],
     }  # fmt: skip
     status = printed(show_status, state)
     assert "folder: runs/[v2]" in status
+    assert "4 shots: mean 2.00, on documents that did not pick the units 1.50" in status
+    assert "single values are picked and measured on the same documents" in status
     assert "warning: a [/b] warning :smile:" in status
 
 

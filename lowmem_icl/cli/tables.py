@@ -11,8 +11,11 @@ from rich.text import Text
 
 from lowmem_icl.report.numbers import (
     ACCURACY,
+    PICKED,
     STAR,
     accuracy,
+    held_out_text,
+    held_out_tops,
     induction_heads,
     pruned,
     significance_mark,
@@ -32,15 +35,7 @@ def show_summary(folder: Path, console: Console) -> None:
     record, results = run_record(folder), read_table(folder / "results.parquet", "results")
     _print_accuracy(results, record, console)
     _print_greedy(results, record, console)
-    for (shots,), units in top_units(results).group_by("shots", maintain_order=True):
-        named = ", ".join(
-            f"{unit_name(unit['kind'], unit['layer'], unit['head'])} "
-            f"{unit['value']:.2f}{significance_mark(unit)}"
-            for unit in units.iter_rows(named=True)
-        )
-        console.print(
-            f"costliest units alone at {shots} shots (nats of gold log-probability; {STAR}): {named}"
-        )
+    _print_costliest(results, console)
     scored = ", ".join(
         f"{unit_name('head', row['layer'], row['head'])} {row['value']:.2f}"
         for row in induction_heads(results).iter_rows(named=True)
@@ -48,6 +43,23 @@ def show_summary(folder: Path, console: Console) -> None:
     if scored:
         console.print(f"heads by prefix matching (1: all attention goes where it should): {scored}")
     _print_line(console, f"{total_seconds(record):.0f} s; tables, masks and report.html in {folder}")
+
+
+def _print_costliest(results: pl.DataFrame, console: Console) -> None:
+    costliest, held_out = top_units(results), held_out_tops(results).to_dicts()
+    for (shots,), members in costliest.group_by("shots", maintain_order=True):
+        units = members.to_dicts()
+        named = ", ".join(
+            f"{unit_name(unit['kind'], unit['layer'], unit['head'])} "
+            f"{unit['value']:.2f}{significance_mark(unit)}"
+            for unit in units
+        )
+        console.print(
+            f"costliest units alone at {shots} shots, nats of gold log-probability: {named}; "
+            f"{held_out_text(units, held_out)}"
+        )
+    if len(costliest):
+        console.print(f"{PICKED}; {STAR}")
 
 
 def _print_accuracy(results: pl.DataFrame, record: Mapping[str, Any], console: Console) -> None:
@@ -136,6 +148,11 @@ def show_status(state: Mapping[str, Any], console: Console) -> None:
     for unit in state["best_units"]:
         name = unit_name(unit["kind"], unit["layer"], unit["head"])
         _print_line(console, f"  {unit['shots']} shots: {name} {unit['value']:.3f} nats")
+    for shots in dict.fromkeys(unit["shots"] for unit in state["best_units"]):
+        units = [unit for unit in state["best_units"] if unit["shots"] == shots]
+        _print_line(console, f"  {shots} shots: {held_out_text(units, state['best_units_held_out'])}")
+    if state["best_units"]:
+        _print_line(console, f"  {PICKED}")
     for warning in state["warnings"]:
         _print_line(console, f"warning: {warning}")
 

@@ -1,4 +1,4 @@
-"""The page's sections on differences of drops: by demonstrations or none, by right or shuffled labels."""
+"""The page's sections on differences of drops: by demonstrations, and by labels in these."""
 
 import polars as pl
 
@@ -16,8 +16,8 @@ TEXT = (
 )
 LABEL_TEXT = (
     "A unit's drop with right labels in the demonstrations minus its drop with shuffled ones, on the same "
-    "documents. Red heads matter more where there is a rule to learn from the labels; those near 0 serve "
-    "what demonstrations give whatever their labels: format, topic, the options."
+    "documents. Red heads matter more where labels are there to learn from; those near 0 serve what "
+    "demonstrations give whatever their labels: format, topic, the options."
 )
 PICKED = (
     "The units of the table are picked by these very values, on the documents that measure them, so the "
@@ -53,7 +53,7 @@ def label_drops_section(results: pl.DataFrame, record: Record) -> Section | None
         "What the labels give to each unit",
         f"{LABEL_TEXT} {PICKED}",
         page_figure(
-            "label-drops", "Each panel has its own scale; drops with right minus those with shuffled labels.",
+            "label-drops", "Each panel has its own scale and compares right labels with shuffled ones.",
             head_maps, effects, "label_effect", shape, "label effect, nats",
         ),
         LABEL_COLUMNS,

@@ -18,7 +18,10 @@ from lowmem_icl.report.in_context import in_context_section, label_drops_section
 from lowmem_icl.report.induction import induction_section
 from lowmem_icl.report.labels import labels_section
 from lowmem_icl.report.numbers import (
+    PICKED,
     STAR,
+    held_out_text,
+    held_out_tops,
     mean_over_tasks,
     pruned,
     significance_mark,
@@ -145,14 +148,16 @@ def greedy_findings(results: pl.DataFrame, record: Record) -> list[str]:
 def unit_findings(results: pl.DataFrame) -> list[str]:
     """Return a sentence per shot count on the units that cost most when removed alone."""
     findings = []
-    for (shots,), units in top_units(results, NAMED_UNITS).group_by("shots", maintain_order=True):
+    held_out = held_out_tops(results, NAMED_UNITS).to_dicts()
+    for (shots,), members in top_units(results, NAMED_UNITS).group_by("shots", maintain_order=True):
+        units = members.to_dicts()
         named = ", ".join(
             f"{unit_name(unit['kind'], unit['layer'], unit['head'])} "
             f"({unit['value']:.2f}{significance_mark(unit)})"
-            for unit in units.iter_rows(named=True)
+            for unit in units
         )
         findings.append(
             f"At {shots} shots the costliest units to remove alone are {named}, in nats of gold "
-            f"log-probability; {STAR}."
+            f"log-probability: {held_out_text(units, held_out)}; {PICKED}. {STAR}."
         )
     return findings

@@ -22,6 +22,8 @@ from lowmem_icl.tables.blocks import Block, unit_blocks
 from lowmem_icl.tasks.loading import TaskRows
 
 TOP_COUNTS = (1, 3, 10)
+LISTED_COUNTS = (3, 5)
+"""How many units the lists of the costliest have, on the page and in the terminal."""
 LARGEST_ROUNDING = 1e-4
 """Nats by which scores may differ from the reference's: a drop of no more counts as none."""
 
@@ -119,7 +121,31 @@ def top_drop_records(units: Sequence[Unit], drops: ExactDrops) -> Iterator[Block
                         "metric": "top_drop",
                         "exact": True,
                     }
-                    | top_mean(drops.gold[rows], drops.task.clusters, count)._asdict()
+                    | top_mean([drops.gold[rows]], [drops.task.clusters], count)._asdict()
+                )
+
+
+def listed_top_records(units: Sequence[Unit], drops: Sequence[ExactDrops]) -> Iterator[Block]:
+    """Yield top_drop of the `count` costliest of all units, heads and FFNs, as lists of the costliest hold
+    them: of every task, and of the mean over tasks.
+
+    None where units are screened: what estimates pick is not picked by half of the documents.
+    """
+    groups: list[tuple[list[ExactDrops], dict[str, Any]]] = [([own], {}) for own in drops]
+    groups += [(members, _aggregate_fields(members)) for members in _by_shots(drops)]
+    for members, fields in groups:
+        if not all(own.has_clusters and len(own.indices) == len(units) for own in members):
+            continue
+        for count in LISTED_COUNTS:
+            if count <= len(units):
+                yield (
+                    task_fields(members[0].task)
+                    | {"procedure": "top", "method": "ablation", "count": count}
+                    | {"metric": "top_drop", "exact": True}
+                    | fields
+                    | top_mean(
+                        [own.gold for own in members], [own.task.clusters for own in members], count
+                    )._asdict()
                 )
 
 

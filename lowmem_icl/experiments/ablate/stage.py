@@ -135,6 +135,7 @@ def _result(
         if selection.estimates is not None:
             found += measure.estimate_blocks(task, units, estimated, selection.estimates)
     found += claims.claim_blocks(units, exact_drops)
+    found += claims.listed_top_records(units, exact_drops)
     in_context = _in_context(exact_drops)
     found += in_context_blocks(units, in_context)
     if len(every) > 1:
