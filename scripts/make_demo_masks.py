@@ -2,8 +2,8 @@
 
     python scripts/make_demo_masks.py [FOLDER]
 
-Kept are the greedy and certified masks of tasks and shot counts and of all tasks together, and every level of the
-curves over heads by the aggregate ranking.
+Kept are the greedy and certified masks of tasks and shot counts and of all tasks together, and every
+level of the curves over heads by the aggregate ranking.
 """
 
 import re

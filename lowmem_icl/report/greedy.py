@@ -31,8 +31,8 @@ def greedy_section(results: pl.DataFrame, record: Record) -> Section | None:
         "Greedy pruning",
         f"Greedy layerwise masks that may lose {options['tolerance']:g} of {options['objective']} on the "
         "documents that they are searched on, compared with the lowest units by gradient and a random draw "
-        "of equal size. Certified: the largest mask on a search's path that is shown, with 95 % confidence, "
-        "to keep the tolerance, on training documents that the search did not see. All are judged on the "
+        "of equal size. Certified: the largest mask on a search's path that is shown to keep the tolerance, "
+        "with 95 % confidence, on training documents that the search did not see. All are judged on the "
         f"evaluation split; loss: of {options['objective']} there, paired with the clean model. The tolerance "
         "holds where the whole interval of the loss is within it, fails where none of it is."
         + replacement_note(record.get("greedy", []))
