@@ -30,11 +30,12 @@ def greedy_section(results: pl.DataFrame, record: Record) -> Section | None:
     return Section(
         "Greedy pruning",
         f"Greedy layerwise masks that may lose {options['tolerance']:g} of {options['objective']} on the "
-        "documents that they are searched on, compared with the lowest units by gradient and a random draw "
-        "of equal size. Certified: the largest mask on a search's path that is shown to keep the tolerance, "
-        "with 95 % confidence, on training documents that the search did not see. All are judged on the "
-        f"evaluation split; loss: of {options['objective']} there, paired with the clean model. The tolerance "
-        "holds where the whole interval of the loss is within it, fails where none of it is."
+        "documents that they are searched on, compared with the lowest units by gradient and a random "
+        "draw of equal size. Certified: the largest mask on a search's path that is shown, with 95 % "
+        "confidence, to keep the tolerance, on training documents that the search did not see. All are "
+        f"judged on the evaluation split; loss: of {options['objective']} there, paired with the clean "
+        "model. The tolerance holds where the whole interval of the loss is within it, fails where none "
+        "of it is."
         + replacement_note(record.get("greedy", []))
         + certificate_note(record),
         page_figure(
