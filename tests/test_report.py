@@ -16,6 +16,7 @@ from lowmem_icl.cli.tables import show_evaluation, show_status, show_summary
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report import ablation, agreement, curves, greedy, in_context, induction, page
 from lowmem_icl.report.figures import STYLE
+from lowmem_icl.report.losses import greedy_losses
 from lowmem_icl.report.numbers import mean_over_tasks, pruned, subject, top_units
 from lowmem_icl.tables.schema import RESULTS, write_table
 
@@ -277,6 +278,34 @@ def test_greedy_masks_are_told_by_their_columns() -> None:
     assert bar_heights(figure) == [0.1, 0.3]
 
 
+def test_greedy_masks_stand_with_their_losses_and_what_is_certified() -> None:
+    def masks(method: str, **lost: float) -> list[Row]:
+        accuracy = greedy_record("piqa", "piqa", 0.8, method) | {"heads_removed": 3, "ffns_removed": 1}
+        return [accuracy, accuracy | {"metric": "gold_prob_drop"} | lost]
+
+    results = table(
+        *masks("greedy", value=0.05, low=0.03, high=0.07),
+        *masks("certified", value=0.001, low=-0.005, high=0.008),
+        *masks("random", value=0.02),
+    )
+    tested = [
+        {"task": "piqa", "shots": 4, "certified_units": 4},
+        {"task": "copa", "shots": 4, "certified_units": 0},
+    ]
+    run = record() | {"certificates": tested}
+    losses = greedy_losses(results, run)
+    assert {mask.method: loss.verdict for mask, loss in losses.items()} == {
+        "greedy": "fails", "certified": "holds", "random": "cannot tell"
+    }  # fmt: skip
+    section = greedy.greedy_section(results, run)
+    assert section is not None
+    assert "No mask is certified for copa at 4 shots." in section.text
+    cells = {row[2]: list(row[-3:]) for row in section.rows}
+    assert cells["greedy"] == ["0.050", "0.030 to 0.070", "fails"]
+    assert cells["certified"] == ["0.001", "-0.005 to 0.008", "holds"]
+    assert cells["random"] == ["0.020", "", "cannot tell"]
+
+
 def curve_record(procedure: str, method: str, percent: int, value: float, **columns: Any) -> Row:
     return {
         "experiment": "prune", "procedure": procedure, "metric": "acc", "task": "piqa", "shots": 4,
@@ -313,12 +342,13 @@ def test_knees_stand_beside_what_they_cost() -> None:
         table(
             curve_record("curve-heads", "gradient", 30, 30.0, metric="knee"),
             curve_record("curve-heads", "gradient", 30, 0.015, metric="knee_acc_drop", low=-0.01, high=0.03),
+            curve_record("curve-heads", "gradient", 10, 10.0, metric="knee_certain"),
             curve_record("curve-ffns", "ablation", 0, 0.0, metric="knee", kind="ffn", other_task=AGGREGATE),
         )
     )
     assert rows == [
-        ["piqa", "4", "heads", "own", "30 %", "+1.5 (-1.0 to +3.0)"],
-        ["piqa", "4", "FFNs", "of all tasks", "0 %", ""],
+        ["piqa", "4", "heads", "own", "30 %", "10 %", "+1.5 (-1.0 to +3.0)"],
+        ["piqa", "4", "FFNs", "of all tasks", "0 %", "", ""],
     ]
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lowmem_icl.report.losses import SearchMask, greedy_losses, searches_without_certificate
 from lowmem_icl.report.numbers import (
     ACCURACY,
     PICKED,
@@ -27,7 +28,7 @@ from lowmem_icl.report.numbers import (
 from lowmem_icl.session.folder import run_record
 from lowmem_icl.tables.schema import read_table
 
-COMPARED_METHODS = ("gradient", "random")
+COMPARED_METHODS = ("certified", "gradient", "random")
 
 
 def show_summary(folder: Path, console: Console) -> None:
@@ -96,12 +97,17 @@ def _print_greedy(results: pl.DataFrame, record: Mapping[str, Any], console: Con
     if searched.is_empty():
         return
     layers, heads = record["model"]["layers"], record["model"]["heads"]
-    accuracies = {
-        (row["task"], row["shots"], row["method"]): f"{row['value']:.3f}"
-        for row in masks.iter_rows(named=True)
-    }
+    losses = greedy_losses(results, record)
+    accuracies: dict[tuple[str, int, str], str] = {}
+    for row in masks.iter_rows(named=True):
+        mask = SearchMask(row["task"], row["shots"], row["method"])
+        removed = f"{row['heads_removed']}H {row['ffns_removed']}F: " if mask.method == "certified" else ""
+        loss = losses.get(mask)
+        kept = f", {loss.verdict}" if loss is not None and mask.method in ("greedy", "certified") else ""
+        accuracies[mask] = f"{removed}{row['value']:.3f}{kept}"
+    accuracies |= {(*setting, "certified"): "none" for setting in searches_without_certificate(record)}
     table = _table(
-        "greedy pruning: accuracy kept, compared with masks of equal size",
+        f"greedy pruning: accuracy kept, and whether the tolerance of {record['options']['tolerance']:g} is",
         ("task", "shots", "heads removed", "FFNs removed", "greedy", *COMPARED_METHODS),
     )
     for row in searched.iter_rows(named=True):
@@ -110,8 +116,10 @@ def _print_greedy(results: pl.DataFrame, record: Mapping[str, Any], console: Con
             str(row["shots"]),
             f"{row['heads_removed']}/{layers * heads}",
             f"{row['ffns_removed']}/{layers}",
-            f"{row['value']:.3f}",
-            *(accuracies.get((row["task"], row["shots"], method), "") for method in COMPARED_METHODS),
+            *(
+                accuracies.get((row["task"], row["shots"], method), "")
+                for method in ("greedy", *COMPARED_METHODS)
+            ),
         )
     console.print(table)
 

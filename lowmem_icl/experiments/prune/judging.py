@@ -22,7 +22,6 @@ from lowmem_icl.session.work import SweepPart, Work, scores_by_task, sweep_in_ch
 from lowmem_icl.statistics.certificate import verdict
 from lowmem_icl.tables import blocks
 from lowmem_icl.tables.aggregate import over_tasks
-from lowmem_icl.tasks.documents import TaskRows
 from lowmem_icl.tasks.packing import PackedTask
 
 Record = Mapping[str, Any]
@@ -47,17 +46,14 @@ def judged(work: Work, made: Sequence[MaskResult]) -> tuple[pl.DataFrame, tuple[
     with what they score.
     """
     prepared = work.prepared
-    clean_sweeps = evaluate.clean_parts(prepared, {})
-    clean_records, _ = evaluate.evaluated(work, clean_sweeps, {})
-    clean = blocks.frame("results", clean_records, stamp(prepared, "prune"))
-    results = _mask_records(work, made, _scores(work, clean_sweeps))
-    before = _by_setting(pl.concat([clean, over_tasks(clean)]))
-    after = _by_setting(results)
+    clean = clean_results(work)
+    at_chance = settings_at_chance(prepared, clean)
+    results = _mask_records(work, made)
+    before, after = _by_setting(clean), _by_setting(results)
     per_task = (
         results.filter(pl.col("task") != AGGREGATE).group_by("mask").agg(pl.col("split").unique().sort())
     )
     splits = dict(per_task.select("mask", pl.col("split").list.join("/")).iter_rows())
-    guesses = accuracy_of_guessing(prepared.evaluate)
     scored = []
     for mask in made:
         key = (mask.task, mask.shots)
@@ -69,10 +65,17 @@ def judged(work: Work, made: Sequence[MaskResult]) -> tuple[pl.DataFrame, tuple[
                 metric: record["value"] for metric, record in left.items() if not metric.endswith("_drop")
             },
             **loss_scores(prepared.options, left.get(f"{prepared.options.objective}_drop")),
-            **chance_mark(whole.get("acc") or whole.get("em"), guesses.get(key)),
+            **({"at_chance": True} if key in at_chance else {}),
         }
         scored.append(replace(mask, scores=scores))
     return results, tuple(scored)
+
+
+def clean_results(work: Work) -> pl.DataFrame:
+    """Return the evaluation of the clean model, with means over tasks."""
+    found, _ = evaluate.evaluated(work, evaluate.clean_parts(work.prepared, {}), {})
+    clean = blocks.frame("results", found, stamp(work.prepared, "prune"))
+    return pl.concat([clean, over_tasks(clean)])
 
 
 def loss_scores(options: RunOptions, lost: Record | None) -> dict[str, Any]:
@@ -90,29 +93,27 @@ def loss_scores(options: RunOptions, lost: Record | None) -> dict[str, Any]:
     }
 
 
-def chance_mark(accuracy: Record | None, guessing: float | None) -> dict[str, bool]:
-    """Return a mask file's mark where the clean model is not credibly better than guessing.
+def settings_at_chance(prepared: Prepared, clean: pl.DataFrame) -> frozenset[TaskShotsKey]:
+    """Return the tasks and shot counts where the clean model is not credibly better than guessing.
 
-    accuracy: the clean record of the mask's task; guessing: the accuracy of who guesses there.
+    clean: its evaluation. To guess is to draw an option or, where that is right more often, always to give
+    the same; of all tasks the mean counts. Tasks without alternatives are never at chance.
     """
-    if accuracy is None or guessing is None:
-        return {}
-    return {"at_chance": True} if accuracy["low"] is None or accuracy["low"] <= guessing else {}
-
-
-def accuracy_of_guessing(tasks: Sequence[TaskRows]) -> dict[TaskShotsKey, float]:
-    """Return the accuracy of a uniform guess or, where it is higher, of the best constant answer, by task and
-    shot count; of all tasks the mean over those in domain. Tasks without alternatives have none.
-    """
-    found: dict[TaskShotsKey, float] = {}
-    for task in tasks:
+    guesses: dict[TaskShotsKey, float] = {}
+    for task in prepared.evaluate:
         if any(len(document.gold) > 1 for document in task.documents):
-            found[task.task, task.shots] = max(task.chance, task.majority)
-    for shots in {task.shots for task in tasks}:
-        members = [value for (task, count), value in found.items() if count == shots and in_domain(task)]
+            guesses[task.task, task.shots] = max(task.chance, task.majority)
+    for shots in prepared.options.resolved_shots:
+        members = [value for (task, count), value in guesses.items() if count == shots and in_domain(task)]
         if members:
-            found[AGGREGATE, shots] = float(np.mean(members))
-    return found
+            guesses[AGGREGATE, shots] = float(np.mean(members))
+    accuracies = {
+        (record["task"], record["shots"]): record["low"]
+        for record in clean.filter(pl.col("metric").is_in(evaluation.ACCURACIES)).iter_rows(named=True)
+    }
+    return frozenset(
+        key for key, low in accuracies.items() if key in guesses and (low is None or low <= guesses[key])
+    )
 
 
 def _scores(work: Work, sweeps: Sequence[SweepPart]) -> list[Scores]:
@@ -127,11 +128,14 @@ def _by_setting(results: pl.DataFrame) -> dict[tuple[str, int, str], dict[str, R
     return found
 
 
-def _mask_records(work: Work, made: Sequence[MaskResult], clean: Sequence[Scores]) -> pl.DataFrame:
+def _mask_records(work: Work, made: Sequence[MaskResult]) -> pl.DataFrame:
     """Return the evaluation of all masks, and of those made for all tasks the means over tasks."""
     prepared = work.prepared
     found: list[blocks.Block] = []
-    scores = _scores(work, judging_parts(prepared, made))
+    clean, scores = (
+        _scores(work, sweeps)
+        for sweeps in (evaluate.clean_parts(prepared, {}), judging_parts(prepared, made))
+    )
     for task, whole, score in zip(prepared.evaluate, clean, scores, strict=True):
         packed, masks = prepared.pack(task), _masks_for(made, task.task, task.shots)
         lost = _drops(packed, whole, score, prepared.options.objective)
