@@ -13,6 +13,11 @@ from lowmem_icl.tables.schema import read_table
 CHUNKS = ("000000", "000001", "000002", "000004")
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as stored:
+        return dict(stored)
+
+
 def test_label_effects_are_drops_with_right_labels_minus_those_with_shuffled_ones(
     small_run: Path, stores: Path, tmp_path: Path
 ) -> None:
@@ -36,8 +41,8 @@ def test_label_effects_are_drops_with_right_labels_minus_those_with_shuffled_one
     drops = ours.filter(metric="gold_logprob_drop", shots=4)
     keys = ["kind", "layer", "head"]
     for number, control in enumerate(controls):
-        files = [np.load(out / "parts" / f"ablate-labels-{chunk}.npz") for chunk in CHUNKS]
-        logprobs = np.concatenate([file[f"{number}.logprobs"] for file in files], axis=1)
+        parts = [read_arrays(out / "parts" / f"ablate-labels-{chunk}.npz") for chunk in CHUNKS]
+        logprobs = np.concatenate([part[f"{number}.logprobs"] for part in parts], axis=1)
         golds = [document.gold for document in control.documents]
         assert all(sum(gold) == 1 for gold in golds)
         gold_scores = logprobs[:, np.concatenate(golds)]
