@@ -62,14 +62,6 @@ def run(work: Work) -> Iterator[StageResult]:
         )
 
 
-def evaluated(
-    work: Work, sweeps: Sequence[SweepPart], masks: Mapping[str, Mask]
-) -> tuple[list[blocks.Block], list[blocks.Block]]:
-    """Return the records of all tasks clean and under masks, and blocks of their option scores."""
-    prepared = work.prepared
-    return _evaluated(prepared, _scores(work, prepared.evaluate, sweeps), masks)
-
-
 def _scores(work: Work, tasks: Sequence[TaskRows], sweeps: Sequence[SweepPart]) -> list[Scores]:
     return scores_by_task(tasks, sweeps, [work.sweep(part) for part in sweeps])
 

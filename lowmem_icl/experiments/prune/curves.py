@@ -9,12 +9,11 @@ from typing import Any
 import polars as pl
 
 from lowmem_icl.engine.answers import Scores
-from lowmem_icl.experiments.evaluate import stage as evaluate
 from lowmem_icl.experiments.evaluate.stage import CHUNK
 from lowmem_icl.experiments.prune import measure, rescoring
 from lowmem_icl.experiments.prune.judging import (
+    CleanEvaluation,
     Record,
-    clean_results,
     loss_scores,
     settings_at_chance,
 )
@@ -65,10 +64,10 @@ def parts(prepared: Prepared, rankings: Rankings) -> list[Part]:
         for task_points, rescored in zip(points, rescoring.expected_points(prepared, own), strict=True):
             task_points += rescored
     sweeps = [*_sweeps(prepared, points), *_training_sweeps(prepared, points)]
-    return [*ffn_sweeps, *levels, *sweeps, *evaluate.clean_parts(prepared, {})]
+    return [*ffn_sweeps, *levels, *sweeps]
 
 
-def run(work: Work, rankings: Rankings) -> StageResult:
+def run(work: Work, rankings: Rankings, clean: CleanEvaluation) -> StageResult:
     """Prune by every ranking asked for, level by level, and find the knees."""
     prepared = work.prepared
     if not prepared.options.curves:
@@ -92,7 +91,7 @@ def run(work: Work, rankings: Rankings) -> StageResult:
     return StageResult(
         results=results,
         effects=pl.concat([reported.effects, chosen_on.effects]),
-        masks=tuple(_mask_results(prepared, points, reported.records, clean_results(work))),
+        masks=tuple(_mask_results(prepared, points, reported.records, clean.results)),
     )
 
 

@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowmem_icl.engine.answers import Scores
-from lowmem_icl.experiments.evaluate import stage as evaluate
 from lowmem_icl.experiments.prune import certify, search
-from lowmem_icl.experiments.prune.judging import judged, judging_parts
+from lowmem_icl.experiments.prune.judging import CleanEvaluation, judged, judging_parts
 from lowmem_icl.experiments.prune.settings import CERTIFIED, METHODS, Setting, settings_of
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.rankings import RankingKey, lowest_ffns, lowest_heads, random_mask
@@ -74,7 +73,6 @@ def parts(prepared: Prepared) -> Iterator[Part]:
             part = step_part(prepared, "", "prune", asked)
             yield replace(part, cached=cached, times=times * n_searches)
     yield from certify.parts(prepared, _search_plan(prepared))
-    yield from evaluate.clean_parts(prepared, {})
     stand_in = Mask(ffns=frozenset([0]))
     certifiable = certify.certifiable(prepared)
     yield from judging_parts(
@@ -87,12 +85,12 @@ def parts(prepared: Prepared) -> Iterator[Part]:
     )
 
 
-def run(work: Work, rankings: Rankings) -> StageResult:
+def run(work: Work, rankings: Rankings, clean: CleanEvaluation) -> StageResult:
     """Search greedy masks on the training documents; report them, what of them is certified and others of
     equal size on the evaluation split.
     """
     found = search_masks(work, rankings)
-    results, masks = judged(work, found.masks)
+    results, masks = judged(work, found.masks, clean)
     record = {"greedy": found.checked, "certificates": found.certificates}
     return StageResult(results=results, masks=masks, warnings=found.warnings, record=record)
 

@@ -3,7 +3,7 @@ the tolerance.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from lowmem_icl.engine.answers import Scores
 from lowmem_icl.experiments.evaluate import measure as evaluation
 from lowmem_icl.experiments.evaluate import stage as evaluate
 from lowmem_icl.experiments.prune import measure
+from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.options import RunOptions
 from lowmem_icl.protocols import AGGREGATE, in_domain
@@ -41,15 +42,38 @@ def _masks_for(made: Sequence[MaskResult], task: str, shots: int) -> list[MaskRe
     return [mask for mask in made if mask.shots == shots and mask.task in (task, AGGREGATE)]
 
 
-def judged(work: Work, made: Sequence[MaskResult]) -> tuple[pl.DataFrame, tuple[MaskResult, ...]]:
+@dataclass(frozen=True, eq=False)
+class CleanEvaluation:
+    """The scores of every task's evaluation documents under the clean model, and its evaluation with means
+    over tasks.
+    """
+
+    scores: Sequence[Scores]
+    results: pl.DataFrame
+
+
+def clean_evaluation(work: Work) -> CleanEvaluation:
+    """Evaluate the clean model; the evaluate stage mostly did."""
+    prepared = work.prepared
+    scores = _scores(work, evaluate.clean_parts(prepared, {}))
+    found: list[blocks.Block] = []
+    for task, score in zip(prepared.evaluate, scores, strict=True):
+        under = evaluation.MaskScores(CLEAN, Mask(), score.logprobs[0], score.greedy[0])
+        found += evaluation.evaluation_records(prepared.pack(task), under)
+    clean = blocks.frame("results", found, stamp(prepared, "prune"))
+    return CleanEvaluation(scores, pl.concat([clean, over_tasks(clean)]))
+
+
+def judged(
+    work: Work, made: Sequence[MaskResult], clean: CleanEvaluation
+) -> tuple[pl.DataFrame, tuple[MaskResult, ...]]:
     """Return the evaluation of all masks, of those made for all tasks with means over tasks, and the masks
     with what they score.
     """
     prepared = work.prepared
-    clean = clean_results(work)
-    at_chance = settings_at_chance(prepared, clean)
-    results = _mask_records(work, made)
-    before, after = _by_setting(clean), _by_setting(results)
+    at_chance = settings_at_chance(prepared, clean.results)
+    results = _mask_records(work, made, clean.scores)
+    before, after = _by_setting(clean.results), _by_setting(results)
     per_task = (
         results.filter(pl.col("task") != AGGREGATE).group_by("mask").agg(pl.col("split").unique().sort())
     )
@@ -69,13 +93,6 @@ def judged(work: Work, made: Sequence[MaskResult]) -> tuple[pl.DataFrame, tuple[
         }
         scored.append(replace(mask, scores=scores))
     return results, tuple(scored)
-
-
-def clean_results(work: Work) -> pl.DataFrame:
-    """Return the evaluation of the clean model, with means over tasks."""
-    found, _ = evaluate.evaluated(work, evaluate.clean_parts(work.prepared, {}), {})
-    clean = blocks.frame("results", found, stamp(work.prepared, "prune"))
-    return pl.concat([clean, over_tasks(clean)])
 
 
 def loss_scores(options: RunOptions, lost: Record | None) -> dict[str, Any]:
@@ -128,14 +145,11 @@ def _by_setting(results: pl.DataFrame) -> dict[tuple[str, int, str], dict[str, R
     return found
 
 
-def _mask_records(work: Work, made: Sequence[MaskResult]) -> pl.DataFrame:
+def _mask_records(work: Work, made: Sequence[MaskResult], clean: Sequence[Scores]) -> pl.DataFrame:
     """Return the evaluation of all masks, and of those made for all tasks the means over tasks."""
     prepared = work.prepared
     found: list[blocks.Block] = []
-    clean, scores = (
-        _scores(work, sweeps)
-        for sweeps in (evaluate.clean_parts(prepared, {}), judging_parts(prepared, made))
-    )
+    scores = _scores(work, judging_parts(prepared, made))
     for task, whole, score in zip(prepared.evaluate, clean, scores, strict=True):
         packed, masks = prepared.pack(task), _masks_for(made, task.task, task.shots)
         lost = _drops(packed, whole, score, prepared.options.objective)
