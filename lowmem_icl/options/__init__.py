@@ -1,8 +1,8 @@
 """The options of a run: every option once, checked in one way, whether given by a flag or in a TOML file.
 
 `fields` holds the options, `run_options` checks them together and fills in what is not given, `defaults` has
-what some are by model, `flags` how they are called and described, `forms` what values they take, in checks and in
-words; `reading` merges and checks what was given.
+what some are by model, `flags` how they are called and described, `forms` what values they take, in checks
+and in words; `reading` merges and checks what was given.
 """
 
 from lowmem_icl.options.defaults import DEMO, PACKAGED_MODEL_NAMES
