@@ -28,7 +28,7 @@ from lowmem_icl.report.numbers import (
 from lowmem_icl.session.folder import run_record
 from lowmem_icl.tables.schema import read_table
 
-COMPARED_METHODS = ("certified", "gradient", "random")
+COMPARED_METHODS = ("gradient", "random")
 
 
 def show_summary(folder: Path, console: Console) -> None:
@@ -96,30 +96,30 @@ def _print_greedy(results: pl.DataFrame, record: Mapping[str, Any], console: Con
     searched = masks.filter(pl.col("method") == "greedy")
     if searched.is_empty():
         return
-    layers, heads = record["model"]["layers"], record["model"]["heads"]
     losses = greedy_losses(results, record)
-    accuracies: dict[tuple[str, int, str], str] = {}
-    for row in masks.iter_rows(named=True):
-        mask = SearchMask(row["task"], row["shots"], row["method"])
-        removed = f"{row['heads_removed']}H {row['ffns_removed']}F: " if mask.method == "certified" else ""
-        loss = losses.get(mask)
-        kept = f", {loss.verdict}" if loss is not None and mask.method in ("greedy", "certified") else ""
-        accuracies[mask] = f"{removed}{row['value']:.3f}{kept}"
-    accuracies |= {(*setting, "certified"): "none" for setting in searches_without_certificate(record)}
+    cells = {
+        (row["task"], row["shots"], row["method"]): f"{row['heads_removed']}H {row['ffns_removed']}F"
+        if row["method"] == "certified"
+        else f"{row['value']:.3f}"
+        for row in masks.iter_rows(named=True)
+    }
+    cells |= {(*search, "certified"): "none" for search in searches_without_certificate(record)}
     table = _table(
-        f"greedy pruning: accuracy kept, and whether the tolerance of {record['options']['tolerance']:g} is",
-        ("task", "shots", "heads removed", "FFNs removed", "greedy", *COMPARED_METHODS),
+        "greedy pruning: heads (H) and FFNs (F) removed, how many of these are certified, accuracy compared "
+        f"with masks of equal size; kept: whether the tolerance of {record['options']['tolerance']:g} is "
+        "(?: the documents cannot tell)",
+        ("task", "shots", "removed", "certified", "kept", "greedy", *COMPARED_METHODS),
     )
     for row in searched.iter_rows(named=True):
+        search = (row["task"], row["shots"])
+        loss = losses.get(SearchMask(*search, "greedy"))
         table.add_row(
             Text(row["task"]),
             str(row["shots"]),
-            f"{row['heads_removed']}/{layers * heads}",
-            f"{row['ffns_removed']}/{layers}",
-            *(
-                accuracies.get((row["task"], row["shots"], method), "")
-                for method in ("greedy", *COMPARED_METHODS)
-            ),
+            f"{row['heads_removed']}H {row['ffns_removed']}F",
+            cells.get((*search, "certified"), ""),
+            "" if loss is None else loss.verdict.replace("cannot tell", "?"),
+            *(cells.get((*search, method), "") for method in ("greedy", *COMPARED_METHODS)),
         )
     console.print(table)
 
