@@ -34,6 +34,11 @@ class Cell:
         """Return the share of intervals that hold the truth; NaN where there are none."""
         return self.holding / self.given if self.given else float("nan")
 
+    @property
+    def coverage_error(self) -> float:
+        """Return the Monte Carlo standard error of a coverage of LOWEST_COVERAGE."""
+        return float(np.sqrt(LOWEST_COVERAGE * (1 - LOWEST_COVERAGE) / max(self.given, 1)))
+
 
 def cell(name: str, low: Values, high: Values, truth: Values | float) -> Cell:
     """Return the cell of one interval per sample, [S] each; NaN where a sample has none."""
@@ -44,13 +49,16 @@ def cell(name: str, low: Values, high: Values, truth: Values | float) -> Cell:
 
 
 def check(cells: Iterable[Cell]) -> None:
-    """Fail where intervals are given but hold less often than LOWEST_COVERAGE, naming the cells."""
+    """Fail where intervals are given but hold less often than LOWEST_COVERAGE, naming the cells.
+
+    As far as samples can tell: two Monte Carlo standard errors below it fail nothing.
+    """
     cells = list(cells)
     assert cells
     failing = [
         f"{one.name}: {one.coverage:.3f}"
         for one in cells
-        if one.share_given > RARELY_GIVEN and one.coverage < LOWEST_COVERAGE
+        if one.share_given > RARELY_GIVEN and one.coverage + 2 * one.coverage_error < LOWEST_COVERAGE
     ]
     assert not failing, failing
 
