@@ -108,7 +108,7 @@ def test_texts_are_made_once_for_plan_run_and_resumed_run(tmp_path: Path, calls:
     made = digests(first)
     for counter in (calls.prompted, calls.tokenised, calls.laid_out):
         assert [key for key, count in counter.items() if count > 1] == []
-    # Two tasks at two shot counts: 12 documents to evaluate on, curves among them, 4 to train on, 3 to certify.
+    # Two tasks at two shot counts: 12 documents to evaluate on (curves among them), 4 to train, 3 to certify.
     assert calls.prompted.total() == 2 * 2 * (12 + 4 + 3)
     calls.forget()
     second = prepare(small_options(tmp_path, labels="right", certify_limit=3))
