@@ -29,7 +29,7 @@ class Form:
     shares: tuple[float, ...]
 
 
-SHORT = Form(200, ((4, 4), (12, 12), (30, 4)), (0.2,))
+SHORT = Form(150, ((12, 4),), (0.2,))
 LONG = Form(1_000, (*product((4, 8, 12, 30), (4, 12)), (24, 16)), (0.06, 0.2))
 SOURCES = ((0.0, 0.0), (0.0, 0.3), (0.0, 0.8), (0.7, 0.5), (0.9, 0.8))
 """Correlation of the layer effects of both scores, and which share of each score's variance these are."""
