@@ -43,6 +43,7 @@ def show_summary(folder: Path, console: Console) -> None:
     )
     if scored:
         console.print(f"heads by prefix matching (1: all attention goes where it should): {scored}")
+    _print_line(console, "what each number means, and when there is none: docs/numbers.md")
     _print_line(console, f"{total_seconds(record):.0f} s; tables, masks and report.html in {folder}")
 
 
