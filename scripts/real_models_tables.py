@@ -17,6 +17,7 @@ import polars as pl
 import typer
 from scipy.stats import spearmanr
 
+from lowmem_icl.report.losses import Loss, SearchMask, greedy_losses
 from lowmem_icl.report.numbers import (
     accuracy,
     held_out_tops,
@@ -155,23 +156,27 @@ def knee_table(run: Run) -> str:
     curves = run.of(experiment="prune").filter(
         pl.col("other_task").is_null() & pl.col("procedure").is_in(["curve-heads", "curve-ffns"])
     )
-    knees, costs = (curves.filter(pl.col("metric") == metric) for metric in ("knee", "knee_acc_drop"))
+    knees, certain, costs = (
+        curves.filter(pl.col("metric") == metric) for metric in ("knee", "knee_certain", "knee_acc_drop")
+    )
+    both = knees.join(certain, on=of_a_curve, suffix="_certain").join(costs, on=of_a_curve, suffix="_cost")
     rows = [
         [
             row["task"], row["shots"], "heads" if row["procedure"] == "curve-heads" else "FFNs",
-            f"{row['value']:.0f} %", number(row["value_cost"], 3),
+            f"{row['value_certain']:.0f} to {row['value']:.0f} %",
+            f"{number(row['value_cost'], 3)} ({number(row['low_cost'])} to {number(row['high_cost'])})",
         ]
-        for row in knees.join(costs, on=of_a_curve, suffix="_cost")
-        .sort("task", "shots", "procedure", descending=[False, False, True])
-        .iter_rows(named=True)
+        for row in both.sort(
+            "task", "shots", "procedure", descending=[False, False, True]
+        ).iter_rows(named=True)
     ]  # fmt: skip
-    return markdown(["task", "shots", "of", "can go", "costs in accuracy"], rows)
+    return markdown(["task", "shots", "of", "knee lies at", "what its upper end costs elsewhere"], rows)
 
 
 def greedy_table(run: Run) -> str:
     """Return what the greedy search removes, and accuracy under its masks and others of equal size."""
     table = pruned(run.results).filter(pl.col("task") != "aggregate")
-    model = run.record["model"]
+    model, losses = run.record["model"], greedy_losses(run.results, run.record)
     rows = []
     for (task, shots), masks in table.group_by("task", "shots", maintain_order=True):
         by_method = {row["method"]: row for row in masks.iter_rows(named=True)}
@@ -184,9 +189,18 @@ def greedy_table(run: Run) -> str:
                 f"{greedy['ffns_removed']}/{model['layers']}",
                 *(number(by_method[name]["value"]) if name in by_method else "–"
                   for name in ("greedy", "gradient", "random")),
+                *_loss_cells(losses.get(SearchMask(task, shots, "greedy"))),
             ]
         )  # fmt: skip
-    return markdown(["task", "shots", "heads gone", "FFNs gone", "greedy", "gradient", "random"], rows)
+    columns = ("task", "shots", "heads gone", "FFNs gone", "greedy", "gradient", "random")
+    return markdown([*columns, f"loss of {run.record['options']['objective']}", "tolerance kept"], rows)
+
+
+def _loss_cells(loss: Loss | None) -> tuple[str, str]:
+    if loss is None:
+        return "–", "–"
+    bounds = "" if loss.low is None else f" ({number(loss.low)} to {number(loss.high)})"
+    return f"{number(loss.value, 3)}{bounds}", loss.verdict
 
 
 def induction_text(run: Run) -> str:
