@@ -204,7 +204,7 @@ def test_other_options_find_no_texts_of_these(
 def test_options_without_influence_on_texts_share_them(tmp_path: Path, calls: Calls) -> None:
     prepare(small_options(tmp_path))
     calls.forget()
-    prepare(small_options(tmp_path, seed=7, experiments="evaluate", memory="3GB"))
+    prepare(small_options(tmp_path, seed=7, experiments="evaluate,importance,prune", memory="3GB"))
     prepare(small_options(tmp_path, labels="right"))
     assert not calls.prompted
 
