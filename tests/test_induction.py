@@ -35,7 +35,7 @@ from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.options import RunOptions
 from lowmem_icl.rows import stem_of
 from lowmem_icl.session.prepare import prepare, with_store
-from lowmem_icl.statistics.detection import area_under_curve, precision_at, rank_correlation
+from lowmem_icl.statistics.detection import area_under_curve, r_precision, rank_correlation
 from lowmem_icl.tables.blocks import frame
 from lowmem_icl.tables.schema import read_table
 from lowmem_icl.tasks.random_sequences import Drawable, drawable_ids, random_sequences
@@ -355,11 +355,11 @@ def test_a_score_has_its_mean_over_sequences_and_their_variance() -> None:
 
 
 def test_the_band_of_random_draws_is_over_draws_of_one_task_and_metric() -> None:
-    values = np.linspace(0, 1, 20)
+    values = np.linspace(0, 0.5, 20)
     records = [
         {"task": task, "shots": 4, "metric": metric, "mask": f"induction-random-{draw:02d}", "seed": 42}
         | {"procedure": "removal", "method": "random", "value": value + shift, "stderr": 0.1}
-        for task, metric, shift in (("a", "acc", 0.0), ("b", "acc", 1.0), ("a", "acc_drop", 2.0))
+        for task, metric, shift in (("a", "acc", 0.0), ("b", "acc", 0.25), ("a", "acc_drop", -0.5))
         for draw, value in enumerate(values, start=1)
     ]
     bands = list(induction.band_records(records))
@@ -368,54 +368,70 @@ def test_the_band_of_random_draws_is_over_draws_of_one_task_and_metric() -> None
         ("b", "acc"),
         ("a", "acc_drop"),
     ]
-    for band, shift in zip(bands, (0.0, 1.0, 2.0), strict=True):
+    for band, shift in zip(bands, (0.0, 0.25, -0.5), strict=True):
         assert (band["method"], band["mask"]) == ("random-median", "induction-random")
         assert (band["procedure"], band["stderr"]) == ("removal", None)
-        assert band["value"] == pytest.approx(0.5 + shift)
-        assert (band["low"], band["high"]) == pytest.approx((0.025 + shift, 0.975 + shift))
+        assert band["value"] == pytest.approx(0.25 + shift)
+        reach = stats.t.ppf(0.975, 19) * values.std(ddof=1) * np.sqrt(1 + 1 / 20)
+        lowest = 0 if band["metric"] == "acc" else -1
+        expected = np.clip([0.25 + shift - reach, 0.25 + shift + reach], lowest, 1)
+        assert (band["low"], band["high"]) == pytest.approx(tuple(expected))
 
 
 @pytest.mark.parametrize("count", [1, 3, 17, 39])
 def test_detection_measures_equal_scipys(count: int) -> None:
     rng = np.random.default_rng(count)
-    scores = rng.integers(0, 25, 40).astype(float)
-    members = np.zeros(40, dtype=bool)
-    members[rng.choice(40, count, replace=False)] = True
+    scores = rng.integers(0, 25, (10, 4)).astype(float)
+    members = rng.permutation(np.arange(40) < count).reshape(10, 4)
     area = area_under_curve(scores, members)
     expected = stats.mannwhitneyu(scores[members], scores[~members]).statistic / (count * (40 - count))
     assert area.value == pytest.approx(expected)
-    assert 0 <= area.low <= area.value <= area.high <= 1
-    assert area.high - area.low > 0.05, "even one member leaves doubt"
-    assert area.chance == 0.5
-    precise = precision_at(scores, members, count)
-    top = sorted(range(40), key=lambda index: (-scores[index], index))[:count]
-    assert precise.value == pytest.approx(np.mean([members[index] for index in top]))
-    assert precise.chance == count / 40
-    assert 0 <= precise.low <= precise.value <= precise.high <= 1
-    ranks = rank_correlation(scores, rng.random(40))
+    precise = r_precision(scores, members)
+    drawn = []
+    for _ in range(2000):
+        top = np.lexsort([rng.random(40), -scores.ravel()])[:count]
+        drawn.append(members.ravel()[top].mean())
+    assert precise.value == pytest.approx(np.mean(drawn), abs=1e-9 + 4 * np.std(drawn) / np.sqrt(2000))
+    assert (area.chance, precise.chance) == (0.5, count / 40)
+    for measure in (area, precise):
+        if min(flags.any(1).sum() for flags in (members, ~members)) < 5:
+            assert np.isnan([measure.low, measure.high]).all(), "few layers tell nothing of others"
+        else:
+            assert 0 <= measure.low <= measure.value <= measure.high <= 1
+            assert measure.high - measure.low > 0.05
+    other = rng.random((10, 4))
+    ranks = rank_correlation(scores, other)
+    assert ranks.value == pytest.approx(stats.spearmanr(scores.ravel(), other.ravel()).statistic)
     assert ranks.low < ranks.value < ranks.high
 
 
+def test_the_jackknife_leaves_out_layers() -> None:
+    scores, other = np.random.default_rng(0).normal(size=(2, 6, 3))
+    parts = []
+    for layer in range(6):
+        kept = [row for row in range(6) if row != layer]
+        parts.append(np.arctanh(stats.spearmanr(scores[kept].ravel(), other[kept].ravel()).statistic))
+    stderr = np.sqrt(5 / 6 * np.sum((np.array(parts) - np.mean(parts)) ** 2))
+    found = rank_correlation(scores, other)
+    width = np.arctanh(found.high) - np.arctanh(found.low)
+    assert width == pytest.approx(2 * stats.t.ppf(0.985, 5) * stderr)
+    assert np.isnan(rank_correlation(scores[:2], other[:2]).low), "two layers tell nothing of others"
+
+
 def test_a_perfect_score_finds_all() -> None:
-    scores = np.arange(20.0)
-    members = scores >= 17
-    assert area_under_curve(scores, members)[0] == 1
-    assert area_under_curve(scores, members).low < 0.95
+    scores = np.arange(20.0).reshape(4, 5)[:, ::-1]
+    members = np.zeros((4, 5), dtype=bool)
+    members[3] = True
+    assert area_under_curve(scores, members).value == 1
     assert area_under_curve(-scores, members).value == 0
-    assert precision_at(scores, members, 3).value == 1
+    assert r_precision(scores, members).value == 1
     assert rank_correlation(scores, scores).value == pytest.approx(1)
     assert np.isnan(area_under_curve(scores, scores > 99).value)
-
-
-def test_intervals_cover_as_often_as_they_say() -> None:
-    """Normal scores of 12 members, shifted by 1, among 60 units: the true area is Φ(1 / √2)."""
-    rng = np.random.default_rng(0)
-    members = np.arange(60) < 12
-    true, covered = stats.norm.cdf(1 / np.sqrt(2)), 0
-    for _ in range(300):
-        area = area_under_curve(rng.normal(size=60) + members, members)
-        covered += area.low <= true <= area.high
-    assert 0.9 <= covered / 300 <= 0.99
+    assert np.isnan(r_precision(scores, scores > 99).value)
+    spread = np.arange(20.0).reshape(4, 5).T
+    found = area_under_curve(spread, spread >= 15)
+    assert found.value == found.high == 1
+    assert 0.3 < found.low < 0.95
 
 
 def test_random_draws_are_of_the_same_layers_and_spare_the_circuit() -> None:
@@ -536,7 +552,7 @@ def test_a_run_has_how_well_rankings_find_induction_heads(small_run: Path) -> No
     rows = induction_records(small_run)
     areas = rows.filter(pl.col("metric") == "induction_auc")
     assert set(areas["chance"]) == {0.5}
-    assert areas["low"].null_count() == 0
+    assert areas["low"].null_count() == len(areas), "the demo's induction heads are all of one layer"
     assert set(areas["count"]) == {
         int((rows.filter(pl.col("metric") == "prefix_matching")["value"] >= induction.HEAD_SCORE).sum())
     }

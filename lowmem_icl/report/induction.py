@@ -179,7 +179,7 @@ def removal_note(induction: pl.DataFrame) -> list[str]:
     if draws is not None:
         text += (
             "; as many other heads of the same layers, previous-token heads left out, cost "
-            f"{draws['value']:.3f} (median of random draws, 95 % of which lie between {draws['low']:.3f} and "
-            f"{draws['high']:.3f}; {draws['documents']} documents)"
+            f"{draws['value']:.3f} (median of random draws; at 95 % another draw lies between "
+            f"{draws['low']:.3f} and {draws['high']:.3f}; {draws['documents']} documents)"
         )
     return [f"{text}."]

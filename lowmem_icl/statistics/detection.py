@@ -1,6 +1,10 @@
-"""How well scores detect a set of units: measures with their chance value and 95 % intervals over units.
+"""How well scores of units detect others: measures with their chance value and 95 % intervals over layers.
 
-Axis letters: U units.
+Units of a layer are alike, so the intervals are over layers, as if these were drawn: a jackknife that leaves
+out one layer after the other. Two scores that go with layers but not with each other agree by more than units
+drawn one by one would let them.
+
+Axis letters: L layers, H units of a layer.
 """
 
 from collections.abc import Callable
@@ -8,12 +12,22 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
+from scipy import stats
+
+from lowmem_icl.statistics.agreement import spearman, top_membership
+from lowmem_icl.statistics.intervals import wilson_bounds
 
 Values = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
-Z = float(stats.norm.ppf(0.975))
+FEWEST_LAYERS = 3
+FEWEST_WITH_MEMBERS = 5
+"""Where fewer layers have a member, or a non-member, they say nothing of how often others have."""
+JACKKNIFE_CONFIDENCE = 0.97
+"""Of Student's quantile on Fisher's scale, which falls a little short of 95 % where scores go with layers."""
+LARGEST_CORRELATION = 1 - 1e-9
+MOST_PER_MEMBER = 2
+"""Units that a detection rate can be worth: where no left-out layer changes it, other layers still may."""
 
 
 class Measure(NamedTuple):
@@ -26,55 +40,70 @@ class Measure(NamedTuple):
 
 
 def rank_correlation(left: Values, right: Values) -> Measure:
-    """Return Spearman's correlation of two scores [U]; NaN where one is constant.
+    """Return Spearman's correlation of two scores [L, H]; NaN where one is constant.
 
-    The interval is Bonett and Wright's (2000).
+    The interval is Student's with L − 1 degrees of freedom on Fisher's scale, from the jackknife over layers.
     """
-    if np.ptp(left) == 0 or np.ptp(right) == 0:
-        return Measure(np.nan, np.nan, np.nan, 0.0)
-    value = float(stats.spearmanr(left, right).statistic)
-    if len(left) <= 3 or abs(value) >= 1:
+    value = spearman(left.ravel(), right.ravel())
+    if len(left) < FEWEST_LAYERS:
         return Measure(value, np.nan, np.nan, 0.0)
-    reach = Z * np.sqrt((1 + value**2 / 2) / (len(left) - 3))
-    low, high = np.tanh(np.arctanh(value) + np.array([-reach, reach]))
+    parts = [spearman(*(np.delete(scores, layer, 0).ravel() for scores in (left, right)))
+             for layer in range(len(left))]  # fmt: skip
+    centre, *without = np.arctanh(np.clip([value, *parts], -LARGEST_CORRELATION, LARGEST_CORRELATION))
+    reach = stats.t.ppf(0.5 + JACKKNIFE_CONFIDENCE / 2, len(left) - 1) * _jackknife_stderr(np.array(without))
+    low, high = np.tanh(centre + np.array([-reach, reach]))
     return Measure(value, float(low), float(high), 0.0)
 
 
-def precision_at(scores: Values, members: Flags, count: int) -> Measure:
-    """Return the share of members among the `count` units with the highest scores, with Wilson's interval.
+def r_precision(scores: Values, members: Flags) -> Measure:
+    """Return the share of members among the highest scores, of which as many are taken as there are members.
 
-    scores, members: [U]; among equal scores the first unit counts as higher.
+    scores, members: [L, H]. Equal scores are put in random order, of which this is the mean. NaN without
+    members.
     """
-    top = np.argsort(-scores, kind="stable")[:count]
-    hits = int(members[top].sum())
-    interval = stats.binomtest(hits, count).proportion_ci(method="wilson")
-    return Measure(hits / count, float(interval.low), float(interval.high), float(members.mean()))
+
+    def precision(some_scores: Values, some_members: Flags) -> float:
+        count = int(some_members.sum())
+        return float(top_membership(some_scores, count) @ some_members) / count if count else np.nan
+
+    return _with_interval(precision, scores, members, float(members.mean()))
 
 
 def area_under_curve(scores: Values, members: Flags) -> Measure:
     """Return the area under the ROC curve: how often a member outscores a non-member, ties counting half.
 
-    scores, members: [U]. The interval is Newcombe's (2006, method 5), which holds for few members and near 0
-    and 1. NaN where all units are members, or none.
+    scores, members: [L, H]. NaN where all units are members, or none.
     """
-    n_members, n_others = int(members.sum()), int((~members).sum())
-    if not n_members or not n_others:
-        return Measure(np.nan, np.nan, np.nan, 0.5)
-    ranks = stats.rankdata(scores)
-    value = float((ranks[members].sum() - n_members * (n_members + 1) / 2) / (n_members * n_others))
-    n_star = (n_members + n_others) / 2 - 1
 
-    def excess(true: float) -> float:
-        spread = 1 + n_star * ((1 - true) / (2 - true) + true / (1 + true))
-        return (true - value) ** 2 - Z**2 * true * (1 - true) * spread / (n_members * n_others)
+    def area(some_scores: Values, some_members: Flags) -> float:
+        n_members, n_others = int(some_members.sum()), int((~some_members).sum())
+        if not n_members or not n_others:
+            return np.nan
+        ranks = stats.rankdata(some_scores)[some_members]
+        return float((ranks.sum() - n_members * (n_members + 1) / 2) / (n_members * n_others))
 
-    return Measure(value, _root(excess, 0.0, value), _root(excess, 1.0, value), 0.5)
+    return _with_interval(area, scores, members, 0.5)
 
 
-def _root(function: Callable[[float], float], end: float, value: float) -> float:
-    """Return the root between `value` and `end` of a function that is at most 0 at `value`."""
-    if end == value:
-        return end
-    # At 0 and 1 the variance is 0, whatever was observed.
-    inner = value + 1e-9 * (end - value) if function(value) == 0 else value
-    return float(optimize.brentq(function, inner, end)) if function(inner) < 0 else value
+def _with_interval(
+    rate: Callable[[Values, Flags], float], scores: Values, members: Flags, chance: float
+) -> Measure:
+    """Return a rate [L, H] with Wilson's interval, at the number of units of which a share would have the
+    jackknife's standard error; degrees of freedom are those of layers with a member.
+    """
+    value = rate(scores.ravel(), members.ravel())
+    if min(int(flags.any(1).sum()) for flags in (members, ~members)) < FEWEST_WITH_MEMBERS:
+        return Measure(value, np.nan, np.nan, chance)
+    without = [rate(np.delete(scores, layer, 0).ravel(), np.delete(members, layer, 0).ravel())
+               for layer in range(len(scores))]  # fmt: skip
+    stderr = _jackknife_stderr(np.array(without))
+    most = float(MOST_PER_MEMBER * members.sum())
+    n_units = min(most, value * (1 - value) / stderr**2) if stderr > 0 and 0 < value < 1 else most
+    with_member = int(members.any(1).sum())
+    low, high = wilson_bounds(np.array([value]), np.array([n_units]), with_member - 1)
+    return Measure(value, float(low[0]), float(high[0]), chance)
+
+
+def _jackknife_stderr(without: Values) -> float:
+    """Return the standard error of a statistic from its values without each layer, [L]."""
+    return float(np.sqrt((len(without) - 1) * without.var()))

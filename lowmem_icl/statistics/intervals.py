@@ -166,7 +166,9 @@ def wilson_bounds(proportion: Values, count: Values, freedom: float) -> tuple[Va
     centre = proportion + quantile**2 / (2 * count)
     reach = quantile * np.sqrt(proportion * (1 - proportion) / count + np.square(quantile / (2 * count)))
     shrunk = 1 + quantile**2 / count
-    low, high = (centre - reach) / shrunk, (centre + reach) / shrunk
+    # At 0 and 1 they are exactly these; rounding would leave the value outside.
+    low = np.where(proportion > 0, (centre - reach) / shrunk, 0)
+    high = np.where(proportion < 1, (centre + reach) / shrunk, 1)
     low = np.minimum(low, _poisson_bound(proportion, count))
     high = np.maximum(high, 1 - _poisson_bound(1 - proportion, count))
     return np.clip(low, 0, 1), np.clip(high, 0, 1)

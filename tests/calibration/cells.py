@@ -43,14 +43,23 @@ def cell(name: str, low: Values, high: Values, truth: Values | float) -> Cell:
     return Cell(name, len(low), int(given.sum()), int((given & holds).sum()), width)
 
 
-def check(cells: Iterable[Cell]) -> None:
-    """Fail where intervals are given but hold less often than LOWEST_COVERAGE, naming the cells."""
+def monte_carlo_error(samples: int) -> float:
+    """Return the standard error of a coverage of LOWEST_COVERAGE from so many samples."""
+    return float(np.sqrt(LOWEST_COVERAGE * (1 - LOWEST_COVERAGE) / samples))
+
+
+def check(cells: Iterable[Cell], standard_errors: float = 0) -> None:
+    """Fail where intervals are given but hold less often than LOWEST_COVERAGE, naming the cells.
+
+    standard_errors: how many Monte Carlo standard errors a cell of few samples may lie below.
+    """
     cells = list(cells)
     assert cells
     failing = [
         f"{one.name}: {one.coverage:.3f}"
         for one in cells
-        if one.share_given > RARELY_GIVEN and one.coverage < LOWEST_COVERAGE
+        if one.share_given > RARELY_GIVEN
+        and one.coverage < LOWEST_COVERAGE - standard_errors * monte_carlo_error(one.given)
     ]
     assert not failing, failing
 

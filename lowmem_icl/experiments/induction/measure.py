@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.rankings import RankingKey, ascending, highest_heads
-from lowmem_icl.statistics.detection import Measure, area_under_curve, precision_at, rank_correlation
+from lowmem_icl.statistics.bands import prediction_band
+from lowmem_icl.statistics.detection import Measure, area_under_curve, r_precision, rank_correlation
 from lowmem_icl.statistics.intervals import MEAN, mean_intervals
 from lowmem_icl.tables.blocks import Block
 
@@ -23,6 +24,10 @@ HEAD_SCORE = 0.3
 """From this score on a head counts as an induction head (prefix matching) or a previous-token head."""
 LARGEST_SHARE = 4
 """Of all heads at most one of so many is removed as an induction head."""
+BOUNDS = dict.fromkeys(("acc", "em", "f1", "gold_prob", "top_answer_share"), (0.0, 1.0)) | {
+    "acc_drop": (-1.0, 1.0)
+}
+"""Of metrics that cannot lie outside them."""
 RANDOM_DRAWS = 20
 RANDOM_ORDERS = 200
 PERCENT_STEP = 5
@@ -133,14 +138,13 @@ def capacity_of_mask(capacity: str, scores: Values, removed: Mask) -> dict[str, 
 
 def important_heads_records(prefix_matching: Values, ranked: Mapping[RankingKey, Values]) -> Iterator[Block]:
     """Yield how far important heads are induction heads, under every ranking [L, H], with chance and
-    interval.
+    interval over layers.
 
     induction_spearman: rank correlation with prefix matching; induction_precision: the share of induction
     heads among the `count` most important, as many as there are; induction_auc: how often an induction head
     is the more important one.
     """
-    scores = prefix_matching.ravel()
-    members = scores >= HEAD_SCORE
+    members = prefix_matching >= HEAD_SCORE
     count = int(members.sum())
     for (task, shots, method), ranking in ranked.items():
         base = {
@@ -152,14 +156,13 @@ def important_heads_records(prefix_matching: Values, ranked: Mapping[RankingKey,
             "other_method": "prefix_matching",
             "exact": True,
         }
-        flat = ranking.ravel()
         measures: dict[str, tuple[int | None, Measure]] = {
-            "induction_spearman": (None, rank_correlation(flat, scores))
+            "induction_spearman": (None, rank_correlation(ranking, prefix_matching))
         }
-        if 0 < count < len(scores):
+        if 0 < count < members.size:
             measures |= {
-                "induction_precision": (count, precision_at(flat, members, count)),
-                "induction_auc": (count, area_under_curve(flat, members)),
+                "induction_precision": (count, r_precision(ranking, members)),
+                "induction_auc": (count, area_under_curve(ranking, members)),
             }
         for metric, (n_top, measure) in measures.items():
             if np.isfinite(measure.value):
@@ -202,22 +205,22 @@ def random_draws(
 
 
 def band_records(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield, for every task, shot count and metric, the median over random draws with the band of 95 % of
-    them.
+    """Yield, for every task, shot count and metric, the median over random draws with the band that holds
+    the next draw at 95 %.
 
     records: those of all draws, method `random`; the median's record has the mask's name without a number.
     """
     grouped: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in records:
         grouped.setdefault((row["task"], row["shots"], row["metric"]), []).append(row)
-    for members in grouped.values():
+    for (_, _, metric), members in grouped.items():
         values = np.array([row["value"] for row in members])
-        low, high = np.quantile(values, [0.025, 0.975])
+        low, high = prediction_band(values, *BOUNDS.get(metric, ()))
         yield dict(members[0]) | {
             "mask": RANDOM_MASK,
             "method": "random-median",
             "value": float(np.median(values)),
             "stderr": None,
-            "low": float(low),
-            "high": float(high),
+            "low": low,
+            "high": high,
         }
