@@ -2,8 +2,8 @@
 
     python scripts/make_demo_masks.py [FOLDER]
 
-Kept are the greedy masks of every task and shot count and of all tasks together, and every level of the
-curves over heads by the aggregate ranking.
+Kept are the greedy and certified masks of tasks and shot counts and of all tasks together, and every
+level of the curves over heads by the aggregate ranking.
 """
 
 import re
@@ -19,7 +19,7 @@ from lowmem_icl.cli.terminal import Terminal
 from lowmem_icl.options import RunOptions
 from lowmem_icl.run import run
 
-KEPT = re.compile(r"greedy-.*|gradient-heads-\d+-aggregate-.*")
+KEPT = re.compile(r"(?:greedy|certified)-.*|gradient-heads-\d+-aggregate-.*")
 
 
 def main(

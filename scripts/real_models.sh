@@ -25,9 +25,9 @@ take() {
 
 for model in ${MODELS:-gemma3-270m smollm2}; do
     # What the README shows, then every pair task with the control by labels, then the same in float32.
-    take "$model" --model "$model"
+    take "$model" --model "$model" --label-drops
     take "$model-pairs" --model "$model" --tasks pairs --shots 0,1,5,10 --limit 32 --experiments evaluate
-    take "$model-float32" --model "$model" --weights float32 --experiments evaluate,ablate
+    take "$model-float32" --model "$model" --weights float32 --experiments evaluate,ablate --label-drops
     if [[ -n ${DATA_DIR:-} ]]; then
         take "$model-rows" --model "$model" --data-dir "$DATA_DIR" --tasks copa,piqa,arc_easy,boolq \
             --shots 0,5 --demonstrations shared --limit 32 --train-limit 8 \
@@ -37,7 +37,7 @@ done
 if [[ -n ${QWEN:-} ]]; then
     take qwen --model "$QWEN" --tasks next_item,english_french --shots 0,5 --limit 32 \
         --train-limit 12 --memory 600MB --experiments evaluate,importance,ablate \
-        --screen attribution --exact 30
+        --screen attribution --exact 30 --label-drops
 fi
 python "$here/real_models_tables.py" "$out" || failed+=("tables ($?)")
 if ((${#failed[@]})); then

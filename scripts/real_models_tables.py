@@ -8,7 +8,7 @@ marks, <!-- tables: scripts/real_models_tables.py --> and <!-- /tables -->; with
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,17 @@ import polars as pl
 import typer
 from scipy.stats import spearmanr
 
-from lowmem_icl.report.numbers import accuracy, induction_heads, pruned, top_units, total_seconds, unit_name
+from lowmem_icl.report.losses import Loss, SearchMask, greedy_losses
+from lowmem_icl.report.numbers import (
+    accuracy,
+    held_out_tops,
+    induction_heads,
+    mean_over_tasks,
+    pruned,
+    top_units,
+    total_seconds,
+    unit_name,
+)
 from lowmem_icl.session.folder import run_record
 from lowmem_icl.system.files import write_text_atomic
 from lowmem_icl.tables.schema import read_table
@@ -26,7 +36,7 @@ BEGIN, END = "<!-- tables: scripts/real_models_tables.py -->", "<!-- /tables -->
 UNIT = ("task", "shots", "kind", "layer", "head")
 MATCHING = 0.3
 PLACES = ("--out", "--store-dir", "--data-dir", "--masks-dir")
-INDUCTION_HEADS_SHOWN = 5
+INDUCTION_HEADS_SHOWN = LABEL_UNITS_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -86,16 +96,24 @@ def accuracy_table(run: Run) -> str:
 
 
 def effect_table(run: Run) -> str:
-    """Return what right labels give over shuffled ones, paired, in nats of gold log-probability."""
-    effects = run.of(metric="gold_logprob_label_effect", labels="shuffled")
+    """Return what right labels give over shuffled ones, paired, in nats, with 95 % intervals."""
+    effects = {
+        (row["task"], row["shots"]): row
+        for row in run.of(metric="gold_logprob_label_effect", labels="shuffled").iter_rows(named=True)
+    }
+    shots = sorted({n_shots for _, n_shots in effects})
     rows = [
-        [
-            row["task"], row["shots"], number(row["value"]),
-            f"{number(row['low'])} to {number(row['high'])}",
-        ]
-        for row in effects.sort("shots", "task").iter_rows(named=True)
-    ]  # fmt: skip
-    return markdown(["task", "shots", "right minus shuffled, nats", "95 %"], rows)
+        [task, *(_with_interval(effects.get((task, n_shots))) for n_shots in shots)]
+        for task in dict.fromkeys(task for task, _ in effects)
+    ]
+    return markdown(["task", *(f"{n_shots} shots" for n_shots in shots)], rows)
+
+
+def _with_interval(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    bounds = "" if row["low"] is None else f" ({number(row['low'])} to {number(row['high'])})"
+    return number(row["value"]) + bounds
 
 
 def unit_table(run: Run) -> str:
@@ -104,7 +122,29 @@ def unit_table(run: Run) -> str:
     for row in top_units(run.results).iter_rows(named=True):
         name = unit_name(row["kind"], row["layer"], row["head"])
         by_shots.setdefault(row["shots"], []).append(f"{name} {number(row['value'])}")
-    return markdown(["shots", "costliest units, nats"], [[key, ", ".join(u)] for key, u in by_shots.items()])
+    held_out = {
+        row["shots"]: number(row["value"]) for row in held_out_tops(run.results).iter_rows(named=True)
+    }
+    columns = ["shots", "costliest units, nats", "their mean on documents that did not pick them"]
+    rows = [[shots, ", ".join(names), held_out.get(shots, "–")] for shots, names in by_shots.items()]
+    return markdown(columns, rows)
+
+
+def label_table(run: Run) -> str:
+    """Return the units whose drops are most about labels, mean over tasks; nothing where unknown."""
+    effects = mean_over_tasks(run.of(experiment="ablate", metric="label_effect"))
+    rows = [
+        [
+            row["shots"], unit_name(row["kind"], row["layer"], row["head"]), number(row["value"]),
+            f"{number(row['low'])} to {number(row['high'])}",
+        ]
+        for row in effects.sort(["shots", "value"], descending=[False, True])
+        .group_by("shots", maintain_order=True)
+        .head(LABEL_UNITS_SHOWN)
+        .iter_rows(named=True)
+    ]  # fmt: skip
+    columns = ["shots", "unit", "drop with right minus with shuffled labels, nats", "95 %"]
+    return markdown(columns, rows) if rows else ""
 
 
 def knee_table(run: Run) -> str:
@@ -116,23 +156,27 @@ def knee_table(run: Run) -> str:
     curves = run.of(experiment="prune").filter(
         pl.col("other_task").is_null() & pl.col("procedure").is_in(["curve-heads", "curve-ffns"])
     )
-    knees, costs = (curves.filter(pl.col("metric") == metric) for metric in ("knee", "knee_acc_drop"))
+    knees, certain, costs = (
+        curves.filter(pl.col("metric") == metric) for metric in ("knee", "knee_certain", "knee_acc_drop")
+    )
+    both = knees.join(certain, on=of_a_curve, suffix="_certain").join(costs, on=of_a_curve, suffix="_cost")
     rows = [
         [
             row["task"], row["shots"], "heads" if row["procedure"] == "curve-heads" else "FFNs",
-            f"{row['value']:.0f} %", number(row["value_cost"], 3),
+            f"{row['value_certain']:.0f} to {row['value']:.0f} %",
+            f"{number(row['value_cost'], 3)} ({number(row['low_cost'])} to {number(row['high_cost'])})",
         ]
-        for row in knees.join(costs, on=of_a_curve, suffix="_cost")
-        .sort("task", "shots", "procedure", descending=[False, False, True])
-        .iter_rows(named=True)
+        for row in both.sort(
+            "task", "shots", "procedure", descending=[False, False, True]
+        ).iter_rows(named=True)
     ]  # fmt: skip
-    return markdown(["task", "shots", "of", "can go", "costs in accuracy"], rows)
+    return markdown(["task", "shots", "of", "knee lies at", "what its upper end costs elsewhere"], rows)
 
 
 def greedy_table(run: Run) -> str:
     """Return what the greedy search removes, and accuracy under its masks and others of equal size."""
     table = pruned(run.results).filter(pl.col("task") != "aggregate")
-    model = run.record["model"]
+    model, losses = run.record["model"], greedy_losses(run.results, run.record)
     rows = []
     for (task, shots), masks in table.group_by("task", "shots", maintain_order=True):
         by_method = {row["method"]: row for row in masks.iter_rows(named=True)}
@@ -145,9 +189,18 @@ def greedy_table(run: Run) -> str:
                 f"{greedy['ffns_removed']}/{model['layers']}",
                 *(number(by_method[name]["value"]) if name in by_method else "–"
                   for name in ("greedy", "gradient", "random")),
+                *_loss_cells(losses.get(SearchMask(task, shots, "greedy"))),
             ]
         )  # fmt: skip
-    return markdown(["task", "shots", "heads gone", "FFNs gone", "greedy", "gradient", "random"], rows)
+    columns = ("task", "shots", "heads gone", "FFNs gone", "greedy", "gradient", "random")
+    return markdown([*columns, f"loss of {run.record['options']['objective']}", "tolerance kept"], rows)
+
+
+def _loss_cells(loss: Loss | None) -> tuple[str, str]:
+    if loss is None:
+        return "–", "–"
+    bounds = "" if loss.low is None else f" ({number(loss.low)} to {number(loss.high)})"
+    return f"{number(loss.value, 3)}{bounds}", loss.verdict
 
 
 def induction_text(run: Run) -> str:
@@ -233,9 +286,11 @@ def sections(runs: dict[str, Run]) -> Iterator[str]:
         yield f"## {name}\n\n`{shown_command(run.record['command'])}`"
         experiments = set(run.record["stages"])
         yield f"### Accuracy: right / shuffled / foreign labels\n\n{accuracy_table(run)}"
-        yield f"### What right labels give\n\n{effect_table(run)}"
+        yield f"### What right labels give over shuffled ones, nats\n\n{effect_table(run)}"
         if "ablate" in experiments:
             yield f"### Units\n\n{unit_table(run)}"
+            if about_labels := label_table(run):
+                yield f"### Units by how much of their drop is about labels\n\n{about_labels}"
         if "prune" in experiments:
             yield f"### What can go: curves\n\n{knee_table(run)}"
             yield f"### What can go: greedy search\n\n{greedy_table(run)}"

@@ -154,7 +154,30 @@ CASES = {
         },
         written_ffn="post_feedforward_layernorm",
     ),
+    "gemma3_text linear": FamilyCase(
+        "gemma3_text",
+        LLAMA | WIDE_HEADS | ALTERNATING | {
+            "query_pre_attn_scalar": 5,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 100.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+            },
+        },
+        written_ffn="post_feedforward_layernorm",
+    ),
     "phi3": FamilyCase("phi3", LLAMA | {"hidden_size": 48, "sliding_window": 7}),
+    "phi3 longrope": FamilyCase(
+        "phi3",
+        LLAMA | {
+            "hidden_size": 48, "max_position_embeddings": 2 * CONTEXT,
+            "original_max_position_embeddings": CONTEXT,
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.5, 2.0, 3.0],
+                "long_factor": [2.0, 4.0, 6.0, 8.0],
+            },
+        },
+    ),
+    "phi3 partial": FamilyCase("phi3", LLAMA | {"hidden_size": 48, "partial_rotary_factor": 0.5}),
     "olmo2": FamilyCase(
         "olmo2", LLAMA | {"hidden_size": 48}, written_ffn="post_feedforward_layernorm"
     ),

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.experiments.ablate.measure import Estimates, screened
-from lowmem_icl.experiments.ablate.stage import doubling_chunks
+from lowmem_icl.experiments.ablate.sweeps import doubling_chunks, every_set_first, scored_so_far
 from lowmem_icl.session.work import OutOfTime, SweepPart, Work
 from lowmem_icl.tables.schema import read_table
+from lowmem_icl.tasks.documents import Document, TaskRows
 
 
 @given(documents=st.integers(1, 300))
@@ -28,6 +29,37 @@ def test_chunks_start_small_and_hold_every_document_once(documents: int) -> None
     assert sizes[:2] == [1, 1][: len(sizes)]
     assert all(size <= 16 for size in sizes)
     assert len(chunks) <= 6 + documents / 16
+
+
+def dealt(sets: list[int | None], options: list[int] | None = None) -> TaskRows:
+    """A task whose documents were dealt to these sets, with so many options each."""
+    documents = tuple(
+        Document(10 + number, [("", " a")] * count, (True,) * count, "", (), "", 0, {}, set_number)
+        for number, (set_number, count) in enumerate(zip(sets, options or [2] * len(sets), strict=True))
+    )
+    return TaskRows("made", 2, "train", documents, "acc", ())
+
+
+def test_ablations_begin_with_a_document_of_every_set() -> None:
+    task = dealt([0, 0, 0, 1, 1, 2, 2, 2])
+    swept = every_set_first(task)
+    assert [document.index - 10 for document in swept.documents] == [0, 3, 5, 1, 2, 4, 6, 7]
+    alone = dealt([None] * 5)
+    assert every_set_first(alone) is alone
+
+
+def test_what_is_scored_so_far_stands_in_the_order_of_the_task() -> None:
+    task = dealt([0, 0, 1, 1, 2], [1, 2, 3, 1, 2])
+    swept = every_set_first(task)
+    # Swept: documents 0, 2, 4, then 1; each option's score says whose it is: document + option / 10.
+    columns = [np.array([[0.0]]), np.array([[2.0, 2.1, 2.2]]), np.array([[4.0, 4.1, 1.0, 1.1]])]
+    chunks = [Scores(values, values > 1, np.ones(values.shape, dtype=np.bool_)) for values in columns]
+    done, scores = scored_so_far(task, swept, chunks)
+    assert [document.index - 10 for document in done.documents] == [0, 1, 2, 4]
+    assert scores.logprobs.tolist() == [[0.0, 1.0, 1.1, 2.0, 2.1, 2.2, 4.0, 4.1]]
+    assert np.array_equal(scores.greedy, scores.logprobs > 1)
+    only_first, _ = scored_so_far(task, swept, chunks[:2])
+    assert [document.index - 10 for document in only_first.documents] == [0, 2]
 
 
 @given(units=st.integers(1, 60), exact=st.integers(1, 70), seed=st.integers(0, 50))
@@ -208,3 +240,40 @@ def test_shared_demonstrations_run_and_intervals_cluster_by_set(stores: Path, tm
     )  # fmt: skip
     ours, theirs = (sum(stage["operations"] for stage in plan["stages"]) for plan in (record["plan"], alone))
     assert ours < 0.75 * theirs
+
+
+def test_with_shared_demonstrations_every_set_comes_early_and_results_stay_as_they_are(
+    stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str) -> Path:
+        result = invoke(
+            "run", "--tasks", "knowledge", "--shots", "0,4", "--limit", 16, "--train-limit", 12,
+            "--demonstrations", "shared", "--demonstration-sets", 3, "--experiments", "ablate",
+            "--store-dir", stores, "--out", tmp_path / name, "--quiet",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        return tmp_path / name
+
+    patient = Work.sweep
+
+    def impatient(self: Work, part: SweepPart) -> list[Scores]:
+        if part.name == "ablate-000004":
+            raise OutOfTime
+        return patient(self, part)
+
+    monkeypatch.setattr(Work, "sweep", impatient)
+    out = run("interleaved")
+    early = read_table(out / "effects.parquet", "effects").filter(shots=4, metric="gold_logprob_drop")
+    monkeypatch.setattr(Work, "sweep", patient)
+    assert run("interleaved") == out, "the same command goes on"
+    monkeypatch.setattr("lowmem_icl.experiments.ablate.sweeps.every_set_first", lambda task: task)
+    ours, plain = (
+        read_table(folder / "effects.parquet", "effects") for folder in (out, run("in the order of the task"))
+    )
+    assert ours.drop("value").equals(plain.drop("value")), "documents stand as they did"
+    np.testing.assert_allclose(ours["value"], plain["value"], atol=1e-4)
+    documents = plain.filter(shots=4, metric="gold_logprob_drop", kind="ffn", layer=0)["document"].to_list()
+    # Of twelve documents in three sets each has four.
+    assert early["document"].unique(maintain_order=True).to_list() == [
+        documents[number] for number in (0, 1, 4, 8)
+    ]

@@ -203,7 +203,9 @@ def test_names_are_never_markup_in_tables(capsys: pytest.CaptureFixture[str]) ->
         "finished": {},
     }
     show_status(
-        state | {"seconds_left_planned": 1.0, "best_units": [unit], "warnings": [NAME]}, plain_console()
+        state
+        | {"seconds_left_planned": 1.0, "best_units": [unit], "best_units_held_out": [], "warnings": [NAME]},
+        plain_console(),
     )
     assert capsys.readouterr().out.count(NAME) == 3
 

@@ -9,8 +9,15 @@ import numpy as np
 import polars as pl
 import pytest
 from commands import invoke
+from scipy import stats
 
-from lowmem_icl.experiments.prune.measure import control_records, knee, knee_records, point_fields
+from lowmem_icl.experiments.prune.measure import (
+    certain_knee,
+    control_records,
+    knee,
+    knee_records,
+    point_fields,
+)
 from lowmem_icl.experiments.prune.points import (
     LEVELS,
     CurveOptions,
@@ -23,6 +30,7 @@ from lowmem_icl.experiments.prune.points import (
 from lowmem_icl.masks.files import read_mask
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.rankings import RankingKey, removed_count, with_ties_broken
+from lowmem_icl.statistics.intervals import CHANGE, mean_intervals
 from lowmem_icl.tables.schema import read_table
 
 LAYERS, HEADS = 4, 8
@@ -139,13 +147,34 @@ def test_records_tell_whose_ranking_made_a_mask_without_its_name() -> None:
     assert {(record["mask_task"], record["mask_shots"]) for record in across} == {("a", 0), ("a", 5)}
 
 
-def test_a_knee_is_the_largest_level_within_a_point_and_a_standard_error() -> None:
+def test_a_knee_is_the_last_level_before_the_first_that_credibly_costs_more_than_a_point() -> None:
     levels = [0, 10, 20, 30, 40]
-    drops = np.array([0.0, 0.008, -0.02, 0.009, 0.2])
-    assert knee(levels, drops, np.array([0, 0.01, 0.01, 0.01, 0.5])) == 30
-    assert knee(levels, drops, np.array([0, 0.01, 0.01, 0.005, 0.5])) == 20, "beyond one standard error"
-    assert knee(levels, np.array([0, 0.02, 0.02, 0.02, 0.02]), np.full(5, 0.5)) == 0, "beyond one point"
-    assert knee(levels, drops, np.full(5, np.nan)) == 20, "what is not known excuses nothing"
+    lows = np.array([-0.02, 0.0, 0.01, 0.02, -0.01])
+    assert knee(levels, lows) == 20, "a lucky level beyond does not count"
+    assert knee(levels, np.full(5, -0.1)) == 40
+    assert knee(levels, np.full(5, 0.011)) == 0
+    assert knee(levels, np.array([-0.1, -0.1, np.nan, -0.1, -0.1])) == 10, "what is not known ends it"
+
+
+def test_a_certain_knee_is_the_last_level_before_the_first_that_may_cost_more_than_a_point() -> None:
+    levels = [0, 10, 20, 30, 40]
+    assert certain_knee(levels, np.array([0.0, 0.01, 0.005, 0.011, 0.0])) == 20
+    assert certain_knee(levels, np.full(5, 0.2)) == 0
+    assert certain_knee(levels, np.array([0.0, np.nan, 0.0, 0.0, 0.0])) == 0
+
+
+def test_the_true_knee_lies_between_the_two() -> None:
+    """Of simulated curves, documents 0 or 1: the last level that truly costs at most a point."""
+    rng, curves = np.random.default_rng(4), 400
+    levels, truth = [0, 10, 20, 30, 40], np.array([0.0, 0.0, 0.005, 0.05, 0.4])
+    beyond, short = 0, 0
+    for _ in range(curves):
+        documents = (rng.random((5, 600)) < truth[:, None]).astype(np.float64)
+        intervals = mean_intervals(documents, [str(n) for n in range(600)], CHANGE)
+        short += knee(levels, intervals.low) < 20
+        beyond += certain_knee(levels, intervals.high) > 20
+    assert short <= 0.05 * curves
+    assert beyond <= 0.05 * curves
 
 
 def test_knees_are_chosen_on_training_and_reported_on_evaluation_rows() -> None:
@@ -153,14 +182,16 @@ def test_knees_are_chosen_on_training_and_reported_on_evaluation_rows() -> None:
         return {
             "procedure": "curve-heads", "task": "a", "shots": 0, "method": "gradient", "kind": "head",
             "other_task": None, "other_shots": None, "percent": level, "metric": "acc_drop", "value": drop,
-            "stderr": 0.02, "low": drop, "high": drop, "split": split, "documents": 8, "mask": f"m{level}",
+            "stderr": 0.02, "low": drop - 0.01, "high": drop + 0.008,
+            "split": split, "documents": 8, "mask": f"m{level}",
             "mask_task": "a", "mask_shots": 0, "heads_removed": level, "ffns_removed": 0,
         }  # fmt: skip
 
     training = [row("train", level, drop) for level, drop in ((0, 0.0), (10, 0.0), (20, 0.005), (30, 0.3))]
     evaluation = [row("test", level, drop) for level, drop in ((0, 0.0), (10, 0.01), (20, 0.04), (30, 0.0))]
-    chosen, cost = knee_records(training, evaluation)
+    chosen, cost, certain = knee_records(training, evaluation)
     assert (chosen["metric"], chosen["value"], chosen["split"]) == ("knee", 20, "test")
+    assert (certain["metric"], certain["value"], certain["mask"]) == ("knee_certain", 10, "m10")
     assert (cost["metric"], cost["value"], cost["split"], cost["mask"]) == (
         "knee_acc_drop",
         0.04,
@@ -172,20 +203,28 @@ def test_knees_are_chosen_on_training_and_reported_on_evaluation_rows() -> None:
         assert (record["mask_task"], record["mask_shots"]) == ("a", 0)
 
 
-def test_the_control_has_a_mean_and_a_band() -> None:
-    values = np.linspace(0.2, 0.8, 21)
-    rows = [
-        {"procedure": "random", "task": "a", "shots": 0, "split": "test", "kind": "head", "percent": 50,
-         "metric": "acc", "heads_removed": 16, "ffns_removed": 0, "documents": 8, "method": "random",
-         "value": value, "chance": 0.5, "seed": draw, "mask": f"m{draw}"}
+def test_the_control_has_a_mean_and_a_band_for_the_next_draw() -> None:
+    values = np.linspace(0.3, 0.7, 11)
+    mean = {"procedure": "random", "task": "a", "shots": 0, "split": "test", "kind": "head", "percent": 50,
+            "metric": "acc", "heads_removed": 16, "ffns_removed": 0, "documents": 8, "method": "random",
+            "value": values.mean(), "stderr": 0.04, "chance": 0.5, "seed": None, "mask": None}  # fmt: skip
+    draws = [
+        mean | {"value": value, "stderr": 0.2, "seed": draw, "mask": f"m{draw}"}
         for draw, value in enumerate(values)
-    ]  # fmt: skip
-    (band,) = control_records(rows)
+    ]
+    (band,) = control_records([mean], draws)
     assert (band["procedure"], band["percent"], band["documents"]) == ("random", 50, 8)
     assert "seed" not in band
     assert "mask" not in band
     assert band["value"] == pytest.approx(values.mean())
-    assert (band["low"], band["high"]) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
+    # Both sources: the documents' error of the mean, and the draws'.
+    assert band["stderr"] ** 2 == pytest.approx(0.04**2 + values.var(ddof=1) / 11)
+    reach = stats.t.ppf(0.975, 10) * values.std(ddof=1) * np.sqrt(1 + 1 / 11)
+    assert (band["low"], band["high"]) == pytest.approx((0.5 - reach, 0.5 + reach))
+    (wide,) = control_records([mean], [draw | {"value": 3 * draw["value"] - 1} for draw in draws])
+    assert (wide["low"], wide["high"]) == (0, 1)
+    (single,) = control_records([mean], draws[:1])
+    assert np.isnan([single["stderr"], single["low"], single["high"]]).all()
 
 
 def test_equal_scores_are_told_apart_by_the_second() -> None:
@@ -254,6 +293,42 @@ def test_a_point_is_what_an_evaluation_of_its_mask_says(
     assert mask.scores["after"]["acc"] == pytest.approx(
         together.filter(pl.col("metric") == "acc")["value"][0]
     )
+
+
+def test_the_controls_error_counts_documents_and_draws(paper_run: Path) -> None:
+    rows = read_table(paper_run / "run" / "results.parquet", "results").filter(
+        (pl.col("procedure") == "random") & (pl.col("metric") == "gold_prob") & (pl.col("percent") == 50)
+        & (pl.col("task") == "recall") & (pl.col("kind") == "head") & (pl.col("shots") == 4)
+    )  # fmt: skip
+    draws, mean = (rows.filter(pl.col("mask").is_not_null()), rows.filter(pl.col("mask").is_null()))
+    assert len(draws) == 2
+    spread = float(draws["value"].to_numpy().std(ddof=1)) / np.sqrt(2)
+    assert mean["value"].to_list() == pytest.approx([draws["value"].mean()])
+    (stderr,) = mean["stderr"].to_list()
+    assert spread < stderr <= np.hypot(spread, draws["stderr"].to_numpy().max())
+
+
+def test_mask_files_of_curves_say_what_is_lost_and_whether_the_task_is_at_chance(paper_run: Path) -> None:
+    results = read_table(paper_run / "run" / "results.parquet", "results")
+    clean = results.filter((pl.col("experiment") == "evaluate") & (pl.col("labels").is_null()))
+    marked = set()
+    for path in (paper_run / "run" / "masks").glob("gradient-heads-50-*-0shot.json"):
+        scores = read_mask(path).scores
+        assert scores["loss"] == pytest.approx(scores["before"]["gold_prob"] - scores["after"]["gold_prob"])
+        assert scores["verdict"] in ("holds", "fails", "cannot tell")
+        (task,) = (name for name in ("recall", "category", "knowledge", "aggregate") if name in path.stem)
+        if scores.get("at_chance"):
+            marked.add(task)
+    accuracies = clean.filter((pl.col("metric") == "acc") & (pl.col("task") != "aggregate"))
+    majority = dict(clean.filter(pl.col("metric") == "majority").select("task", "value").iter_rows())
+    expected = {
+        row["task"]
+        for row in accuracies.iter_rows(named=True)
+        if row["low"] <= max(row["chance"], majority[row["task"]])
+    }
+    assert marked - {"aggregate"} == expected
+    assert expected
+    assert expected < set(accuracies["task"])
 
 
 def test_rescoring_starts_like_the_plain_curve_and_then_goes_its_own_way(paper_run: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lowmem_icl.report.page import SECTIONS
 from lowmem_icl.tables.schema import TABLES
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +53,13 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
         linked = (page.parent / path).resolve() if path else page
         assert linked.exists(), target
         assert not anchor or anchor in anchors(linked), target
+
+
+def test_the_page_names_headings_that_exist() -> None:
+    text = (DOCS / "numbers.md").read_text(encoding="utf-8")
+    headings = set(re.findall(r"^## (.+)$", text, re.MULTILINE))
+    named = {heading for meaning in SECTIONS.values() for heading in meaning}
+    assert named == headings
 
 
 def test_the_readme_leads_to_every_page() -> None:

@@ -3,15 +3,18 @@
 from typing import Any
 
 import bitsandbytes  # noqa: F401  registers the operators
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowmem_icl.model import int8
 from lowmem_icl.model.int8 import (
     Int8Linear,
     SharedInput,
     matmul_in_fixed_rows,
+    product_in_float_blocks,
     quantise_rows,
     slow_product_note,
 )
@@ -99,8 +102,6 @@ def test_calibration_finds_the_columns_with_large_activations() -> None:
 
 
 def test_a_shared_input_is_quantised_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    import lowmem_icl.model.int8 as int8
-
     calls = []
 
     def counted(values: torch.Tensor) -> Any:
@@ -118,6 +119,40 @@ def test_a_shared_input_is_quantised_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(calls) == 1
     shared.forget()
     assert torch.equal(layers[2](values.clone()), together[2])
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.integers(1, 9), inputs=st.integers(1, 2500), outputs=st.integers(1, 1100), seed=st.integers(0, 99)
+)
+def test_float_blocks_give_the_integer_product(rows: int, inputs: int, outputs: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randint(-127, 128, (rows, inputs), dtype=torch.int8, generator=generator)
+    right = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, generator=generator)
+    exact = left.numpy().astype(np.int64) @ right.numpy().astype(np.int64).T
+    assert np.array_equal(product_in_float_blocks(left, right).numpy(), exact)
+
+
+@pytest.mark.parametrize("inputs", [1024, 9216, 36864])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_float_blocks_are_exact_where_all_products_have_one_sign(inputs: int, sign: int) -> None:
+    generator = torch.Generator().manual_seed(inputs)
+    left = torch.randint(100, 128, (3, inputs), dtype=torch.int8, generator=generator)
+    right = torch.randint(100, 128, (5, inputs), dtype=torch.int8, generator=generator) * sign
+    exact = left.numpy().astype(np.int64) @ right.numpy().astype(np.int64).T
+    assert np.array_equal(product_in_float_blocks(left, right).numpy(), exact)
+
+
+def test_a_cpu_without_the_instructions_multiplies_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, values = linear(2048, 32), torch.randn(7, 2048)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    with_instructions = layer(values)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    without = layer(values)
+    assert torch.equal(with_instructions, without)
+    monkeypatch.setattr(int8, "product_in_float_blocks", lambda left, right: torch.zeros(7, 32))
+    layer.shared.forget()
+    assert not torch.equal(layer(values), without)
 
 
 def test_a_cpu_without_the_instructions_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

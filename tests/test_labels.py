@@ -4,6 +4,7 @@ their scores.
 
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -363,6 +364,35 @@ def test_controls_are_of_the_tasks_that_can_have_them_and_the_others_are_named(
     )
     assert not prepare(RunOptions.model_validate(changes | {"labels": "right"})).label_controls
     assert not prepare(RunOptions.model_validate(changes | {"experiments": "importance"})).label_controls
+
+
+def test_training_documents_have_controls_where_ablations_are_about_labels(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    lines = [{"context": f"q{n}", "options": [" a", " b"], "gold": n % 2} for n in range(40)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    changes = {"tasks": str(path), "shots": "0,1,4", "limit": 6, "train_limit": 5, "labels": "right"}
+    assert not prepare(RunOptions.model_validate(changes)).train_controls
+    prepared = prepare(RunOptions.model_validate(changes | {"label_drops": True}))
+    assert not prepared.label_controls
+    (control,) = prepared.train_controls
+    (right,) = (task for task in prepared.train if task.shots == 4)
+    assert (control.shots, control.labels, control.split) == (4, "shuffled", right.split)
+    for document, own in zip(control.documents, right.documents, strict=True):
+        assert (document.index, document.gold) == (own.index, own.gold)
+        shown, own_shown = (next(iter(of.options))[0] for of in (document, own))
+        assert sorted(re.findall(r" [ab]", shown)) == sorted(re.findall(r" [ab]", own_shown))
+        assert re.findall(r"q\d+", shown) == re.findall(r"q\d+", own_shown), "the same questions"
+    assert changes_a_prompt(right, control)
+    both, alone = (
+        prepare(RunOptions.model_validate(changes | {"label_drops": drops, "labels": "right,shuffled"}))
+        for drops in (True, False)
+    )
+    assert prompts_of(both.label_controls) == prompts_of(alone.label_controls)
+    assert prompts_of(both.train_controls) == prompts_of(prepared.train_controls)
+
+
+def prompts_of(tasks: Sequence[TaskRows]) -> list[list[tuple[str, str]]]:
+    return [list(document.options) for task in tasks for document in task.documents]
 
 
 def made_task(golds: Sequence[tuple[bool, ...]], units: Sequence[str], labels: Labels) -> TaskRows:

@@ -70,6 +70,7 @@ def test_options_that_do_not_go_together_are_refused_by_their_flags() -> None:
     assert refusal({"exact": "5"}).startswith("--exact: expected with --screen attribution")
     assert refusal({"screen": "attribution", "experiments": "ablate"}).startswith("--screen: ")
     assert refusal({"rescore": True, "experiments": "evaluate"}).startswith("--rescore: ")
+    assert refusal({"label_drops": True, "experiments": "evaluate"}).startswith("--label-drops: ")
 
 
 def test_text_and_toml_values_are_the_same_options(tmp_path: Path) -> None:

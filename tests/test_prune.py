@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowmem_icl.experiments.prune.greedy import mean_loss
 from lowmem_icl.experiments.prune.search import Request, SearchPlan, greedy_search, in_lockstep
 from lowmem_icl.masks.mask import Mask
 
@@ -108,3 +109,19 @@ def test_tasks_of_a_search_weigh_the_same() -> None:
     # 0.05.
     assert len(found.mask) == 5
     assert found.lost == pytest.approx(0.05)
+
+
+def test_documents_of_a_cluster_count_once_in_the_error_of_a_loss() -> None:
+    losses = np.array([0.1, 0.3, 0.0, 0.2, 0.4, 0.2])
+    clusters = ["a", "a", "b", "b", "c", "c"]
+    doubled = np.repeat(losses, 2)
+    alone, stderr = mean_loss((losses,), [clusters])
+    assert alone == pytest.approx(losses.mean())
+    # Clusters of one size: as if each were one document, its mean.
+    means = losses.reshape(3, 2).mean(1)
+    assert stderr == pytest.approx(means.std(ddof=1) / np.sqrt(3))
+    assert mean_loss((doubled,), [[name for name in clusters for _ in range(2)]])[1] == pytest.approx(stderr)
+    # Groups weigh the same; one with a single cluster has no error and is left out of it.
+    both = mean_loss((losses, losses + 0.2), [clusters, clusters])
+    assert both == pytest.approx((losses.mean() + 0.1, stderr / np.sqrt(2)))
+    assert np.isnan(mean_loss((losses,), [["a"] * 6])[1])

@@ -16,6 +16,7 @@ from lowmem_icl.cli.tables import show_evaluation, show_status, show_summary
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report import ablation, agreement, curves, greedy, in_context, induction, page
 from lowmem_icl.report.figures import STYLE
+from lowmem_icl.report.losses import greedy_losses
 from lowmem_icl.report.numbers import mean_over_tasks, pruned, subject, top_units
 from lowmem_icl.tables.schema import RESULTS, write_table
 
@@ -96,6 +97,25 @@ def test_headline_units_leave_out_what_is_out_of_domain() -> None:
     assert "L1F (3.50), L0H1 (2.00*)" in finding
 
 
+def test_beside_the_costliest_units_stands_what_they_cost_on_documents_that_did_not_pick_them() -> None:
+    units = [
+        *drops("head", 0, 1, {"piqa": 3.0, AGGREGATE: 2.0}),
+        *drops("head", 0, 0, {"piqa": 3.0, AGGREGATE: 1.0}),
+        *drops("ffn", 0, None, {"piqa": 3.0, AGGREGATE: 3.0}),
+    ]
+    (unknown,) = page.unit_findings(table(*units))
+    assert "nats of gold log-probability: mean 2.00; single values are picked and measured on the" in unknown
+    same: Row = {"experiment": "ablate", "procedure": "top", "metric": "top_drop", "low": 0.5, "high": 1.25}
+    judged = table(
+        *units,
+        *by_task(VALUES, **same, count=3, kind="head"),
+        *by_task({"piqa": 7.0, AGGREGATE: 1.5}, **same, count=3),
+        *by_task({"piqa": 7.0, AGGREGATE: 9.0}, **same, count=5),
+    )
+    (known,) = page.unit_findings(judged)
+    assert "mean 2.00, on documents that did not pick the units 1.50 [0.50, 1.25]; single values" in known
+
+
 def test_ffn_bars_leave_out_what_is_out_of_domain() -> None:
     bars = ablation.ffn_drops(table(*drops("ffn", 0, None, VALUES)))
     figure = ablation.ffn_bars(bars)
@@ -105,7 +125,7 @@ def test_ffn_bars_leave_out_what_is_out_of_domain() -> None:
 
 def test_in_context_effects_leave_out_what_is_out_of_domain() -> None:
     effects = table(*drops("head", 1, 0, VALUES, metric="icl_effect", low=-1.0, high=1.0))
-    assert in_context.in_context_rows(effects) == [["L1H0", "4", "2.000", "-1.000 to 1.000"]]
+    assert in_context.difference_rows(effects) == [["L1H0", "4", "2.000", "-1.000 to 1.000"]]
 
 
 def test_the_grid_leaves_out_what_is_out_of_domain() -> None:
@@ -258,6 +278,34 @@ def test_greedy_masks_are_told_by_their_columns() -> None:
     assert bar_heights(figure) == [0.1, 0.3]
 
 
+def test_greedy_masks_stand_with_their_losses_and_what_is_certified() -> None:
+    def masks(method: str, **lost: float) -> list[Row]:
+        accuracy = greedy_record("piqa", "piqa", 0.8, method) | {"heads_removed": 3, "ffns_removed": 1}
+        return [accuracy, accuracy | {"metric": "gold_prob_drop"} | lost]
+
+    results = table(
+        *masks("greedy", value=0.05, low=0.03, high=0.07),
+        *masks("certified", value=0.001, low=-0.005, high=0.008),
+        *masks("random", value=0.02),
+    )
+    tested = [
+        {"task": "piqa", "shots": 4, "certified_units": 4},
+        {"task": "copa", "shots": 4, "certified_units": 0},
+    ]
+    run = record() | {"certificates": tested}
+    losses = greedy_losses(results, run)
+    assert {mask.method: loss.verdict for mask, loss in losses.items()} == {
+        "greedy": "fails", "certified": "holds", "random": "cannot tell"
+    }  # fmt: skip
+    section = greedy.greedy_section(results, run)
+    assert section is not None
+    assert "No mask is certified for copa at 4 shots." in section.text
+    cells = {row[2]: list(row[-3:]) for row in section.rows}
+    assert cells["greedy"] == ["0.050", "0.030 to 0.070", "fails"]
+    assert cells["certified"] == ["0.001", "-0.005 to 0.008", "holds"]
+    assert cells["random"] == ["0.020", "", "cannot tell"]
+
+
 def curve_record(procedure: str, method: str, percent: int, value: float, **columns: Any) -> Row:
     return {
         "experiment": "prune", "procedure": procedure, "metric": "acc", "task": "piqa", "shots": 4,
@@ -294,12 +342,13 @@ def test_knees_stand_beside_what_they_cost() -> None:
         table(
             curve_record("curve-heads", "gradient", 30, 30.0, metric="knee"),
             curve_record("curve-heads", "gradient", 30, 0.015, metric="knee_acc_drop", low=-0.01, high=0.03),
+            curve_record("curve-heads", "gradient", 10, 10.0, metric="knee_certain"),
             curve_record("curve-ffns", "ablation", 0, 0.0, metric="knee", kind="ffn", other_task=AGGREGATE),
         )
     )
     assert rows == [
-        ["piqa", "4", "heads", "own", "30 %", "+1.5 (-1.0 to +3.0)"],
-        ["piqa", "4", "FFNs", "of all tasks", "0 %", ""],
+        ["piqa", "4", "heads", "own", "30 %", "10 %", "+1.5 (-1.0 to +3.0)"],
+        ["piqa", "4", "FFNs", "of all tasks", "0 %", "", ""],
     ]
 
 
@@ -377,10 +426,14 @@ def test_names_are_printed_as_they_are(tmp_path: Path, monkeypatch: pytest.Monke
     assert "[v2]" in evaluation
     state = {
         "folder": "runs/[v2]", "state": "stopped", "started": "now", "parts": 1, "experiments": ["evaluate"],
-        "finished": {}, "seconds_left_planned": 2.0, "best_units": [], "warnings": ["a [/b] warning :smile:"],
+        "finished": {}, "seconds_left_planned": 2.0, "warnings": ["a [/b] warning :smile:"],
+        "best_units": [{"kind": "ffn", "layer": 1, "head": None, "shots": 4, "value": 2.0}],
+        "best_units_held_out": [{"shots": 4, "count": 1, "value": 1.5, "low": None, "high": None}],
     }  # fmt: skip
     status = printed(show_status, state)
     assert "folder: runs/[v2]" in status
+    assert "4 shots: mean 2.00, on documents that did not pick the units 1.50" in status
+    assert "single values are picked and measured on the same documents" in status
     assert "warning: a [/b] warning :smile:" in status
 
 

@@ -213,7 +213,9 @@ def test_claims_and_in_context_effects_come_from_the_documents_of_the_drops(smal
     # Two tasks and their mean: 36 units at each shot count, at 4 shots against none; the best 1, 3, 10 heads,
     # 1, 3 FFNs.
     assert (counts["q_value"], counts["icl_effect"], counts["icl_effect_acc"]) == (6 * 36, 3 * 36, 3 * 36)
-    assert counts["top_drop"] == 4 * 5
+    assert counts["documents_hurt"] == counts["documents_helped"] == counts["q_value"]
+    # And the best 3, 5 of all units, of the mean over tasks too.
+    assert counts["top_drop"] == 4 * 5 + 6 * 2
     assert ablate.filter(pl.col("metric") == "q_value")["value"].is_between(0, 1).all()
 
 

@@ -37,6 +37,8 @@ RATES = Rates(
 )
 ALL_CURVES = ("heads", "ffns", "combined", "transfer", "cross-shot", "random")
 SMALL = {"limit": 3, "train_limit": 3, "random_draws": 2, "shots": (0, 4)}
+SHARED = {"demonstrations": "shared", "demonstration_sets": 3}
+DROPS = {"label_drops": True}
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def is_curve(part: Part) -> bool:
 
 
 def is_search(part: Part) -> bool:
-    return part.name == "" or part.name.startswith(("prune-0", "prune-compared"))
+    return part.name == "" or part.name.startswith(("prune-0", "prune-compared", "prune-certify"))
 
 
 def all_options() -> Iterator[Mapping[str, Any]]:
@@ -138,6 +140,9 @@ def all_options() -> Iterator[Mapping[str, Any]]:
         yield {"experiments": EXPERIMENTS[:n_experiments]}
         yield {"experiments": EXPERIMENTS[-n_experiments:]}
     yield {"rescore": True}
+    yield {"label_drops": True}
+    yield {"label_drops": True, "labels": "right", "experiments": ("importance", "ablate"), **SHARED}
+    yield {"label_drops": True, "screen": "attribution", "exact": 5}
     yield {"labels": "right"}
     yield {"labels": ("right", "foreign"), "limit": 130, "experiments": ("evaluate",)}
     yield {"experiments": ("importance", "prune")}
@@ -209,9 +214,14 @@ def test_searches_are_counted_about_as_they_go() -> None:
     assert variants(work.asked) / 3 < variants(planned) < 3 * variants(work.asked)
 
 
-@pytest.mark.parametrize("allowed", [2, 3, 5])
-def test_a_run_that_was_cut_by_its_hours_continues_with_what_the_plan_says_is_left(allowed: int) -> None:
-    prepared = prepared_for(experiments=("evaluate", "importance", "ablate"), train_limit=6)
+@pytest.mark.parametrize(
+    ("allowed", "more"),
+    [(2, {}), (3, {}), (5, {}), (3, SHARED), (5, SHARED), (5, DROPS), (8, DROPS)],
+)
+def test_a_run_that_was_cut_by_its_hours_continues_with_what_the_plan_says_is_left(
+    allowed: int, more: Mapping[str, Any]
+) -> None:
+    prepared = prepared_for(experiments=("evaluate", "importance", "ablate"), train_limit=6, **more)
     first = played(prepared, allowed=allowed)
     unfinished = [result.unfinished for _, result, is_over in run_stages(first, {}, frozenset()) if is_over]
     assert any(unfinished)
@@ -256,13 +266,14 @@ def timed(prepared: Prepared, limits: SweepLimits) -> TimedWork:
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.8, 1.1])
-@pytest.mark.parametrize("postponed", [False, True])
+@pytest.mark.parametrize(("postponed", "label_drops"), [(False, False), (True, False), (False, True)])
 def test_hours_reach_the_documents_that_the_plan_names(
-    share: float, postponed: bool, monkeypatch: pytest.MonkeyPatch
+    share: float, postponed: bool, label_drops: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lowmem_icl.planning.plan.measure", lambda *_, **__: RATES)
     pruned = ("prune",) if postponed else ()
-    prepared = prepared_for(experiments=("evaluate", "importance", "ablate", *pruned), train_limit=12)
+    experiments = ("evaluate", "importance", "ablate", *pruned)
+    prepared = prepared_for(experiments=experiments, train_limit=12, label_drops=label_drops)
     seconds = {stage.experiment: stage.seconds for stage in make_plan(prepared).stages}
     hours = (seconds["evaluate"] + seconds["importance"] + share * seconds["ablate"]) / 3600
     plan = make_plan(prepared, hours=hours)
@@ -324,6 +335,38 @@ def test_ablations_that_are_cut_tell_how_far_they_came_and_show_it() -> None:
     assert results["ablate"].effects["document"].n_unique() > 1
     methods = set(results["overlap"].results["method"])
     assert methods >= {"gradient", "ablation"}, "later stages have the rankings there are"
+
+
+def test_label_effects_are_of_the_documents_that_both_passes_have() -> None:
+    prepared = prepared_for(
+        experiments=("importance", "ablate"), labels="right", train_limit=6, shots=(0, 1, 4), label_drops=True
+    )
+    assert {control.shots for control in prepared.train_controls} == {4}
+    names = [part.name for work in planned_work(prepared) for part in work.parts]
+    chunks = ["000000", "000001", "000002", "000004"]
+    assert names[1:] == [f"{name}-{chunk}" for name in ("ablate", "ablate-labels") for chunk in chunks]
+    results = last_results(played(prepared, allowed=1 + 4 + 2))["ablate"]
+    assert results.unfinished == (
+        "ablate: the time was over after 2 of 6 documents per task with shuffled labels; the same command "
+        "continues"
+    )
+    effects = results.results.filter(pl.col("procedure") == "label-effect")
+    assert set(effects["metric"]) == {"label_effect", "label_effect_acc"}
+    assert set(effects["labels"]) == {"shuffled"}
+    in_nats = effects.filter(pl.col("metric") == "label_effect")
+    counts = dict(in_nats.group_by("task").agg(pl.col("documents").max()).rows())
+    assert counts == {"recall": 2, "knowledge": 2, "repeat": 2, "aggregate": 6}
+    keys = ["metric", "kind", "layer", "head"]
+    of_tasks = effects.filter(pl.col("task") != "aggregate").group_by(keys).agg(pl.col("value").mean())
+    both = effects.filter(pl.col("task") == "aggregate").join(of_tasks, on=keys, nulls_equal=True)
+    assert len(both) == 2 * 36
+    np.testing.assert_allclose(both["value"], both["value_right"])
+    singles = results.results.filter(pl.col("procedure") == "single", pl.col("task") != "aggregate")
+    assert set(singles["documents"]) == {6}
+    assert set(singles["labels"]) == {None, "right"}
+    # A pass that has not begun leaves no effect.
+    before = last_results(played(prepared, allowed=3))["ablate"].results
+    assert before.filter(pl.col("procedure") == "label-effect").is_empty()
 
 
 def test_curves_are_for_later_stages_where_the_searches_behind_them_are_cut() -> None:

@@ -21,8 +21,9 @@ from lowmem_icl.conversion import locate
 from lowmem_icl.options import RunOptions, run_options
 from lowmem_icl.rows import PackedRows, outline
 from lowmem_icl.session import prepare as preparing
+from lowmem_icl.session.document_limits import part_limits
 from lowmem_icl.session.prepare import Prepared, first_prompts, prepare
-from lowmem_icl.session.task_texts import part_limits, part_rows
+from lowmem_icl.session.task_texts import part_rows
 from lowmem_icl.session.text_form import text_tokeniser
 from lowmem_icl.session.texts import KeptTexts
 from lowmem_icl.tasks import packing
@@ -103,14 +104,14 @@ def digests(prepared: Prepared) -> list[list[str]]:
 
 
 def test_texts_are_made_once_for_plan_run_and_resumed_run(tmp_path: Path, calls: Calls) -> None:
-    first = prepare(small_options(tmp_path, labels="right"))
+    first = prepare(small_options(tmp_path, labels="right", certify_limit=3))
     made = digests(first)
     for counter in (calls.prompted, calls.tokenised, calls.laid_out):
         assert [key for key, count in counter.items() if count > 1] == []
-    # Two tasks at two shot counts: 12 documents to evaluate on, curves among them, and 4 to train on.
-    assert calls.prompted.total() == 2 * 2 * (12 + 4)
+    # Two tasks at two shot counts: 12 documents to evaluate on (curves among them), 4 to train, 3 to certify.
+    assert calls.prompted.total() == 2 * 2 * (12 + 4 + 3)
     calls.forget()
-    second = prepare(small_options(tmp_path, labels="right"))
+    second = prepare(small_options(tmp_path, labels="right", certify_limit=3))
     assert digests(second) == made
     assert second.tasks_digest == first.tasks_digest
     assert not calls.prompted
@@ -162,9 +163,15 @@ def test_documents_and_rows_equal_those_made_without_keeping(tmp_path: Path, mor
                         partial(packing.fit_context, tokenise=tokenise, limits=prepared.limits)
                     )
                     plain = part_rows(options, task, shots, part, prompter)
+                    if name == "certify":
+                        train = part_rows(options, task, shots, part_limits(options)["train"], prompter)
+                        plain = plain.unrelated_to(train)
                     for left, right in zip(plain.documents, kept.documents, strict=True):
                         assert replace(left, options=()) == replace(right, options=())
                         assert (tuple(left.options), left.row) == (tuple(right.options), right.row)
+                    if not plain.documents:
+                        assert name == "certify", "where sets are shared, none may be left"
+                        continue
                     expected, got = pack(plain, tokenise, prepared.limits), prepared.pack(kept)
                     assert [*expected.options] == [*got.options]
                     assert [r.digest for r in expected.packed.rows] == [r.digest for r in got.packed.rows]

@@ -2,6 +2,7 @@
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lowmem_icl.cli.terminal import count, duration, size
 from lowmem_icl.planning.plan import Plan, StagePlan
@@ -29,6 +30,8 @@ def show_plan(plan: Plan, console: Console) -> None:
     ]
     console.print("\n".join(lines), soft_wrap=True)
     console.print(plan_table(plan))
+    for note in plan.notes:
+        console.print(Text(note), soft_wrap=True)
 
 
 def plan_table(plan: Plan) -> Table:

@@ -9,10 +9,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lowmem_icl.report.losses import SearchMask, greedy_losses, searches_without_certificate
 from lowmem_icl.report.numbers import (
     ACCURACY,
-    SIGNIFICANT_Q,
+    PICKED,
+    STAR,
     accuracy,
+    held_out_text,
+    held_out_tops,
     induction_heads,
     pruned,
     significance_mark,
@@ -32,23 +36,32 @@ def show_summary(folder: Path, console: Console) -> None:
     record, results = run_record(folder), read_table(folder / "results.parquet", "results")
     _print_accuracy(results, record, console)
     _print_greedy(results, record, console)
-    for (shots,), units in top_units(results).group_by("shots", maintain_order=True):
-        named = ", ".join(
-            f"{unit_name(unit['kind'], unit['layer'], unit['head'])} "
-            f"{unit['value']:.2f}{significance_mark(unit)}"
-            for unit in units.iter_rows(named=True)
-        )
-        console.print(
-            f"costliest units alone at {shots} shots (nats of gold log-probability; * where q ≤ "
-            f"{SIGNIFICANT_Q}): {named}"
-        )
+    _print_costliest(results, console)
     scored = ", ".join(
         f"{unit_name('head', row['layer'], row['head'])} {row['value']:.2f}"
         for row in induction_heads(results).iter_rows(named=True)
     )
     if scored:
         console.print(f"heads by prefix matching (1: all attention goes where it should): {scored}")
+    _print_line(console, "what each number means, and when there is none: docs/numbers.md")
     _print_line(console, f"{total_seconds(record):.0f} s; tables, masks and report.html in {folder}")
+
+
+def _print_costliest(results: pl.DataFrame, console: Console) -> None:
+    costliest, held_out = top_units(results), held_out_tops(results).to_dicts()
+    for (shots,), members in costliest.group_by("shots", maintain_order=True):
+        units = members.to_dicts()
+        named = ", ".join(
+            f"{unit_name(unit['kind'], unit['layer'], unit['head'])} "
+            f"{unit['value']:.2f}{significance_mark(unit)}"
+            for unit in units
+        )
+        console.print(
+            f"costliest units alone at {shots} shots, nats of gold log-probability: {named}; "
+            f"{held_out_text(units, held_out)}"
+        )
+    if len(costliest):
+        console.print(f"{PICKED}; {STAR}")
 
 
 def _print_accuracy(results: pl.DataFrame, record: Mapping[str, Any], console: Console) -> None:
@@ -58,7 +71,7 @@ def _print_accuracy(results: pl.DataFrame, record: Mapping[str, Any], console: C
     shots = sorted(set(records["shots"]))
     model = record["model"]
     table = _table(
-        f"{model['id']} in {model['weights']}: accuracy by demonstrations [95 % interval]",
+        f"{model['id']} in {model['weights']}: accuracy by demonstrations, with 95 % intervals",
         ("task", "chance", *(f"{n_shots}-shot" for n_shots in shots)),
     )
     for (task,), task_records in records.group_by("task", maintain_order=True):
@@ -75,7 +88,7 @@ def _print_accuracy(results: pl.DataFrame, record: Mapping[str, Any], console: C
 def _accuracy_text(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return ""
-    bounds = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
+    bounds = "" if row["low"] is None else f" {row['low']:.2f}–{row['high']:.2f}"
     return f"{row['value']:.3f}{bounds}"
 
 
@@ -84,23 +97,30 @@ def _print_greedy(results: pl.DataFrame, record: Mapping[str, Any], console: Con
     searched = masks.filter(pl.col("method") == "greedy")
     if searched.is_empty():
         return
-    layers, heads = record["model"]["layers"], record["model"]["heads"]
-    accuracies = {
-        (row["task"], row["shots"], row["method"]): f"{row['value']:.3f}"
+    losses = greedy_losses(results, record)
+    cells = {
+        (row["task"], row["shots"], row["method"]): f"{row['heads_removed']}H {row['ffns_removed']}F"
+        if row["method"] == "certified"
+        else f"{row['value']:.3f}"
         for row in masks.iter_rows(named=True)
     }
+    cells |= {(*search, "certified"): "none" for search in searches_without_certificate(record)}
     table = _table(
-        "greedy pruning: accuracy kept, compared with masks of equal size",
-        ("task", "shots", "heads removed", "FFNs removed", "greedy", *COMPARED_METHODS),
+        "greedy pruning: heads (H) and FFNs (F) removed, how many of these are certified, accuracy compared "
+        f"with masks of equal size; kept: whether the tolerance of {record['options']['tolerance']:g} is "
+        "(?: the documents cannot tell)",
+        ("task", "shots", "removed", "certified", "kept", "greedy", *COMPARED_METHODS),
     )
     for row in searched.iter_rows(named=True):
+        search = (row["task"], row["shots"])
+        loss = losses.get(SearchMask(*search, "greedy"))
         table.add_row(
             Text(row["task"]),
             str(row["shots"]),
-            f"{row['heads_removed']}/{layers * heads}",
-            f"{row['ffns_removed']}/{layers}",
-            f"{row['value']:.3f}",
-            *(accuracies.get((row["task"], row["shots"], method), "") for method in COMPARED_METHODS),
+            f"{row['heads_removed']}H {row['ffns_removed']}F",
+            cells.get((*search, "certified"), ""),
+            "" if loss is None else loss.verdict.replace("cannot tell", "?"),
+            *(cells.get((*search, method), "") for method in ("greedy", *COMPARED_METHODS)),
         )
     console.print(table)
 
@@ -137,6 +157,11 @@ def show_status(state: Mapping[str, Any], console: Console) -> None:
     for unit in state["best_units"]:
         name = unit_name(unit["kind"], unit["layer"], unit["head"])
         _print_line(console, f"  {unit['shots']} shots: {name} {unit['value']:.3f} nats")
+    for shots in dict.fromkeys(unit["shots"] for unit in state["best_units"]):
+        units = [unit for unit in state["best_units"] if unit["shots"] == shots]
+        _print_line(console, f"  {shots} shots: {held_out_text(units, state['best_units_held_out'])}")
+    if state["best_units"]:
+        _print_line(console, f"  {PICKED}")
     for warning in state["warnings"]:
         _print_line(console, f"warning: {warning}")
 

@@ -2,7 +2,7 @@
 section of the page.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ class Stage:
     there is one, by which the planner describes later stages. `share`: what it gets of limited hours.
     `whole`: all it takes, the others build on it; `leftover`: what it takes, as far as there is time;
     `stretched`: it goes on while there is time; `postponed`: it waits for another run until all it needs is
-    finished. `rough`: how much it takes depends on what it finds.
+    finished. `rough`: how much it takes depends on what it finds. `notes`: sentences that a plan says of it.
     """
 
     name: Experiment
@@ -40,6 +40,7 @@ class Stage:
     expected: Callable[[Prepared], StageResult] = lambda prepared: StageResult()
     share: Share = "leftover"
     rough: bool = False
+    notes: Callable[[Prepared], Sequence[str]] = lambda prepared: ()
 
     def given(self, results: Mapping[str, StageResult]) -> dict[str, Any]:
         """Return what it needs of the results there are."""
@@ -57,6 +58,7 @@ STAGES = (
         prune.run,
         share="postponed",
         rough=True,
+        notes=prune.notes,
     ),
     Stage("induction", ("importance", "ablate", "prune"), induction.parts, induction.run, rough=True),
     Stage("overlap", ("importance", "ablate"), overlap.parts, overlap.run),

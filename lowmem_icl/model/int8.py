@@ -17,6 +17,9 @@ OUTLIER_THRESHOLD = 6.0
 FIXED_ROWS = 128
 CACHE_ELEMENTS = 1 << 20
 BACKWARD_OUTPUT_BLOCK = 4096
+EXACT_INPUTS = 1024
+"""How many products of int8 float32 adds up exactly in any order: 127² · 1,024 < 2²⁴."""
+FLOAT_OUTPUT_BLOCK = 1024
 
 _operators = torch.ops.bitsandbytes
 assert bnb.__version__, "importing bitsandbytes registers the operators"
@@ -54,6 +57,34 @@ def quantise_rows(values: Tensor, without: Tensor | None = None) -> tuple[Tensor
 def dequantise_rows(quantised: Tensor, maxima: Tensor) -> Tensor:
     """Return float32 values of int8 rows [N, K] with absolute maxima [N]."""
     return _operators.int8_vectorwise_dequant(quantised, maxima)
+
+
+def integer_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the exact product of int8 rows, left [M, K] · right [N, K]ᵀ, as int32 [M, N].
+
+    Where the processor lacks AVX512, bitsandbytes would turn the whole weight into float32 and multiply that,
+    which takes four bytes a parameter and is not exact for long rows of one sign; blocks of it are.
+    """
+    if left.is_cuda or _has_integer_instructions():
+        return _operators.int8_linear_matmul(left, right)
+    return product_in_float_blocks(left, right)
+
+
+def product_in_float_blocks(left: Tensor, right: Tensor) -> Tensor:
+    """Return `integer_product` by float32 products of blocks short enough to be exact, added in int32."""
+    outputs, inputs = right.shape
+    parts = [left[:, start : start + EXACT_INPUTS].float() for start in range(0, inputs, EXACT_INPUTS)]
+    product = torch.zeros(left.shape[0], outputs, dtype=torch.int32)
+    for start in range(0, outputs, FLOAT_OUTPUT_BLOCK):
+        rows = right[start : start + FLOAT_OUTPUT_BLOCK]
+        for number, part in enumerate(parts):
+            block = rows[:, number * EXACT_INPUTS : (number + 1) * EXACT_INPUTS]
+            product[:, start : start + FLOAT_OUTPUT_BLOCK] += (part @ block.float().t()).int()
+    return product
+
+
+def _has_integer_instructions() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def matmul_in_fixed_rows(left: Tensor, right: Tensor, fixed_rows: int = FIXED_ROWS) -> Tensor:
@@ -143,7 +174,7 @@ class Int8Linear(nn.Module):
     def multiply(self, values: Tensor) -> Tensor:
         """Return the LLM.int8 product; the integer part is exact, the floating-point part of fixed shape."""
         quantised, maxima, outliers = self.shared.quantise(values, self.outlier_columns)
-        product = _operators.int8_linear_matmul(quantised, self.weight)
+        product = integer_product(quantised, self.weight)
         whole = torch.empty(*values.shape[:-1], product.shape[1], device=product.device)
         out = whole.view(product.shape)
         step = _epilogue_rows(out)
@@ -216,8 +247,8 @@ def replace_linears(layer: nn.Module, with_one_input: Sequence[Sequence[str]]) -
 
 def slow_product_note() -> str | None:
     """Return why int8 products are slow on this CPU, None where they are not."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return "this CPU has no AVX512: bitsandbytes multiplies int8 in float32, which is slower"
+    if not _has_integer_instructions():
+        return "this CPU has no AVX512: int8 is multiplied in blocks of float32, exactly but more slowly"
     # Not public in torch; a version that does not answer is taken to have the instructions.
     has_vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: True)
     return None if has_vnni() else "this CPU has no AVX512-VNNI: int8 products are slower"

@@ -1,7 +1,8 @@
 """The options of a run: every option once, checked in one way, whether given by a flag or in a TOML file.
 
-`fields` holds the options, `defaults` what some are by model, `flags` how they are called and described,
-`forms` what values they take, in checks and in words; `reading` merges and checks what was given.
+`fields` holds the options, `run_options` checks them together and fills in what is not given, `defaults` has
+what some are by model, `flags` how they are called and described, `forms` what values they take, in checks
+and in words; `reading` merges and checks what was given.
 """
 
 from lowmem_icl.options.defaults import DEMO, PACKAGED_MODEL_NAMES
@@ -15,11 +16,11 @@ from lowmem_icl.options.fields import (
     Experiment,
     Flag,
     Group,
-    RunOptions,
 )
 from lowmem_icl.options.flags import default_text, flag_name, form_of, names_of
 from lowmem_icl.options.forms import Form, parse_size
 from lowmem_icl.options.reading import read_config, run_options
+from lowmem_icl.options.run_options import RunOptions
 
 __all__ = [
     "CURVES",

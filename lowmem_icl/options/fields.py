@@ -1,20 +1,16 @@
 """The options of a run, each once: its type, check and default, and what `--help` says about it.
 
-The command line and TOML files take their options from the fields of `RunOptions`.
+The command line and TOML files take their options from the fields of `RunFields`.
 """
 
-import hashlib
-import json
-import os
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from lowmem_icl.options.defaults import DEMO, Defaults, defaults_of
+from lowmem_icl.options.defaults import DEMO
 from lowmem_icl.options.forms import (
     AnyPath,
     Count,
@@ -25,7 +21,7 @@ from lowmem_icl.options.forms import (
     Size,
     SmallCount,
 )
-from lowmem_icl.protocols import LABELS, PROTOCOLS, Labels, Protocol, ProtocolName
+from lowmem_icl.protocols import LABELS, Labels, ProtocolName
 
 Experiment = Literal["evaluate", "importance", "ablate", "prune", "induction", "overlap"]
 EXPERIMENTS: tuple[Experiment, ...] = get_args(Experiment)
@@ -60,7 +56,7 @@ class Flag:
     changes_results: bool = True
 
 
-class RunOptions(BaseModel):
+class RunFields(BaseModel):
     """Every option of `lowmem-icl run`; a field's name is its TOML key and, with dashes, its flag."""
 
     # Built when options are first checked, which `--help` never does.
@@ -191,6 +187,14 @@ class RunOptions(BaseModel):
             str(DEFAULT_EXACT),
         ),
     ] = None
+    label_drops: Annotated[
+        bool,
+        Flag(
+            Group.EXPERIMENTS,
+            "Ablate again with shuffled labels in the demonstrations: how much of each unit's drop is about "
+            "labels. Takes about as long again.",
+        ),
+    ] = False
     objective: Annotated[
         Literal["gold_prob", "gold_logprob", "acc"],
         Flag(Group.EXPERIMENTS, "What the greedy pruner preserves."),
@@ -200,6 +204,14 @@ class RunOptions(BaseModel):
         Field(gt=0, lt=1),
         Flag(Group.EXPERIMENTS, "How much of the objective the greedy pruner may lose in total."),
     ] = 0.01
+    certify_limit: Annotated[
+        Annotated[int, Field(ge=0)] | None,
+        Flag(
+            Group.EXPERIMENTS,
+            "Further training documents per task, to certify what the search removed; 0 for no certificates.",
+            "twice as many as the tolerance needs",
+        ),
+    ] = None
     direction: Annotated[
         Literal["down", "up"],
         Flag(Group.EXPERIMENTS, "Prune greedily from the last layer down, or from the first up."),
@@ -292,99 +304,10 @@ class RunOptions(BaseModel):
         Flag(Group.OUTPUT, "Folder that gets a copy of every mask.", "none", changes_results=False),
     ] = None
 
-    @model_validator(mode="after")
-    def _fit_together(self) -> "RunOptions":
-        experiments = set(self.experiments)
-        if "right" not in self.labels:
-            raise ValueError(
-                "--labels: expected right among them, which the controls are compared with; add it"
-            )
-        if self.exact is not None and self.screen is None:
-            raise ValueError(
-                "--exact: expected with --screen attribution, which says what is left out; add it"
-            )
-        if self.screen is not None and "ablate" in experiments and "importance" not in experiments:
-            raise ValueError("--screen: its estimates come from importance; add that to --experiments")
-        if self.rescore and not {"importance", "prune"} <= experiments:
-            raise ValueError("--rescore: expected importance and prune among --experiments; add them")
-        return self
-
-    @property
-    def defaults(self) -> Defaults:
-        """What its model's runs take where the options do not say."""
-        return defaults_of(self.model)
-
-    @property
-    def resolved_exact(self) -> int:
-        """Units ablated exactly where ablations are screened."""
-        return self.exact or DEFAULT_EXACT
-
-    @property
-    def protocol_flags(self) -> Protocol:
-        """Which of its steps the protocol does in the reference's way."""
-        return PROTOCOLS[self.protocol]
-
-    @property
-    def control_labels(self) -> tuple[Labels, ...]:
-        """Whose answers demonstrations show besides the right ones, where tasks are evaluated."""
-        controls = tuple(name for name in self.labels if name != "right")
-        return controls if "evaluate" in self.experiments else ()
-
-    @property
-    def resolved_shots(self) -> tuple[int, ...]:
-        """The shot counts, ascending."""
-        return tuple(sorted(self.shots if self.shots is not None else self.defaults.shots))
-
-    @property
-    def resolved_limit(self) -> int | None:
-        """Evaluation documents per task; None: all."""
-        return self.limit or self.defaults.limit
-
-    @property
-    def resolved_train_limit(self) -> int:
-        """Training documents per task."""
-        return self.train_limit or self.limit or self.defaults.train_limit
-
-    @property
-    def resolved_importance_limit(self) -> int:
-        """Training documents per task whose gradients are taken."""
-        return self.importance_limit or self.resolved_train_limit
-
-    @property
-    def resolved_curve_limit(self) -> int:
-        """Evaluation documents per task that curves are judged on."""
-        wanted = self.curve_limit or self.defaults.curve_limit
-        return min(wanted, self.resolved_limit or wanted)
-
-    @property
-    def resolved_store_dir(self) -> Path:
-        """Folder of converted checkpoints: --store-dir, or one in the user's cache folder (XDG)."""
-        if self.store_dir is not None:
-            return self.store_dir
-        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-        return Path(cache) / "lowmem-icl" / "stores"
-
-    @property
-    def identity_values(self) -> dict[str, Any]:
-        """The plain JSON values of all options that results depend on; the device is not among them."""
-        values = self.model_dump(mode="json", include={name for name in FLAGS if FLAGS[name].changes_results})
-        resolved = {
-            "limit": self.resolved_limit,
-            "train_limit": self.resolved_train_limit,
-            "curve_limit": self.curve_limit or self.defaults.curve_limit,
-        }
-        return values | {"shots": list(self.resolved_shots), **resolved}
-
-    @property
-    def digest(self) -> str:
-        """Twelve hexadecimal digits over `identity_values`."""
-        text = json.dumps(self.identity_values, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
-
 
 def _flag(field: FieldInfo) -> Flag:
     (flag,) = (item for item in field.metadata if isinstance(item, Flag))
     return flag
 
 
-FLAGS: dict[str, Flag] = {name: _flag(field) for name, field in RunOptions.model_fields.items()}
+FLAGS: dict[str, Flag] = {name: _flag(field) for name, field in RunFields.model_fields.items()}

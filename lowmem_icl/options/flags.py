@@ -1,6 +1,6 @@
 """How the options are called and described on the command line."""
 
-from lowmem_icl.options.fields import FLAGS, Group, RunOptions
+from lowmem_icl.options.fields import FLAGS, Group, RunFields
 from lowmem_icl.options.forms import Form, describe_form
 
 
@@ -18,7 +18,7 @@ def default_text(name: str) -> str:
     """Return an option's default as a person reads it; empty for a switch that is off."""
     if FLAGS[name].default:
         return FLAGS[name].default
-    value = RunOptions.model_fields[name].default
+    value = RunFields.model_fields[name].default
     if isinstance(value, tuple):
         return ",".join(value)
     return "" if value is False else str(value)
@@ -26,5 +26,5 @@ def default_text(name: str) -> str:
 
 def form_of(name: str) -> Form:
     """Return what values an option takes, read from its type and its check."""
-    field = RunOptions.model_fields[name]
+    field = RunFields.model_fields[name]
     return describe_form(field.annotation, field.metadata)

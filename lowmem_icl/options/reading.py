@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.options.fields import FLAGS, RunOptions
+from lowmem_icl.options.fields import FLAGS
 from lowmem_icl.options.flags import default_text, flag_name, form_of
+from lowmem_icl.options.run_options import RunOptions
 
 
 def read_config(path: Path) -> dict[str, Any]:

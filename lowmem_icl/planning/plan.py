@@ -52,7 +52,8 @@ class Plan:
     """The whole run: what is on disk and in memory, this machine's rates, and the cost of every experiment.
 
     `convert_bytes`: what is still to be read to make the store, 0 where it is there. `wave_tokens`: the bound
-    of a wave. `stop_after`: seconds from the start after which an experiment must stop, by --hours.
+    of a wave. `stop_after`: seconds from the start after which an experiment must stop, by --hours. `notes`:
+    what there is to say of experiments beforehand.
     """
 
     memory: MemoryPlan
@@ -63,6 +64,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     hours: float | None = None
     stop_after: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def limits(self) -> SweepLimits:
@@ -123,7 +125,8 @@ def make_plan(
         stages += [stage] if stage.operations else []
     checkpoint = prepared.located.checkpoint
     to_convert = 0 if store.is_written or checkpoint is None else checkpoint.size_bytes
-    plan = Plan(memory, store.size_bytes, to_convert, rates, wave_tokens, tuple(stages))
+    notes = tuple(note for work in planned for note in work.stage.notes(prepared))
+    plan = Plan(memory, store.size_bytes, to_convert, rates, wave_tokens, tuple(stages), notes=notes)
     return plan if hours is None else within_hours(plan, hours, chunks)
 
 
@@ -145,8 +148,8 @@ class _Counting:
         for part, part_cost in work.costs(self._prepared, self._limits, self._resident):
             cost += part_cost
             if isinstance(part, SweepPart):
-                first = part.jobs[0].documents.start or 0
-                chunks.append(Chunk(first, part.documents, self.seconds(part_cost)))
+                seconds = self.seconds(part_cost)
+                chunks.append(Chunk(part.documents_before, part.documents, seconds))
         if cost.attention_tokens and not self._has_read_resident:
             cost += SweepCost(layers_read=len(self._resident))
             self._has_read_resident = True

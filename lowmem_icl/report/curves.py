@@ -14,10 +14,21 @@ from lowmem_icl.report.section import Record, Section
 
 TEXT = (
     "By one ranking of the intact model, more and more of the least important units are removed; judged on "
-    "the first evaluation documents. A knee is the largest level whose drop of accuracy is at most one point "
-    "and at most one standard error on training documents; what it costs is measured on evaluation documents."
+    "the first evaluation documents. A knee is the last level before the first that credibly costs more than "
+    "one point of accuracy: the whole 95 % interval of its drop on training documents is above. Up to the "
+    "certain knee every level credibly costs at most one point. The last level that truly does lies between "
+    "the two; more training documents bring them together. What the knee costs is measured on evaluation "
+    "documents. The grey band holds the next random mask in 95 % of cases."
 )
-KNEE_COLUMNS = ("task", "shots", "removed", "ranking", "knee", "accuracy drop there, points")
+KNEE_COLUMNS = (
+    "task",
+    "shots",
+    "removed",
+    "ranking",
+    "knee",
+    "certain knee",
+    "accuracy drop at the knee, points",
+)
 # Drawn in the panels of heads or FFNs: by method, and whether the ranking is that of all tasks.
 CURVES = {
     ("gradient", False): ("own ranking", COLOURS[0], "-"),
@@ -149,8 +160,13 @@ def knee_rows(points: pl.DataFrame) -> list[list[str]]:
     """Return formatted rows of KNEE_COLUMNS: every curve's knee and what it costs on evaluation documents."""
     keys = ["task", "shots", "procedure", "method", "kind", "other_task", "other_shots"]
     knees = points.filter(pl.col("metric") == "knee").select(*keys, "percent")
+    certain = points.filter(pl.col("metric") == "knee_certain").select(
+        *keys, pl.col("value").alias("certain")
+    )
     costs = points.filter(pl.col("metric") == "knee_acc_drop").select(*keys, "value", "low", "high")
-    both = knees.join(costs, on=keys, how="left", nulls_equal=True, maintain_order="left")
+    both = knees.join(certain, on=keys, how="left", nulls_equal=True, maintain_order="left").join(
+        costs, on=keys, how="left", nulls_equal=True, maintain_order="left"
+    )
     return [
         [
             row["task"],
@@ -158,6 +174,7 @@ def knee_rows(points: pl.DataFrame) -> list[list[str]]:
             "heads" if row["kind"] == "head" else "FFNs",
             "of all tasks" if row["other_task"] == AGGREGATE else "own",
             f"{row['percent']} %",
+            "" if row["certain"] is None else f"{row['certain']:g} %",
             _points_text(row["value"], row["low"], row["high"]),
         ]
         for row in both.iter_rows(named=True)

@@ -8,12 +8,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowmem_icl.report.figures import COLOURS, error_bars, new_figure, page_figure, task_order
+from lowmem_icl.report.losses import Loss, SearchMask, greedy_losses, searches_without_certificate
 from lowmem_icl.report.numbers import clean_accuracy, greedy_accuracy, pruned
 from lowmem_icl.report.section import Record, Section, interval_text, number_text
 
-COLUMNS = ("task", "shots", "method", "heads removed", "FFNs removed", "accuracy", "95 %")
-METHODS = ("greedy", "gradient", "random")
-BAR_DISTANCE = 0.27
+COLUMNS = (
+    "task", "shots", "method", "heads removed", "FFNs removed", "accuracy", "95 %", "loss", "95 %",
+    "tolerance",
+)  # fmt: skip
+METHODS = ("greedy", "certified", "gradient", "random")
+BAR_DISTANCE = 0.21
 
 
 def greedy_section(results: pl.DataFrame, record: Record) -> Section | None:
@@ -22,12 +26,18 @@ def greedy_section(results: pl.DataFrame, record: Record) -> Section | None:
     if table.is_empty():
         return None
     options = record["options"]
+    losses = greedy_losses(results, record)
     return Section(
         "Greedy pruning",
-        f"Greedy layerwise masks that may lose {options['tolerance']:g} of {options['objective']} on "
-        "training documents, compared with the lowest units by gradient and a random draw, of equal size; "
-        "all are judged on the evaluation split."
-        + replacement_note(record.get("greedy", [])),
+        f"Greedy layerwise masks that may lose {options['tolerance']:g} of {options['objective']} on the "
+        "documents that they are searched on, compared with the lowest units by gradient and a random "
+        "draw of equal size. Certified: the largest mask on a search's path that is shown, with 95 % "
+        "confidence, to keep the tolerance, on training documents that the search did not see. All are "
+        f"judged on the evaluation split; loss: of {options['objective']} there, paired with the clean "
+        "model. The tolerance holds where the whole interval of the loss is within it, fails where none "
+        "of it is."
+        + replacement_note(record.get("greedy", []))
+        + certificate_note(record),
         page_figure(
             "pruning", "Line: the clean model. Above: heads (H) and FFNs (F) removed.", pruning_bars, results
         ),
@@ -36,10 +46,23 @@ def greedy_section(results: pl.DataFrame, record: Record) -> Section | None:
             [
                 row["task"], str(row["shots"]), row["method"], str(row["heads_removed"]),
                 str(row["ffns_removed"]), number_text(row["value"]), interval_text(row["low"], row["high"]),
+                *_loss_cells(losses.get(SearchMask(row["task"], row["shots"], row["method"]))),
             ]
             for row in table.iter_rows(named=True)
         ],
     )  # fmt: skip
+
+
+def _loss_cells(loss: Loss | None) -> tuple[str, str, str]:
+    if loss is None:
+        return "", "", ""
+    return number_text(loss.value), interval_text(loss.low, loss.high), loss.verdict
+
+
+def certificate_note(record: Record) -> str:
+    """Return for which of the searches that were tested nothing is certified."""
+    empty = [f"{task} at {shots}" for task, shots in sorted(searches_without_certificate(record))]
+    return f" No mask is certified for {', '.join(empty)} shots." if empty else ""
 
 
 def replacement_note(losses: Sequence[Mapping[str, Any]]) -> str:
@@ -80,17 +103,17 @@ def pruning_bars(results: pl.DataFrame) -> Figure | None:
         axis.set_title(f"{n_shots} shots", fontsize=9)
         axis.set_xticks(range(len(tasks)), tasks, fontsize=8, rotation=30 if len(tasks) > 6 else 0)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=8, ncols=3)
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=8, ncols=4)
     return figure
 
 
 def _draw_bars(axis: Axes, records: pl.DataFrame, tasks: Sequence[str]) -> None:
-    """Draw three bars per task; above them, what the greedy mask removed."""
+    """Draw a bar per task and method; above them, what the greedy mask removed."""
     for number, method in enumerate(METHODS):
         bars = records.filter(pl.col("method") == method)
-        x = [tasks.index(task) + (number - 1) * BAR_DISTANCE for task in bars["task"]]
+        x = [tasks.index(task) + (number - (len(METHODS) - 1) / 2) * BAR_DISTANCE for task in bars["task"]]
         axis.bar(
-            x, bars["value"], 0.25, yerr=error_bars(bars), capsize=2,
+            x, bars["value"], 0.19, yerr=error_bars(bars), capsize=2,
             color=COLOURS[number], label=method,
         )  # fmt: skip
     for mask in records.filter(pl.col("method") == METHODS[0]).iter_rows(named=True):

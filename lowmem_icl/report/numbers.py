@@ -1,6 +1,6 @@
 """The main numbers of a run, for the page, the terminal and `--json`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,13 @@ ACCURACY = ("acc", "em")
 """A task's own accuracy goes by either name."""
 TOP_UNITS = 5
 SIGNIFICANT_Q = 0.05
+STAR = (
+    "*: more documents are hurt than helped without the unit, or the reverse, at a false discovery rate of "
+    f"{100 * SIGNIFICANT_Q:.0f} % (exact sign test)"
+)
+"""What a star claims; it stands wherever stars do."""
+PICKED = "single values are picked and measured on the same documents, so likely too large"
+CLAIM = ("documents_hurt", "documents_helped", "q_value")
 UNIT_KEYS = ("shots", "kind", "layer", "head")
 
 
@@ -94,19 +101,43 @@ def unit_drops(results: pl.DataFrame) -> pl.DataFrame:
 def top_units(results: pl.DataFrame, n: int = TOP_UNITS) -> pl.DataFrame:
     """Return the n units per shot count that cost most when removed alone, mean over tasks.
 
-    `value` is the drop of gold log-probability in nats; `q_value` that of the mean, Benjamini and Hochberg's
-    over all units; null where it is unknown.
+    `value` is the drop of gold log-probability in nats, measured on the documents that the units are picked
+    by. Null where unknown: `documents_hurt` and `documents_helped`, how many lose and gain without the unit,
+    over all tasks; `q_value`, Benjamini and Hochberg's over all units, of their being as many.
     """
     keys = ["task", *UNIT_KEYS]
-    q_values = results.filter(pl.col("metric") == "q_value").select(*keys, pl.col("value").alias("q_value"))
+    units = mean_over_tasks(unit_drops(results))
+    for name in CLAIM:
+        column = results.filter(pl.col("metric") == name).select(*keys, pl.col("value").alias(name))
+        units = units.join(column, on=keys, how="left", nulls_equal=True)
     return (
-        mean_over_tasks(unit_drops(results))
-        .join(q_values, on=keys, how="left", nulls_equal=True)
-        .select(*UNIT_KEYS, "value", "q_value")
+        units.select(*UNIT_KEYS, "value", *CLAIM)
         .sort(["shots", "value", "layer", "head"], descending=[False, True, False, False])
         .group_by("shots", maintain_order=True)
         .head(n)
     )
+
+
+def held_out_tops(results: pl.DataFrame, n: int = TOP_UNITS) -> pl.DataFrame:
+    """Return what the n units per shot count that cost most when removed alone cost on average, mean over
+    tasks, on documents that did not pick them; no record where that is unknown.
+    """
+    tops = results.filter(
+        (pl.col("metric") == "top_drop") & pl.col("kind").is_null() & (pl.col("count") == n)
+    )
+    return mean_over_tasks(tops).select("shots", "count", "value", "low", "high").sort("shots")
+
+
+def held_out_text(units: Sequence[Mapping[str, Any]], tops: Sequence[Mapping[str, Any]]) -> str:
+    """Return the mean of the costliest units at a shot count, with what it is on documents that did not pick
+    them, from the records of `top_units` and `held_out_tops`.
+    """
+    mean = f"mean {sum(unit['value'] for unit in units) / len(units):.2f}"
+    for top in tops:
+        if (top["shots"], top["count"]) == (units[0]["shots"], len(units)):
+            bounds = "" if top["low"] is None else f" [{top['low']:.2f}, {top['high']:.2f}]"
+            return f"{mean}, on documents that did not pick the units {top['value']:.2f}{bounds}"
+    return mean
 
 
 def induction_heads(results: pl.DataFrame, n: int = TOP_UNITS) -> pl.DataFrame:
@@ -139,6 +170,7 @@ def summary(folder: Path) -> dict[str, Any]:
         "accuracy": accuracy(results).to_dicts(),
         "pruned": pruned(results).to_dicts(),
         "top_units": top_units(results).to_dicts(),
+        "top_units_held_out": held_out_tops(results).to_dicts(),
         "induction_heads": induction_heads(results).to_dicts(),
         "warnings": record["warnings"],
         "seconds": total_seconds(record),
@@ -156,6 +188,7 @@ def status_of(folder: Path) -> dict[str, Any]:
     stages = {name: stage for name, stage in record.get("stages", {}).items() if stage["finished"]}
     planned = {stage["experiment"]: stage["seconds"] for stage in record["plan"]["stages"]}
     table = folder / "results.parquet"
+    results = read_table(table, "results") if table.is_file() else None
     return {
         "folder": str(folder),
         "state": record["state"],
@@ -164,6 +197,7 @@ def status_of(folder: Path) -> dict[str, Any]:
         "finished": {name: stage["seconds"] for name, stage in stages.items()},
         "parts": len(list((folder / "parts").glob("*.npz"))),
         "seconds_left_planned": round(sum(time for name, time in planned.items() if name not in stages), 1),
-        "best_units": top_units(read_table(table, "results")).to_dicts() if table.is_file() else [],
+        "best_units": [] if results is None else top_units(results).to_dicts(),
+        "best_units_held_out": [] if results is None else held_out_tops(results).to_dicts(),
         "warnings": record["warnings"],
     }

@@ -1,7 +1,7 @@
 """One self-contained page from the tables of one run or several: its sections, in their order."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
@@ -14,11 +14,14 @@ from lowmem_icl.report.agreement import agreement_section
 from lowmem_icl.report.curves import curves_section
 from lowmem_icl.report.greedy import greedy_section
 from lowmem_icl.report.importance import importance_section
-from lowmem_icl.report.in_context import in_context_section
+from lowmem_icl.report.in_context import in_context_section, label_drops_section
 from lowmem_icl.report.induction import induction_section
 from lowmem_icl.report.labels import labels_section
 from lowmem_icl.report.numbers import (
-    SIGNIFICANT_Q,
+    PICKED,
+    STAR,
+    held_out_text,
+    held_out_tops,
     mean_over_tasks,
     pruned,
     significance_mark,
@@ -31,18 +34,22 @@ from lowmem_icl.session.folder import run_record
 from lowmem_icl.system.files import write_text_atomic
 from lowmem_icl.tables.schema import read_table
 
-SECTIONS: tuple[Callable[[pl.DataFrame, Record], Section | None], ...] = (
-    accuracy_section,
-    labels_section,
-    importance_section,
-    ablation_section,
-    in_context_section,
-    curves_section,
-    greedy_section,
-    induction_section,
-    agreement_section,
-    protocol_section,
-)
+MakeSection = Callable[[pl.DataFrame, Record], Section | None]
+
+# With the headings of docs/numbers.md that say what their numbers mean.
+SECTIONS: dict[MakeSection, tuple[str, ...]] = {
+    accuracy_section: ("Accuracy and log-probability", "Intervals", "Means over tasks"),
+    labels_section: ("Labels",),
+    importance_section: ("Importance",),
+    ablation_section: ("Drops", "Stars", "Costliest units"),
+    in_context_section: ("Drops", "Costliest units"),
+    label_drops_section: ("Drops", "Labels", "Costliest units"),
+    curves_section: ("Curves and knees", "Random masks"),
+    greedy_section: ("Greedy and certified masks",),
+    induction_section: ("Induction heads", "Random masks"),
+    agreement_section: ("Agreement of rankings",),
+    protocol_section: (),
+}
 NAMED_UNITS = 3
 
 
@@ -87,7 +94,10 @@ def render(reports: Sequence[RunReport]) -> str:
 def run_report(results: pl.DataFrame, record: Record) -> RunReport:
     """Return what the page says of a run."""
     model = record["model"]
-    sections = [make_section(results, record) for make_section in SECTIONS]
+    sections = [
+        None if (section := make_section(results, record)) is None else replace(section, meaning=headings)
+        for make_section, headings in SECTIONS.items()
+    ]
     return RunReport(
         title=f"{model['id']} in {model['weights']}",
         lead=_lead(record),
@@ -106,7 +116,7 @@ def _lead(record: Record) -> str:
         f"{', '.join(dict.fromkeys(task['task'] for task in record['tasks']))}; "
         f"{', '.join(str(n_shots) for n_shots in record['shots'])} demonstrations. Accuracies are measured "
         "on the evaluation split; importance and ablations are measured, and masks chosen, on the training "
-        "split. Bars are 95 % intervals and ± are standard errors, both over documents."
+        "split. Bars and bounds are 95 % intervals over documents."
     )
 
 
@@ -144,15 +154,16 @@ def greedy_findings(results: pl.DataFrame, record: Record) -> list[str]:
 def unit_findings(results: pl.DataFrame) -> list[str]:
     """Return a sentence per shot count on the units that cost most when removed alone."""
     findings = []
-    for (shots,), units in top_units(results, NAMED_UNITS).group_by("shots", maintain_order=True):
+    held_out = held_out_tops(results, NAMED_UNITS).to_dicts()
+    for (shots,), members in top_units(results, NAMED_UNITS).group_by("shots", maintain_order=True):
+        units = members.to_dicts()
         named = ", ".join(
             f"{unit_name(unit['kind'], unit['layer'], unit['head'])} "
             f"({unit['value']:.2f}{significance_mark(unit)})"
-            for unit in units.iter_rows(named=True)
+            for unit in units
         )
         findings.append(
             f"At {shots} shots the costliest units to remove alone are {named}, in nats of gold "
-            f"log-probability; *: differs from 0 at a false discovery rate of {SIGNIFICANT_Q:.0%} among all "
-            "units."
+            f"log-probability: {held_out_text(units, held_out)}; {PICKED}. {STAR}."
         )
     return findings

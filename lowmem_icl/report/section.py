@@ -20,13 +20,17 @@ class PageFigure:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: text, then figures, then a table of formatted cells."""
+    """A part of the page: text, then figures, then a table of formatted cells.
+
+    `meaning`: the headings of docs/numbers.md that say what its numbers mean.
+    """
 
     title: str
     text: str = ""
     figures: Sequence[PageFigure] = ()
     columns: Sequence[str] = ()
     rows: Rows = ()
+    meaning: Sequence[str] = ()
 
 
 def number_text(value: float | None) -> str:

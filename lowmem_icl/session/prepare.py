@@ -18,7 +18,8 @@ from lowmem_icl.model.store import Store
 from lowmem_icl.options import DEMO, PACKAGED_MODEL_NAMES, RunOptions
 from lowmem_icl.protocols import Labels
 from lowmem_icl.rows import PackedRows
-from lowmem_icl.session.task_texts import KeptTable, LabelControls, TextMaker, part_limits, part_rows
+from lowmem_icl.session.document_limits import part_limits
+from lowmem_icl.session.task_texts import KeptTable, LabelControls, TextMaker, part_rows
 from lowmem_icl.session.text_form import TextForm, check_ids, packing_limits, text_form, text_tokeniser
 from lowmem_icl.session.text_keys import TableName, tokenizer_digest
 from lowmem_icl.session.texts import FOLDER, KeptTexts
@@ -45,11 +46,12 @@ class Prepared:
     """A run's model and documents, checked; their texts are tokens already.
 
     `evaluate`, `train`: the documents of every task and shot count, in the same order; `importance`: the
-    training documents whose gradients are taken; `curves`: the first of `evaluate`, as many as pruning curves
-    are judged on; `label_controls`: those of `evaluate` that have demonstrations, with other answers shown.
-    `notes`: what is left out, and why, in sentences. `masks`: those that the user gives, by name, to be
-    evaluated as well as the clean model. The store may be only planned, with sizes and no files: `with_store`
-    makes it.
+    training documents whose gradients are taken; `certify`: training documents that share no cluster with
+    `train`, () where none are asked for; `curves`: the first of `evaluate`, as many as pruning curves are
+    judged on; `label_controls`, `train_controls`: those of `evaluate` and of `train` that have
+    demonstrations, with other answers shown. `notes`: what is left out, and why, in sentences. `masks`: those
+    that the user gives, by name, to be evaluated as well as the clean model. The store may be only planned,
+    with sizes and no files: `with_store` makes it.
     """
 
     options: RunOptions
@@ -63,7 +65,9 @@ class Prepared:
     curves: tuple[TaskRows, ...]
     tables: Mapping[TableName, KeptTable] = field(repr=False)
     texts: KeptTexts = field(repr=False)
+    certify: tuple[TaskRows, ...] = ()
     label_controls: tuple[TaskRows, ...] = ()
+    train_controls: tuple[TaskRows, ...] = ()
     notes: tuple[str, ...] = ()
     masks: Mapping[str, Mask] = field(default_factory=dict)
 
@@ -133,12 +137,18 @@ class Prepared:
     def tasks_digest(self) -> str:
         """SHA-256 over all texts, tokens, labels and demonstrations of both parts."""
         summed = hashlib.sha256()
-        for task in (*self.evaluate, *self.train, *self.importance, *self.label_controls):
+        for task in self._all_documents:
             kept = self._table(task)
             summed.update(repr((task.task, task.shots, task.split, kept.digest)).encode())
             summed.update(np.array([document.index for document in task.documents]).tobytes())
             summed.update(kept.table.option_numbers(task).tobytes())
         return summed.hexdigest()
+
+    @property
+    def _all_documents(self) -> tuple[TaskRows, ...]:
+        certify = (task for task in self.certify if task.documents)
+        controls = (*self.label_controls, *self.train_controls)
+        return (*self.evaluate, *self.train, *self.importance, *certify, *controls)
 
 
 def task_names(options: RunOptions) -> tuple[str, ...]:
@@ -185,7 +195,9 @@ def prepare(options: RunOptions, *, progress: Progress = unseen, needs_weights: 
     with progress("texts", len(wanted), "tasks") as advance:
         for task, shots in wanted:
             rows, tables[TableName(task.name, shots, "right")] = maker.documents(task, shots)
-            controls.add(task, rows["evaluate"])
+            controls.add(task, rows)
+            if "certify" in rows:
+                rows["certify"] = rows["certify"].unrelated_to(rows["train"])
             for name, part_rows in rows.items():
                 documents[name].append(part_rows)
             advance(1)
@@ -200,9 +212,11 @@ def prepare(options: RunOptions, *, progress: Progress = unseen, needs_weights: 
         train=tuple(documents["train"]),
         importance=tuple(documents["importance"]),
         curves=tuple(documents["curves"]),
+        certify=tuple(documents.get("certify", ())),
         tables=tables,
         texts=texts,
-        label_controls=tuple(controls.found),
+        label_controls=tuple(controls.found["evaluate"]),
+        train_controls=tuple(controls.found["train"]),
         notes=controls.notes(),
     )
 

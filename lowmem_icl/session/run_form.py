@@ -83,6 +83,12 @@ class _GreedyCheck(_Form):
     check_loss: float
 
 
+class _Certificate(_Form):
+    task: str
+    shots: int
+    certified_units: Annotated[int, Field(ge=0)]
+
+
 class _Sequences(_Form):
     sequences: int
     base_tokens: Annotated[list[int], Field(min_length=2, max_length=2)]
@@ -118,4 +124,5 @@ class RunRecord(_Form):
     warnings: list[str]
     sessions: Annotated[list[_Session], Field(min_length=1)]
     greedy: list[_GreedyCheck] = Field(default_factory=list)
+    certificates: list[_Certificate] = Field(default_factory=list)
     induction: _Sequences | None = None

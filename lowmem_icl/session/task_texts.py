@@ -1,6 +1,6 @@
 """The documents of a run's tasks with their prompts, made once or found where they were kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from lowmem_icl.options import RunOptions
 from lowmem_icl.protocols import Labels
+from lowmem_icl.session.document_limits import part_limits
 from lowmem_icl.session.text_keys import TableName, table_key
 from lowmem_icl.session.texts import KeptTexts
 from lowmem_icl.tasks.demonstrations import Demonstrations
@@ -29,16 +30,6 @@ class KeptTable:
     key: str
     digest: str
     table: PromptTable = field(repr=False)
-
-
-def part_limits(options: RunOptions) -> dict[str, tuple[Part, int | None]]:
-    """Return the part and the limit of the documents that a run needs, by field of Prepared."""
-    return {
-        "evaluate": ("evaluate", options.resolved_limit),
-        "train": ("train", options.resolved_train_limit),
-        "importance": ("importance", options.resolved_importance_limit),
-        "curves": ("evaluate", options.resolved_curve_limit),
-    }
 
 
 def part_rows(
@@ -67,32 +58,55 @@ class TextMaker:
 
     def documents(self, task: OpenTask, shots: int) -> tuple[dict[str, TaskRows], KeptTable]:
         """Return a task's documents at a shot count, by field of Prepared, and the table of their prompts."""
+        limits = part_limits(self.options)
         return self._from_table(
             TableName(task.name, shots, "right"),
             task,
+            tuple(limits),
             lambda prompter: {
-                name: part_rows(self.options, task, shots, part, prompter)
-                for name, part in part_limits(self.options).items()
+                name: part_rows(self.options, task, shots, part, prompter) for name, part in limits.items()
             },
         )
 
-    def label_control(self, task: OpenTask, rows: TaskRows, labels: Labels) -> tuple[TaskRows, KeptTable]:
-        """Return evaluation documents with other answers shown, and the table of their prompts.
+    def label_controls(
+        self, task: OpenTask, rows: Mapping[str, TaskRows], labels: Labels
+    ) -> tuple[dict[str, TaskRows], KeptTable]:
+        """Return documents, by field of Prepared, with other answers shown, and the table of their prompts.
 
-        Raises NoLabelControl where that is not defined, or changes nothing.
+        Those for which that is not defined, or changes nothing, are left out; raises NoLabelControl where all
+        are.
         """
-        protocol = self.options.protocol_flags
+        parts, protocol = part_limits(self.options), self.options.protocol_flags
+
+        def with_others(prompter: Prompter) -> dict[str, TaskRows]:
+            found, errors = {}, []
+            for name, of_part in rows.items():
+                part = parts[name][0]
+                try:
+                    found[name] = with_other_labels(task, of_part, labels, protocol, prompter, part)
+                except NoLabelControl as error:
+                    errors.append(error)
+            if not found:
+                raise errors[0]
+            return found
+
+        (shots,) = {of_part.shots for of_part in rows.values()}
         controls, table = self._from_table(
-            TableName(task.name, rows.shots, labels),
-            task,
-            lambda prompter: {labels: with_other_labels(task, rows, labels, protocol, prompter)},
+            TableName(task.name, shots, labels), task, tuple(rows), with_others
         )
-        if not changes_a_prompt(rows, controls[labels]):
+        changed = {
+            name: control for name, control in controls.items() if changes_a_prompt(rows[name], control)
+        }
+        if not changed:
             raise NoLabelControl("all demonstrations show the same answer")
-        return controls[labels], table
+        return changed, table
 
     def _from_table(
-        self, name: TableName, task: OpenTask, prompted: Callable[[Prompter], dict[str, TaskRows]]
+        self,
+        name: TableName,
+        task: OpenTask,
+        fields: Sequence[str],
+        prompted: Callable[[Prompter], dict[str, TaskRows]],
     ) -> tuple[dict[str, TaskRows], KeptTable]:
         """Return documents whose prompts come from a table, and the table, made where it is not there."""
 
@@ -101,7 +115,7 @@ class TextMaker:
             prompted(writer)
             return writer.arrays()
 
-        key = table_key(self.options, name, task.rows_digest, self.tokenizer_digest, self.limits)
+        key = table_key(self.options, name, fields, task.rows_digest, self.tokenizer_digest, self.limits)
         for again in (False, True):
             table, digest = self.texts.table(key, make, again=again)
             try:
@@ -119,26 +133,34 @@ class TextMaker:
 
 @dataclass
 class LabelControls:
-    """The evaluation documents with other answers shown, as they are made, and why some have none."""
+    """The documents with other answers shown, by field of Prepared, as they are made, and why some have
+    none.
+    """
 
     maker: TextMaker
     tables: dict[TableName, KeptTable]
-    found: list[TaskRows] = field(default_factory=list)
+    found: dict[str, list[TaskRows]] = field(default_factory=lambda: {"evaluate": [], "train": []})
     _reasons: dict[tuple[str, str], dict[Labels, None]] = field(default_factory=dict)
 
-    def add(self, task: OpenTask, rows: TaskRows) -> None:
+    def add(self, task: OpenTask, rows: Mapping[str, TaskRows]) -> None:
         """Add the controls of a task at one shot count; one demonstration alone is not shuffled."""
         fewest: dict[Labels, int] = {"shuffled": 2, "foreign": 1}
-        for labels in self.maker.options.control_labels:
-            if rows.shots < fewest[labels]:
+        shots = rows["evaluate"].shots
+        for labels, fields in self._fields().items():
+            if shots < fewest[labels]:
                 continue
+            wanted = {name: rows[name] for name in fields}
             try:
-                control, table = self.maker.label_control(task, rows, labels)
+                controls, table = self.maker.label_controls(task, wanted, labels)
             except NoLabelControl as error:
-                self._reasons.setdefault((task.name, str(error)), {})[labels] = None
+                self._note(task, str(error), labels)
                 continue
-            self.tables[TableName(task.name, rows.shots, labels)] = table
-            self.found.append(control)
+            self.tables[TableName(task.name, shots, labels)] = table
+            for name in wanted:
+                if name in controls:
+                    self.found[name].append(controls[name])
+                else:
+                    self._note(task, f"no demonstrations before its {name} documents allow it", labels)
 
     def notes(self) -> tuple[str, ...]:
         """Return a sentence for every task and reason."""
@@ -146,3 +168,14 @@ class LabelControls:
             f"task {task}: no control with {' or '.join(labels)} labels: {reason}"
             for (task, reason), labels in self._reasons.items()
         )
+
+    def _fields(self) -> dict[Labels, list[str]]:
+        """Return which documents are also shown other labels, by labels."""
+        options = self.maker.options
+        fields: dict[Labels, list[str]] = {labels: ["evaluate"] for labels in options.control_labels}
+        if options.label_drops:
+            fields.setdefault("shuffled", []).append("train")
+        return fields
+
+    def _note(self, task: OpenTask, reason: str, labels: Labels) -> None:
+        self._reasons.setdefault((task.name, reason), {})[labels] = None

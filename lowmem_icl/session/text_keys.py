@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from typing import Any
 from lowmem_icl import __version__
 from lowmem_icl.options import RunOptions
 from lowmem_icl.protocols import Labels
+from lowmem_icl.session.document_limits import certify_limit
 from lowmem_icl.tasks.catalogue import is_file_name
 from lowmem_icl.tasks.packing import PackingLimits
 
@@ -32,10 +34,17 @@ class TableName:
 
 
 def table_key(
-    options: RunOptions, name: TableName, rows_digest: str, tokenizer: str, limits: PackingLimits
+    options: RunOptions,
+    name: TableName,
+    fields: Sequence[str],
+    rows_digest: str,
+    tokenizer: str,
+    limits: PackingLimits,
 ) -> str:
-    """Return the key of a table of texts; rows_digest, tokenizer: digests of the task's rows and of the
-    tokenizer.
+    """Return the key of a table of texts.
+
+    fields: of Prepared, whose documents it holds; rows_digest, tokenizer: digests of the task's rows and of
+    the tokenizer.
     """
     depends_on = {
         "version": __version__,
@@ -48,11 +57,13 @@ def table_key(
         "limits": asdict(limits),
         "shots": name.shots,
         "labels": name.labels,
+        "fields": list(fields),
         "documents": [
             options.resolved_limit,
             options.resolved_train_limit,
             options.resolved_importance_limit,
             options.resolved_curve_limit,
+            certify_limit(options),
         ],
         "demonstrations": [options.demonstrations, options.demonstration_sets],
         "protocol": asdict(options.protocol_flags),

@@ -50,8 +50,8 @@ class SweepPart:
     """Documents of tasks under masks, in one sweep.
 
     `keep_clean`: another part will start from the same clean residuals; `cached`: an earlier one left them.
-    `documents`: how many documents per task are done once it is. `times`: how often it is expected, where
-    that depends on what is found.
+    `documents_before`, `documents`: how many documents per task are done before it and once it is, where
+    planned hours are told by that. `times`: how often it is expected, where that depends on what is found.
     """
 
     name: str
@@ -59,6 +59,7 @@ class SweepPart:
     jobs: tuple[MaskedDocuments, ...]
     keep_clean: bool = False
     cached: bool = False
+    documents_before: int = 0
     documents: int = 0
     times: float = 1
 

@@ -26,6 +26,9 @@ FEWEST_WITH_MEMBERS = 5
 JACKKNIFE_CONFIDENCE = 0.97
 """Of Student's quantile on Fisher's scale, which falls a little short of 95 % where scores go with layers."""
 LARGEST_CORRELATION = 1 - 1e-9
+COUNTED_SHARE = 0.8
+"""Of the units that the jackknife's standard error is worth, which is a little too small where scores go with
+layers."""
 MOST_PER_MEMBER = 2
 """Units that a detection rate can be worth: where no left-out layer changes it, other layers still may."""
 
@@ -100,7 +103,7 @@ def _with_interval(
     most = float(MOST_PER_MEMBER * members.sum())
     n_units = min(most, value * (1 - value) / stderr**2) if stderr > 0 and 0 < value < 1 else most
     with_member = int(members.any(1).sum())
-    low, high = wilson_bounds(np.array([value]), np.array([n_units]), with_member - 1)
+    low, high = wilson_bounds(np.array([value]), np.array([COUNTED_SHARE * n_units]), with_member - 1)
     return Measure(value, float(low[0]), float(high[0]), chance)
 
 

@@ -143,16 +143,6 @@ def mean_of_intervals(members: Intervals) -> Intervals:
     return Intervals(value, stderr, np.where(lacks_bounds, np.nan, low), np.where(lacks_bounds, np.nan, high))
 
 
-def mean_of_estimates(members: Sequence[Estimates]) -> Estimates:
-    """Return the mean of independent estimates [U] each, degrees of freedom by Welch and Satterthwaite."""
-    variances = np.square([member.stderr for member in members])
-    each = np.square(variances) / np.array([member.freedom for member in members])
-    total, freedom = variances.sum(0), np.array([member.freedom for member in members]).sum(0)
-    np.divide(np.square(total), each.sum(0), out=freedom, where=each.sum(0) > 0)
-    value = np.mean([member.value for member in members], axis=0)
-    return Estimates(value, np.sqrt(total) / len(members), freedom)
-
-
 def effective_count(sizes: NDArray[np.int64]) -> float:
     """Return how many clusters of one size weigh as much as clusters of these sizes: (Σ size)² / Σ size²."""
     return float(sizes.sum() ** 2 / np.square(sizes).sum())

@@ -8,7 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lowmem_icl.statistics.intervals import MEAN, Interval, Values, mean_interval
+from lowmem_icl.statistics.intervals import (
+    MEAN,
+    Interval,
+    Intervals,
+    Values,
+    mean_interval,
+    mean_of_intervals,
+)
 
 
 def alternate_halves(clusters: Sequence[str]) -> NDArray[np.bool_]:
@@ -17,17 +24,24 @@ def alternate_halves(clusters: Sequence[str]) -> NDArray[np.bool_]:
     return np.array([index[name] % 2 == 0 for name in clusters])
 
 
-def top_mean(values: Values, clusters: Sequence[str], count: int) -> Interval:
-    """Return the mean of the `count` units whose values [U, N] are highest, free of selection bias.
+def top_mean(values: Sequence[Values], clusters: Sequence[Sequence[str]], count: int) -> Interval:
+    """Return the mean of the `count` units that are highest in the mean over tasks, free of selection bias.
 
-    One half of the documents selects the units and the other half judges them, then the reverse, so every
-    document counts once, in the mean of units that it did not help to select. A mean over the documents that
-    selected the units would profit from their noise (the winner's curse). Needs two clusters.
+    values, clusters: of every task, [U, N] and [N]. One half of each task's documents selects the units and
+    the other half judges them, then the reverse, so every document counts once, in the mean of units that it
+    did not help to select. A mean over the documents that selected the units would profit from their noise
+    (the winner's curse). Needs two clusters per task.
     """
-    first = alternate_halves(clusters)
-    assert 0 < first.sum() < len(first), "one cluster cannot be halved"
-    held_out = np.empty(values.shape[1])
-    for selecting in (first, ~first):
-        order = np.argsort(-values[:, selecting].mean(1), kind="stable")
-        held_out[~selecting] = values[order[:count]][:, ~selecting].mean(0)
-    return mean_interval(held_out, clusters, MEAN)
+    first = [alternate_halves(names) for names in clusters]
+    assert all(0 < half.sum() < len(half) for half in first), "one cluster cannot be halved"
+    held_out = [np.empty(of_task.shape[1]) for of_task in values]
+    for selecting in (first, [~half for half in first]):
+        means = [of_task[:, half].mean(1) for of_task, half in zip(values, selecting, strict=True)]
+        top = np.argsort(-np.mean(means, axis=0), kind="stable")[:count]
+        for judged, of_task, half in zip(held_out, values, selecting, strict=True):
+            judged[~half] = of_task[top][:, ~half].mean(0)
+    found = [mean_interval(judged, names, MEAN) for judged, names in zip(held_out, clusters, strict=True)]
+    if len(found) == 1:
+        return found[0]
+    mean = mean_of_intervals(Intervals(*(np.array([column]) for column in zip(*found, strict=True))))
+    return Interval(*(float(column[0]) for column in mean))

@@ -1,7 +1,7 @@
 """Documents of a task: plain records of what is scored, and of what tells their scores apart."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,15 @@ class TaskRows:
             if (own := _root(merged, name)) != other:
                 merged[own] = other
         return [_root(merged, name) for name in named]
+
+    def unrelated_to(self, others: "TaskRows") -> "TaskRows":
+        """Return the documents that share no cluster with others of the task and shot count, and are none of
+        them.
+        """
+        both = replace(self, documents=(*others.documents, *self.documents))
+        taken = set(both.clusters[: len(others.documents)])
+        own = zip(self.documents, both.clusters[len(others.documents) :], strict=True)
+        return replace(self, documents=tuple(document for document, cluster in own if cluster not in taken))
 
     def _by_unit(self, value: Callable[[tuple[bool, ...]], float]) -> list[list[float]]:
         units: dict[str, list[float]] = {}

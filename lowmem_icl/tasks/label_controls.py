@@ -9,7 +9,7 @@ from lowmem_icl.protocols import Labels, Protocol
 from lowmem_icl.tasks.documents import Document, TaskRows
 from lowmem_icl.tasks.loading import OpenTask
 from lowmem_icl.tasks.prompting import Prompter, PromptKey, PromptRequest, with_answer_of_another
-from lowmem_icl.tasks.selection import PROTOCOL_SEED, Member, demonstration_pool
+from lowmem_icl.tasks.selection import PROTOCOL_SEED, Member, Part, demonstration_pool
 
 
 class NoLabelControl(Exception):
@@ -46,9 +46,14 @@ def foreign_answers(
 
 
 def with_other_labels(
-    task: OpenTask, rows: TaskRows, labels: Labels, protocol: Protocol, prompter: Prompter
+    task: OpenTask,
+    rows: TaskRows,
+    labels: Labels,
+    protocol: Protocol,
+    prompter: Prompter,
+    part: Part = "evaluate",
 ) -> TaskRows:
-    """Return evaluation documents with the answers of their demonstrations exchanged, and nothing else.
+    """Return the documents of a part with the answers of their demonstrations exchanged, and nothing else.
 
     Documents that share a set of demonstrations share its answers too. A prompt that has become longer than
     the context loses tokens on the left. Raises NoLabelControl where that is not defined: without
@@ -59,13 +64,13 @@ def with_other_labels(
     offset = 0
     for member in task.members:
         of_member = [document for document in rows.documents if document.member == member.number]
-        draw = _AnswerDraw(member, labels, protocol, offset)
+        draw = _AnswerDraw(member, part, labels, protocol, offset)
         prompts = prompter.prompts([draw.request(document) for document in of_member])
         documents += [
             replace(document, options=prompt.options)
             for document, prompt in zip(of_member, prompts, strict=True)
         ]
-        offset += len(member.evaluation)
+        offset += len(member.scored(part))
     return replace(rows, documents=tuple(documents), labels=labels)
 
 
@@ -82,6 +87,7 @@ class _AnswerDraw:
     """Whose answers the demonstrations of one member's documents show; their indices start at `offset`."""
 
     member: Member
+    part: Part
     labels: Labels
     protocol: Protocol
     offset: int
@@ -95,12 +101,13 @@ class _AnswerDraw:
         index = document.index - self.offset
         key = PromptKey(
             member.number,
-            from_train=False,
+            from_train=self.part != "evaluate" and member.train is not None,
             index=index,
             demonstrations=document.demonstrations,
             answers=self._answers(document, index),
         )
-        return PromptRequest(key, "evaluate", member.task, document.row, member.shown, self.protocol)
+        split = "evaluate" if self.part == "evaluate" else "train"
+        return PromptRequest(key, split, member.task, document.row, member.shown, self.protocol)
 
     def _answers(self, document: Document, index: int) -> tuple[int, ...]:
         shared = document.set_number is not None
@@ -109,10 +116,10 @@ class _AnswerDraw:
         rng = random.Random(f"{PROTOCOL_SEED} {self.labels} {self.member.number} {whose}")
         if self.labels == "shuffled":
             return shuffled_answers(document.demonstrations, rng)
-        # Without a training split the scored rows are those that are shown.
-        scored = index if self.member.train is None else None
+        # Training documents, and all where there is no training split, are of the rows that are shown.
+        scored = index if self.member.scored(self.part) is self.member.shown else None
         return foreign_answers(document.demonstrations, self._pool, scored, rng)
 
     @cached_property
     def _pool(self) -> Sequence[int]:
-        return demonstration_pool(self.member, "evaluate", self.protocol)
+        return demonstration_pool(self.member, self.part, self.protocol)

@@ -10,93 +10,37 @@ from numpy.typing import NDArray
 
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.experiments.ablate import claims, measure
+from lowmem_icl.experiments.ablate.differences import (
+    DropDifferences,
+    drop_differences,
+    in_context_blocks,
+    label_blocks,
+)
+from lowmem_icl.experiments.ablate.sweeps import Pass, Selection, passes, scored_so_far, units_of
 from lowmem_icl.experiments.importance.stage import ImportanceResult, ranked_settings
-from lowmem_icl.masks.mask import Mask, Unit
 from lowmem_icl.masks.rankings import RankingKey, mean_of_ranks, with_ties_broken
 from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import Rankings, StageResult, Values, stamp
-from lowmem_icl.session.work import OutOfTime, SweepPart, Work, joined, masked_chunk, most_documents
+from lowmem_icl.session.work import OutOfTime, SweepPart, Work
 from lowmem_icl.statistics.resampling import DocumentRanking, DocumentScores
 from lowmem_icl.tables import blocks
 from lowmem_icl.tables.aggregate import over_tasks
-from lowmem_icl.tasks.loading import Document, TaskRows
+from lowmem_icl.tasks.loading import TaskRows
 
 METHOD = "ablation"
 ICL_EFFECT = "icl_effect"
-LARGEST_CHUNK = 16
-# Of ablate's numbers, those that have a mean over tasks which is not computed from the tasks' means.
-NOT_AVERAGED = ("q_value",)
-
-
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """Which units of one task and shot count are ablated exactly, by their indices, and what is known of all.
-
-    estimates: None where nothing is screened; drawn: the units that chance picked.
-    """
-
-    exact: NDArray[np.int64]
-    drawn: NDArray[np.int64]
-    estimates: measure.Estimates | None = None
+UNIT_PROCEDURES = ("single", "icl-effect", "label-effect")
+# Of ablate's numbers about units, those whose aggregate counts all tasks' documents and is no mean.
+NOT_AVERAGED = ("q_value", "documents_hurt", "documents_helped")
 
 
 def parts(prepared: Prepared, importance: ImportanceResult | None) -> list[SweepPart]:
-    """Return the sweeps of the training documents, chunk by chunk, under every unit asked for alone."""
-    return _parts(prepared, selections(prepared, importance))
+    """Return the sweeps of the training documents, chunk by chunk, under every unit asked for alone.
 
-
-def doubling_chunks(n_documents: int, largest: int = LARGEST_CHUNK) -> list[slice]:
-    """Return documents in chunks of 1, 1, 2, 4, 8, …: all units are measured early, and then better."""
-    chunks: list[slice] = []
-    start, size = 0, 1
-    while start < n_documents:
-        chunks.append(slice(start, min(n_documents, start + size)))
-        start, size = start + size, min(largest, max(1, start + size))
-    return chunks
-
-
-def _parts(prepared: Prepared, selected: Sequence[Selection]) -> list[SweepPart]:
-    tasks, units = prepared.train, _units(prepared)
-    masks = [(Mask(), *(units[index].as_mask() for index in selection.exact)) for selection in selected]
-    chunks = doubling_chunks(most_documents(tasks))
-    return [
-        SweepPart(
-            f"ablate-{chunk.start:06d}",
-            f"ablate, chunk {number} of {len(chunks)}",
-            masked_chunk(tasks, masks, chunk),
-            documents=chunk.stop,
-        )
-        for number, chunk in enumerate(chunks, start=1)
-    ]
-
-
-def selections(prepared: Prepared, importance: ImportanceResult | None) -> list[Selection]:
-    """Return which units of every task are ablated exactly: all, or by screening those that estimates leave
-    open.
-
-    Before there are estimates as many stand for them, spread over all layers.
+    With right labels, then, where they are asked for, with shuffled ones.
     """
-    options, n_units = prepared.options, len(_units(prepared))
-    everything = np.arange(n_units)
-    if options.screen is None:
-        return [Selection(everything, everything[:0])] * len(prepared.train)
-    assert importance is not None, "options check that a screen has its estimates"
-    if not importance.attribution:
-        spread = np.linspace(0, n_units - 1, min(options.resolved_exact, n_units)).round().astype(np.int64)
-        return [Selection(spread, spread[:0])] * len(prepared.train)
-    selected = []
-    for task in prepared.train:
-        by_document = importance.attribution[task.task, task.shots]
-        estimates = measure.Estimates.of_documents(by_document, _clusters_of(prepared, task))
-        exact, drawn = measure.screened(estimates, options.resolved_exact, options.seed)
-        selected.append(Selection(exact, drawn, estimates))
-    return selected
-
-
-def _clusters_of(prepared: Prepared, task: TaskRows) -> list[str]:
-    """Return the clusters of the documents that a task's estimates are of."""
-    return next(of.clusters for of in prepared.importance if (of.task, of.shots) == (task.task, task.shots))
+    return [part for each in passes(prepared, importance) for part in each.parts]
 
 
 def expected(prepared: Prepared) -> StageResult:
@@ -104,7 +48,7 @@ def expected(prepared: Prepared) -> StageResult:
     rng, skeleton = np.random.default_rng(1), prepared.skeleton
     settings = [setting for setting in ranked_settings(prepared) if setting[0] != AGGREGATE]
     keys = [RankingKey(*setting, METHOD) for setting in settings]
-    if prepared.options.screen is not None and prepared.options.resolved_exact < len(_units(prepared)):
+    if prepared.options.screen is not None and prepared.options.resolved_exact < len(units_of(prepared)):
         # Which units are exact differs between tasks and leaves out heads of every one.
         return StageResult()
     shown = [
@@ -120,76 +64,101 @@ def expected(prepared: Prepared) -> StageResult:
 
 def run(work: Work, importance: ImportanceResult | None) -> Iterator[StageResult]:
     """Remove every unit asked for alone, on the training documents; yields whenever there is more to show."""
-    tasks = work.prepared.train
     if work.prepared.options.screen is not None and importance is None:
         # What screens is not there yet.
         raise OutOfTime
-    selected = selections(work.prepared, importance)
-    sweeps = _parts(work.prepared, selected)
-    done: list[list[Scores]] = [[] for _ in tasks]
-    for number, part in enumerate(sweeps):
+    every = passes(work.prepared, importance)
+    done: list[list[list[Scores]]] = [[[] for _ in each.tasks] for each in every]
+    steps = [(each, chunks, part) for each, chunks in zip(every, done, strict=True) for part in each.parts]
+    for number, (each, chunks, part) in enumerate(steps):
         try:
             scores = work.sweep(part)
         except OutOfTime:
-            reached = 0 if number == 0 else sweeps[number - 1].documents
             sentence = (
-                f"ablate: the time was over after {reached} of {most_documents(tasks)} documents per task; "
-                "the same command continues"
+                f"ablate: the time was over after {each.documents_before(part)}; the same command continues"
             )
-            yield replace(_result(work.prepared, selected, done), unfinished=sentence)
+            yield replace(_result(work.prepared, every, done), unfinished=sentence)
             return
         for job, score in zip(part.jobs, scores, strict=True):
-            done[next(index for index, task in enumerate(tasks) if task is job.task)].append(score)
-        is_new = number + 1 < len(sweeps) and not work.parts.has(sweeps[number + 1].name)
+            chunks[next(index for index, task in enumerate(each.swept) if task is job.task)].append(score)
+        is_new = number + 1 < len(steps) and not work.parts.has(steps[number + 1][2].name)
         if is_new and work.wants_results():
-            yield _result(work.prepared, selected, done)
-    yield _result(work.prepared, selected, done)
+            yield _result(work.prepared, every, done)
+    yield _result(work.prepared, every, done)
+
+
+@dataclass(frozen=True, eq=False)
+class _Removed:
+    """What the units of one task that were removed cost, of the documents that are scored so far."""
+
+    own: claims.ExactDrops
+    drops: measure.UnitDrops
+
+
+def _removed(
+    prepared: Prepared, each: Pass, done: Sequence[Sequence[Scores]]
+) -> Iterator[tuple[TaskRows, Selection, _Removed | None]]:
+    """Yield every task of a pass and what its units cost; None before its first document is scored."""
+    for task, swept, selection, chunks in zip(each.tasks, each.swept, each.selected, done, strict=True):
+        if not chunks:
+            yield task, selection, None
+            continue
+        scored, scores = scored_so_far(task, swept, chunks)
+        drops = measure.unit_drops(prepared.pack(scored), scores.logprobs, scores.greedy)
+        gold = drops.by_document["gold_logprob"]
+        own = claims.ExactDrops(scored, selection.exact, gold, drops.accuracy, drops.accuracy_clusters)
+        yield task, selection, _Removed(own, drops)
 
 
 def _result(
-    prepared: Prepared, selected: Sequence[Selection], done: Sequence[Sequence[Scores]]
+    prepared: Prepared, every: Sequence[Pass], done: Sequence[Sequence[Sequence[Scores]]]
 ) -> StageResult:
     """Return what is scored so far as tables and rankings, with estimates for all other units."""
-    units = _units(prepared)
+    units = units_of(prepared)
     found: list[blocks.Block] = []
     effects: list[blocks.Block] = []
     exact_drops: list[claims.ExactDrops] = []
     rankings = Rankings()
-    for task, selection, chunks in zip(prepared.train, selected, done, strict=True):
+    for task, selection, removed in _removed(prepared, every[0], done[0]):
         estimated = np.arange(len(units))
-        if chunks:
-            scored = _scored(task, joined(chunks))
-            drops = measure.unit_drops(prepared.pack(scored), joined(chunks).logprobs, joined(chunks).greedy)
-            exact = [units[index] for index in selection.exact]
-            found += measure.drop_blocks(scored, exact, drops)
-            effects += measure.effect_blocks(scored, exact, drops)
-            gold = drops.by_document["gold_logprob"]
-            own = claims.ExactDrops(scored, selection.exact, gold, drops.accuracy, drops.accuracy_clusters)
+        if removed is not None:
+            own, exact = removed.own, [units[index] for index in selection.exact]
+            found += measure.drop_blocks(own.task, exact, removed.drops)
+            effects += measure.effect_blocks(own.task, exact, removed.drops)
             exact_drops.append(own)
             found += claims.top_drop_records(units, own)
-            found += _agreement(selection, scored, gold.mean(1))
-            rankings |= _rankings(prepared, selection, own, drops)
+            found += _agreement(selection, own.task, own.gold.mean(1))
+            rankings |= _rankings(prepared, selection, own, removed.drops)
             estimated = np.setdiff1d(estimated, selection.exact)
         elif selection.estimates is not None:
             rankings |= _head_ranking(prepared, task, METHOD, selection.estimates.value)
         if selection.estimates is not None:
             found += measure.estimate_blocks(task, units, estimated, selection.estimates)
     found += claims.claim_blocks(units, exact_drops)
+    found += claims.listed_top_records(units, exact_drops)
     in_context = _in_context(exact_drops)
-    found += claims.in_context_blocks(units, in_context)
+    found += in_context_blocks(units, in_context)
+    if len(every) > 1:
+        controls = [removed.own for _, _, removed in _removed(prepared, every[1], done[1]) if removed]
+        found += label_blocks(units, _about_labels(exact_drops, controls))
     results = blocks.frame("results", found, stamp(prepared, "ablate"))
     return StageResult(
         results=pl.concat([results, _means(results)]),
         effects=blocks.frame("effects", effects),
         rankings=rankings | _in_context_rankings(prepared, in_context),
+        warnings=_notes(prepared),
     )
+
+
+def _notes(prepared: Prepared) -> tuple[str, ...]:
+    """Return why tasks have no controls, which evaluate says where it is asked for."""
+    said_already = "evaluate" in prepared.options.experiments
+    return () if said_already or not prepared.options.label_drops else prepared.notes
 
 
 def _means(results: pl.DataFrame) -> pl.DataFrame:
-    """Return the means over tasks of units' drops and in-context effects, and of how far estimates agree."""
-    is_unit_record = pl.col("procedure").is_in(["single", "icl-effect"]) & ~pl.col("metric").is_in(
-        NOT_AVERAGED
-    )
+    """Return the means over tasks of units' drops and their differences, and of how far estimates agree."""
+    is_unit_record = pl.col("procedure").is_in(UNIT_PROCEDURES) & ~pl.col("metric").is_in(NOT_AVERAGED)
     per_task = results.filter(is_unit_record & (pl.col("task") != AGGREGATE)).with_columns(
         method=pl.lit(METHOD)
     )
@@ -224,7 +193,7 @@ def _rankings(
 ) -> Rankings:
     """Return a task's rankings: of its heads, by estimates where none was removed, and of its FFNs."""
     skeleton, task = prepared.skeleton, own.task
-    values = np.full(len(_units(prepared)), np.nan)
+    values = np.full(len(units_of(prepared)), np.nan)
     if selection.estimates is not None:
         values = selection.estimates.value.copy()
     values[selection.exact] = own.gold.mean(1)
@@ -267,18 +236,27 @@ def _has_all_heads(prepared: Prepared, indices: NDArray[np.int64]) -> bool:
     return np.array_equal(indices[:heads], np.arange(heads))
 
 
-def _in_context(drops: Sequence[claims.ExactDrops]) -> list[claims.InContextEffects]:
+def _in_context(drops: Sequence[claims.ExactDrops]) -> list[DropDifferences]:
     """Return the in-context effects at every shot count against none."""
     alone = {own.task.task: own for own in drops if own.task.shots == 0}
     pairs = [
-        claims.in_context(own, alone[own.task.task])
+        drop_differences(own, alone[own.task.task])
         for own in drops
         if own.task.shots and own.task.task in alone
     ]
     return [effects for effects in pairs if effects is not None]
 
 
-def _in_context_rankings(prepared: Prepared, effects: Sequence[claims.InContextEffects]) -> Rankings:
+def _about_labels(
+    drops: Sequence[claims.ExactDrops], controls: Sequence[claims.ExactDrops]
+) -> list[DropDifferences]:
+    """Return how much larger drops are with right labels than in every control."""
+    right = {(own.task.task, own.task.shots): own for own in drops}
+    pairs = [drop_differences(right[other.task.task, other.task.shots], other) for other in controls]
+    return [effects for effects in pairs if effects is not None]
+
+
+def _in_context_rankings(prepared: Prepared, effects: Sequence[DropDifferences]) -> Rankings:
     """Return the rankings of heads by their in-context effects, of every task and of all tasks together."""
     rankings = Rankings()
     by_shots: dict[int, list[RankingKey]] = {}
@@ -304,14 +282,3 @@ def _aggregate_ranking(rankings: Rankings, shots: int, keys: Sequence[RankingKey
         {key: mean_of_ranks([rankings.heads[member] for member in keys])},
         documents={key: DocumentRanking(tuple(members))},
     )
-
-
-def _scored(task: TaskRows, scores: Scores) -> TaskRows:
-    """Return the task with the documents, from the first on, whose options the scores are of."""
-    ends = list(itertools.accumulate(len(document.options) for document in task.documents))
-    documents: tuple[Document, ...] = task.documents[: ends.index(scores.logprobs.shape[1]) + 1]
-    return replace(task, documents=documents)
-
-
-def _units(prepared: Prepared) -> list[Unit]:
-    return measure.ablated_units(prepared.skeleton.layers, prepared.skeleton.heads)

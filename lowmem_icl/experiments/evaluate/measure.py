@@ -1,6 +1,6 @@
 """Accuracy and log-probabilities of a task, clean and under masks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +81,17 @@ def label_effect_records(
     gained = scores["gold_logprob"] - others["gold_logprob"]
     interval = mean_interval(gained, right.clusters, MEAN)
     yield base | {"metric": "gold_logprob_label_effect"} | interval._asdict()
+
+
+def single_cluster_notes(tasks: Sequence[TaskRows]) -> Iterator[str]:
+    """Yield a sentence for every task whose documents are all one cluster: nothing of it has an interval."""
+    for task in tasks:
+        if len(set(task.clusters)) == 1 < len(task.documents):
+            yield (
+                f"task {task.task} at {task.shots} shots: its {len(task.documents)} documents share one set "
+                "of demonstrations or one prompt, which says nothing of others: its numbers have no "
+                "intervals, and means over tasks leave its error out"
+            )
 
 
 def top_answer_share(task: TaskRows, logprobs: NDArray[np.float64]) -> float | None:

@@ -52,7 +52,7 @@ def run(work: Work) -> Iterator[StageResult]:
     first = StageResult(
         results=pl.concat([results, over_tasks(results)]),
         answers=blocks.frame("answers", answers),
-        warnings=prepared.notes,
+        warnings=(*prepared.notes, *measure.single_cluster_notes(prepared.evaluate)),
     )
     yield first
     if prepared.label_controls:
@@ -60,14 +60,6 @@ def run(work: Work) -> Iterator[StageResult]:
         yield StageResult(
             results=pl.concat([first.results, controls]), answers=first.answers, warnings=first.warnings
         )
-
-
-def evaluated(
-    work: Work, sweeps: Sequence[SweepPart], masks: Mapping[str, Mask]
-) -> tuple[list[blocks.Block], list[blocks.Block]]:
-    """Return the records of all tasks clean and under masks, and blocks of their option scores."""
-    prepared = work.prepared
-    return _evaluated(prepared, _scores(work, prepared.evaluate, sweeps), masks)
 
 
 def _scores(work: Work, tasks: Sequence[TaskRows], sweeps: Sequence[SweepPart]) -> list[Scores]:

@@ -11,6 +11,12 @@ import polars as pl
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.experiments.evaluate.stage import CHUNK
 from lowmem_icl.experiments.prune import measure, rescoring
+from lowmem_icl.experiments.prune.judging import (
+    CleanEvaluation,
+    Record,
+    loss_scores,
+    settings_at_chance,
+)
 from lowmem_icl.experiments.prune.points import (
     CurveOptions,
     CurvePoint,
@@ -57,10 +63,11 @@ def parts(prepared: Prepared, rankings: Rankings) -> list[Part]:
         ]
         for task_points, rescored in zip(points, rescoring.expected_points(prepared, own), strict=True):
             task_points += rescored
-    return [*ffn_sweeps, *levels, *_sweeps(prepared, points), *_training_sweeps(prepared, points)]
+    sweeps = [*_sweeps(prepared, points), *_training_sweeps(prepared, points)]
+    return [*ffn_sweeps, *levels, *sweeps]
 
 
-def run(work: Work, rankings: Rankings) -> StageResult:
+def run(work: Work, rankings: Rankings, clean: CleanEvaluation) -> StageResult:
     """Prune by every ranking asked for, level by level, and find the knees."""
     prepared = work.prepared
     if not prepared.options.curves:
@@ -77,14 +84,14 @@ def run(work: Work, rankings: Rankings) -> StageResult:
     training = _on_training(points)
     chosen_on = _curve_records(work, prepared.train, training, _training_sweeps(prepared, points))
     found = [
-        *measure.control_records(reported.records),
+        *measure.control_records(reported.control.to_dicts(), reported.records),
         *measure.knee_records(chosen_on.records, reported.records),
     ]
     results = pl.concat([reported.results, blocks.frame("results", found, stamp(prepared, "prune"))])
     return StageResult(
         results=results,
         effects=pl.concat([reported.effects, chosen_on.effects]),
-        masks=tuple(_mask_results(prepared, points, reported.records)),
+        masks=tuple(_mask_results(prepared, points, reported.records, clean.results)),
     )
 
 
@@ -167,10 +174,13 @@ def _scores(work: Work, tasks: Sequence[TaskRows], sweeps: Sequence[SweepPart]) 
 
 @dataclass(frozen=True)
 class _CurveRecords:
-    """The records of curves on some documents, with their means over tasks, and what each document lost."""
+    """The records of curves on some documents, with their means over tasks, what each document lost, and the
+    means over random draws.
+    """
 
     results: pl.DataFrame
     effects: pl.DataFrame
+    control: pl.DataFrame
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -184,6 +194,7 @@ def _curve_records(
     prepared = work.prepared
     found: list[blocks.Block] = []
     effects: list[blocks.Block] = []
+    control: list[blocks.Block] = []
     scores = _scores(work, tasks, sweeps)
     for task, task_points, masks, score in zip(tasks, points, _masks(points), scores, strict=True):
         packed = prepared.pack(task)
@@ -192,22 +203,28 @@ def _curve_records(
         clean, pruned = under.at([0]), under.at([index[point.mask] for point in task_points])
         found += measure.point_records(packed, task_points, clean, pruned)
         effects += measure.effect_blocks(packed, task_points, clean, pruned)
-    results = blocks.frame("results", found, stamp(prepared, "prune"))
-    return _CurveRecords(pl.concat([results, over_tasks(results)]), blocks.frame("effects", effects))
+        control += measure.control_means(packed, task_points, clean, pruned)
+    results, means = (blocks.frame("results", of, stamp(prepared, "prune")) for of in (found, control))
+    return _CurveRecords(
+        pl.concat([results, over_tasks(results)]),
+        blocks.frame("effects", effects),
+        pl.concat([means, over_tasks(means)]),
+    )
 
 
 def _mask_results(
-    prepared: Prepared, points: Points, reported: Sequence[Mapping[str, Any]]
+    prepared: Prepared, points: Points, reported: Sequence[Record], clean: pl.DataFrame
 ) -> list[MaskResult]:
     """Return the masks of all levels, with what they leave of the task (or of all tasks) that they were made
-    for.
+    for; clean: the clean model's evaluation.
     """
-    scores: dict[tuple[str, int, str], dict[str, float]] = {}
+    scores: dict[tuple[str, int, str], dict[str, Record]] = {}
     for record in reported:
         if record["mask"] is not None:
             scores.setdefault((record["task"], record["shots"], record["mask"]), {})[record["metric"]] = (
-                record["value"]
+                record
             )
+    at_chance = settings_at_chance(prepared, clean)
     splits = {(record["task"], record["shots"]): record["split"] for record in reported}
     train = {(task.task, task.shots): len(task.documents) for task in prepared.train}
     made: dict[str, MaskResult] = {}
@@ -222,9 +239,17 @@ def _mask_results(
                 for (task_name, task_shots), count in train.items()
                 if task_shots == shots and in_domain(task_name)
             )
-            after = scores.get((name, shots, point.name), {})
-            before = {metric: after[metric] + after[DROPS[metric]] for metric in DROPS if metric in after}
-            kept = {metric: value for metric, value in after.items() if not metric.endswith("_drop")}
+            records = scores.get((name, shots, point.name), {})
+            after = {metric: record["value"] for metric, record in records.items()}
+            judged = {
+                "split": splits.get((name, shots)),
+                "before": {
+                    metric: after[metric] + after[DROPS[metric]] for metric in DROPS if metric in after
+                },
+                "after": {metric: value for metric, value in after.items() if not metric.endswith("_drop")},
+                **loss_scores(prepared.options, records.get(f"{prepared.options.objective}_drop")),
+                **({"at_chance": True} if (name, shots) in at_chance else {}),
+            }
             made[point.name] = MaskResult(
                 point.name,
                 point.mask,
@@ -233,6 +258,6 @@ def _mask_results(
                 shots,
                 train.get((name, shots), every),
                 point.seed,
-                {"split": splits.get((name, shots)), "before": before, "after": kept},
+                judged,
             )
     return list(made.values())

@@ -2,67 +2,32 @@
 documents.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 
 from lowmem_icl.engine.answers import Scores
-from lowmem_icl.experiments.evaluate import measure as evaluation
-from lowmem_icl.experiments.evaluate import stage as evaluate
-from lowmem_icl.experiments.prune import search
+from lowmem_icl.experiments.prune import certify, search
+from lowmem_icl.experiments.prune.judging import CleanEvaluation, judged, judging_parts
+from lowmem_icl.experiments.prune.settings import CERTIFIED, METHODS, Setting, settings_of
 from lowmem_icl.masks.mask import Mask
-from lowmem_icl.masks.naming import CLEAN, mask_name
 from lowmem_icl.masks.rankings import RankingKey, lowest_ffns, lowest_heads, random_mask
-from lowmem_icl.protocols import AGGREGATE, in_domain
+from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.session.prepare import Prepared
-from lowmem_icl.session.result import MaskResult, Rankings, StageResult, stamp
-from lowmem_icl.session.work import (
-    MaskedDocuments,
-    Part,
-    SweepPart,
-    Work,
-    scores_by_task,
-    sweep_in_chunks,
-)
-from lowmem_icl.tables import blocks
-from lowmem_icl.tables.aggregate import over_tasks
+from lowmem_icl.session.result import MaskResult, Rankings, StageResult
+from lowmem_icl.session.work import MaskedDocuments, Part, SweepPart, Work
+from lowmem_icl.statistics.certificate import LEVEL
+from lowmem_icl.statistics.intervals import MEAN, Intervals, mean_interval, mean_of_intervals
+from lowmem_icl.tasks.documents import TaskRows
 from lowmem_icl.tasks.scoring import document_scores
 
 INSTEAD = "the gradient ranking's mask of equal size, which lost less on the checking half"
-METHODS = ("greedy", "gradient", "random")
 
 Values = NDArray[np.float64]
 Asked = Mapping[tuple[int, search.Half], tuple[Mask, ...]]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What one search is for: a task, or all of them, at a shot count; `tasks` are the indices of the
-    training tasks.
-    """
-
-    task: str
-    shots: int
-    tasks: tuple[int, ...]
-
-    def mask_name(self, method: str) -> str:
-        """Return the name of its mask by a method."""
-        return mask_name(method, self.task, self.shots)
-
-
-def settings_of(prepared: Prepared) -> list[Setting]:
-    """Return every task at every shot count, and all tasks together where there are two."""
-    tasks = prepared.train
-    settings = [Setting(task.task, task.shots, (index,)) for index, task in enumerate(tasks)]
-    for shots in prepared.options.resolved_shots:
-        members = [index for index, task in enumerate(tasks) if task.shots == shots and in_domain(task.task)]
-        if len(members) > 1:
-            settings.append(Setting(AGGREGATE, shots, tuple(members)))
-    return settings
 
 
 def step_part(prepared: Prepared, name: str, label: str, asked: Asked) -> SweepPart:
@@ -107,112 +72,47 @@ def parts(prepared: Prepared) -> Iterator[Part]:
             asked: Asked = {(index, half): masks for index in range(len(prepared.train))}
             part = step_part(prepared, "", "prune", asked)
             yield replace(part, cached=cached, times=times * n_searches)
-    yield from evaluate.clean_parts(prepared, {})
+    yield from certify.parts(prepared, _search_plan(prepared))
     stand_in = Mask(ffns=frozenset([0]))
+    certifiable = certify.certifiable(prepared)
     yield from judging_parts(
         prepared,
         [
             MaskResult(setting.mask_name(method), stand_in, method, setting.task, setting.shots, 0)
             for setting in settings_of(prepared)
-            for method in METHODS
+            for method in (*METHODS, *([CERTIFIED] if setting in certifiable else []))
         ],
     )
 
 
-def judging_parts(prepared: Prepared, made: Sequence[MaskResult]) -> list[SweepPart]:
-    """Return the sweeps of the evaluation documents under the masks made for their task, or for all, at their
-    shot count.
+def run(work: Work, rankings: Rankings, clean: CleanEvaluation) -> StageResult:
+    """Search greedy masks on the training documents; report them, what of them is certified and others of
+    equal size on the evaluation split.
     """
-    tasks = prepared.evaluate
-    masks = [[judged.mask for judged in _masks_for(made, task.task, task.shots)] for task in tasks]
-    return sweep_in_chunks("prune-evaluate", "evaluate masks", tasks, masks, evaluate.CHUNK)
-
-
-def _masks_for(made: Sequence[MaskResult], task: str, shots: int) -> list[MaskResult]:
-    return [mask for mask in made if mask.shots == shots and mask.task in (task, AGGREGATE)]
-
-
-def run(work: Work, rankings: Rankings) -> StageResult:
-    """Search greedy masks on the training documents; report them with others of equal size on the
-    evaluation split.
-    """
-    prepared = work.prepared
     found = search_masks(work, rankings)
-    clean_records, _ = evaluate.evaluated(work, evaluate.clean_parts(prepared, {}), {})
-    clean = blocks.frame("results", clean_records, stamp(prepared, "prune"))
-    results = _judged(work, found.masks)
-    before, after = (_by_setting(frame) for frame in (pl.concat([clean, over_tasks(clean)]), results))
-    per_task = (
-        results.filter(pl.col("task") != AGGREGATE).group_by("mask").agg(pl.col("split").unique().sort())
-    )
-    splits = dict(per_task.select("mask", pl.col("split").list.join("/")).iter_rows())
-    masks = tuple(
-        replace(
-            made,
-            scores={
-                "split": splits[made.name],
-                "before": before.get((made.task, made.shots, CLEAN), {}),
-                "after": after.get((made.task, made.shots, made.name), {}),
-            },
-        )
-        for made in found.masks
-    )
-    return StageResult(
-        results=results, masks=masks, warnings=found.warnings, record={"greedy": found.checked}
-    )
-
-
-def _by_setting(results: pl.DataFrame) -> dict[tuple[str, int, str], dict[str, float]]:
-    """Return metrics by task, shot count and mask."""
-    scores: dict[tuple[str, int, str], dict[str, float]] = {}
-    for record in results.iter_rows(named=True):
-        key = (record["task"], record["shots"], record["mask"])
-        scores.setdefault(key, {})[record["metric"]] = record["value"]
-    return scores
-
-
-def _judged(work: Work, made: Sequence[MaskResult]) -> pl.DataFrame:
-    """Return the evaluation of all masks, and of those made for all tasks the means over tasks."""
-    prepared, tasks = work.prepared, work.prepared.evaluate
-    sweeps = judging_parts(prepared, made)
-    scores = scores_by_task(tasks, sweeps, [work.sweep(part) for part in sweeps])
-    found: list[blocks.Block] = []
-    for task, score in zip(tasks, scores, strict=True):
-        packed = prepared.pack(task)
-        for index, judged in enumerate(_masks_for(made, task.task, task.shots)):
-            under = evaluation.MaskScores(
-                judged.name, judged.mask, score.logprobs[index], score.greedy[index]
-            )
-            fields = {
-                "procedure": "greedy",
-                "method": judged.method,
-                "mask_task": judged.task,
-                "mask_shots": judged.shots,
-                "seed": judged.seed,
-            }
-            records = evaluation.evaluation_records(packed, under)
-            found += [{**record, **fields} for record in records]
-    results = blocks.frame("results", found, stamp(prepared, "prune"))
-    shared = results.filter(pl.col("mask").is_in([mask.name for mask in made if mask.task == AGGREGATE]))
-    return pl.concat([results, over_tasks(shared)])
+    results, masks = judged(work, found.masks, clean)
+    record = {"greedy": found.checked, "certificates": found.certificates}
+    return StageResult(results=results, masks=masks, warnings=found.warnings, record=record)
 
 
 @dataclass(frozen=True)
 class FoundMasks:
-    """What searches end with: masks and others of equal size, what they lose on the checking half, and
-    warnings.
+    """What searches end with: masks, those that are certified and others of equal size, what they lose on the
+    checking half, what testing came to, and warnings.
     """
 
     masks: tuple[MaskResult, ...]
     checked: list[dict[str, Any]]
+    certificates: list[dict[str, Any]]
     warnings: tuple[str, ...]
 
 
 def search_masks(work: Work, rankings: Rankings) -> FoundMasks:
     """Run the greedy searches of every task and shot count, and of all tasks together, in lockstep.
 
-    Each mask is compared with one by the gradient ranking and one drawn at random of equal size. `checked`:
-    for run.json, what they lose on the checking half (`check_loss`, in the objective's unit).
+    Each mask is compared with one by the gradient ranking and one drawn at random of equal size; the largest
+    mask on a search's path that is certified stands beside it. `checked`: for run.json, what they lose on the
+    checking half (`check_loss`, in the objective's unit).
     """
     prepared, options = work.prepared, work.prepared.options
     settings = {setting.mask_name("greedy"): setting for setting in settings_of(prepared)}
@@ -224,27 +124,65 @@ def search_masks(work: Work, rankings: Rankings) -> FoundMasks:
     compared = scorer.compare(
         {name: search.Request("check", (Mask(), mask)) for name, mask in by_gradient.items()}
     )
+    paths = {name: [unit for unit, _ in pruned.steps] for name, pruned in found.items()}
+    certificates = certify.certificates(work, settings, paths)
     made: list[MaskResult] = []
     checked: list[dict[str, Any]] = []
     for name, setting in settings.items():
-        result = found[name]
-        documents = sum(len(prepared.train[index].documents) for index in setting.tasks)
-        blank = MaskResult("", Mask(), "", setting.task, setting.shots, documents)
-        checked.append(_checked(setting, "greedy", result.lost, result.lost_stderr))
-        returned, note = result.mask, ""
+        result, returned, note = found[name], found[name].mask, ""
+        check = _check_of(prepared, setting)
+        checked.append(check("greedy", result.document_losses))
         if name in compared:
-            lost, stderr = search.loss_with_stderr(*compared[name])
-            checked.append(_checked(setting, "gradient", lost, stderr))
-            gradient = setting.mask_name("gradient")
-            made.append(replace(blank, name=gradient, mask=by_gradient[name], method="gradient"))
+            checked.append(check("gradient", search.document_losses(*compared[name])))
+            lost = checked[-1]["check_loss"]
+            made.append(_made(prepared, setting, "gradient", by_gradient[name]))
             if lost < result.lost:
                 returned, note = by_gradient[name], INSTEAD
-        made.append(replace(blank, name=name, mask=returned, method="greedy", note=note))
-        skeleton, mask = prepared.skeleton, result.mask
-        drawn = random_mask(skeleton.layers, skeleton.heads, len(mask.heads), len(mask.ffns), options.seed)
-        name = setting.mask_name("random")
-        made.append(replace(blank, name=name, mask=drawn, method="random", seed=options.seed))
-    return FoundMasks(tuple(made), checked, tuple(_unsettled(found, options.tolerance)))
+        made.append(replace(_made(prepared, setting, "greedy", returned), note=note))
+        made += _certified_mask(prepared, setting, certificates.get(name))
+        made.append(_random_mask(prepared, setting, result.mask))
+    return FoundMasks(
+        tuple(made),
+        checked,
+        [_of_setting(settings[name]) | tested.as_record() for name, tested in certificates.items()],
+        (
+            *_unsettled(checked, options.tolerance),
+            *certify.notes(prepared),
+            *certify.empty_note(certificates),
+        ),
+    )
+
+
+def _made(prepared: Prepared, setting: Setting, method: str, mask: Mask) -> MaskResult:
+    documents = _documents(prepared.train, setting)
+    return MaskResult(setting.mask_name(method), mask, method, setting.task, setting.shots, documents)
+
+
+def _random_mask(prepared: Prepared, setting: Setting, mask: Mask) -> MaskResult:
+    """Return a mask drawn at random of another's size."""
+    skeleton, seed = prepared.skeleton, prepared.options.seed
+    drawn = random_mask(skeleton.layers, skeleton.heads, len(mask.heads), len(mask.ffns), seed)
+    return replace(_made(prepared, setting, "random", drawn), seed=seed)
+
+
+def _certified_mask(
+    prepared: Prepared, setting: Setting, certificate: certify.Certificate | None
+) -> Iterator[MaskResult]:
+    """Yield the mask that is certified, unless it is empty."""
+    if certificate is None or not certificate.mask:
+        return
+    documents = _documents(prepared.train, setting) + _documents(prepared.certify, setting)
+    note = (
+        f"loses at most {prepared.options.tolerance:g} of {prepared.options.objective}, certified with "
+        f"{100 * (1 - LEVEL):g} % confidence on {certificate.documents} documents"
+        f"{' of each task' if setting.task == AGGREGATE else ''} that the search did not see"
+    )
+    made = _made(prepared, setting, CERTIFIED, certificate.mask)
+    yield replace(made, documents=documents, note=note)
+
+
+def _documents(tasks: Sequence[TaskRows], setting: Setting) -> int:
+    return sum(len(tasks[index].documents) for index in setting.tasks)
 
 
 def _search_plan(prepared: Prepared) -> search.SearchPlan:
@@ -273,29 +211,48 @@ def _gradient_masks(
     return masks
 
 
-def _checked(setting: Setting, method: str, lost: float, stderr: float) -> dict[str, Any]:
-    return {
-        "task": setting.task,
-        "shots": setting.shots,
-        "method": method,
-        "mask": setting.mask_name(method),
-        "check_loss": lost,
-        "stderr": stderr,
-    }
+def _check_of(prepared: Prepared, setting: Setting) -> Callable[[str, search.Answer], dict[str, Any]]:
+    """Return what turns the losses of the documents on the checking half, by method, into a record."""
+    tasks = [prepared.train[index] for index in setting.tasks]
+    halves = [task.documents[_half(len(task.documents), "check")] for task in tasks]
+    clusters = [
+        replace(task, documents=documents).clusters for task, documents in zip(tasks, halves, strict=True)
+    ]
+
+    def checked(method: str, losses: search.Answer) -> dict[str, Any]:
+        lost, stderr = mean_loss(losses, clusters)
+        named = {"method": method, "mask": setting.mask_name(method)}
+        return _of_setting(setting) | named | {"check_loss": lost, "stderr": stderr}
+
+    return checked
 
 
-def _unsettled(found: Mapping[str, search.Pruned], tolerance: float) -> list[str]:
-    """Return a warning where the tolerance is finer than the documents can tell."""
+def mean_loss(losses: search.Answer, clusters: Sequence[Sequence[str]]) -> tuple[float, float]:
+    """Return the mean loss and its standard error of groups that weigh the same, from their documents' losses
+    [N] each; NaN where no group has two clusters.
+    """
+    members = [mean_interval(*of_group, MEAN) for of_group in zip(losses, clusters, strict=True)]
+    whole = mean_of_intervals(Intervals(*(np.array([column]) for column in zip(*members, strict=True))))
+    return float(whole.value[0]), float(whole.stderr[0])
+
+
+def _of_setting(setting: Setting) -> dict[str, Any]:
+    return {"task": setting.task, "shots": setting.shots}
+
+
+def _unsettled(checked: Sequence[Mapping[str, Any]], tolerance: float) -> list[str]:
+    """Return a warning where the tolerance is finer than the documents can tell, unknown errors included."""
+    searched = [check for check in checked if check["method"] == "greedy"]
     errors = {
-        name: 2 * result.lost_stderr for name, result in found.items() if tolerance < 2 * result.lost_stderr
+        check["mask"]: 2 * check["stderr"] for check in searched if not tolerance >= 2 * check["stderr"]
     }
     if not errors:
         return []
-    worst = max(errors, key=lambda name: errors[name])
+    worst = max(errors, key=lambda name: (not np.isfinite(errors[name]), errors[name]))
+    size = f"at most {errors[worst]:.2g}" if np.isfinite(errors[worst]) else "unknown"
     return [
         f"prune: the tolerance {tolerance:g} is below two standard errors of the loss it is compared with "
-        f"for {len(errors)} of {len(found)} masks (at most {errors[worst]:.2g}, {worst}); "
-        "a larger --train-limit settles it"
+        f"for {len(errors)} of {len(searched)} masks ({size}, {worst}); a larger --train-limit settles it"
     ]
 
 

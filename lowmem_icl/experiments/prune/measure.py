@@ -12,14 +12,27 @@ from numpy.typing import NDArray
 from lowmem_icl.experiments.prune.points import CurvePoint, TaskShots
 from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.session.result import task_fields
-from lowmem_icl.statistics.intervals import CHANGE, MEAN, PROPORTION, SHARE, Kind, mean_intervals
+from lowmem_icl.statistics.bands import prediction_band
+from lowmem_icl.statistics.intervals import CHANGE, MEAN, PROPORTION, SHARE, Intervals, Kind, mean_intervals
 from lowmem_icl.tables.blocks import Block
 from lowmem_icl.tasks.packing import PackedTask
 from lowmem_icl.tasks.scoring import document_scores, unit_accuracy
 
 KNEE_POINTS = 0.01
+RANGES = {"acc": (0, 1), "em": (0, 1), "gold_prob": (0, 1)}
+"""Of metrics that have bounds: no band goes beyond."""
+CURVE_FIELDS = ("procedure", "task", "shots", "method", "kind", "other_task", "other_shots")
+LEVEL_FIELDS = (
+    *CURVE_FIELDS, "percent", "split", "documents", "mask", "mask_task", "mask_shots", "heads_removed",
+    "ffns_removed",
+)  # fmt: skip
+CONTROL_FIELDS = (
+    "procedure", "task", "shots", "split", "kind", "percent", "metric", "heads_removed", "ffns_removed",
+    "documents",
+)  # fmt: skip
 
 Values = NDArray[np.float64]
+Record = Mapping[str, Any]
 Records = Iterator[dict[str, Any]]
 
 
@@ -61,19 +74,27 @@ def point_records(
     main = task.task.metric if task.task.metric in ("acc", "em") else "acc"
     values: dict[str, tuple[Values, Sequence[str], Kind]] = {
         main: (pruned.accuracy, pruned.accuracy_clusters, PROPORTION),
-        "acc_drop": (clean.accuracy - pruned.accuracy, pruned.accuracy_clusters, CHANGE),
+        "gold_logprob": (pruned.by_document["gold_logprob"], task.task.clusters, MEAN),
+        "gold_prob": (pruned.by_document["gold_prob"], task.task.clusters, SHARE),
     }
-    for metric, kind in (("gold_logprob", MEAN), ("gold_prob", SHARE)):
-        left, whole = pruned.by_document[metric], clean.by_document[metric]
-        values[metric] = (left, task.task.clusters, kind)
-        values[f"{metric}_drop"] = (whole - left, task.task.clusters, MEAN)
+    found = {metric: mean_intervals(*of_metric) for metric, of_metric in values.items()}
     own = TaskShots(task.task.task, task.task.shots)
-    for metric, (by_document, clusters, kind) in values.items():
-        intervals = mean_intervals(by_document, clusters, kind)
+    for metric, intervals in (found | drop_intervals(task, clean, pruned)).items():
         for index, point in enumerate(points):
             interval = {name: float(column[index]) for name, column in intervals._asdict().items()}
             chance = {"chance": task.task.chance if metric == main else None}
             yield task_fields(task.task) | point_fields(own, point) | interval | chance | {"metric": metric}
+
+
+def drop_intervals(
+    task: PackedTask, clean: ScoresUnderMasks, pruned: ScoresUnderMasks
+) -> dict[str, Intervals]:
+    """Return what is lost under each mask, clean minus pruned on the same documents, by the drop's metric."""
+    lost = {"acc_drop": mean_intervals(clean.accuracy - pruned.accuracy, pruned.accuracy_clusters, CHANGE)}
+    for metric in ("gold_logprob", "gold_prob"):
+        by_document = clean.by_document[metric] - pruned.by_document[metric]
+        lost[f"{metric}_drop"] = mean_intervals(by_document, task.task.clusters, MEAN)
+    return lost
 
 
 def point_fields(own: TaskShots, point: CurvePoint) -> dict[str, Any]:
@@ -119,86 +140,101 @@ def effect_blocks(
         }
 
 
-def knee(levels: Sequence[int], drops: Values, errors: Values) -> int:
-    """Return the largest level whose drop of accuracy is within one standard error and at most one point;
-    else 0.
+def knee(levels: Sequence[int], lows: Values) -> int:
+    """Return the last level before the first that credibly loses over KNEE_POINTS; or 0.
 
-    drops, errors: [levels], fractions; an unknown standard error does not excuse a drop.
+    lows: the lower bounds of the losses' 95 % intervals [levels], fractions; an unknown one (NaN) ends it.
     """
-    within = np.nan_to_num(errors)
-    kept = [
-        level
-        for level, drop, error in zip(levels, drops, within, strict=True)
-        if drop <= error and drop <= KNEE_POINTS
-    ]
-    return max(kept, default=0)
+    return _last_before(levels, ~(lows <= KNEE_POINTS))
 
 
-def knee_records(chosen_on: Sequence[Mapping[str, Any]], reported: Sequence[Mapping[str, Any]]) -> Records:
-    """Yield the knee of every curve: chosen on training records, reported on evaluation records.
+def certain_knee(levels: Sequence[int], highs: Values) -> int:
+    """Return the last level before the first that does not credibly keep within it; or 0.
 
-    metric `knee`: value the percentage removed; `knee_acc_drop`: what that costs on the evaluation documents,
-    which are the ones that `split` and `documents` of both tell.
+    highs: the upper bounds of the losses' 95 % intervals [levels], fractions; an unknown one shows nothing.
     """
-    fields = ("procedure", "task", "shots", "method", "kind", "other_task", "other_shots")
-    curves: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    return _last_before(levels, ~(highs <= KNEE_POINTS))
+
+
+def _last_before(levels: Sequence[int], ends: NDArray[np.bool_]) -> int:
+    first = next((index for index, is_over in enumerate(ends) if is_over), len(levels))
+    return levels[first - 1] if first else 0
+
+
+def knee_records(chosen_on: Sequence[Record], reported: Sequence[Record]) -> Records:
+    """Yield the knees of every curve: chosen on training records, reported on evaluation records.
+
+    metric `knee`, `knee_certain`: value the percentage removed; between these two the last level that keeps
+    within KNEE_POINTS lies. `knee_acc_drop`: what the first of them costs on the evaluation documents, which
+    are the ones that `split` and `documents` of all three tell.
+    """
+    curves: dict[tuple[Any, ...], list[Record]] = {}
     for record in chosen_on:
         if record["metric"] == "acc_drop":
-            curves.setdefault(tuple(record[field] for field in fields), []).append(record)
+            curves.setdefault(tuple(record[field] for field in CURVE_FIELDS), []).append(record)
     costs = {
-        (*(record[field] for field in fields), record["percent"]): record
+        (*(record[field] for field in CURVE_FIELDS), record["percent"]): record
         for record in reported
         if record["metric"] == "acc_drop"
     }
     for key, members in curves.items():
-        drops, errors = (
-            np.array([member[name] for member in members], dtype=np.float64) for name in ("value", "stderr")
+        levels = [member["percent"] for member in members]
+        lows, highs = (
+            np.array([member[name] for member in members], dtype=np.float64) for name in ("low", "high")
         )
-        level = knee([member["percent"] for member in members], drops, errors)
-        cost = costs.get((*key, level))
-        if cost is None:
-            continue
-        same = (
-            "percent",
-            "split",
-            "documents",
-            "mask",
-            "mask_task",
-            "mask_shots",
-            "heads_removed",
-            "ffns_removed",
-        )
-        base = dict(zip(fields, key, strict=True)) | {name: cost[name] for name in same} | {"exact": True}
-        yield base | {"metric": "knee", "value": float(level)}
-        yield (
-            base
-            | {"metric": "knee_acc_drop"}
-            | {name: cost[name] for name in ("value", "stderr", "low", "high")}
-        )
+        for metric, level in (("knee", knee(levels, lows)), ("knee_certain", certain_knee(levels, highs))):
+            cost = costs.get((*key, level))
+            if cost is None:
+                continue
+            base = {name: cost[name] for name in LEVEL_FIELDS} | {"exact": True}
+            yield base | {"metric": metric, "value": float(level)}
+            if metric == "knee":
+                lost = {name: cost[name] for name in ("value", "stderr", "low", "high")}
+                yield base | {"metric": "knee_acc_drop"} | lost
 
 
-def control_records(records: Sequence[Mapping[str, Any]]) -> Records:
-    """Yield mean and band of the random control over its draws: `low, high` hold 95 % of the draws, `stderr`
-    is the mean's.
+def control_means(
+    task: PackedTask, points: Sequence[CurvePoint], clean: ScoresUnderMasks, pruned: ScoresUnderMasks
+) -> Records:
+    """Yield the means over random draws at every level, with the error that the choice of documents makes.
+
+    `clean` [1, …], `pruned` [P, …] in the order of the points. All draws are judged on the same documents, so
+    the error is that of every document's mean over draws.
     """
-    fields = (
-        "procedure", "task", "shots", "split", "kind", "percent", "metric", "heads_removed", "ffns_removed",
-        "documents",
-    )  # fmt: skip
-    draws: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    levels: dict[tuple[Any, ...], list[int]] = {}
+    for index, point in enumerate(points):
+        if point.method == "random":
+            levels.setdefault((point.kind, point.percent), []).append(index)
+    for indices in levels.values():
+        draws = pruned.at(indices)
+        by_document = {name: values.mean(0, keepdims=True) for name, values in draws.by_document.items()}
+        mean = ScoresUnderMasks(by_document, draws.accuracy.mean(0, keepdims=True), draws.accuracy_clusters)
+        for record in point_records(task, [points[indices[0]]], clean, mean):
+            yield record | {"mask": None, "seed": None}
+
+
+def control_records(means: Sequence[Record], records: Sequence[Record]) -> Records:
+    """Yield the means of the random control with a band that holds the next random mask in 95 % of cases.
+
+    means: those of `control_means`; records: those of the draws among them. `stderr` is the mean's and counts
+    both sources, draws and documents, added as squares, which is rather too much: the draws' spread holds
+    some of the documents' as well. `low, high` are the band's, not the mean's; NaN for a single draw.
+    """
+    draws: dict[tuple[Any, ...], list[float]] = {}
     for record in records:
         if record["method"] == "random":
-            draws.setdefault(tuple(record[field] for field in fields), []).append(record)
-    for key, members in draws.items():
-        values = np.array([member["value"] for member in members])
-        low, high = np.quantile(values, [0.025, 0.975])
+            draws.setdefault(tuple(record[field] for field in CONTROL_FIELDS), []).append(record["value"])
+    for mean in means:
+        values = np.array(draws[tuple(mean[field] for field in CONTROL_FIELDS)])
+        low, high = prediction_band(values, *RANGES.get(mean["metric"], (-np.inf, np.inf)))
         spread = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-        yield dict(zip(fields, key, strict=True)) | {
+        by_documents = np.nan if mean["stderr"] is None else mean["stderr"]
+        yield {name: mean[name] for name in CONTROL_FIELDS} | {
             "method": "random",
-            "value": float(values.mean()),
-            "stderr": float(spread),
-            "low": float(low),
-            "high": float(high),
-            "chance": members[0].get("chance"),
+            "value": mean["value"],
+            "stderr": float(np.hypot(spread, by_documents)),
+            "low": low,
+            "high": high,
+            "chance": mean["chance"],
             "exact": True,
         }

@@ -6,7 +6,7 @@ may go on the other.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -38,15 +38,20 @@ def loss(clean: Answer, now: Answer) -> Values:
     return np.asarray(np.mean(drops, axis=0))
 
 
+def document_losses(clean: Answer, now: Answer) -> Answer:
+    """Return how much every document loses under one mask, [N] of every group."""
+    return tuple(before[0] - after[0] for before, after in zip(clean, now, strict=True))
+
+
 @dataclass(frozen=True)
 class Pruned:
-    """What a search ends with: the mask, what it loses on the check half with its standard error, and its
-    steps.
+    """What a search ends with: the mask, what it loses on the check half and what of that each document does
+    (of every group, [N]), and its steps.
     """
 
     mask: Mask
     lost: float
-    lost_stderr: float
+    document_losses: Answer = field(repr=False, compare=False)
     steps: tuple[tuple[Unit, float], ...]
 
 
@@ -103,8 +108,8 @@ def greedy_search(plan: SearchPlan, tolerance: float) -> Search:
             order = yield from state.by_cost(candidates)
             tried = yield from state.remove_first_within_tolerance([candidates[index] for index in order])
             candidates = [unit for unit in candidates if unit not in tried]
-    lost, stderr = loss_with_stderr(clean_check, state.current)
-    return Pruned(state.mask, lost, stderr, tuple(state.steps))
+    lost = float(loss(clean_check, state.current)[0])
+    return Pruned(state.mask, lost, document_losses(clean_check, state.current), tuple(state.steps))
 
 
 class _GreedyState:
@@ -153,13 +158,6 @@ class _GreedyState:
         """Visit a unit; tell whether the tolerance for all visited so far covers the loss without it too."""
         self._visited += self._plan.weight(unit)
         return lost <= self._tolerance * self._visited / self._whole
-
-
-def loss_with_stderr(clean: Answer, now: Answer) -> tuple[float, float]:
-    """Return the loss under one mask and its paired standard error, groups weighing the same."""
-    drops = [before[0] - after[0] for before, after in zip(clean, now, strict=True)]
-    variances = [drop.var(ddof=1) / len(drop) if len(drop) > 1 else np.nan for drop in drops]
-    return float(np.mean([drop.mean() for drop in drops])), float(np.sqrt(np.sum(variances)) / len(drops))
 
 
 ScoreStep = Callable[[int, Mapping[str, Request]], Mapping[str, Answer]]

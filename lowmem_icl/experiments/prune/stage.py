@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 import polars as pl
 
-from lowmem_icl.experiments.prune import curves, greedy
+from lowmem_icl.experiments.evaluate import stage as evaluate
+from lowmem_icl.experiments.prune import certify, curves, greedy
+from lowmem_icl.experiments.prune.judging import clean_evaluation
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import StageResult, rankings_of
 from lowmem_icl.session.work import Part, Work
@@ -12,15 +14,26 @@ from lowmem_icl.session.work import Part, Work
 
 def parts(prepared: Prepared, importance: StageResult | None, ablate: StageResult | None) -> list[Part]:
     """Return the work of curves, and what searches are expected to ask for."""
-    return [*curves.parts(prepared, rankings_of(importance, ablate)), *greedy.parts(prepared)]
+    return [
+        *evaluate.clean_parts(prepared, {}),
+        *curves.parts(prepared, rankings_of(importance, ablate)),
+        *greedy.parts(prepared),
+    ]
+
+
+def notes(prepared: Prepared) -> tuple[str, ...]:
+    """Return sentences for a plan: how many documents certificates need, and where there are too few."""
+    need = certify.need(prepared)
+    return (*([need] if need else []), *certify.notes(prepared))
 
 
 def run(work: Work, importance: StageResult | None, ablate: StageResult | None) -> Iterator[StageResult]:
     """Prune by rankings and by greedy search; yields when the curves are there, which come first."""
     rankings = rankings_of(importance, ablate)
-    curved = curves.run(work, rankings)
+    clean = clean_evaluation(work)
+    curved = curves.run(work, rankings, clean)
     yield curved
-    searched = greedy.run(work, rankings)
+    searched = greedy.run(work, rankings, clean)
     yield StageResult(
         results=pl.concat([curved.results, searched.results]),
         effects=pl.concat([curved.effects, searched.effects]),

@@ -1,0 +1,190 @@
+"""Masks of searches on the evaluation split: what they leave, what they lose there, and whether that keeps
+the tolerance.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from lowmem_icl.engine.answers import Scores
+from lowmem_icl.experiments.evaluate import measure as evaluation
+from lowmem_icl.experiments.evaluate import stage as evaluate
+from lowmem_icl.experiments.prune import measure
+from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.naming import CLEAN
+from lowmem_icl.options import RunOptions
+from lowmem_icl.protocols import AGGREGATE, in_domain
+from lowmem_icl.session.prepare import Prepared
+from lowmem_icl.session.result import MaskResult, stamp, task_fields
+from lowmem_icl.session.work import SweepPart, Work, scores_by_task, sweep_in_chunks
+from lowmem_icl.statistics.certificate import verdict
+from lowmem_icl.tables import blocks
+from lowmem_icl.tables.aggregate import over_tasks
+from lowmem_icl.tasks.packing import PackedTask
+
+Record = Mapping[str, Any]
+TaskShotsKey = tuple[str, int]
+
+
+def judging_parts(prepared: Prepared, made: Sequence[MaskResult]) -> list[SweepPart]:
+    """Return the sweeps of the evaluation documents under the masks made for their task, or for all, at their
+    shot count.
+    """
+    tasks = prepared.evaluate
+    masks = [[judged.mask for judged in _masks_for(made, task.task, task.shots)] for task in tasks]
+    return sweep_in_chunks("prune-evaluate", "evaluate masks", tasks, masks, evaluate.CHUNK)
+
+
+def _masks_for(made: Sequence[MaskResult], task: str, shots: int) -> list[MaskResult]:
+    return [mask for mask in made if mask.shots == shots and mask.task in (task, AGGREGATE)]
+
+
+@dataclass(frozen=True, eq=False)
+class CleanEvaluation:
+    """The scores of every task's evaluation documents under the clean model, and its evaluation with means
+    over tasks.
+    """
+
+    scores: Sequence[Scores]
+    results: pl.DataFrame
+
+
+def clean_evaluation(work: Work) -> CleanEvaluation:
+    """Evaluate the clean model; the evaluate stage mostly did."""
+    prepared = work.prepared
+    scores = _scores(work, evaluate.clean_parts(prepared, {}))
+    found: list[blocks.Block] = []
+    for task, score in zip(prepared.evaluate, scores, strict=True):
+        under = evaluation.MaskScores(CLEAN, Mask(), score.logprobs[0], score.greedy[0])
+        found += evaluation.evaluation_records(prepared.pack(task), under)
+    clean = blocks.frame("results", found, stamp(prepared, "prune"))
+    return CleanEvaluation(scores, pl.concat([clean, over_tasks(clean)]))
+
+
+def judged(
+    work: Work, made: Sequence[MaskResult], clean: CleanEvaluation
+) -> tuple[pl.DataFrame, tuple[MaskResult, ...]]:
+    """Return the evaluation of all masks, of those made for all tasks with means over tasks, and the masks
+    with what they score.
+    """
+    prepared = work.prepared
+    at_chance = settings_at_chance(prepared, clean.results)
+    results = _mask_records(work, made, clean.scores)
+    before, after = _by_setting(clean.results), _by_setting(results)
+    per_task = (
+        results.filter(pl.col("task") != AGGREGATE).group_by("mask").agg(pl.col("split").unique().sort())
+    )
+    splits = dict(per_task.select("mask", pl.col("split").list.join("/")).iter_rows())
+    scored = []
+    for mask in made:
+        key = (mask.task, mask.shots)
+        whole, left = before.get((*key, CLEAN), {}), after.get((*key, mask.name), {})
+        scores = {
+            "split": splits[mask.name],
+            "before": {metric: record["value"] for metric, record in whole.items()},
+            "after": {
+                metric: record["value"] for metric, record in left.items() if not metric.endswith("_drop")
+            },
+            **loss_scores(prepared.options, left.get(f"{prepared.options.objective}_drop")),
+            **({"at_chance": True} if key in at_chance else {}),
+        }
+        scored.append(replace(mask, scores=scores))
+    return results, tuple(scored)
+
+
+def loss_scores(options: RunOptions, lost: Record | None) -> dict[str, Any]:
+    """Return what a mask file says of the objective lost, from its record: the loss paired with the clean
+    run, the bounds of its interval, and whether these keep the tolerance.
+    """
+    low, high = (None, None) if lost is None else (lost["low"], lost["high"])
+    return {
+        "objective": options.objective,
+        "tolerance": options.tolerance,
+        "loss": None if lost is None else lost["value"],
+        "interval": None if low is None or high is None else [low, high],
+        "documents": None if lost is None else lost["documents"],
+        "verdict": verdict(low, high, options.tolerance),
+    }
+
+
+def settings_at_chance(prepared: Prepared, clean: pl.DataFrame) -> frozenset[TaskShotsKey]:
+    """Return the tasks and shot counts where the clean model is not credibly better than guessing.
+
+    clean: its evaluation. To guess is to draw an option or, where that is right more often, always to give
+    the same; of all tasks the mean counts. Tasks without alternatives are never at chance.
+    """
+    guesses: dict[TaskShotsKey, float] = {}
+    for task in prepared.evaluate:
+        if any(len(document.gold) > 1 for document in task.documents):
+            guesses[task.task, task.shots] = max(task.chance, task.majority)
+    for shots in prepared.options.resolved_shots:
+        members = [value for (task, count), value in guesses.items() if count == shots and in_domain(task)]
+        if members:
+            guesses[AGGREGATE, shots] = float(np.mean(members))
+    accuracies = {
+        (record["task"], record["shots"]): record["low"]
+        for record in clean.filter(pl.col("metric").is_in(evaluation.ACCURACIES)).iter_rows(named=True)
+    }
+    return frozenset(
+        key for key, low in accuracies.items() if key in guesses and (low is None or low <= guesses[key])
+    )
+
+
+def _scores(work: Work, sweeps: Sequence[SweepPart]) -> list[Scores]:
+    return scores_by_task(work.prepared.evaluate, sweeps, [work.sweep(part) for part in sweeps])
+
+
+def _by_setting(results: pl.DataFrame) -> dict[tuple[str, int, str], dict[str, Record]]:
+    """Return records by metric, for every task, shot count and mask."""
+    found: dict[tuple[str, int, str], dict[str, Record]] = {}
+    for record in results.iter_rows(named=True):
+        found.setdefault((record["task"], record["shots"], record["mask"]), {})[record["metric"]] = record
+    return found
+
+
+def _mask_records(work: Work, made: Sequence[MaskResult], clean: Sequence[Scores]) -> pl.DataFrame:
+    """Return the evaluation of all masks, and of those made for all tasks the means over tasks."""
+    prepared = work.prepared
+    found: list[blocks.Block] = []
+    scores = _scores(work, judging_parts(prepared, made))
+    for task, whole, score in zip(prepared.evaluate, clean, scores, strict=True):
+        packed, masks = prepared.pack(task), _masks_for(made, task.task, task.shots)
+        lost = _drops(packed, whole, score, prepared.options.objective)
+        for index, mask in enumerate(masks):
+            under = evaluation.MaskScores(mask.name, mask.mask, score.logprobs[index], score.greedy[index])
+            records = [*evaluation.evaluation_records(packed, under), lost[index] | _removed_fields(mask)]
+            found += [{**record, **_mask_fields(mask)} for record in records]
+    results = blocks.frame("results", found, stamp(prepared, "prune"))
+    shared = results.filter(pl.col("mask").is_in([mask.name for mask in made if mask.task == AGGREGATE]))
+    return pl.concat([results, over_tasks(shared)])
+
+
+def _drops(task: PackedTask, clean: Scores, masked: Scores, objective: str) -> list[dict[str, Any]]:
+    """Return what a task loses of the objective under each mask, paired by document, as records."""
+    under = measure.scores_under_masks(task, masked.logprobs, masked.greedy)
+    whole = measure.scores_under_masks(task, clean.logprobs[:1], clean.greedy[:1])
+    lost = measure.drop_intervals(task, whole, under)[f"{objective}_drop"]
+    base = task_fields(task.task) | {"metric": f"{objective}_drop", "exact": True}
+    return [base | {name: float(value) for name, value in zip(lost._fields, values, strict=True)}
+            for values in zip(*lost, strict=True)]  # fmt: skip
+
+
+def _removed_fields(mask: MaskResult) -> dict[str, Any]:
+    return {
+        "mask": mask.name,
+        "heads_removed": len(mask.mask.heads),
+        "ffns_removed": len(mask.mask.ffns),
+    }
+
+
+def _mask_fields(mask: MaskResult) -> dict[str, Any]:
+    return {
+        "procedure": "greedy",
+        "method": mask.method,
+        "mask_task": mask.task,
+        "mask_shots": mask.shots,
+        "seed": mask.seed,
+    }

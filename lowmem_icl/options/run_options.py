@@ -1,0 +1,108 @@
+"""The options of a run: its fields, checked together, and what they come to where one is not given."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import model_validator
+
+from lowmem_icl.options.defaults import Defaults, defaults_of
+from lowmem_icl.options.fields import DEFAULT_EXACT, FLAGS, RunFields
+from lowmem_icl.protocols import PROTOCOLS, Labels, Protocol
+
+
+class RunOptions(RunFields):
+    """Every option of a run, checked."""
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "RunOptions":
+        experiments = set(self.experiments)
+        if "right" not in self.labels:
+            raise ValueError(
+                "--labels: expected right among them, which the controls are compared with; add it"
+            )
+        if self.exact is not None and self.screen is None:
+            raise ValueError(
+                "--exact: expected with --screen attribution, which says what is left out; add it"
+            )
+        if self.screen is not None and "ablate" in experiments and "importance" not in experiments:
+            raise ValueError("--screen: its estimates come from importance; add that to --experiments")
+        if self.rescore and not {"importance", "prune"} <= experiments:
+            raise ValueError("--rescore: expected importance and prune among --experiments; add them")
+        if self.label_drops and "ablate" not in experiments:
+            raise ValueError("--label-drops: expected ablate among --experiments; add it")
+        return self
+
+    @property
+    def defaults(self) -> Defaults:
+        """What its model's runs take where the options do not say."""
+        return defaults_of(self.model)
+
+    @property
+    def resolved_exact(self) -> int:
+        """Units ablated exactly where ablations are screened."""
+        return self.exact or DEFAULT_EXACT
+
+    @property
+    def protocol_flags(self) -> Protocol:
+        """Which of its steps the protocol does in the reference's way."""
+        return PROTOCOLS[self.protocol]
+
+    @property
+    def control_labels(self) -> tuple[Labels, ...]:
+        """Whose answers demonstrations show besides the right ones, where tasks are evaluated."""
+        controls = tuple(name for name in self.labels if name != "right")
+        return controls if "evaluate" in self.experiments else ()
+
+    @property
+    def resolved_shots(self) -> tuple[int, ...]:
+        """The shot counts, ascending."""
+        return tuple(sorted(self.shots if self.shots is not None else self.defaults.shots))
+
+    @property
+    def resolved_limit(self) -> int | None:
+        """Evaluation documents per task; None: all."""
+        return self.limit or self.defaults.limit
+
+    @property
+    def resolved_train_limit(self) -> int:
+        """Training documents per task."""
+        return self.train_limit or self.limit or self.defaults.train_limit
+
+    @property
+    def resolved_importance_limit(self) -> int:
+        """Training documents per task whose gradients are taken."""
+        return self.importance_limit or self.resolved_train_limit
+
+    @property
+    def resolved_curve_limit(self) -> int:
+        """Evaluation documents per task that curves are judged on."""
+        wanted = self.curve_limit or self.defaults.curve_limit
+        return min(wanted, self.resolved_limit or wanted)
+
+    @property
+    def resolved_store_dir(self) -> Path:
+        """Folder of converted checkpoints: --store-dir, or one in the user's cache folder (XDG)."""
+        if self.store_dir is not None:
+            return self.store_dir
+        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        return Path(cache) / "lowmem-icl" / "stores"
+
+    @property
+    def identity_values(self) -> dict[str, Any]:
+        """The plain JSON values of all options that results depend on; the device is not among them."""
+        values = self.model_dump(mode="json", include={name for name in FLAGS if FLAGS[name].changes_results})
+        resolved = {
+            "limit": self.resolved_limit,
+            "train_limit": self.resolved_train_limit,
+            "curve_limit": self.curve_limit or self.defaults.curve_limit,
+        }
+        return values | {"shots": list(self.resolved_shots), **resolved}
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits over `identity_values`."""
+        text = json.dumps(self.identity_values, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]

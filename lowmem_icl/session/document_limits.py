@@ -1,0 +1,36 @@
+"""How many documents of which part of a task a run needs."""
+
+from lowmem_icl.options import RunOptions
+from lowmem_icl.statistics.certificate import documents_needed
+from lowmem_icl.tasks.selection import Part
+
+BOUNDED_OBJECTIVES = ("gold_prob", "acc")
+"""Of one document no more than 1 can be lost, which a certificate builds on."""
+TIMES_NEEDED = 2
+"""By default: with only as many documents as are needed, a mask that loses anything at all has no chance."""
+
+
+def certify_limit(options: RunOptions) -> int:
+    """Return how many training documents beyond the search's may certify a mask; 0: no certificate."""
+    if options.objective not in BOUNDED_OBJECTIVES:
+        return 0
+    if options.certify_limit is None:
+        return TIMES_NEEDED * documents_needed(options.tolerance)
+    return options.certify_limit
+
+
+def part_limits(options: RunOptions) -> dict[str, tuple[Part, int | None]]:
+    """Return the part and the limit of the documents that a run needs, by field of Prepared.
+
+    Those of `certify` begin with those of `train`, which have then to be left out.
+    """
+    limits: dict[str, tuple[Part, int | None]] = {
+        "evaluate": ("evaluate", options.resolved_limit),
+        "train": ("train", options.resolved_train_limit),
+        "importance": ("importance", options.resolved_importance_limit),
+        "curves": ("evaluate", options.resolved_curve_limit),
+    }
+    further = certify_limit(options)
+    if further and "prune" in options.experiments:
+        limits["certify"] = ("train", options.resolved_train_limit + further)
+    return limits
