@@ -83,7 +83,7 @@ def test_a_mistake_stops_the_night_before_it_starts(stores: Path, tmp_path: Path
 def test_the_demo_masks_fit_the_demo_and_say_how_they_were_made(stores: Path) -> None:
     folder = SCRIPTS.parent / "masks" / "demo"
     masks = [read_mask(path) for path in sorted(folder.glob("*.json"))]
-    assert len(masks) == 15 + 3 * 9
+    assert len(masks) == 15 + 2 + 3 * 9, "greedy, certified, and three curves"
     prepared = prepare(RunOptions(tasks=("recall",), shots=(0,), limit=1, store_dir=stores))
     model = with_store(prepared).mask_model
     for mask in masks:

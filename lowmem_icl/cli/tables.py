@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowmem_icl.report.losses import SearchMask, greedy_losses, searches_without_certificate
+from lowmem_icl.report.losses import AT_CHANCE, SearchMask, greedy_losses, searches_without_certificate
 from lowmem_icl.report.numbers import (
     ACCURACY,
     PICKED,
@@ -29,6 +29,8 @@ from lowmem_icl.session.folder import run_record
 from lowmem_icl.tables.schema import read_table
 
 COMPARED_METHODS = ("gradient", "random")
+VERDICTS = {"cannot tell": "?", AT_CHANCE: "chance"}
+"""Of whether a tolerance is kept, as the table of searches has room for."""
 
 
 def show_summary(folder: Path, console: Console) -> None:
@@ -108,7 +110,7 @@ def _print_greedy(results: pl.DataFrame, record: Mapping[str, Any], console: Con
     table = _table(
         "greedy pruning: heads (H) and FFNs (F) removed, how many of these are certified, accuracy compared "
         f"with masks of equal size; kept: whether the tolerance of {record['options']['tolerance']:g} is "
-        "(?: the documents cannot tell)",
+        "(?: the documents cannot tell; chance: there is nothing to keep)",
         ("task", "shots", "removed", "certified", "kept", "greedy", *COMPARED_METHODS),
     )
     for row in searched.iter_rows(named=True):
@@ -119,7 +121,7 @@ def _print_greedy(results: pl.DataFrame, record: Mapping[str, Any], console: Con
             str(row["shots"]),
             f"{row['heads_removed']}H {row['ffns_removed']}F",
             cells.get((*search, "certified"), ""),
-            "" if loss is None else loss.verdict.replace("cannot tell", "?"),
+            "" if loss is None else VERDICTS.get(loss.verdict, loss.verdict),
             *(cells.get((*search, method), "") for method in ("greedy", *COMPARED_METHODS)),
         )
     console.print(table)

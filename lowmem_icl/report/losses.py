@@ -5,7 +5,10 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
+from lowmem_icl.report.numbers import settings_at_chance
 from lowmem_icl.statistics.certificate import verdict
+
+AT_CHANCE = "at chance"
 
 
 class SearchMask(NamedTuple):
@@ -17,7 +20,10 @@ class SearchMask(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A paired loss with the bounds of its 95 % interval, None where there is none, and its verdict."""
+    """A paired loss with the bounds of its 95 % interval, None where there is none, and its verdict.
+
+    AT_CHANCE stands in a verdict's place where the clean model is no better than guessing.
+    """
 
     value: float
     low: float | None
@@ -27,7 +33,7 @@ class Loss(NamedTuple):
 
 def greedy_losses(results: pl.DataFrame, record: Mapping[str, Any]) -> dict[SearchMask, Loss]:
     """Return the losses of the masks of searches on their own tasks; record: the run's run.json."""
-    options = record["options"]
+    options, at_chance = record["options"], settings_at_chance(results)
     drops = results.filter(
         (pl.col("experiment") == "prune")
         & (pl.col("procedure") == "greedy")
@@ -36,10 +42,12 @@ def greedy_losses(results: pl.DataFrame, record: Mapping[str, Any]) -> dict[Sear
     )
     return {
         SearchMask(drop["task"], drop["shots"], drop["method"]): Loss(
-            drop["value"], drop["low"], drop["high"], verdict(drop["low"], drop["high"], options["tolerance"])
+            drop["value"], drop["low"], drop["high"],
+            AT_CHANCE if (drop["task"], drop["shots"]) in at_chance
+            else verdict(drop["low"], drop["high"], options["tolerance"]),
         )
         for drop in drops.iter_rows(named=True)
-    }
+    }  # fmt: skip
 
 
 def searches_without_certificate(record: Mapping[str, Any]) -> set[tuple[str, int]]:

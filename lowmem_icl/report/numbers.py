@@ -74,6 +74,24 @@ def accuracy(results: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+def settings_at_chance(results: pl.DataFrame) -> set[tuple[str, int]]:
+    """Return the tasks and shot counts where the clean accuracy's interval holds that of guessing.
+
+    To guess is to draw an option or, where that is right more often, always to give the same; for the mean
+    over tasks, the mean of these. Tasks without alternatives are never at chance.
+    """
+    rows = accuracy(results).with_columns(guess=pl.max_horizontal("chance", "majority"))
+    guesses = {(row["task"], row["shots"]): row["guess"] for row in rows.iter_rows(named=True)}
+    for shots in set(rows["shots"]):
+        members = [
+            guess for (task, count), guess in guesses.items()
+            if count == shots and task != AGGREGATE and in_domain(task) and guess
+        ]  # fmt: skip
+        guesses[AGGREGATE, shots] = sum(members) / len(members) if members else None
+    lows = {(row["task"], row["shots"]): row["low"] for row in rows.iter_rows(named=True)}
+    return {key for key, low in lows.items() if guesses[key] and (low is None or low <= guesses[key])}
+
+
 def greedy_accuracy(results: pl.DataFrame) -> pl.DataFrame:
     """Return the records of accuracy under greedy masks and others of equal size, on their own tasks."""
     return results.filter(

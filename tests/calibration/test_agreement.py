@@ -104,13 +104,13 @@ def cells_of(relation: str, form: Form) -> list[Cell]:
 
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_intervals_of_agreement_hold_their_rate(relation: str) -> None:
-    check(cells_of(relation, SHORT), standard_errors=2)
+    check(cells_of(relation, SHORT))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_intervals_of_agreement_hold_their_rate_over_the_whole_grid(relation: str) -> None:
-    check(cells_of(relation, LONG), standard_errors=2)
+    check(cells_of(relation, LONG))
 
 
 if __name__ == "__main__":
