@@ -97,7 +97,8 @@ def accuracies(form: Form, rng: np.random.Generator) -> Iterator[Cell]:
         for n in counts:
             values = correct(rng, p, (form.samples, n))
             yield measured(f"accuracy {p}, n {n}", values, alone(n), PROPORTION, p)
-            yield measured(f"share of 0 or 1, {p}, n {n}", values, alone(n), SHARE, p)
+            if n >= 16:
+                yield measured(f"share of 0 or 1, {p}, n {n}", values, alone(n), SHARE, p)
 
 
 def probabilities(form: Form, rng: np.random.Generator) -> Iterator[Cell]:
