@@ -25,9 +25,8 @@ from lowmem_icl.errors import LowmemIclError
 from lowmem_icl.masks.files import read_mask
 from lowmem_icl.report.figures import COLOURS, STYLE, new_figure
 from lowmem_icl.system.files import atomic_path
-from lowmem_icl.tables.schema import read_table
+from lowmem_icl.tables.schema import ACCURACIES, read_table
 
-ACCURACY = ("acc", "em")
 # Label and colour of every group of bars.
 METHODS = {
     "clean": ("whole model", "#999999"),
@@ -63,7 +62,7 @@ def accuracies(results: pl.DataFrame, shots: int) -> pl.DataFrame:
     pruned = (pl.col("experiment") == "prune") & (pl.col("procedure") == "greedy")
     own = pl.col("mask_task") == pl.col("task")
     return (
-        results.filter((clean | (pruned & own)) & pl.col("metric").is_in(ACCURACY))
+        results.filter((clean | (pruned & own)) & pl.col("metric").is_in(ACCURACIES))
         .filter((pl.col("shots") == shots) & (pl.col("task") != "aggregate"))
         .with_columns(pl.when(clean).then(pl.lit("clean")).otherwise(pl.col("method")).alias("method"))
     )

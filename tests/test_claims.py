@@ -18,7 +18,7 @@ from lowmem_icl.experiments.ablate.differences import drop_differences, in_conte
 from lowmem_icl.masks.mask import Unit
 from lowmem_icl.report.numbers import TOP_UNITS
 from lowmem_icl.report.page import NAMED_UNITS
-from lowmem_icl.statistics.intervals import clustered_estimates
+from lowmem_icl.statistics.intervals import MEAN, mean_intervals
 from lowmem_icl.statistics.selection import alternate_halves, top_mean
 from lowmem_icl.statistics.significance import q_values, sign_counts
 from lowmem_icl.tables.aggregate import over_tasks
@@ -87,14 +87,14 @@ def test_documents_that_repeat_a_passage_add_nothing() -> None:
     values = np.random.default_rng(0).normal(size=(5, 8))
     once, five_times = (
         (
-            clustered_estimates(np.repeat(values, times, axis=1), np.repeat(alone(8), times).tolist()),
+            mean_intervals(np.repeat(values, times, axis=1), np.repeat(alone(8), times).tolist(), MEAN),
             sign_counts(np.repeat(values, times, axis=1), np.repeat(alone(8), times).tolist()),
         )
         for times in (1, 5)
     )
     np.testing.assert_allclose(once[0], five_times[0])
     np.testing.assert_array_equal(once[1], five_times[1])
-    assert np.isnan(clustered_estimates(values, ["one"] * 8).stderr).all()
+    assert np.isnan(mean_intervals(values, ["one"] * 8, MEAN).stderr).all()
     assert q_values(sign_counts(values, ["one"] * 8)).tolist() == [1] * 5, "one cluster claims nothing"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from lowmem_icl.experiments.ablate.measure import Estimates, screened
 from lowmem_icl.experiments.importance.measure import Importance, importance_blocks
-from lowmem_icl.statistics.intervals import clustered_estimates
+from lowmem_icl.statistics.intervals import MEAN, mean_intervals
 from lowmem_icl.tasks.packing import PackedTask
 
 # Four documents in two clusters. Mean 2; the clusters' sums of deviations are -2 and 2, so that the
@@ -20,9 +20,11 @@ CLUSTERS = ["set 0", "set 0", "set 1", "set 1"]
 
 
 def test_clustered_standard_errors_by_hand() -> None:
-    estimates = clustered_estimates(VALUES[None], CLUSTERS)
-    assert (estimates.value[0], estimates.stderr[0], estimates.freedom[0]) == (2, 1, 1)
-    alone = clustered_estimates(VALUES[None], ["a", "b", "c", "d"])
+    found = mean_intervals(VALUES[None], CLUSTERS, MEAN)
+    assert (found.value[0], found.stderr[0]) == (2, 1)
+    # Student's quantile at one degree of freedom, tan(0.475 π).
+    assert found.high[0] == pytest.approx(2 + math.tan(0.475 * math.pi))
+    alone = mean_intervals(VALUES[None], ["a", "b", "c", "d"], MEAN)
     assert alone.stderr[0] == pytest.approx(math.sqrt(4 / 3 / 4))
 
 

@@ -11,7 +11,6 @@ from rich.text import Text
 
 from lowmem_icl.report.losses import AT_CHANCE, SearchMask, greedy_losses, searches_without_certificate
 from lowmem_icl.report.numbers import (
-    ACCURACY,
     PICKED,
     STAR,
     accuracy,
@@ -26,8 +25,9 @@ from lowmem_icl.report.numbers import (
     with_right_labels,
 )
 from lowmem_icl.session.folder import run_record
-from lowmem_icl.tables.schema import read_table
+from lowmem_icl.tables.schema import ACCURACIES, read_table
 
+MEANING = "what each number means, and when there is none: docs/numbers.md"
 COMPARED_METHODS = ("gradient", "random")
 VERDICTS = {"cannot tell": "?", AT_CHANCE: "chance"}
 """Of whether a tolerance is kept, as the table of searches has room for."""
@@ -45,7 +45,7 @@ def show_summary(folder: Path, console: Console) -> None:
     )
     if scored:
         console.print(f"heads by prefix matching (1: all attention goes where it should): {scored}")
-    _print_line(console, "what each number means, and when there is none: docs/numbers.md")
+    _print_line(console, MEANING)
     _print_line(console, f"{total_seconds(record):.0f} s; tables, masks and report.html in {folder}")
 
 
@@ -131,7 +131,7 @@ def show_evaluation(folder: Path, console: Console) -> None:
     """Print accuracies clean and under every mask."""
     results = read_table(folder / "results.parquet", "results")
     records = results.filter(
-        (pl.col("experiment") == "evaluate") & with_right_labels() & pl.col("metric").is_in(ACCURACY)
+        (pl.col("experiment") == "evaluate") & with_right_labels() & pl.col("metric").is_in(ACCURACIES)
     )
     masks = list(dict.fromkeys(records["mask"]))
     table = Table("task", "shots")
@@ -142,6 +142,7 @@ def show_evaluation(folder: Path, console: Console) -> None:
         values = (f"{by_mask[mask]:.3f}" if mask in by_mask else "" for mask in masks)
         table.add_row(Text(str(task)), str(shots), *values)
     console.print(table)
+    _print_line(console, MEANING)
     _print_line(console, f"tables in {folder}")
 
 

@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.figures import COLOURS, error_bars, new_figure, page_figure, task_order
-from lowmem_icl.report.numbers import ACCURACY, mean_over_tasks, subject
+from lowmem_icl.report.numbers import mean_over_tasks, subject
 from lowmem_icl.report.section import Record, Section
+from lowmem_icl.tables.schema import ACCURACIES
 
 TEXT = (
     "By one ranking of the intact model, more and more of the least important units are removed; judged on "
@@ -80,7 +81,7 @@ def pruning_curves(points: pl.DataFrame, kind: str) -> Figure | None:
     A panel per task (down) and shot count (across). Grey: the random control with its band; dotted: chance.
     """
     records = points.filter(
-        (pl.col("kind") == kind) & pl.col("metric").is_in(ACCURACY) & ~pl.col("procedure").is_in(UNDRAWN)
+        (pl.col("kind") == kind) & pl.col("metric").is_in(ACCURACIES) & ~pl.col("procedure").is_in(UNDRAWN)
     )
     if records.is_empty():
         return None
@@ -128,7 +129,7 @@ def _draw_panel(axis: Axes, panel: pl.DataFrame) -> None:
 def combined_points(points: pl.DataFrame) -> pl.DataFrame:
     """Return the records of accuracy with heads and FFNs removed together, mean over tasks."""
     return mean_over_tasks(
-        points.filter((pl.col("procedure") == "curve-combined") & pl.col("metric").is_in(ACCURACY))
+        points.filter((pl.col("procedure") == "curve-combined") & pl.col("metric").is_in(ACCURACIES))
     )
 
 

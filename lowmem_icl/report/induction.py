@@ -16,8 +16,9 @@ from lowmem_icl.report.figures import (
     page_figure,
     unit_grid,
 )
-from lowmem_icl.report.numbers import ACCURACY, mean_over_tasks, unit_name
+from lowmem_icl.report.numbers import mean_over_tasks, unit_name
 from lowmem_icl.report.section import Record, Section
+from lowmem_icl.tables.schema import ACCURACIES
 
 MAPS = {
     "prefix_matching": "prefix matching",
@@ -158,7 +159,9 @@ def heads_note(induction: pl.DataFrame) -> list[str]:
 def removal_note(induction: pl.DataFrame) -> list[str]:
     """Return a sentence on accuracy without induction heads at the most demonstrations, mean over tasks."""
     records = mean_over_tasks(
-        induction.filter((pl.col("procedure") == "removal") & pl.col("metric").is_in([*ACCURACY, "acc_drop"]))
+        induction.filter(
+            (pl.col("procedure") == "removal") & pl.col("metric").is_in([*ACCURACIES, "acc_drop"])
+        )
     )
     if records.is_empty():
         return []

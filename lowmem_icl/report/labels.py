@@ -6,8 +6,9 @@ from typing import Any
 import polars as pl
 
 from lowmem_icl.protocols import LABELS
-from lowmem_icl.report.numbers import ACCURACY, clean_evaluation
+from lowmem_icl.report.numbers import clean_evaluation
 from lowmem_icl.report.section import Record, Section, interval_text, number_text
+from lowmem_icl.tables.schema import ACCURACIES
 
 COLUMNS = (
     "task", "shots", "measure", *LABELS,
@@ -32,7 +33,7 @@ def labels_section(results: pl.DataFrame, record: Record) -> Section | None:
 def label_rows(results: pl.DataFrame) -> list[list[str]]:
     """Return formatted rows of COLUMNS: one per task, shot count and measure that has a control."""
     records = clean_evaluation(results).with_columns(
-        metric=pl.when(pl.col("metric").is_in(ACCURACY)).then(pl.lit("acc")).otherwise(pl.col("metric"))
+        metric=pl.when(pl.col("metric").is_in(ACCURACIES)).then(pl.lit("acc")).otherwise(pl.col("metric"))
     )
     controlled = records.filter(pl.col("metric").str.ends_with("_label_effect"))
     rows = []

@@ -8,9 +8,8 @@ import polars as pl
 
 from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.session.folder import run_record
-from lowmem_icl.tables.schema import read_table
+from lowmem_icl.tables.schema import ACCURACIES, read_table
 
-ACCURACY = ("acc", "em")
 """A task's own accuracy goes by either name."""
 TOP_UNITS = 5
 SIGNIFICANT_Q = 0.05
@@ -46,7 +45,7 @@ def subject(records: pl.DataFrame) -> str:
 
 def clean_accuracy(results: pl.DataFrame) -> pl.DataFrame:
     """Return the records of the clean run's accuracy on the evaluation split, with right labels."""
-    return clean_evaluation(results).filter(with_right_labels() & pl.col("metric").is_in(ACCURACY))
+    return clean_evaluation(results).filter(with_right_labels() & pl.col("metric").is_in(ACCURACIES))
 
 
 def clean_evaluation(results: pl.DataFrame) -> pl.DataFrame:
@@ -74,31 +73,13 @@ def accuracy(results: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def settings_at_chance(results: pl.DataFrame) -> set[tuple[str, int]]:
-    """Return the tasks and shot counts where the clean accuracy's interval holds that of guessing.
-
-    To guess is to draw an option or, where that is right more often, always to give the same; for the mean
-    over tasks, the mean of these. Tasks without alternatives are never at chance.
-    """
-    rows = accuracy(results).with_columns(guess=pl.max_horizontal("chance", "majority"))
-    guesses = {(row["task"], row["shots"]): row["guess"] for row in rows.iter_rows(named=True)}
-    for shots in set(rows["shots"]):
-        members = [
-            guess for (task, count), guess in guesses.items()
-            if count == shots and task != AGGREGATE and in_domain(task) and guess
-        ]  # fmt: skip
-        guesses[AGGREGATE, shots] = sum(members) / len(members) if members else None
-    lows = {(row["task"], row["shots"]): row["low"] for row in rows.iter_rows(named=True)}
-    return {key for key, low in lows.items() if guesses[key] and (low is None or low <= guesses[key])}
-
-
 def greedy_accuracy(results: pl.DataFrame) -> pl.DataFrame:
     """Return the records of accuracy under greedy masks and others of equal size, on their own tasks."""
     return results.filter(
         (pl.col("experiment") == "prune")
         & (pl.col("procedure") == "greedy")
         & (pl.col("mask_task") == pl.col("task"))
-        & pl.col("metric").is_in(ACCURACY)
+        & pl.col("metric").is_in(ACCURACIES)
     )
 
 

@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lowmem_icl.statistics.clusters import cluster_numbers, cluster_sums
+
 Values = NDArray[np.float64]
 Verdict = Literal["holds", "fails", "cannot tell"]
 
@@ -72,11 +74,7 @@ def cluster_means(values: Values, clusters: Sequence[str]) -> Values:
     """Return the means over the documents of every cluster, [..., G] from [..., N], clusters in order of
     appearance.
     """
-    numbers: dict[str, int] = {}
-    member = np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters], dtype=np.int64)
-    weights = np.zeros((len(member), len(numbers)))
-    weights[np.arange(len(member)), member] = 1
-    return np.asarray(values @ (weights / weights.sum(0)))
+    return np.asarray(cluster_sums(values, clusters) / np.bincount(cluster_numbers(clusters)))
 
 
 def verdict(low: float | None, high: float | None, tolerance: float) -> Verdict:

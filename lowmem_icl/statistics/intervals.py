@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from lowmem_icl.statistics.clusters import cluster_numbers, cluster_sums
+
 Values = NDArray[np.float64]
 
 CONFIDENCE = 0.95
@@ -65,14 +67,6 @@ class Intervals(NamedTuple):
     high: Values
 
 
-class Estimates(NamedTuple):
-    """Means [U] with their standard errors and the degrees of freedom of these."""
-
-    value: Values
-    stderr: Values
-    freedom: Values
-
-
 def mean_intervals(values: Values, clusters: Sequence[str], kind: Kind) -> Intervals:
     """Return the means of values [U, N] over N with 95 % intervals; documents of a cluster count as drawn
     together.
@@ -82,6 +76,10 @@ def mean_intervals(values: Values, clusters: Sequence[str], kind: Kind) -> Inter
     Bonett and Price (2012), one document added at either bound. mean: the hull of Student's interval and
     Hall's (1992), which allows for skewness; none where fewer than FEWEST_DIFFERENT clusters differ from the
     rest. A single cluster says nothing about others: no interval, and a standard error that is NaN.
+
+    Of G clusters: stderr² = G / (G − 1) · Σ_clusters (Σ_documents value − mean)² / N², with G − 1 degrees of
+    freedom where clusters are of one size (Cameron and Miller 2015), else with the effective number of
+    clusters in G's place.
     """
     grouped = _Grouped.of(np.asarray(values, dtype=np.float64), clusters)
     if grouped.clusters < 2:
@@ -101,24 +99,13 @@ def statistic_interval(value: float, stderr: float, clusters: Sequence[str]) -> 
 
     Wilson's, at the number of documents at which a proportion would have this standard error.
     """
-    sizes = np.unique(np.asarray(clusters), return_counts=True)[1]
+    sizes = np.bincount(cluster_numbers(clusters))
     if len(sizes) < 2 or not np.isfinite(stderr) or not 0 <= value <= 1:
         return Interval(value, stderr, np.nan, np.nan)
     most = effective_count(sizes)
     n_effective = min(most, value * (1 - value) / stderr**2 + 1) if stderr > 0 else most
     low, high = wilson_bounds(np.array([value]), np.array([n_effective]), most - 1)
     return Interval(value, stderr, float(low[0]), float(high[0]))
-
-
-def clustered_estimates(values: Values, clusters: Sequence[str]) -> Estimates:
-    """Return the means of values [U, N] over N with cluster-robust standard errors.
-
-    Of G clusters: stderr² = G / (G − 1) · Σ_clusters (Σ_documents value − mean)² / N², with G − 1 degrees of
-    freedom where clusters are of one size (Cameron and Miller 2015), else with the effective number of
-    clusters in G's place. NaN for a single cluster.
-    """
-    grouped = _Grouped.of(values, clusters)
-    return Estimates(grouped.mean, grouped.stderr, np.full(len(grouped.mean), grouped.freedom))
 
 
 def mean_of_intervals(members: Intervals) -> Intervals:
@@ -141,6 +128,12 @@ def mean_of_intervals(members: Intervals) -> Intervals:
     stderr = np.where(has_error.any(1), combined(members.stderr), np.nan)
     low, high = value - combined(members.value - members.low), value + combined(members.high - members.value)
     return Intervals(value, stderr, np.where(lacks_bounds, np.nan, low), np.where(lacks_bounds, np.nan, high))
+
+
+def mean_of_estimates(members: Sequence[Interval]) -> Interval:
+    """Return the mean of independent estimates with intervals, as `mean_of_intervals` does."""
+    columns = (np.array([column], dtype=np.float64) for column in zip(*members, strict=True))
+    return Interval(*(float(column[0]) for column in mean_of_intervals(Intervals(*columns))))
 
 
 def effective_count(sizes: NDArray[np.int64]) -> float:
@@ -180,20 +173,16 @@ class _Grouped:
     """Values [U, N] by cluster; `deviations` [U, G]: Σ of value − mean over a cluster's documents."""
 
     values: Values
+    names: Sequence[str]
     mean: Values
     deviations: Values
     sizes: NDArray[np.int64]
-    order: NDArray[np.int64]
-    starts: NDArray[np.int64]
 
     @classmethod
-    def of(cls, values: Values, clusters: Sequence[str]) -> "_Grouped":
-        member = np.unique(np.asarray(clusters), return_inverse=True)[1]
-        order = np.argsort(member, kind="stable")
-        starts = np.flatnonzero(np.diff(member[order], prepend=-1))
+    def of(cls, values: Values, names: Sequence[str]) -> "_Grouped":
         mean = values.mean(1)
-        deviations = np.add.reduceat(values[:, order] - mean[:, None], starts, axis=1)
-        return cls(values, mean, deviations, np.bincount(member), order, starts)
+        deviations = cluster_sums(values - mean[:, None], names)
+        return cls(values, names, mean, deviations, np.bincount(cluster_numbers(names)))
 
     @property
     def clusters(self) -> int:
@@ -220,7 +209,7 @@ class _Grouped:
         """How many clusters have a document whose value is not that of the median document, [U]."""
         distance = np.abs(self.values - np.median(self.values, axis=1, keepdims=True))
         differs = distance > SMALLEST_DISTANCE * distance.max(1, keepdims=True)
-        return np.asarray((np.add.reduceat(differs[:, self.order], self.starts, axis=1) > 0).sum(1))
+        return np.asarray((cluster_sums(differs.astype(np.int64), self.names) > 0).sum(1))
 
     @property
     def effective_documents(self) -> Values:

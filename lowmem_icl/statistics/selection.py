@@ -8,20 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lowmem_icl.statistics.intervals import (
-    MEAN,
-    Interval,
-    Intervals,
-    Values,
-    mean_interval,
-    mean_of_intervals,
-)
+from lowmem_icl.statistics.clusters import cluster_numbers
+from lowmem_icl.statistics.intervals import MEAN, Interval, Values, mean_interval, mean_of_estimates
 
 
 def alternate_halves(clusters: Sequence[str]) -> NDArray[np.bool_]:
     """Return which documents [N] are in the first half: clusters alternate, in order of appearance."""
-    index = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
-    return np.array([index[name] % 2 == 0 for name in clusters])
+    return np.asarray(cluster_numbers(clusters) % 2 == 0)
 
 
 def top_mean(values: Sequence[Values], clusters: Sequence[Sequence[str]], count: int) -> Interval:
@@ -41,7 +34,4 @@ def top_mean(values: Sequence[Values], clusters: Sequence[Sequence[str]], count:
         for judged, of_task, half in zip(held_out, values, selecting, strict=True):
             judged[~half] = of_task[top][:, ~half].mean(0)
     found = [mean_interval(judged, names, MEAN) for judged, names in zip(held_out, clusters, strict=True)]
-    if len(found) == 1:
-        return found[0]
-    mean = mean_of_intervals(Intervals(*(np.array([column]) for column in zip(*found, strict=True))))
-    return Interval(*(float(column[0]) for column in mean))
+    return mean_of_estimates(found)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from lowmem_icl.statistics.clusters import cluster_sums
 from lowmem_icl.statistics.intervals import Values
 
 Counts = NDArray[np.int64]
@@ -28,9 +29,7 @@ def sign_counts(values: Values, clusters: Sequence[str]) -> SignCounts:
     A cluster (documents that share a passage, a prompt or demonstrations) counts once: as hurt where more of
     its documents lose than gain, as helped where more gain, and else as neither.
     """
-    member = np.unique(np.asarray(clusters), return_inverse=True)[1]
-    belongs = np.eye(int(member.max()) + 1)[member]
-    net = np.sign(values) @ belongs
+    net = cluster_sums(np.sign(values), clusters)
     return SignCounts((net > 0).sum(1), (net < 0).sum(1))
 
 

@@ -83,6 +83,8 @@ ANSWERS: dict[str, pl.DataType] = {
     "context_tokens": pl.Int32(),
     "truncated": pl.Boolean(),
 }
+ACCURACIES = ("acc", "em")
+"""The metrics of results.parquet that are a task's accuracy."""
 TABLES = {"results": RESULTS, "effects": EFFECTS, "answers": ANSWERS}
 
 

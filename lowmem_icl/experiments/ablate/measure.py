@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lowmem_icl.masks.mask import Unit, all_ffns, all_heads
 from lowmem_icl.session.result import task_fields
 from lowmem_icl.statistics.agreement import spearman
-from lowmem_icl.statistics.intervals import CHANGE, MEAN, clustered_estimates, mean_intervals
+from lowmem_icl.statistics.intervals import CHANGE, MEAN, mean_intervals
 from lowmem_icl.tables.blocks import Block, unit_blocks
 from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.packing import PackedTask
@@ -116,7 +116,7 @@ class Estimates:
         """Return the means over documents of estimates [N, U] with clustered errors, infinite for a single
         cluster.
         """
-        stderr = clustered_estimates(by_document.T, clusters).stderr
+        stderr = mean_intervals(by_document.T, clusters, MEAN).stderr
         return cls(by_document.mean(0), np.where(np.isnan(stderr), np.inf, stderr))
 
 

@@ -11,11 +11,11 @@ from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.session.result import task_fields
 from lowmem_icl.statistics.intervals import CHANGE, MEAN, SHARE, mean_interval
 from lowmem_icl.tables.blocks import Block
+from lowmem_icl.tables.schema import ACCURACIES
 from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.packing import PackedTask
 from lowmem_icl.tasks.scoring import document_scores, task_metrics, unit_accuracy
 
-ACCURACIES = ("acc", "em")
 PER_DOCUMENT = {"gold_logprob": MEAN, "gold_prob": SHARE, "margin": MEAN}
 """Scores of documents whose means are reported, and what they are."""
 

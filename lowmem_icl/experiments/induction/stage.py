@@ -31,6 +31,7 @@ from lowmem_icl.session.work import (
 from lowmem_icl.statistics.intervals import CHANGE, mean_intervals
 from lowmem_icl.tables import blocks
 from lowmem_icl.tables.aggregate import over_tasks
+from lowmem_icl.tables.schema import ACCURACIES
 from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.packing import PackedTask
 
@@ -261,7 +262,7 @@ def _mask_records(
 
 
 def _accuracies(results: pl.DataFrame, mask: str) -> Mapping[str, float]:
-    named = results.filter((pl.col("mask") == mask) & pl.col("metric").is_in(evaluation.ACCURACIES))
+    named = results.filter((pl.col("mask") == mask) & pl.col("metric").is_in(ACCURACIES))
     return {
         f"{record['task']}-{record['shots']}shot": record["value"] for record in named.iter_rows(named=True)
     }

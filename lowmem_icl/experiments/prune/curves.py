@@ -15,7 +15,6 @@ from lowmem_icl.experiments.prune.judging import (
     CleanEvaluation,
     Record,
     loss_scores,
-    settings_at_chance,
 )
 from lowmem_icl.experiments.prune.points import (
     CurveOptions,
@@ -33,6 +32,7 @@ from lowmem_icl.session.result import MaskResult, Rankings, StageResult, Values,
 from lowmem_icl.session.work import Part, SweepPart, Work, scores_by_task, sweep_in_chunks
 from lowmem_icl.tables import blocks
 from lowmem_icl.tables.aggregate import over_tasks
+from lowmem_icl.tables.guessing import settings_at_chance
 from lowmem_icl.tasks.loading import TaskRows
 
 NO_RANKINGS = "prune: curves remove units by their importance; run them with importance among --experiments"
@@ -224,7 +224,7 @@ def _mask_results(
             scores.setdefault((record["task"], record["shots"], record["mask"]), {})[record["metric"]] = (
                 record
             )
-    at_chance = settings_at_chance(prepared, clean)
+    at_chance = settings_at_chance(clean)
     splits = {(record["task"], record["shots"]): record["split"] for record in reported}
     train = {(task.task, task.shots): len(task.documents) for task in prepared.train}
     made: dict[str, MaskResult] = {}

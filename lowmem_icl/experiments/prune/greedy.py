@@ -20,7 +20,7 @@ from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import MaskResult, Rankings, StageResult
 from lowmem_icl.session.work import MaskedDocuments, Part, SweepPart, Work
 from lowmem_icl.statistics.certificate import LEVEL
-from lowmem_icl.statistics.intervals import MEAN, Intervals, mean_interval, mean_of_intervals
+from lowmem_icl.statistics.intervals import MEAN, mean_interval, mean_of_estimates
 from lowmem_icl.tasks.documents import TaskRows
 from lowmem_icl.tasks.scoring import document_scores
 
@@ -232,8 +232,8 @@ def mean_loss(losses: search.Answer, clusters: Sequence[Sequence[str]]) -> tuple
     [N] each; NaN where no group has two clusters.
     """
     members = [mean_interval(*of_group, MEAN) for of_group in zip(losses, clusters, strict=True)]
-    whole = mean_of_intervals(Intervals(*(np.array([column]) for column in zip(*members, strict=True))))
-    return float(whole.value[0]), float(whole.stderr[0])
+    whole = mean_of_estimates(members)
+    return whole.value, whole.stderr
 
 
 def _of_setting(setting: Setting) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from lowmem_icl.engine.answers import Scores
@@ -16,17 +15,17 @@ from lowmem_icl.experiments.prune import measure
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.options import RunOptions
-from lowmem_icl.protocols import AGGREGATE, in_domain
+from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import MaskResult, stamp, task_fields
 from lowmem_icl.session.work import SweepPart, Work, scores_by_task, sweep_in_chunks
 from lowmem_icl.statistics.certificate import verdict
 from lowmem_icl.tables import blocks
 from lowmem_icl.tables.aggregate import over_tasks
+from lowmem_icl.tables.guessing import settings_at_chance
 from lowmem_icl.tasks.packing import PackedTask
 
 Record = Mapping[str, Any]
-TaskShotsKey = tuple[str, int]
 
 
 def judging_parts(prepared: Prepared, made: Sequence[MaskResult]) -> list[SweepPart]:
@@ -71,7 +70,7 @@ def judged(
     with what they score.
     """
     prepared = work.prepared
-    at_chance = settings_at_chance(prepared, clean.results)
+    at_chance = settings_at_chance(clean.results)
     results = _mask_records(work, made, clean.scores)
     before, after = _by_setting(clean.results), _by_setting(results)
     per_task = (
@@ -108,29 +107,6 @@ def loss_scores(options: RunOptions, lost: Record | None) -> dict[str, Any]:
         "documents": None if lost is None else lost["documents"],
         "verdict": verdict(low, high, options.tolerance),
     }
-
-
-def settings_at_chance(prepared: Prepared, clean: pl.DataFrame) -> frozenset[TaskShotsKey]:
-    """Return the tasks and shot counts where the clean model is not credibly better than guessing.
-
-    clean: its evaluation. To guess is to draw an option or, where that is right more often, always to give
-    the same; of all tasks the mean counts. Tasks without alternatives are never at chance.
-    """
-    guesses: dict[TaskShotsKey, float] = {}
-    for task in prepared.evaluate:
-        if any(len(document.gold) > 1 for document in task.documents):
-            guesses[task.task, task.shots] = max(task.chance, task.majority)
-    for shots in prepared.options.resolved_shots:
-        members = [value for (task, count), value in guesses.items() if count == shots and in_domain(task)]
-        if members:
-            guesses[AGGREGATE, shots] = float(np.mean(members))
-    accuracies = {
-        (record["task"], record["shots"]): record["low"]
-        for record in clean.filter(pl.col("metric").is_in(evaluation.ACCURACIES)).iter_rows(named=True)
-    }
-    return frozenset(
-        key for key, low in accuracies.items() if key in guesses and (low is None or low <= guesses[key])
-    )
 
 
 def _scores(work: Work, sweeps: Sequence[SweepPart]) -> list[Scores]:
