@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowmem_icl.experiments.prune.exact import greedy_search
 from lowmem_icl.experiments.prune.greedy import mean_loss
-from lowmem_icl.experiments.prune.search import Request, SearchPlan, greedy_search, in_lockstep
+from lowmem_icl.experiments.prune.search import Request, SearchPlan, in_lockstep
 from lowmem_icl.masks.mask import Mask
 
 LAYERS, HEADS = 3, 3
@@ -44,7 +45,7 @@ def test_the_search_equals_its_description(seed: int, tolerance: float, directio
         measured = choose if request.half == "choose" else check
         return (np.stack([measured(mask) for mask in request.masks]),)
 
-    def score(step: int, asked: Mapping[str, Request]) -> dict[str, tuple[np.ndarray, ...]]:
+    def score(step: int, asked: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, ...]]:
         return {name: answer(request) for name, request in asked.items()}
 
     plan = SearchPlan(LAYERS, HEADS, direction, order, head_parameters=4, ffn_parameters=24)  # type: ignore[arg-type]
@@ -66,7 +67,7 @@ def test_the_search_equals_its_description(seed: int, tolerance: float, directio
 def test_candidates_never_touch_a_layer_below_the_one_visited() -> None:
     first_layers: list[int] = []
 
-    def score(step: int, asked: Mapping[str, Request]) -> dict[str, tuple[np.ndarray, ...]]:
+    def score(step: int, asked: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, ...]]:
         for request in asked.values():
             first_layers.extend(min(mask.heads)[0] for mask in request.masks if mask.heads and not mask.ffns)
         return {name: (np.zeros((len(request.masks), 4)),) for name, request in asked.items()}
@@ -79,7 +80,7 @@ def test_candidates_never_touch_a_layer_below_the_one_visited() -> None:
 def test_searches_side_by_side_equal_searches_alone() -> None:
     objectives = {f"search-{seed}": objective(seed) for seed in range(3)}
 
-    def score(step: int, asked: Mapping[str, Request]) -> dict[str, tuple[np.ndarray, ...]]:
+    def score(step: int, asked: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, ...]]:
         return {
             name: (np.stack([objectives[name](mask) for mask in request.masks]),)
             for name, request in asked.items()
@@ -95,7 +96,7 @@ def test_searches_side_by_side_equal_searches_alone() -> None:
 
 
 def test_tasks_of_a_search_weigh_the_same() -> None:
-    def score(step: int, asked: Mapping[str, Request]) -> dict[str, tuple[np.ndarray, ...]]:
+    def score(step: int, asked: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, ...]]:
         return {
             name: tuple(
                 np.stack([np.full(size, 0.5 - cost * len(mask)) for mask in request.masks])

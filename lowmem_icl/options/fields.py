@@ -204,6 +204,15 @@ class RunFields(BaseModel):
         Field(gt=0, lt=1),
         Flag(Group.EXPERIMENTS, "How much of the objective the greedy pruner may lose in total."),
     ] = 0.01
+    search: Annotated[
+        Literal["exact", "nested"] | None,
+        Flag(
+            Group.EXPERIMENTS,
+            "Measure all heads that are left again after each removal; or nested sets of them, in few sweeps "
+            "per layer.",
+            "exact up to 5 times the operations of the ablations, else nested",
+        ),
+    ] = None
     certify_limit: Annotated[
         Annotated[int, Field(ge=0)] | None,
         Flag(

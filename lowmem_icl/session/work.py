@@ -75,12 +75,15 @@ class SweepPart:
 class GradientsPart:
     """The unit gradients of the gold options of all documents of tasks, each task's model without a mask's
     units.
+
+    `times`: how often it is expected, where that depends on what is found.
     """
 
     name: str
     label: str
     tasks: tuple[TaskRows, ...]
     masks: tuple[Mask, ...]
+    times: float = 1
 
     def cost(self, prepared: Prepared, limits: SweepLimits, resident: Resident) -> SweepCost:
         """Return what a pass forward and back over all documents takes."""
@@ -89,7 +92,7 @@ class GradientsPart:
         members = [BlockRow(index, row) for index, rows in enumerate(packed) for row in rows.rows]
         blocks = row_blocks(members, skeleton.width, skeleton.layers, limits, keeps_clean=True)
         layers_read = 2 * (skeleton.layers - len(resident)) * len(blocks)
-        return replace(gradients_cost(packed, skeleton.layers), layers_read=layers_read)
+        return replace(gradients_cost(packed, skeleton.layers), layers_read=layers_read) * self.times
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,13 +6,15 @@ A search sees 32 documents, as by default, and its certificate as many as by def
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from lowmem_icl.experiments.prune.certify import Certificate, path_masks
-from lowmem_icl.experiments.prune.search import Answer, Request, SearchPlan, greedy_search, in_lockstep
+from lowmem_icl.experiments.prune.exact import greedy_search
+from lowmem_icl.experiments.prune.search import Answer, SearchPlan, in_lockstep
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.options import RunOptions
 from lowmem_icl.session.document_limits import certify_limit
@@ -59,7 +61,7 @@ def searched(model: Model) -> tuple[Mask, Mask]:
     """Return the mask that a search ends with and the one that is certified of its path."""
     halves = {half: model.documents(SEARCHED // 2) for half in ("choose", "check")}
 
-    def score(step: int, asked: Mapping[str, Request]) -> dict[str, Answer]:
+    def score(step: int, asked: Mapping[str, Any]) -> dict[str, Answer]:
         return {
             name: (-model.losses(halves[request.half], request.masks),) for name, request in asked.items()
         }

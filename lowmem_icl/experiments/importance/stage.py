@@ -54,10 +54,7 @@ def run(work: Work) -> Iterator[ImportanceResult]:
         results=blocks.frame("results", found, stamp(prepared, "importance")),
         rankings=by_task | _aggregate_rankings(prepared, tasks, scores),
         attribution={
-            (task.task.task, task.task.shots): np.concatenate(
-                [score.attribution_heads.reshape(len(score.attribution_heads), -1), score.attribution_ffns],
-                axis=1,
-            )
+            (task.task.task, task.task.shots): unit_estimates(score)
             for task, score in zip(tasks, scores, strict=True)
         },
     )
@@ -67,6 +64,12 @@ def scores_of(prepared: Prepared, task: PackedTask, gradients: UnitGradients) ->
     """Return the scores of a task from the unit gradients of its documents."""
     by_answer_tokens = prepared.options.protocol_flags.last_layer_by_continuation
     return measure.importance(task, gradients, last_layer_by_continuation=by_answer_tokens)
+
+
+def unit_estimates(scores: measure.Importance) -> Values:
+    """Return the estimated drop of every document without every unit, [N, U]: all heads, then all FFNs."""
+    heads = scores.attribution_heads
+    return np.concatenate([heads.reshape(len(heads), -1), scores.attribution_ffns], axis=1)
 
 
 def expected(prepared: Prepared) -> ImportanceResult:

@@ -9,70 +9,42 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowmem_icl.engine.answers import Scores
+from lowmem_icl.experiments.importance.stage import ImportanceResult
 from lowmem_icl.experiments.prune import certify, search
+from lowmem_icl.experiments.prune.exact import greedy_search
+from lowmem_icl.experiments.prune.expected import search_parts
 from lowmem_icl.experiments.prune.judging import CleanEvaluation, judged, judging_parts
-from lowmem_icl.experiments.prune.settings import CERTIFIED, METHODS, Setting, settings_of
+from lowmem_icl.experiments.prune.known import known_costs
+from lowmem_icl.experiments.prune.nested import nested_search
+from lowmem_icl.experiments.prune.settings import (
+    CERTIFIED,
+    METHODS,
+    Setting,
+    effort_of,
+    search_plan,
+    settings_of,
+)
+from lowmem_icl.experiments.prune.steps import StepScorer, half_of
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.rankings import RankingKey, lowest_ffns, lowest_heads, random_mask
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.session.prepare import Prepared
-from lowmem_icl.session.result import MaskResult, Rankings, StageResult
-from lowmem_icl.session.work import MaskedDocuments, Part, SweepPart, Work
+from lowmem_icl.session.result import MaskResult, Rankings, StageResult, rankings_of
+from lowmem_icl.session.work import Part, Work
 from lowmem_icl.statistics.certificate import LEVEL
 from lowmem_icl.statistics.intervals import MEAN, mean_interval, mean_of_estimates
 from lowmem_icl.tasks.documents import TaskRows
-from lowmem_icl.tasks.scoring import document_scores
 
 INSTEAD = "the gradient ranking's mask of equal size, which lost less on the checking half"
 
 Values = NDArray[np.float64]
-Asked = Mapping[tuple[int, search.Half], tuple[Mask, ...]]
-
-
-def step_part(prepared: Prepared, name: str, label: str, asked: Asked) -> SweepPart:
-    """Return the sweep of what searches ask for: by task and half of its training documents, the masks to be
-    scored.
-    """
-    jobs = tuple(
-        MaskedDocuments(prepared.train[index], _half(len(prepared.train[index].documents), half), masks)
-        for (index, half), masks in asked.items()
-    )
-    return SweepPart(name, label, jobs, keep_clean=True)
-
-
-def _half(n_documents: int, half: search.Half) -> slice:
-    """Return the documents of a half: they are dealt alternately; a single one is in both."""
-    every = 2 if n_documents > 1 else 1
-    return slice(0 if half == "choose" else every - 1, None, every)
 
 
 def parts(prepared: Prepared) -> Iterator[Part]:
-    """Yield the work that searches are expected to ask for, and the judging of their masks.
-
-    Which units go is not known before: in every layer each half's documents are swept under all heads, then
-    under one fewer, and so on. The first sweep of a layer also runs the clean model up to it; the others find
-    that in the cache.
-    """
-    skeleton, n_heads = prepared.skeleton, prepared.skeleton.heads
-    n_searches = 2 if any(setting.task == AGGREGATE for setting in settings_of(prepared)) else 1
-    for layer in range(skeleton.layers):
-        # From the first layer up, masks hold units of the layers below.
-        below = frozenset([(0, 0)] if prepared.options.direction == "up" else [])
-        heads = tuple(Mask(heads=below | {(layer, head)}) for head in range(n_heads))
-        ffn = (Mask(ffns=frozenset([layer])),)
-        sweeps: list[tuple[search.Half, tuple[Mask, ...], float, bool]] = [
-            ("choose", heads, 1.0, False),
-            ("check", heads[:1], 1.0, False),
-            ("choose", heads, (n_heads - 1) / 2, True),
-            ("check", heads[:1], n_heads - 1, True),
-            ("check", ffn, 1.0, True),
-        ]
-        for half, masks, times, cached in sweeps:
-            asked: Asked = {(index, half): masks for index in range(len(prepared.train))}
-            part = step_part(prepared, "", "prune", asked)
-            yield replace(part, cached=cached, times=times * n_searches)
-    yield from certify.parts(prepared, _search_plan(prepared))
+    """Yield the work that searches are expected to ask for, and the judging of their masks."""
+    plan = search_plan(prepared)
+    yield from search_parts(prepared, plan)
+    yield from certify.parts(prepared, plan)
     stand_in = Mask(ffns=frozenset([0]))
     certifiable = certify.certifiable(prepared)
     yield from judging_parts(
@@ -85,11 +57,13 @@ def parts(prepared: Prepared) -> Iterator[Part]:
     )
 
 
-def run(work: Work, rankings: Rankings, clean: CleanEvaluation) -> StageResult:
+def run(
+    work: Work, importance: ImportanceResult | None, ablate: StageResult | None, clean: CleanEvaluation
+) -> StageResult:
     """Search greedy masks on the training documents; report them, what of them is certified and others of
     equal size on the evaluation split.
     """
-    found = search_masks(work, rankings)
+    found = search_masks(work, importance, ablate)
     results, masks = judged(work, found.masks, clean)
     record = {"greedy": found.checked, "certificates": found.certificates}
     return StageResult(results=results, masks=masks, warnings=found.warnings, record=record)
@@ -107,7 +81,7 @@ class FoundMasks:
     warnings: tuple[str, ...]
 
 
-def search_masks(work: Work, rankings: Rankings) -> FoundMasks:
+def search_masks(work: Work, importance: ImportanceResult | None, ablate: StageResult | None) -> FoundMasks:
     """Run the greedy searches of every task and shot count, and of all tasks together, in lockstep.
 
     Each mask is compared with one by the gradient ranking and one drawn at random of equal size; the largest
@@ -116,11 +90,9 @@ def search_masks(work: Work, rankings: Rankings) -> FoundMasks:
     """
     prepared, options = work.prepared, work.prepared.options
     settings = {setting.mask_name("greedy"): setting for setting in settings_of(prepared)}
-    scorer = _StepScorer(work, settings)
-    plan = _search_plan(prepared)
-    searches = {name: search.greedy_search(plan, options.tolerance) for name in settings}
-    found = search.in_lockstep(searches, scorer.step)
-    by_gradient = _gradient_masks(settings, found, rankings)
+    scorer = StepScorer(work, settings)
+    found = search.in_lockstep(_searches(prepared, settings, importance, ablate), scorer.step)
+    by_gradient = _gradient_masks(settings, found, rankings_of(importance, ablate))
     compared = scorer.compare(
         {name: search.Request("check", (Mask(), mask)) for name, mask in by_gradient.items()}
     )
@@ -151,6 +123,23 @@ def search_masks(work: Work, rankings: Rankings) -> FoundMasks:
             *certify.empty_note(certificates),
         ),
     )
+
+
+def _searches(
+    prepared: Prepared,
+    settings: Mapping[str, Setting],
+    importance: ImportanceResult | None,
+    ablate: StageResult | None,
+) -> dict[str, search.Search]:
+    """Return a search for every setting, by its mask's name, none of which has begun."""
+    plan, tolerance = search_plan(prepared), prepared.options.tolerance
+    effort = effort_of(prepared, plan)
+    if effort is None:
+        return {name: greedy_search(plan, tolerance) for name in settings}
+    return {
+        name: nested_search(plan, tolerance, effort, known_costs(prepared, setting, plan, importance, ablate))
+        for name, setting in settings.items()
+    }
 
 
 def _made(prepared: Prepared, setting: Setting, method: str, mask: Mask) -> MaskResult:
@@ -185,19 +174,6 @@ def _documents(tasks: Sequence[TaskRows], setting: Setting) -> int:
     return sum(len(tasks[index].documents) for index in setting.tasks)
 
 
-def _search_plan(prepared: Prepared) -> search.SearchPlan:
-    skeleton, options = prepared.skeleton, prepared.options
-    attention, projection, ffn = skeleton.weights_by_part
-    return search.SearchPlan(
-        skeleton.layers,
-        skeleton.heads,
-        options.direction,
-        options.order,
-        head_parameters=(attention + projection) // skeleton.heads,
-        ffn_parameters=ffn,
-    )
-
-
 def _gradient_masks(
     settings: Mapping[str, Setting], found: Mapping[str, search.Pruned], rankings: Rankings
 ) -> dict[str, Mask]:
@@ -214,10 +190,7 @@ def _gradient_masks(
 def _check_of(prepared: Prepared, setting: Setting) -> Callable[[str, search.Answer], dict[str, Any]]:
     """Return what turns the losses of the documents on the checking half, by method, into a record."""
     tasks = [prepared.train[index] for index in setting.tasks]
-    halves = [task.documents[_half(len(task.documents), "check")] for task in tasks]
-    clusters = [
-        replace(task, documents=documents).clusters for task, documents in zip(tasks, halves, strict=True)
-    ]
+    clusters = [half_of(task, "check").clusters for task in tasks]
 
     def checked(method: str, losses: search.Answer) -> dict[str, Any]:
         lost, stderr = mean_loss(losses, clusters)
@@ -254,53 +227,3 @@ def _unsettled(checked: Sequence[Mapping[str, Any]], tolerance: float) -> list[s
         f"prune: the tolerance {tolerance:g} is below two standard errors of the loss it is compared with "
         f"for {len(errors)} of {len(searched)} masks ({size}, {worst}); a larger --train-limit settles it"
     ]
-
-
-class _StepScorer:
-    """Scores what all searches ask for in one sweep; what two searches ask of a task is scored once."""
-
-    def __init__(self, work: Work, settings: Mapping[str, Setting]) -> None:
-        self._work, self._settings = work, settings
-
-    def step(self, number: int, requests: Mapping[str, search.Request]) -> dict[str, search.Answer]:
-        """Return the answers to the requests of all searches at a step."""
-        return self._answers(f"prune-{number:05d}", f"prune, step {number + 1}", requests)
-
-    def compare(
-        self, requests: Mapping[str, search.Request]
-    ) -> dict[str, tuple[search.Answer, search.Answer]]:
-        """Return the answers to requests of two masks each, one by one."""
-        answers = self._answers("prune-compared", "compare masks", requests) if requests else {}
-        return {
-            name: (tuple(group[:1] for group in answer), tuple(group[1:] for group in answer))
-            for name, answer in answers.items()
-        }
-
-    def _answers(
-        self, name: str, label: str, requests: Mapping[str, search.Request]
-    ) -> dict[str, search.Answer]:
-        asked: dict[tuple[int, search.Half], dict[Mask, int]] = {}
-        for searcher, request in requests.items():
-            for index in self._settings[searcher].tasks:
-                masks = asked.setdefault((index, request.half), {})
-                for mask in request.masks:
-                    masks.setdefault(mask, len(masks))
-        prepared = self._work.prepared
-        part = step_part(prepared, name, label, {key: tuple(masks) for key, masks in asked.items()})
-        objective = {
-            key: self._objective(job, score)
-            for key, job, score in zip(asked, part.jobs, self._work.sweep(part), strict=True)
-        }
-        return {
-            searcher: tuple(
-                objective[index, request.half][[asked[index, request.half][mask] for mask in request.masks]]
-                for index in self._settings[searcher].tasks
-            )
-            for searcher, request in requests.items()
-        }
-
-    def _objective(self, job: MaskedDocuments, score: Scores) -> Values:
-        """Return the objective of a job's documents under its masks, [M, N]."""
-        task = replace(job.task, documents=job.task.documents[job.documents])
-        scored = document_scores(task, score.logprobs, score.greedy)
-        return scored[self._work.prepared.options.objective]

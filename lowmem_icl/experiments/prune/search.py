@@ -1,4 +1,4 @@
-"""The greedy layerwise pruner: layer by layer, within a tolerance.
+"""What greedy searches have in common: what they ask for, what they visit, and how they run side by side.
 
 Masks only ever hold units of the layers visited; from the last layer down, every candidate so starts from the
 clean residual of its own layer. Which unit goes is decided on one half of the training documents, whether it
@@ -28,8 +28,17 @@ class Request:
     masks: tuple[Mask, ...]
 
 
-# Of every group of documents (a search's tasks, which weigh the same) the objective under M masks, [M, N].
+@dataclass(frozen=True)
+class EstimateRequest:
+    """A mask whose model every unit's cost is to be estimated for, by gradients, on the choosing half."""
+
+    mask: Mask
+
+
+# Of every group of documents (a search's tasks, which weigh the same) the objective under M masks, [M, N]; or
+# what each unit is estimated to cost in gold log-probability, [U, N]: all heads, then all FFNs.
 Answer = tuple[Values, ...]
+Asked = Request | EstimateRequest
 
 
 def loss(clean: Answer, now: Answer) -> Values:
@@ -47,6 +56,8 @@ def document_losses(clean: Answer, now: Answer) -> Answer:
 class Pruned:
     """What a search ends with: the mask, what it loses on the check half and what of that each document does
     (of every group, [N]), and its steps.
+
+    A step is a unit and the whole loss once it is gone; of units that go together that of all of them.
     """
 
     mask: Mask
@@ -55,7 +66,7 @@ class Pruned:
     steps: tuple[tuple[Unit, float], ...]
 
 
-Search = Generator[Request, Answer, Pruned]
+Search = Generator[Asked, Answer, Pruned]
 
 
 @dataclass(frozen=True)
@@ -74,15 +85,20 @@ class SearchPlan:
     head_parameters: int = 1
     ffn_parameters: int = 1
 
-    def visits(self) -> Iterator[list[Unit]]:
-        """Yield the units that are tried together, in order."""
+    def visits(self, groups: int | None = None) -> list[list[Unit]]:
+        """Return the units that are tried together, in order: those of a layer, or of one of so many groups
+        of neighbouring layers.
+        """
         layers = range(self.layers) if self.direction == "up" else range(self.layers - 1, -1, -1)
-        heads = [[Unit("head", layer, head) for head in range(self.heads)] for layer in layers]
-        ffns = [[Unit("ffn", layer, None)] for layer in layers]
+        members = [list(part) for part in np.array_split(np.array(layers), groups or self.layers)]
+        heads = [
+            [Unit("head", int(layer), head) for layer in group for head in range(self.heads)]
+            for group in members
+        ]
+        ffns = [[Unit("ffn", int(layer), None) for layer in group] for group in members]
         if self.order == "joint":
-            yield from (layer_heads + layer_ffn for layer_heads, layer_ffn in zip(heads, ffns, strict=True))
-        else:
-            yield from heads + ffns
+            return [of_heads + of_ffns for of_heads, of_ffns in zip(heads, ffns, strict=True)]
+        return heads + ffns
 
     def weight(self, unit: Unit) -> int:
         """Return how much a unit counts."""
@@ -90,95 +106,99 @@ class SearchPlan:
             return 1
         return self.head_parameters if unit.kind == "head" else self.ffn_parameters
 
+    def index(self, unit: Unit) -> int:
+        """Return a unit's place among all: heads by layer, then FFNs."""
+        if unit.head is None:
+            return self.layers * self.heads + unit.layer
+        return unit.layer * self.heads + unit.head
 
-def greedy_search(plan: SearchPlan, tolerance: float) -> Search:
-    """Search one mask; yields requests and is sent their answers; returns the result.
 
-    Of the units tried together, the one that costs the objective least for its weight on the choosing half is
-    removed, then all are measured again. A unit may go where the whole loss on the checking half stays within
-    `tolerance` × the share, by weight, of all units visited so far, so that the layers visited first do not
-    spend what belongs to the others; one that breaks it is put back and the next cheapest tried.
+class Progress:
+    """How far a search is: the mask so far, the checking half's answer under it, and the units that went.
+
+    A unit may go where the whole loss on the checking half stays within the tolerance × the share, by weight,
+    of all units visited so far, so that those visited first do not spend what belongs to the others.
     """
-    clean_choose = yield Request("choose", (Mask(),))
-    clean_check = yield Request("check", (Mask(),))
-    state = _GreedyState(plan, tolerance, clean_choose, clean_check)
-    for together in plan.visits():
-        candidates = together
-        while candidates:
-            order = yield from state.by_cost(candidates)
-            tried = yield from state.remove_first_within_tolerance([candidates[index] for index in order])
-            candidates = [unit for unit in candidates if unit not in tried]
-    lost = float(loss(clean_check, state.current)[0])
-    return Pruned(state.mask, lost, document_losses(clean_check, state.current), tuple(state.steps))
-
-
-class _GreedyState:
-    """How far a search is: the mask so far, the checking half's answer under it, and the units that went."""
 
     def __init__(self, plan: SearchPlan, tolerance: float, clean_choose: Answer, clean_check: Answer) -> None:
-        self._plan, self._clean_choose, self._clean_check = plan, clean_choose, clean_check
-        self._tolerance = tolerance
+        self._plan, self._tolerance = plan, tolerance
+        self._clean_choose, self._clean_check = clean_choose, clean_check
         self._whole = sum(plan.weight(unit) for together in plan.visits() for unit in together)
         self._visited = 0
         self.mask, self.current = Mask(), clean_check
         self.steps: list[tuple[Unit, float]] = []
+
+    def visit(self, units: Sequence[Unit]) -> None:
+        """Let what the tolerance grants these units be spent from now on."""
+        self._visited += sum(self._plan.weight(unit) for unit in units)
+
+    def allows(self, lost: float) -> bool:
+        """Tell whether the tolerance for all visited so far covers a loss."""
+        return lost <= self._tolerance * self._visited / self._whole
+
+    def losses(self, answer: Answer) -> Values:
+        """Return the whole losses on the checking half, [M]."""
+        return loss(self._clean_check, answer)
+
+    def remove(self, units: Sequence[Unit], answer: Answer, index: int, lost: float) -> None:
+        """Remove units; the answer at an index is the checking half's without them."""
+        for unit in units:
+            self.mask |= unit.as_mask()
+            self.steps.append((unit, lost))
+        self.current = tuple(group[index : index + 1] for group in answer)
 
     def by_cost(self, candidates: Sequence[Unit]) -> Generator[Request, Answer, list[int]]:
         """Return the order of candidates, the one that costs the choosing half least for its weight first."""
         if len(candidates) == 1:
             return [0]
         answer = yield Request("choose", tuple(self.mask | unit.as_mask() for unit in candidates))
+        return self.cheapest_first(candidates, loss(self._clean_choose, answer))
+
+    def cheapest_first(self, candidates: Sequence[Unit], costs: Values) -> list[int]:
+        """Return the order of candidates by what they cost [C] for their weight; of equals the lowest unit
+        goes first.
+        """
         weights = np.array([self._plan.weight(unit) for unit in candidates], dtype=np.float64)
-        # A stable sort: of equals the lowest unit goes first.
-        order = np.argsort(loss(self._clean_choose, answer) / weights, kind="stable")
-        return [int(index) for index in order]
+        return [int(index) for index in np.argsort(costs / weights, kind="stable")]
 
-    def remove_first_within_tolerance(
-        self, candidates: Sequence[Unit]
-    ) -> Generator[Request, Answer, list[Unit]]:
-        """Remove the first candidate that the checking half allows, if any; return all that were tried."""
-        tried: list[Unit] = []
-        # The cheapest nearly always passes; where it does not, the others are checked in one sweep.
-        for batch in (candidates[:1], candidates[1:]):
-            if not batch:
-                continue
-            masks = tuple(self.mask | unit.as_mask() for unit in batch)
-            answer = yield Request("check", masks)
-            losses = loss(self._clean_check, answer)
-            for index, unit in enumerate(batch):
-                tried.append(unit)
-                if self._allows(unit, float(losses[index])):
-                    self.mask = masks[index]
-                    self.current = tuple(group[index : index + 1] for group in answer)
-                    self.steps.append((unit, float(losses[index])))
-                    return tried
-        return tried
-
-    def _allows(self, unit: Unit, lost: float) -> bool:
-        """Visit a unit; tell whether the tolerance for all visited so far covers the loss without it too."""
-        self._visited += self._plan.weight(unit)
-        return lost <= self._tolerance * self._visited / self._whole
+    def result(self) -> Pruned:
+        """Return what the search ends with."""
+        lost = float(self.losses(self.current)[0])
+        losses = document_losses(self._clean_check, self.current)
+        return Pruned(self.mask, lost, losses, tuple(self.steps))
 
 
-ScoreStep = Callable[[int, Mapping[str, Request]], Mapping[str, Answer]]
+ScoreStep = Callable[[int, Mapping[str, Asked]], Mapping[str, Answer]]
 
 
 def in_lockstep(searches: Mapping[str, Search], score: ScoreStep) -> dict[str, Pruned]:
     """Run all searches side by side; each step scores what every one of them asks for in one sweep.
 
-    `score(step, requests by search)` returns the answers by search. Searches that end earlier drop out.
+    `score(step, requests by search)` returns the answers by search; a step's requests are of one kind, and
+    estimates wait until all that is asked for is estimates, so that they share their reads. Searches that end
+    earlier drop out.
     """
     results: dict[str, Pruned] = {}
-    asked: dict[str, Request] = {name: next(search) for name, search in searches.items()}
+    asked: dict[str, Asked] = {name: next(search) for name, search in searches.items()}
     step = 0
     while asked:
-        answers = score(step, asked)
-        following: dict[str, Request] = {}
-        for name in asked:
+        scored = {name: request for name, request in asked.items() if isinstance(request, Request)}
+        answers = score(step, scored or asked)
+        for name, answer in answers.items():
             try:
-                following[name] = searches[name].send(answers[name])
+                asked[name] = searches[name].send(answer)
             except StopIteration as finished:
                 results[name] = finished.value
-        asked = following
+                del asked[name]
         step += 1
     return results
+
+
+def evenly(limit: int, count: int) -> list[int]:
+    """Return at most `count` sizes up to a limit, evenly spaced, the limit being the last."""
+    return sorted({-(-limit * number // count) for number in range(1, count + 1)} - {0})
+
+
+def doubling(limit: int, count: int) -> Iterator[int]:
+    """Yield at most `count` sizes up to a limit: 1, 2, 4 and so on."""
+    yield from (2**number for number in range(count) if 2**number <= limit)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import polars as pl
 
 from lowmem_icl.experiments.evaluate import stage as evaluate
+from lowmem_icl.experiments.importance.stage import ImportanceResult
 from lowmem_icl.experiments.prune import certify, curves, greedy
 from lowmem_icl.experiments.prune.judging import clean_evaluation
 from lowmem_icl.session.prepare import Prepared
@@ -12,7 +13,7 @@ from lowmem_icl.session.result import StageResult, rankings_of
 from lowmem_icl.session.work import Part, Work
 
 
-def parts(prepared: Prepared, importance: StageResult | None, ablate: StageResult | None) -> list[Part]:
+def parts(prepared: Prepared, importance: ImportanceResult | None, ablate: StageResult | None) -> list[Part]:
     """Return the work of curves, and what searches are expected to ask for."""
     return [
         *evaluate.clean_parts(prepared, {}),
@@ -27,13 +28,13 @@ def notes(prepared: Prepared) -> tuple[str, ...]:
     return (*([need] if need else []), *certify.notes(prepared))
 
 
-def run(work: Work, importance: StageResult | None, ablate: StageResult | None) -> Iterator[StageResult]:
+def run(work: Work, importance: ImportanceResult | None, ablate: StageResult | None) -> Iterator[StageResult]:
     """Prune by rankings and by greedy search; yields when the curves are there, which come first."""
     rankings = rankings_of(importance, ablate)
     clean = clean_evaluation(work)
     curved = curves.run(work, rankings, clean)
     yield curved
-    searched = greedy.run(work, rankings, clean)
+    searched = greedy.run(work, importance, ablate, clean)
     yield StageResult(
         results=pl.concat([curved.results, searched.results]),
         effects=pl.concat([curved.effects, searched.effects]),
