@@ -145,6 +145,9 @@ def all_options() -> Iterator[Mapping[str, Any]]:
     yield {"experiments": ("ablate", "prune", "overlap")}
     yield {"tasks": ("recall",), "shots": (4,)}
     yield {"direction": "up", "order": "joint"}
+    yield {"search": "nested"}
+    yield {"search": "nested", "experiments": ("prune",), "screen": "attribution", "exact": 8}
+    yield {"search": "nested", "screen": "attribution", "exact": 8, "direction": "up"}
 
 
 @pytest.mark.parametrize("changes", tuple(all_options()), ids=str)
@@ -193,8 +196,9 @@ def test_curves_are_counted_with_about_as_many_masks_as_there_are() -> None:
     assert n_masks(planned) == pytest.approx(n_masks(work.asked), rel=0.1)
 
 
-def test_searches_are_counted_about_as_they_go() -> None:
-    prepared = prepared_for(experiments=("prune",), curves=())
+@pytest.mark.parametrize("search", ["exact", "nested"])
+def test_searches_are_counted_about_as_they_go(search: str) -> None:
+    prepared = prepared_for(experiments=("prune",), curves=(), search=search)
     work = played(prepared)
     list(run_stages(work, {}, frozenset()))
 

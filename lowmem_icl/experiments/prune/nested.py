@@ -62,7 +62,8 @@ class Effort:
         # On its way to a group the clean run costs as much as a mask on each half, shared by all searches.
         clean = -(-2 // searches)
         per_layer = int(2 * budget / (plan.layers + 1)) - clean
-        head_masks = per_layer - plan.heads - 1
+        measured_alone = plan.heads + (plan.order == "joint")
+        head_masks = per_layer - measured_alone - 1
         if head_masks >= min(plan.heads, LEAST_MASKS[0]):
             return cls(plan.layers, True, 0, head_masks, 1)
         estimates = min(MOST_ESTIMATES, int(budget / (ESTIMATES_SHARE * PASSES_PER_ESTIMATE)))

@@ -7,6 +7,7 @@ may go on the other.
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -90,12 +91,13 @@ class SearchPlan:
         of neighbouring layers.
         """
         layers = range(self.layers) if self.direction == "up" else range(self.layers - 1, -1, -1)
-        members = [list(part) for part in np.array_split(np.array(layers), groups or self.layers)]
+        count = groups or self.layers
+        ends = [self.layers * number // count for number in range(count + 1)]
+        members = [layers[start:end] for start, end in pairwise(ends)]
         heads = [
-            [Unit("head", int(layer), head) for layer in group for head in range(self.heads)]
-            for group in members
+            [Unit("head", layer, head) for layer in group for head in range(self.heads)] for group in members
         ]
-        ffns = [[Unit("ffn", int(layer), None) for layer in group] for group in members]
+        ffns = [[Unit("ffn", layer, None) for layer in group] for group in members]
         if self.order == "joint":
             return [of_heads + of_ffns for of_heads, of_ffns in zip(heads, ffns, strict=True)]
         return heads + ffns
