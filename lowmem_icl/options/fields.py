@@ -168,6 +168,17 @@ class RunFields(BaseModel):
         ),
     ] = None
 
+    preset: Annotated[
+        Literal["night"] | None,
+        Flag(
+            Group.EXPERIMENTS,
+            "Options for a purpose; those that are given stand before them. night: all experiments, as much of "
+            "each as a very large model allows in a night.",
+            "none",
+            # What it sets makes up a run's identity itself.
+            changes_results=False,
+        ),
+    ] = None
     experiments: Annotated[
         tuple[Experiment, ...], *Listed, NotEmpty, Flag(Group.EXPERIMENTS, "What to measure.", "all")
     ] = EXPERIMENTS
@@ -240,6 +251,13 @@ class RunFields(BaseModel):
             "64; gemma3-270m, smollm2 16",
         ),
     ] = None
+    curve_levels: Annotated[
+        Literal["all", "half"],
+        Flag(
+            Group.EXPERIMENTS,
+            "At which percentages curves are measured: 0, 10, 20 to 90; or half of these, 0, 10, 30, 50, 70, 90.",
+        ),
+    ] = "all"
     random_draws: Annotated[SmallCount, Flag(Group.EXPERIMENTS, "Draws for the random curves.")] = 10
     rescore: Annotated[
         bool,

@@ -8,13 +8,20 @@ from typing import Any
 
 from pydantic import model_validator
 
-from lowmem_icl.options.defaults import Defaults, defaults_of
+from lowmem_icl.options.defaults import PRESETS, Defaults, defaults_of
 from lowmem_icl.options.fields import DEFAULT_EXACT, FLAGS, RunFields
 from lowmem_icl.protocols import PROTOCOLS, Labels, Protocol
 
 
 class RunOptions(RunFields):
     """Every option of a run, checked."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_preset(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Fill in what a preset says and the options do not."""
+        preset = given.get("preset")
+        return {**PRESETS[preset], **given} if isinstance(preset, str) and preset in PRESETS else given
 
     @model_validator(mode="after")
     def _fit_together(self) -> "RunOptions":

@@ -17,6 +17,7 @@ from lowmem_icl.experiments.prune.judging import (
     loss_scores,
 )
 from lowmem_icl.experiments.prune.points import (
+    LEVELS_BY_NAME,
     CurveOptions,
     CurvePoint,
     CurveRankings,
@@ -116,7 +117,8 @@ def curve_rankings(
 def _points(prepared: Prepared, rankings: CurveRankings) -> Points:
     """Return the curves' points of every task and shot count."""
     options = prepared.options
-    curves = CurveOptions(options.curves, options.resolved_shots, options.random_draws, options.seed)
+    levels = LEVELS_BY_NAME[options.curve_levels]
+    curves = CurveOptions(options.curves, options.resolved_shots, options.random_draws, options.seed, levels)
     return [
         list(curve_points(TaskShots(task.task, task.shots), curves, rankings)) for task in prepared.curves
     ]

@@ -19,6 +19,7 @@ from lowmem_icl.statistics.agreement import spearman
 
 LEVELS = tuple(range(0, 100, 10))
 TRANSFER_LEVELS = (10, 30, 50, 70, 90)
+LEVELS_BY_NAME = {"all": LEVELS, "half": (0, *TRANSFER_LEVELS)}
 GRID_HEADS = tuple(range(0, 80, 10))
 GRID_FFNS = tuple(range(0, 60, 10))
 # Pruned by the ranking of the task that agrees most, or least, with one's own.
@@ -73,13 +74,14 @@ class CurveRankings:
 @dataclass(frozen=True)
 class CurveOptions:
     """Which curves are drawn (heads, ffns, combined, transfer, cross-shot, random), at which shot counts, how
-    many draws.
+    many draws, and at which levels those of heads and FFNs and the draws are measured.
     """
 
     curves: tuple[str, ...]
     shots: tuple[int, ...]
     random_draws: int
     seed: int
+    levels: tuple[int, ...] = LEVELS
 
 
 def curve_points(own: TaskShots, options: CurveOptions, rankings: CurveRankings) -> Iterator[CurvePoint]:
@@ -89,11 +91,11 @@ def curve_points(own: TaskShots, options: CurveOptions, rankings: CurveRankings)
     curves, shared = options.curves, TaskShots(AGGREGATE, own.shots)
     if "heads" in curves:
         for donor in (own, shared):
-            yield from _on_training(_head_curve("curve-heads", "gradient", donor, LEVELS, rankings))
+            yield from _on_training(_head_curve("curve-heads", "gradient", donor, options.levels, rankings))
         yield from _head_curve("curve-heads", "icl_effect", own, TRANSFER_LEVELS, rankings)
     if "ffns" in curves:
         for donor in (own, shared):
-            yield from _on_training(_ffn_curve(donor, rankings))
+            yield from _on_training(_ffn_curve(donor, options.levels, rankings))
     if "combined" in curves:
         yield from _grid(own, shared, rankings)
     if "transfer" in curves:
@@ -107,7 +109,7 @@ def curve_points(own: TaskShots, options: CurveOptions, rankings: CurveRankings)
                 donor = TaskShots(own.task, count)
                 yield from _head_curve("cross-shot", "gradient", donor, TRANSFER_LEVELS, rankings)
     if "random" in curves:
-        yield from _random(rankings, options.random_draws, options.seed)
+        yield from _random(rankings, options)
 
 
 def _on_training(points: Iterator[CurvePoint]) -> Iterator[CurvePoint]:
@@ -126,12 +128,12 @@ def _head_curve(
         yield CurvePoint(name, mask, procedure, method, method, "head", percent, donor)
 
 
-def _ffn_curve(donor: TaskShots, rankings: CurveRankings) -> Iterator[CurvePoint]:
+def _ffn_curve(donor: TaskShots, levels: Sequence[int], rankings: CurveRankings) -> Iterator[CurvePoint]:
     method = rankings.ffn_method
     scores = rankings.ffns.get(RankingKey(*donor, method))
     if scores is None:
         return
-    for percent in LEVELS:
+    for percent in levels:
         name = mask_name(f"{method}-ffns-{percent}", *donor) if percent else CLEAN
         mask = lowest_ffns(scores, removed_count(percent, scores.size))
         yield CurvePoint(name, mask, "curve-ffns", method, method, "ffn", percent, donor)
@@ -180,18 +182,19 @@ def transfer_donors(own: TaskShots, rankings: CurveRankings) -> dict[str, str]:
     return dict(zip(TRANSFERS, (ascending[-1], ascending[0]), strict=True))
 
 
-def _random(rankings: CurveRankings, draws: int, seed: int) -> Iterator[CurvePoint]:
+def _random(rankings: CurveRankings, options: CurveOptions) -> Iterator[CurvePoint]:
     """Yield the random control: nested draws of heads and of FFNs, the same ones for all tasks and shot
     counts.
     """
     layers, heads = next(iter(rankings.heads.values())).shape
     kinds: tuple[tuple[Kind, int], ...] = (("head", layers * heads), ("ffn", layers))
-    for draw in range(draws):
+    for draw in range(options.random_draws):
+        seed = options.seed + draw
         for kind, n_units in kinds:
-            for percent in LEVELS:
+            for percent in options.levels:
                 removed = removed_count(percent, n_units)
                 n_heads, n_ffns = (removed, 0) if kind == "head" else (0, removed)
                 # One permutation per seed: its levels are nested, as those of a ranking are.
-                mask = random_mask(layers, heads, n_heads, n_ffns, seed + draw)
+                mask = random_mask(layers, heads, n_heads, n_ffns, seed)
                 name = f"random-{kind}s-{percent}-draw{draw}" if percent else CLEAN
-                yield CurvePoint(name, mask, "random", "random", "random", kind, percent, seed=seed + draw)
+                yield CurvePoint(name, mask, "random", "random", "random", kind, percent, seed=seed)
