@@ -15,6 +15,7 @@ from lowmem_icl.masks.naming import check_names
 from lowmem_icl.model.int8 import slow_product_note
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.options import RunOptions
+from lowmem_icl.planning.hours import Deadlines
 from lowmem_icl.planning.plan import Plan, check_memory, make_plan
 from lowmem_icl.report.page import write_report
 from lowmem_icl.session.folder import RunFolder, check_output, open_folder
@@ -118,21 +119,40 @@ def _run_stages(
             audience.progress,
             wants_results=publisher.is_due,
         )
-        now = time.monotonic()
-        deadlines = {name: now + seconds for name, seconds in plan.stop_after.items()}
-        started, read_bytes = now, model.read_bytes
-        for stage, result, is_over in run_stages(work, deadlines, plan.postponed):
+        deadlines = Deadlines(plan, time.monotonic())
+        taken = _Taken(model)
+        for stage, result, is_over in run_stages(work, deadlines):
             publisher.fold(stage.name, result)
+            seconds, read_bytes = taken.by(stage.name)
             if is_over:
-                expected = None if stage.name in plan.postponed else planned.get(stage.name)
+                expected = planned.get(stage.name)
                 actuals = StageActuals(
-                    seconds=round(time.monotonic() - started, 2),
+                    seconds=round(seconds, 2),
                     planned_seconds=round(expected.seconds, 2) if expected else 0.0,
-                    read_bytes=model.read_bytes - read_bytes,
+                    read_bytes=read_bytes,
                     planned_read_bytes=expected.read_bytes if expected else 0,
                     finished=not result.unfinished,
                 )
+                if actuals.finished:
+                    deadlines.learn(stage.name, seconds)
                 opened.add_stage(stage.name, actuals)
                 publisher.write_record()
-                started, read_bytes = time.monotonic(), model.read_bytes
             publisher.publish_if_due()
+
+
+class _Taken:
+    """What every stage has taken so far, in seconds and bytes read; a stage may go on after another."""
+
+    def __init__(self, model: StreamedModel) -> None:
+        self._model = model
+        self._seconds: dict[str, float] = {}
+        self._bytes: dict[str, int] = {}
+        self._at = time.monotonic(), model.read_bytes
+
+    def by(self, stage: str) -> tuple[float, int]:
+        """Add what was taken since the last call to a stage; return all that it has taken."""
+        now = time.monotonic(), self._model.read_bytes
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + now[0] - self._at[0]
+        self._bytes[stage] = self._bytes.get(stage, 0) + now[1] - self._at[1]
+        self._at = now
+        return self._seconds[stage], self._bytes[stage]

@@ -31,6 +31,7 @@ class Stage:
     `whole`: all it takes, the others build on it; `leftover`: what it takes, as far as there is time;
     `stretched`: it goes on while there is time; `postponed`: it waits for another run until all it needs is
     finished. `rough`: how much it takes depends on what it finds. `notes`: sentences that a plan says of it.
+    `early`: what of its work follows from `early_after` alone is done as soon as that is over, and shown.
     """
 
     name: Experiment
@@ -41,6 +42,8 @@ class Stage:
     share: Share = "leftover"
     rough: bool = False
     notes: Callable[[Prepared], Sequence[str]] = lambda prepared: ()
+    early: Callable[..., Iterator[StageResult]] | None = None
+    early_after: Experiment | None = None
 
     def given(self, results: Mapping[str, StageResult]) -> dict[str, Any]:
         """Return what it needs of the results there are."""
@@ -59,6 +62,8 @@ STAGES = (
         share="postponed",
         rough=True,
         notes=prune.notes,
+        early=prune.run_early,
+        early_after="importance",
     ),
     Stage("induction", ("importance", "ablate", "prune"), induction.parts, induction.run, rough=True),
     Stage("overlap", ("importance", "ablate"), overlap.parts, overlap.run),
@@ -72,22 +77,22 @@ def _is_whole(work: Work, stage: Stage, results: Mapping[str, StageResult]) -> b
 
 
 def run_stages(
-    work: Work, deadlines: Mapping[str, float], postponed: frozenset[str]
+    work: Work, deadlines: Mapping[str, float], postponed: frozenset[str] = frozenset()
 ) -> Iterator[tuple[Stage, StageResult, bool]]:
     """Run the experiments asked for; yields each one's result whenever it has more, and whether it is over.
 
-    deadlines: by experiment, the time by the work's clock at which it must stop. What does not get done in
-    the time there is says so in its result.
+    deadlines: by experiment, the time by the work's clock at which it must stop, asked for when it begins.
+    What does not get done in the time there is says so in its result.
     """
     results: dict[str, StageResult] = {}
+    early: dict[str, StageResult] = {}
     for stage in STAGES:
         if stage.name not in work.prepared.options.experiments:
             continue
-        latest = StageResult()
+        latest = early.get(stage.name, StageResult())
         if stage.name in postponed or (stage.share == "postponed" and not _is_whole(work, stage, results)):
-            latest = StageResult(
-                unfinished=f"{stage.name}: waits for the ablations to finish; the same command continues"
-            )
+            sentence = f"{stage.name}: waits for the ablations to finish; the same command continues"
+            latest = replace(latest, unfinished=sentence)
         else:
             try:
                 timed = replace(work, deadline=deadlines.get(stage.name, float("inf")))
@@ -101,3 +106,22 @@ def run_stages(
                 )
                 latest = replace(latest, unfinished=sentence)
         yield stage, latest, True
+        if not latest.unfinished:
+            for later, result in _early(work, stage, deadlines, results):
+                early[later.name] = result
+                yield later, result, False
+
+
+def _early(
+    work: Work, over: Stage, deadlines: Mapping[str, float], results: Mapping[str, StageResult]
+) -> Iterator[tuple[Stage, StageResult]]:
+    """Do what later stages can do once a stage is over; they find it done when their turn comes."""
+    for stage in STAGES:
+        asked = stage.name in work.prepared.options.experiments
+        if asked and stage.early is not None and stage.early_after == over.name:
+            timed = replace(work, deadline=deadlines.get(stage.name, float("inf")))
+            try:
+                for result in stage.early(timed, results[over.name]):
+                    yield stage, result
+            except OutOfTime:
+                return

@@ -32,8 +32,9 @@ def defaults_of(model: str) -> Defaults:
     return _BY_MODEL.get(model, Defaults())
 
 
-# A clean pass of OPT-66B over 32 documents of the paper's 14 tasks at 0, 1 and 5 shots takes 0.04 E operations
-# with shared demonstrations. A mask that removes units everywhere takes as much, one unit alone half of it.
+# A clean pass of OPT-66B over 32 documents of the paper's 14 tasks at 0, 1 and 5 shots takes 0.04 E
+# operations with shared demonstrations. A mask that removes units everywhere takes as much, one
+# unit about half of it.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "night": {
         "demonstrations": "shared",

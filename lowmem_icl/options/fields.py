@@ -172,8 +172,8 @@ class RunFields(BaseModel):
         Literal["night"] | None,
         Flag(
             Group.EXPERIMENTS,
-            "Options for a purpose; those that are given stand before them. night: all experiments, as much of "
-            "each as a very large model allows in a night.",
+            "Options for a purpose; those that are given stand before them. night: all experiments, as much "
+            "of each as a very large model allows in a night.",
             "none",
             # What it sets makes up a run's identity itself.
             changes_results=False,
@@ -255,7 +255,7 @@ class RunFields(BaseModel):
         Literal["all", "half"],
         Flag(
             Group.EXPERIMENTS,
-            "At which percentages curves are measured: 0, 10, 20 to 90; or half of these, 0, 10, 30, 50, 70, 90.",
+            "At which percentages curves are measured: 0, 10, 20 to 90; or half of these: 0, 10, 30 to 90.",
         ),
     ] = "all"
     random_draws: Annotated[SmallCount, Flag(Group.EXPERIMENTS, "Draws for the random curves.")] = 10

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import polars as pl
 
+from lowmem_icl.experiments.ablate.sweeps import units_of
 from lowmem_icl.experiments.evaluate import stage as evaluate
 from lowmem_icl.experiments.importance.stage import ImportanceResult
 from lowmem_icl.experiments.prune import certify, curves, greedy
@@ -26,6 +27,17 @@ def notes(prepared: Prepared) -> tuple[str, ...]:
     """Return sentences for a plan: how many documents certificates need, and where there are too few."""
     need = certify.need(prepared)
     return (*([need] if need else []), *certify.notes(prepared))
+
+
+def run_early(work: Work, importance: ImportanceResult) -> Iterator[StageResult]:
+    """Draw the curves before the ablations, where these do not change them: where only some units are ablated
+    exactly, nothing is ranked by that.
+    """
+    options = work.prepared.options
+    n_units = len(units_of(work.prepared))
+    is_independent = options.screen is not None and options.resolved_exact < n_units
+    if "ablate" in options.experiments and is_independent:
+        yield curves.run(work, rankings_of(importance), clean_evaluation(work))
 
 
 def run(work: Work, importance: ImportanceResult | None, ablate: StageResult | None) -> Iterator[StageResult]:
