@@ -42,7 +42,7 @@ TIGHT = SweepLimits.of(60_000, 1 << 20)
 # of every linear's output, moved the worst of these scores by 0.02 nats and half of them by less than 1e-6.
 INT8_WORST_NATS, INT8_MEDIAN_NATS = 0.05, 1e-4
 GRADIENTS = ("head_absolute", "head_signed", "ffn_absolute", "ffn_signed", "logprobs")
-# Rotary angles, windows and caps, biases by head, a fused projection, angles by length; -m slow: all families.
+# Rotary angles, windows and caps, biases by head, a fused projection, angles by length; -m slow: all.
 QUICK = ("llama", "gemma2", "bloom", "falcon 40b", "phi3 longrope")
 OF_SMALL_RUN = ("--tasks", "recall", "--shots", "0,4", "--limit", "2", "--train-limit", "2")
 

@@ -6,6 +6,7 @@ device.
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -45,10 +46,13 @@ class CopyStream:
         """Lock a host buffer's pages, so that copies are asynchronous; if refused, they are slower."""
         with torch.cuda.device(self._device):
             refused = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, _PORTABLE))
-        if refused:
-            logger.warning("CUDA does not pin %d bytes (error %d): copies are slower", host.nbytes, refused)
-        else:
+        if not refused:
             self._pinned.append(host)
+            return
+        logger.warning("CUDA does not pin %d bytes (error %d): copies are slower", host.nbytes, refused)
+        # CUDA reports the refusal once more, with the next kernel: with this one.
+        with suppress(RuntimeError):
+            torch.ones(1, device=self._device)
 
     def close(self) -> None:
         """Wait for all copies, and unlock the host buffers: their memory must not go before."""
