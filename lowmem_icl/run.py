@@ -25,7 +25,7 @@ from lowmem_icl.session.publish import Publisher
 from lowmem_icl.session.result import StageResult
 from lowmem_icl.session.run_form import StageActuals
 from lowmem_icl.session.work import Work
-from lowmem_icl.system.machine import resolved_device
+from lowmem_icl.system.machine import device_in_use, resolved_device
 from lowmem_icl.system.progress import Progress, unseen
 
 logger = logging.getLogger("lowmem_icl")
@@ -101,6 +101,7 @@ def _run_stages(
     memory, planned = plan.memory, {stage.experiment: stage for stage in plan.stages}
     with ExitStack() as stack:
         device = resolved_device(prepared.options.device)
+        stack.enter_context(device_in_use(device, prepared.options.device_memory))
         model = stack.enter_context(
             StreamedModel(
                 prepared.store,

@@ -20,6 +20,7 @@ from lowmem_icl.tasks.packing import OptionTokens
 
 Scores = list[float]
 Batch = list[int]
+CPU = torch.device("cpu")
 
 
 def batches_by_length(options: Sequence[OptionTokens], size: int) -> Iterator[Batch]:
@@ -65,8 +66,8 @@ class HuggingFace:
     only.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, device: torch.device = CPU) -> None:
+        self.model, self.device = model, device
         self.skeleton = Skeleton(model.config)
         self.layers = model.get_submodule(self.skeleton.blocks_name)
 
@@ -109,8 +110,9 @@ class HuggingFace:
             for batch in batches_by_length(options, batch_size):
                 members = [options[number] for number in batch]
                 ids, attention = padded(members)
+                ids, attention = ids.to(self.device), attention.to(self.device)
                 hidden = self.model.base_model(ids, attention_mask=attention, use_cache=False)
-                rows, positions, targets = answer_positions(members)
+                rows, positions, targets = (part.to(self.device) for part in answer_positions(members))
                 logits = self.logits(hidden.last_hidden_state[rows, positions])
                 for number, value in zip(batch, summed(logits, targets, members), strict=True):
                     scores[number] = value
@@ -206,5 +208,5 @@ class DiskOffload(HuggingFace):
         with init_empty_weights():
             model = OPTForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
         model.tie_weights()
-        disk_offload(model, folder, execution_device=torch.device("cpu"))
+        disk_offload(model, folder, execution_device=CPU)
         super().__init__(model)

@@ -75,6 +75,7 @@ def fail(opened: RunFolder) -> None:
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     return lambda there: monkeypatch.setattr("torch.cuda.is_available", lambda: there)
 
 

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 OUTLIER_THRESHOLD = 6.0
 FIXED_ROWS = 128
 CACHE_ELEMENTS = 1 << 20
+DEVICE_ELEMENTS = 1 << 21
 BACKWARD_OUTPUT_BLOCK = 4096
 EXACT_INPUTS = 1024
 """How many products of int8 float32 adds up exactly in any order: 127² · 1,024 < 2²⁴."""
 FLOAT_OUTPUT_BLOCK = 1024
+DEVICE_MULTIPLE = 4
+"""What inputs and outputs must be multiples of for cuBLASLt's integer product."""
 
 _operators = torch.ops.bitsandbytes
 assert bnb.__version__, "importing bitsandbytes registers the operators"
@@ -29,19 +32,14 @@ def quantise_rows(values: Tensor, without: Tensor | None = None) -> tuple[Tensor
     """Return int8 rows and their absolute maxima: values ≈ quantised · maxima / 127.
 
     values: [M, K]; quantised: int8 [M, K]; maxima: float32 [M]. Columns in `without` (int64 [K']) count as
-    zero. Bitwise what bitsandbytes' `int8_vectorwise_quant` gives; on the CPU its steps are written out here,
+    zero. Bitwise what bitsandbytes' `int8_vectorwise_quant` gives on the CPU; its steps are written out here,
     a few rows at a time, so that a wide input goes through the processor's cache once instead of through
-    memory five times.
+    memory five times. On a CUDA device they give the same integers, where bitsandbytes' own kernel would take
+    float16: other integers, and infinite ones beyond 65,504.
     """
-    if values.is_cuda:
-        if without is not None:
-            values = values.index_fill(1, without, 0.0)
-        # The CUDA kernel takes float16 alone.
-        quantised, maxima, _ = _operators.int8_vectorwise_quant(values.half(), 0.0)
-        return quantised, maxima
-    quantised = torch.empty(values.shape, dtype=torch.int8)
-    maxima = torch.empty(values.shape[0])
-    step = max(1, CACHE_ELEMENTS // values.shape[1])
+    quantised = torch.empty(values.shape, dtype=torch.int8, device=values.device)
+    maxima = torch.empty(values.shape[0], device=values.device)
+    step = max(1, (DEVICE_ELEMENTS if values.is_cuda else CACHE_ELEMENTS) // values.shape[1])
     for start in range(0, values.shape[0], step):
         rows = slice(start, start + step)
         part = values[rows].float()
@@ -63,9 +61,14 @@ def integer_product(left: Tensor, right: Tensor) -> Tensor:
     """Return the exact product of int8 rows, left [M, K] · right [N, K]ᵀ, as int32 [M, N].
 
     Where the processor lacks AVX512, bitsandbytes would turn the whole weight into float32 and multiply that,
-    which takes four bytes a parameter and is not exact for long rows of one sign; blocks of it are.
+    which takes four bytes a parameter and is not exact for long rows of one sign; blocks of it are. On a CUDA
+    device the same holds for sizes that cuBLASLt's integer product does not take.
     """
-    if left.is_cuda or _has_integer_instructions():
+    if left.is_cuda:
+        exact = len(left) > 0 and all(size % DEVICE_MULTIPLE == 0 for size in right.shape)
+    else:
+        exact = _has_integer_instructions()
+    if exact:
         return _operators.int8_linear_matmul(left, right)
     return product_in_float_blocks(left, right)
 
@@ -74,7 +77,7 @@ def product_in_float_blocks(left: Tensor, right: Tensor) -> Tensor:
     """Return `integer_product` by float32 products of blocks short enough to be exact, added in int32."""
     outputs, inputs = right.shape
     parts = [left[:, start : start + EXACT_INPUTS].float() for start in range(0, inputs, EXACT_INPUTS)]
-    product = torch.zeros(left.shape[0], outputs, dtype=torch.int32)
+    product = torch.zeros(left.shape[0], outputs, dtype=torch.int32, device=left.device)
     for start in range(0, outputs, FLOAT_OUTPUT_BLOCK):
         rows = right[start : start + FLOAT_OUTPUT_BLOCK]
         for number, part in enumerate(parts):

@@ -192,7 +192,8 @@ class DecoderLayer:
                 self._module.get_submodule(owner).outlier_columns = tensor.to(self.device)
                 continue
             value = tensor if tensor.dtype == torch.int8 else tensor.float()
-            set_module_tensor_to_device(self._module, name, self.device, value=value)
+            # Else it would empty the device's allocator after every tensor.
+            set_module_tensor_to_device(self._module, name, self.device, value=value, clear_cache=False)
         self._module.requires_grad_(False)
         for linear in self._linears:
             linear.refresh()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.model.staging import CopyStream
+from lowmem_icl.model.staging import CopyStream, device_offsets
 
 PAGE_BYTES = 4096
 BLOCK_BYTES = 32 << 20
@@ -44,6 +44,15 @@ class TensorLocation:
     shape: tuple[int, ...]
     offset: int
     elements: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.elements * self.dtype.itemsize
+
+    def of(self, buffer: Tensor, offset: int) -> Tensor:
+        """Return the tensor as it lies at this offset of a buffer of bytes."""
+        return buffer[offset : offset + self.size_bytes].view(self.dtype).view(self.shape)
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorLocation], dict[str, str]]:
@@ -106,12 +115,14 @@ class LayerReader:
         self._buffers: list[Tensor] = []
         # One more on CUDA: it waits for the blocks of a layer and starts its copy.
         self._pool = ThreadPoolExecutor(READERS + (device.type == "cuda"), thread_name_prefix="layer-reader")
-        self._copies = CopyStream(device, _round_up(max(self._sizes))) if device.type == "cuda" else None
+        self._copies = self._copy_stream() if device.type == "cuda" else None
         self.read_bytes = 0
 
     def close(self) -> None:
         """Stop the reading threads and drop resident layers."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._copies is not None:
+            self._copies.close()
         self._resident.clear()
         self._buffers.clear()
 
@@ -130,7 +141,7 @@ class LayerReader:
                     continue
                 if pending.copied is not None and self._copies is not None:
                     self._copies.wait_for_copy(pending.copied.result())
-                tensors = self._view(layer, pending.host if pending.target is None else pending.target)
+                tensors = self._view(layer, pending)
                 if layer in self._resident_layers:
                     # On another device they are copies there, and the buffer goes.
                     tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
@@ -140,8 +151,9 @@ class LayerReader:
             for pending in started.values():
                 for block in pending.blocks:
                     block.exception()
-                if pending.copied is not None:
-                    pending.copied.exception()
+                if pending.copied is not None and pending.copied.exception() is None:
+                    # What it writes to must not be used for something else before it ends.
+                    pending.copied.result().synchronize()
 
     def _start(self, order: Sequence[int], step: int, started: dict[int, PendingLayer]) -> None:
         if step >= len(order) or order[step] in self._resident:
@@ -159,14 +171,15 @@ class LayerReader:
         if self._copies is None:
             started[step] = PendingLayer(host, blocks)
             return
+        offsets, device_bytes = self._on_device(layer)
         target = (
-            torch.empty(len(host), dtype=torch.uint8, device=self._device)
+            torch.empty(device_bytes, dtype=torch.uint8, device=self._device)
             if layer in self._resident_layers
-            else self._copies.buffer(slot)[: len(host)]
+            else self._copies.buffer(slot)[:device_bytes]
         )
-        copied = self._pool.submit(
-            _copy_when_read, self._copies, slot, blocks, host, target, self._copies.now()
-        )
+        places = self._locations[layer].items()
+        pairs = [(at.of(host, at.offset), at.of(target, offsets[name])) for name, at in places]
+        copied = self._pool.submit(_copy_when_read, self._copies, slot, blocks, pairs, self._copies.now())
         started[step] = PendingLayer(host, blocks, target, copied)
 
     def _buffer_for(self, layer: int, slot: int) -> Tensor:
@@ -178,26 +191,30 @@ class LayerReader:
                 self._copies.pin(buffer)  # type: ignore[union-attr]
         return self._buffers[slot]
 
-    def _view(self, layer: int, buffer: Tensor) -> dict[str, Tensor]:
-        return {
-            name: buffer[at.offset : at.offset + at.elements * at.dtype.itemsize]
-            .view(at.dtype)
-            .view(at.shape)
-            for name, at in self._locations[layer].items()
-        }
+    def _view(self, layer: int, pending: PendingLayer) -> dict[str, Tensor]:
+        places = self._locations[layer].items()
+        if pending.target is None:
+            return {name: at.of(pending.host, at.offset) for name, at in places}
+        offsets, _ = self._on_device(layer)
+        return {name: at.of(pending.target, offsets[name]) for name, at in places}
+
+    def _on_device(self, layer: int) -> tuple[dict[str, int], int]:
+        return device_offsets({name: at.size_bytes for name, at in self._locations[layer].items()})
+
+    def _copy_stream(self) -> CopyStream:
+        return CopyStream(self._device, max(self._on_device(layer)[1] for layer in range(len(self._paths))))
 
 
 def _copy_when_read(
     copies: CopyStream,
     slot: int,
     blocks: Sequence[Future[None]],
-    host: Tensor,
-    target: Tensor,
+    pairs: Sequence[tuple[Tensor, Tensor]],
     free: "torch.cuda.Event",
 ) -> "torch.cuda.Event":
     for block in blocks:
         block.result()
-    return copies.copy(slot, host, target, free)
+    return copies.copy(slot, pairs, free)
 
 
 def _new_buffer(size: int) -> Tensor:

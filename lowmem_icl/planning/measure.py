@@ -22,6 +22,7 @@ from lowmem_icl.model.vocabulary import head_rows
 from lowmem_icl.planning.memory import MemoryPlan
 from lowmem_icl.system.allocator import keep_freed_memory
 from lowmem_icl.system.files import existing_folder
+from lowmem_icl.system.machine import wait_for
 
 LAYER_SECONDS = 0.8
 OTHER_SECONDS = 0.3
@@ -87,7 +88,7 @@ def measure(
     hidden = torch.randn(head_rows(skeleton.width), columns, device=device)
     vocabulary = torch.randn(min(VOCABULARY_BLOCK, skeleton.vocabulary), columns, device=device)
     block = _seconds_of(
-        lambda: matmul_in_fixed_rows(hidden, vocabulary.t(), len(hidden)).exp_().sum(1), OTHER_SECONDS
+        lambda: matmul_in_fixed_rows(hidden, vocabulary.t(), len(hidden)).exp_().sum(1), device, OTHER_SECONDS
     )
     return Rates(
         call_seconds=max(0.0, 1 - share) * sum(several),
@@ -100,21 +101,16 @@ def measure(
     )
 
 
-def _seconds_of(work: Callable[[], object], budget: float) -> float:
+def _seconds_of(work: Callable[[], object], device: torch.device, budget: float) -> float:
     """Return the mean time of repeating some work for about so long, once at least, after a first time."""
     work()
-    _wait_for_device()
+    wait_for(device)
     start, done = time.perf_counter(), 0
     while done == 0 or time.perf_counter() - start < budget:
         work()
-        _wait_for_device()
+        wait_for(device)
         done += 1
     return (time.perf_counter() - start) / done
-
-
-def _wait_for_device() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def _plain_rows(row_tokens: int, rows: int, device: torch.device) -> list[Segment]:
@@ -135,14 +131,14 @@ def _halves(
     z = torch.randn(tokens, store.skeleton.attention_width, device=device)
     segments = _plain_rows(row_tokens, rows, device)
     turns = itertools.cycle(range(batches))
-    attend = _seconds_of(lambda: layer.attend(residuals[next(turns)].clone(), segments), budget)
+    attend = _seconds_of(lambda: layer.attend(residuals[next(turns)].clone(), segments), device, budget)
 
     def finish(*, without_ffn: bool) -> None:
         turn = next(turns)
         residuals[turn] = layer.finish(residuals[turn].clone(), z, without_ffn=without_ffn)
 
-    project = _seconds_of(lambda: finish(without_ffn=True), budget / 2)
-    return attend, project, max(0.0, _seconds_of(lambda: finish(without_ffn=False), budget) - project)
+    project = _seconds_of(lambda: finish(without_ffn=True), device, budget / 2)
+    return attend, project, max(0.0, _seconds_of(lambda: finish(without_ffn=False), device, budget) - project)
 
 
 def _backward_seconds(
@@ -157,7 +153,7 @@ def _backward_seconds(
         )
         left = torch.randn(FIXED_ROWS, width, device=device)
         right = torch.randn(width, 4096, device=device)
-        product = _seconds_of(lambda: left @ right, OTHER_SECONDS)
+        product = _seconds_of(lambda: left @ right, device, OTHER_SECONDS)
         return forward_seconds / tokens + operations * product / (2 * left.numel() * 4096)
     entering = torch.randn(tokens, width, device=device, requires_grad=True)
     segments = _plain_rows(row_tokens, rows, device)
@@ -168,7 +164,7 @@ def _backward_seconds(
         inputs = (entering, captured.z, captured.ffn)
         torch.autograd.grad(captured.output, inputs, torch.ones_like(captured.output))
 
-    return _seconds_of(back, OTHER_SECONDS) / tokens
+    return _seconds_of(back, device, OTHER_SECONDS) / tokens
 
 
 def _random_layer(store: Store) -> dict[str, Tensor]:

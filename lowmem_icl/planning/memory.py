@@ -24,6 +24,8 @@ FREE_SHARE = 0.8
 RESIDENT_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)
 SPILL_SHARE = 0.5
 WORKING_SHARE = 0.4
+# cuBLAS' workspace, and what torch's allocator rounds up.
+DEVICE_LIBRARIES = 64 << 20
 # Forms that compute in float32 hold the layer in use once more, converted.
 CONVERTED_COPIES = {"int8": 0, "bfloat16": 2, "float32": 1}
 
@@ -123,7 +125,10 @@ class _Needs:
         self.allowance = prepared.options.memory or int(psutil.virtual_memory().available * FREE_SHARE)
         self.read_ahead = 2 * (store.layer_bytes + PAGE_BYTES)
         converted = CONVERTED_COPIES[store.manifest.weights]
-        self.in_use = store.layer_bytes * (1 + converted if self.on_device else converted)
+        self.in_use = store.layer_bytes * converted
+        if self.on_device:
+            # Two layers are in turn copied and used there.
+            self.in_use += 2 * store.layer_bytes + DEVICE_LIBRARIES
         self._row_bytes = longest_tokens * store.skeleton.width * FLOAT_BYTES
         self.least = (
             2 * self._row_bytes

@@ -18,7 +18,7 @@ from lowmem_icl.planning.measure import Rates, measure
 from lowmem_icl.planning.memory import FREE_SHARE, MemoryPlan, plan_memory
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.work import SweepPart
-from lowmem_icl.system.machine import device_allowance, resolved_device
+from lowmem_icl.system.machine import device_allowance, device_in_use, resolved_device
 
 # A stop loses the wave in progress: longer ones are cut, unless reading would then take longer than
 # computing.
@@ -109,13 +109,15 @@ def make_plan(
     store, memory = prepared.store, check_memory(prepared)
     resident = resident_layers(store, memory.resident_bytes)
     planned = planned_work(prepared, finished)
-    rates = measure(
-        store,
-        max(SHORTEST_MEASURED_ROW, row_lengths(prepared, planned).mean),
-        memory,
-        resolved_device(prepared.options.device),
-        backward="importance" in prepared.options.experiments,
-    )
+    device = resolved_device(prepared.options.device)
+    with device_in_use(device, prepared.options.device_memory):
+        rates = measure(
+            store,
+            max(SHORTEST_MEASURED_ROW, row_lengths(prepared, planned).mean),
+            memory,
+            device,
+            backward="importance" in prepared.options.experiments,
+        )
     wave_tokens = _wave_tokens(store, rates, len(resident))
     counting = _Counting(prepared, rates, memory, wave_tokens)
     stages: list[StagePlan] = []

@@ -25,7 +25,7 @@ from lowmem_icl.session.identity import Identity, run_folder
 from lowmem_icl.session.parts import Parts
 from lowmem_icl.session.run_form import RUN_FORMAT, RunRecord, StageActuals, State
 from lowmem_icl.system.files import existing_folder, write_text_atomic
-from lowmem_icl.system.machine import describe_machine, peak_resident_bytes, resolved_device
+from lowmem_icl.system.machine import describe_machine, device_type, peak_resident_bytes, resolved_device
 
 if TYPE_CHECKING:
     from lowmem_icl.session.prepare import Prepared
@@ -81,7 +81,7 @@ def check_output(options: RunOptions) -> Path:
         earlier = Identity.model_validate(run_record(folder)["identity"])
         known = {
             "options": options.identity_values,
-            "device": resolved_device(options.device).type,
+            "device": device_type(options.device),
             "version": __version__,
         }
         _refuse_differences(folder, earlier, earlier.model_copy(update=known))
@@ -146,7 +146,7 @@ class RunFolder:
             "error": None,
             "command": shlex.join(["lowmem-icl", *sys.argv[1:]]),
             "versions": _versions(),
-            "machine": describe_machine(),
+            "machine": describe_machine(resolved_device(options.device)),
             "plan": dict(plan),
             "stages": {},
             "warnings": [],

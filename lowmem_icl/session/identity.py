@@ -12,7 +12,7 @@ from lowmem_icl import __version__
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import readable_slug
 from lowmem_icl.options import RunOptions
-from lowmem_icl.system.machine import resolved_device
+from lowmem_icl.system.machine import device_type
 
 RUNS_FOLDER = Path("runs")
 SHOWN_DIGITS = 12
@@ -97,7 +97,7 @@ def default_folder(options: RunOptions, *, prefix: str = "", suffix: str = "") -
     The digest tells folders apart, so the model's name may be cut to what is legal and short. Raises
     InputError where the device is absent.
     """
-    text = json.dumps([options.digest, resolved_device(options.device).type])
+    text = json.dumps([options.digest, device_type(options.device)])
     digest = hashlib.sha256(text.encode()).hexdigest()[:SHOWN_DIGITS]
     model = readable_slug(options.model.rstrip("/").rpartition("/")[2])
     return RUNS_FOLDER / f"{prefix}{model}-{digest}{suffix}"
