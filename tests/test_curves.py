@@ -9,6 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 from commands import invoke
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from lowmem_icl.experiments.prune.measure import (
@@ -20,6 +22,7 @@ from lowmem_icl.experiments.prune.measure import (
 )
 from lowmem_icl.experiments.prune.points import (
     LEVELS,
+    LEVELS_BY_NAME,
     CurveOptions,
     CurvePoint,
     CurveRankings,
@@ -370,3 +373,13 @@ def test_every_mask_that_a_row_names_is_a_file(paper_run: Path) -> None:
     files = {path.stem for path in (paper_run / "run" / "masks").glob("*.json")}
     assert named
     assert named <= files
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_a_knee_of_half_the_levels_is_at_most_one_step_before(data: st.DataObject) -> None:
+    increases = st.lists(st.floats(0, 0.006), min_size=len(LEVELS) - 1, max_size=len(LEVELS) - 1)
+    losses = np.cumsum([0.0, *data.draw(increases)])
+    half = LEVELS_BY_NAME["half"]
+    of_half = losses[[LEVELS.index(level) for level in half]]
+    assert knee(half, of_half) <= knee(LEVELS, losses) <= knee(half, of_half) + 10

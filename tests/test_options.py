@@ -6,6 +6,7 @@ import pytest
 
 from lowmem_icl.errors import InputError
 from lowmem_icl.options import FLAGS, Group, RunOptions, default_text, flag_name, form_of, run_options
+from lowmem_icl.options.defaults import PRESETS
 
 BAD = {
     "limit": ("0", "a whole number of at least 1"),
@@ -120,3 +121,19 @@ def test_limits_are_resolved_in_turn() -> None:
     assert (options.resolved_curve_limit, RunOptions().resolved_curve_limit) == (7, 64)
     assert RunOptions(model="facebook/opt-125m").resolved_shots == (0, 1, 5)
     assert RunOptions().resolved_exact == 500
+
+
+def test_what_is_given_stands_before_a_preset() -> None:
+    night = RunOptions(preset="night")
+    assert (night.demonstrations, night.search, night.exact) == ("shared", "nested", 28)
+    assert night.curves == ("heads", "ffns", "random")
+    given = RunOptions(preset="night", exact=100, certify_limit=5)
+    assert (given.exact, given.certify_limit, given.demonstrations) == (100, 5, "shared")
+
+
+def test_a_preset_is_the_options_that_it_sets() -> None:
+    spelled_out = RunOptions.model_validate(PRESETS["night"])
+    assert spelled_out.digest == RunOptions(preset="night").digest
+    assert RunOptions().digest != spelled_out.digest
+    with pytest.raises(InputError, match="--preset: expected night, got 'day'"):
+        run_options({"preset": "day"})
