@@ -25,7 +25,8 @@ from lowmem_icl.tables.schema import read_table
 BEGIN, END = "<!-- searches: scripts/compare_searches.py -->", "<!-- /searches -->"
 HEADER = (
     "| model, tasks, shots | searches | removed: exact | nested | more than one error below "
-    "| below the gradient mask (exact) | operations of `prune`: exact | nested |\n|---|---|---|---|---|---|---|---|"
+    "| below the gradient mask (exact) | operations of `prune`: exact | nested |\n"
+    "|---|---|---|---|---|---|---|---|"
 )
 
 
