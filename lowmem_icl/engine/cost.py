@@ -1,13 +1,14 @@
 """What passes take in tokens, answers and layers read, counted from the same schedule that a sweep runs."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
-from lowmem_icl.engine.schedule import EarlierWork, Job, PlannedBlock, SweepLimits, Variant, schedule
+from lowmem_icl.engine.schedule import EarlierWork, Job, PlannedBlock, SweepLimits, Variants, schedule
 from lowmem_icl.model.skeleton import Skeleton
-from lowmem_icl.rows import PackedRows
+from lowmem_icl.rows import Integers, PackedRows
 
 
 @dataclass(frozen=True)
@@ -59,30 +60,57 @@ def sweep_cost(
     """
     streamed = np.array([layer not in resident for layer in range(layers)])
     earlier = EarlierWork(is_cached=lambda rows, layer: cached)
+    sizes = _MaskSizes(jobs, layers)
     total = SweepCost()
     for block in schedule(jobs, width, layers, limits, earlier):
-        total += _block_cost(jobs, block, layers)
+        total += _block_cost(block, sizes)
         total += SweepCost(layers_read=sum(int(streamed[wave.first_layer :].sum()) for wave in block.waves))
     return total
 
 
-def _block_cost(jobs: Sequence[Job], block: PlannedBlock, layers: int) -> SweepCost:
+@dataclass(frozen=True, eq=False)
+class _MaskSizes:
+    """What counts of jobs' masks: how many are clean, and the FFNs that each removes."""
+
+    jobs: Sequence[Job]
+    layers: int
+    _of_masks: dict[int, tuple[int, Integers, NDArray[np.bool_]]] = field(default_factory=dict, repr=False)
+
+    def of_job(self, job: int) -> tuple[int, Integers, NDArray[np.bool_]]:
+        """Return how many of a job's masks are clean; how many FFNs before the last layer each removes, [M],
+        and whether the last one, [M].
+        """
+        # Many jobs share one tuple of masks.
+        masks, last = self.jobs[job].masks, self.layers - 1
+        if id(masks) not in self._of_masks:
+            self._of_masks[id(masks)] = (
+                sum(mask.first_layer is None for mask in masks),
+                np.array([len(mask.ffns) - (last in mask.ffns) for mask in masks], dtype=np.int64),
+                np.array([last in mask.ffns for mask in masks], dtype=np.bool_),
+            )
+        return self._of_masks[id(masks)]
+
+
+def _block_cost(block: PlannedBlock, sizes: _MaskSizes) -> SweepCost:
     """Return what the waves of a block compute."""
-    total = SweepCost()
-    sizes = _tokens_and_reads(block)
+    total, layers = SweepCost(), sizes.layers
+    of_job = _tokens_and_reads(block)
     for wave in block.waves:
-        for job, (tokens, reads) in sizes.items():
+        if wave.clean_layers is None:
+            # One attention per job and layer where any of its variants branch.
+            branching = np.unique(wave.variants.first_layer * (max(of_job) + 1) + wave.variants.job)
+            tokens = sum(of_job[job][0] for job in (branching % (max(of_job) + 1)).tolist())
+            total += SweepCost(attention_tokens=tokens)
+        else:
+            tokens, reads = (sum(column) for column in zip(*of_job.values(), strict=True))
+            finished = wave.clean_layers * tokens
             if wave.clean_layers == layers:
-                finished = (layers - 1) * tokens + reads
-                clean = sum(mask.first_layer is None for mask in jobs[job].masks)
-                total += SweepCost(layers * tokens, finished, finished, answers=clean * reads)
-            elif wave.clean_layers is not None:
-                finished = wave.clean_layers * tokens
-                total += SweepCost(finished + tokens, finished, finished)
+                answers = sum(sizes.of_job(job)[0] * of_job[job][1] for job in of_job)
+                finished -= tokens - reads
+                total += SweepCost(layers * tokens, finished, finished, answers=answers)
             else:
-                branching = {variant.first_layer for variant in wave.variants if variant.job == job}
-                total += SweepCost(attention_tokens=len(branching) * tokens)
-        total += _variants_cost(jobs, wave.variants, sizes, layers)
+                total += SweepCost(finished + tokens, finished, finished)
+        total += _variants_cost(wave.variants, of_job, sizes)
     return total
 
 
@@ -95,20 +123,25 @@ def _tokens_and_reads(block: PlannedBlock) -> dict[int, tuple[int, int]]:
     return sizes
 
 
-def _variants_cost(
-    jobs: Sequence[Job], variants: Sequence[Variant], sizes: Mapping[int, tuple[int, int]], layers: int
-) -> SweepCost:
-    """Return what variants take from the layer where they branch; in it, attention is the clean run's."""
+def _variants_cost(variants: Variants, of_job: Mapping[int, tuple[int, int]], sizes: _MaskSizes) -> SweepCost:
+    """Return what variants take from the layer where they branch; in it, attention is the clean run's.
+
+    of_job: tokens and reads of a block's rows by job.
+    """
     attention = projection = ffn = answers = 0
-    for variant in variants:
-        (tokens, reads), first = sizes[variant.job], variant.first_layer
-        after = layers - 1 - first
-        removed = jobs[variant.job].masks[variant.mask].ffns
-        last_removed = layers - 1 in removed
+    if not len(variants):
+        return SweepCost()
+    order = np.argsort(variants.job, kind="stable")
+    jobs, starts = np.unique(variants.job[order], return_index=True)
+    for job, indices in zip(jobs.tolist(), np.split(order, starts[1:]), strict=True):
+        tokens, reads = of_job[job]
+        _, ffns_before, last = sizes.of_job(job)
+        masks, count = variants.mask[indices], len(indices)
+        after = int((sizes.layers - 1 - variants.first_layer[indices]).sum())
         attention += after * tokens
-        projection += after * tokens + reads
-        ffn += (after - (len(removed) - last_removed)) * tokens + (0 if last_removed else reads)
-        answers += reads
+        projection += after * tokens + count * reads
+        ffn += (after - int(ffns_before[masks].sum())) * tokens + (count - int(last[masks].sum())) * reads
+        answers += count * reads
     return SweepCost(attention, projection, ffn, answers=answers)
 
 
