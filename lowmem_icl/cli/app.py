@@ -104,11 +104,12 @@ def plan(given: GivenOptions, quiet: QuietOption = False, as_json: JsonOption = 
     from lowmem_icl.cli.terminal import Terminal
     from lowmem_icl.planning.plan import make_plan
     from lowmem_icl.session.folder import check_output, parts_of
-    from lowmem_icl.session.prepare import prepare
+    from lowmem_icl.session.prepare import prepare_plan
 
     terminal = Terminal(quiet)
     finished = parts_of(check_output(options)).has
-    planned = make_plan(prepare(options, progress=terminal.progress), hours=options.hours, finished=finished)
+    prepared = prepare_plan(options, progress=terminal.progress)
+    planned = make_plan(prepared, hours=options.hours, finished=finished)
     if as_json:
         _print_json(planned.as_record())
     else:

@@ -1,14 +1,14 @@
-"""What passes take in tokens, answers and layers read, counted from the same schedule that a sweep runs."""
+"""What passes take in tokens, answers and layers read, counted as `schedule` cuts a sweep."""
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import astuple, dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lowmem_icl.engine.schedule import EarlierWork, Job, PlannedBlock, SweepLimits, Variants, schedule
+from lowmem_icl.engine.schedule import Job, SweepLimits, has_variants
+from lowmem_icl.engine.wave_counts import BlockSizes, JobMasks, WaveCounts, block_sizes, count_waves
 from lowmem_icl.model.skeleton import Skeleton
-from lowmem_icl.rows import Integers, PackedRows
+from lowmem_icl.rows import PackedRows
 
 
 @dataclass(frozen=True)
@@ -58,91 +58,51 @@ def sweep_cost(
 
     `cached`: whether the clean residuals it starts from are there already, from an earlier sweep.
     """
-    streamed = np.array([layer not in resident for layer in range(layers)])
-    earlier = EarlierWork(is_cached=lambda rows, layer: cached)
-    sizes = _MaskSizes(jobs, layers)
-    total = SweepCost()
-    for block in schedule(jobs, width, layers, limits, earlier):
-        total += _block_cost(block, sizes)
-        total += SweepCost(layers_read=sum(int(streamed[wave.first_layer :].sum()) for wave in block.waves))
-    return total
-
-
-@dataclass(frozen=True, eq=False)
-class _MaskSizes:
-    """What counts of jobs' masks: how many are clean, and the FFNs that each removes."""
-
-    jobs: Sequence[Job]
-    layers: int
-    _of_masks: dict[int, tuple[int, Integers, NDArray[np.bool_]]] = field(default_factory=dict, repr=False)
-
-    def of_job(self, job: int) -> tuple[int, Integers, NDArray[np.bool_]]:
-        """Return how many of a job's masks are clean; how many FFNs before the last layer each removes, [M],
-        and whether the last one, [M].
-        """
-        # Many jobs share one tuple of masks.
-        masks, last = self.jobs[job].masks, self.layers - 1
-        if id(masks) not in self._of_masks:
-            self._of_masks[id(masks)] = (
-                sum(mask.first_layer is None for mask in masks),
-                np.array([len(mask.ffns) - (last in mask.ffns) for mask in masks], dtype=np.int64),
-                np.array([last in mask.ffns for mask in masks], dtype=np.bool_),
-            )
-        return self._of_masks[id(masks)]
-
-
-def _block_cost(block: PlannedBlock, sizes: _MaskSizes) -> SweepCost:
-    """Return what the waves of a block compute."""
-    total, layers = SweepCost(), sizes.layers
-    of_job = _tokens_and_reads(block)
-    for wave in block.waves:
-        if wave.clean_layers is None:
-            # One attention per job and layer where any of its variants branch.
-            branching = np.unique(wave.variants.first_layer * (max(of_job) + 1) + wave.variants.job)
-            tokens = sum(of_job[job][0] for job in (branching % (max(of_job) + 1)).tolist())
-            total += SweepCost(attention_tokens=tokens)
-        else:
-            tokens, reads = (sum(column) for column in zip(*of_job.values(), strict=True))
-            finished = wave.clean_layers * tokens
-            if wave.clean_layers == layers:
-                answers = sum(sizes.of_job(job)[0] * of_job[job][1] for job in of_job)
-                finished -= tokens - reads
-                total += SweepCost(layers * tokens, finished, finished, answers=answers)
-            else:
-                total += SweepCost(finished + tokens, finished, finished)
-        total += _variants_cost(wave.variants, of_job, sizes)
-    return total
-
-
-def _tokens_and_reads(block: PlannedBlock) -> dict[int, tuple[int, int]]:
-    """Return, by job, how many tokens a block's rows have and how many of these are read."""
-    sizes: dict[int, tuple[int, int]] = {}
-    for member in block.rows:
-        tokens, reads = sizes.get(member.job, (0, 0))
-        sizes[member.job] = tokens + len(member.row), reads + len(member.row.reads)
-    return sizes
-
-
-def _variants_cost(variants: Variants, of_job: Mapping[int, tuple[int, int]], sizes: _MaskSizes) -> SweepCost:
-    """Return what variants take from the layer where they branch; in it, attention is the clean run's.
-
-    of_job: tokens and reads of a block's rows by job.
-    """
-    attention = projection = ffn = answers = 0
-    if not len(variants):
+    jobs = [job for job in jobs if job.masks and job.packed.rows]
+    if not jobs:
         return SweepCost()
-    order = np.argsort(variants.job, kind="stable")
-    jobs, starts = np.unique(variants.job[order], return_index=True)
-    for job, indices in zip(jobs.tolist(), np.split(order, starts[1:]), strict=True):
-        tokens, reads = of_job[job]
-        _, ffns_before, last = sizes.of_job(job)
-        masks, count = variants.mask[indices], len(indices)
-        after = int((sizes.layers - 1 - variants.first_layer[indices]).sum())
-        attention += after * tokens
-        projection += after * tokens + count * reads
-        ffn += (after - int(ffns_before[masks].sum())) * tokens + (count - int(last[masks].sum())) * reads
-        answers += count * reads
-    return SweepCost(attention, projection, ffn, answers=answers)
+    streamed = np.array([layer not in resident for layer in range(layers)])
+    packed = tuple(job.packed for job in jobs)
+    blocks = block_sizes(packed, width, layers, limits, keeps_clean=has_variants(jobs))
+    masks = JobMasks.of(jobs, layers)
+    waves = count_waves(blocks, masks, width, limits, streamed, cached=cached)
+    return (
+        _clean_cost(blocks, masks, waves, layers)
+        + _variants_cost(blocks, masks, layers)
+        + SweepCost(attention_tokens=waves.branching_tokens, layers_read=waves.layers_read)
+    )
+
+
+def _clean_cost(blocks: BlockSizes, masks: JobMasks, waves: WaveCounts, layers: int) -> SweepCost:
+    """Return what the clean run takes in all waves that it goes with."""
+    tokens, reads = blocks.tokens.sum(1), blocks.reads.sum(1)
+    asked = waves.asked
+    whole = int((layers * tokens)[asked].sum())
+    finished = int(((layers - 1) * tokens + reads)[asked].sum())
+    answers = int((masks.clean[blocks.jobs] * blocks.reads).sum())
+    # In all other waves as far as variants branch, and there as far as the attention.
+    times = waves.clean - asked
+    further = int((times * waves.clean_layers * tokens).sum())
+    return SweepCost(
+        whole + further + int((times * tokens).sum()),
+        finished + further,
+        finished + further,
+        answers=answers,
+    )
+
+
+def _variants_cost(blocks: BlockSizes, masks: JobMasks, layers: int) -> SweepCost:
+    """Return what variants take from the layer where they branch; in it, attention is the clean run's."""
+    n_jobs = len(masks.clean)
+    tokens, reads = (
+        np.bincount(blocks.jobs.ravel(), sizes.ravel(), n_jobs) for sizes in (blocks.tokens, blocks.reads)
+    )
+    count = masks.branching.sum(1)
+    after = masks.branching @ (layers - 1 - np.arange(layers))
+    answers = int((count * reads).sum())
+    attention = int((after * tokens).sum())
+    ffn = int(((after - masks.ffns_before) * tokens + (count - masks.last_ffns) * reads).sum())
+    return SweepCost(attention, attention + answers, ffn, answers=answers)
 
 
 def gradients_cost(packed: Sequence[PackedRows], layers: int) -> SweepCost:

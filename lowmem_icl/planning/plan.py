@@ -125,7 +125,10 @@ def make_plan(
         stages += [stage] if stage.operations else []
     checkpoint = prepared.located.checkpoint
     to_convert = 0 if store.is_written or checkpoint is None else checkpoint.size_bytes
-    notes = tuple(note for work in planned for note in work.stage.notes(prepared))
+    notes = (
+        *([prepared.sample_note] if prepared.sample_note else []),
+        *(note for work in planned for note in work.stage.notes(prepared)),
+    )
     plan = Plan(memory, store.size_bytes, to_convert, rates, wave_tokens, tuple(stages), notes=notes)
     return plan if hours is None else within_hours(plan, hours, chunks)
 
