@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_icl.engine.cost import SweepCost
+from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.model.attention import Segment, whole_row
 from lowmem_icl.model.int8 import FIXED_ROWS, Int8Linear, matmul_in_fixed_rows
 from lowmem_icl.model.layer import DecoderLayer
-from lowmem_icl.model.reading import read_rate
+from lowmem_icl.model.reading import SAMPLE_BUFFER_BYTES, read_rate
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.tables import VOCABULARY_BLOCK
 from lowmem_icl.model.vocabulary import head_rows
-from lowmem_icl.planning.memory import MemoryPlan
 from lowmem_icl.system.allocator import keep_freed_memory
 from lowmem_icl.system.files import existing_folder
 
@@ -68,19 +68,19 @@ class Rates:
 
 
 def measure(
-    store: Store, row_tokens: int, memory: MemoryPlan, device: torch.device, *, backward: bool
+    store: Store, row_tokens: int, limits: SweepLimits, device: torch.device, *, backward: bool
 ) -> Rates:
     """Measure a layer of random weights of the store's shape with rows of this length, and the store's disk.
 
-    memory: how it is dealt out to a run, which says how many tokens go through a layer together.
+    limits: of a sweep, which say how many tokens go through a layer together.
     """
     keep_freed_memory()
     skeleton = store.skeleton
-    halves: _Halves = _CutLayer(store) if _is_cut(store, device) else _WholeLayer(store, device, memory)
+    halves: _Halves = _CutLayer(store) if _is_cut(store, device) else _WholeLayer(store, device, limits)
     with torch.no_grad():
         single = halves.seconds(row_tokens, 1, LAYER_SECONDS / 8)
         # A layer of a very large model is measured on fewer tokens, so that this stays short.
-        full = max(2, memory.micro_batch_tokens // row_tokens)
+        full = max(2, limits.micro_batch_tokens // row_tokens)
         rows = int(min(full, max(2, LAYER_SECONDS / sum(single))))
         several = halves.seconds(row_tokens, rows, LAYER_SECONDS / 3)
     # Where one row costs next to nothing more, all is for the tokens.
@@ -88,7 +88,7 @@ def measure(
     attention, projection, ffn = (seconds * min(1.0, share) / (rows * row_tokens) for seconds in several)
     columns = skeleton.embedding_width
     hidden = torch.randn(head_rows(skeleton.width), columns, device=device)
-    block_rows = min(VOCABULARY_BLOCK, skeleton.vocabulary, max(1, CUT_WEIGHTS // columns))
+    block_rows = min(VOCABULARY_BLOCK, skeleton.vocabulary, max(1, CUT_WEIGHTS // 4 // columns))
     vocabulary = torch.randn(block_rows, columns, device=device)
     block = _seconds_of(
         lambda: matmul_in_fixed_rows(hidden, vocabulary.t(), len(hidden)).exp_().sum(1), OTHER_SECONDS
@@ -170,7 +170,7 @@ class _CutLayer:
             linear.refresh()
         else:
             linear = nn.Linear(inputs, outputs)
-        batches = torch.randn(max(1, min(4, UNCACHED_BYTES // (4 * tokens * inputs))), tokens, inputs)
+        batches = torch.randn(max(1, min(4, UNCACHED_BYTES // 2 // (4 * tokens * inputs))), tokens, inputs)
         turns = itertools.cycle(batches)
         return _seconds_of(lambda: linear(next(turns)), budget) / (inputs * outputs)
 
@@ -182,8 +182,8 @@ class _CutLayer:
 class _WholeLayer:
     """A layer of random weights, as a sweep runs it."""
 
-    def __init__(self, store: Store, device: torch.device, memory: MemoryPlan) -> None:
-        self._store, self._device, self._residual_bytes = store, device, memory.alive_bytes
+    def __init__(self, store: Store, device: torch.device, limits: SweepLimits) -> None:
+        self._store, self._device, self._residual_bytes = store, device, limits.alive_bytes
         self._layer = DecoderLayer(store.skeleton, store.manifest.weights, device)
         self._layer.fill(0, _random_layer(store))
 
@@ -257,11 +257,12 @@ def _disk_bytes_per_second(store: Store) -> float:
         return read_rate(store.layer_paths, SAMPLE_BYTES)
     parent = existing_folder(store.folder)
     with tempfile.TemporaryDirectory(dir=parent if os.access(parent, os.W_OK) else None) as folder:
-        sample = Path(folder) / "sample"
-        with sample.open("wb") as opened:
-            some = os.urandom(1 << 20)
-            for _ in range(SAMPLE_BYTES >> 20):
-                opened.write(some)
-            opened.flush()
-            os.fsync(opened.fileno())
-        return read_rate([sample], SAMPLE_BYTES)
+        some = os.urandom(1 << 20)
+        samples = [Path(folder) / str(number) for number in range(SAMPLE_BYTES // SAMPLE_BUFFER_BYTES)]
+        for sample in samples:
+            with sample.open("wb") as opened:
+                for _ in range(SAMPLE_BUFFER_BYTES >> 20):
+                    opened.write(some)
+                opened.flush()
+                os.fsync(opened.fileno())
+        return read_rate(samples, SAMPLE_BYTES)

@@ -54,13 +54,13 @@ class SampledDocuments:
         """What a plan says of the lengths it counts."""
         # Of a task at a shot count the same documents stand in several fields.
         most: dict[tuple[str, int], int] = {}
-        for rows in chain(*(self.by_field[name] for name in ("evaluate", "train", "certify"))):
+        for rows in chain(*(self.by_field.get(name, ()) for name in ("evaluate", "train", "certify"))):
             setting = rows.task, rows.shots
             most[setting] = most.get(setting, 0) + len(rows.documents)
         read = sum(min(TOKENISED + LONGEST, count) for count in most.values())
         return (
-            f"lengths: {read:,} of {sum(most.values()):,} prompts are tokenised, the longest of every task "
-            "among them, and all others estimated by their characters; `run` counts exactly"
+            f"lengths: about {read:,} of {sum(most.values()):,} prompts are tokenised, the longest of every "
+            "task among them, and all others estimated by their characters; `run` counts exactly"
         )
 
 

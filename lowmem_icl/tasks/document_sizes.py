@@ -34,7 +34,7 @@ from lowmem_icl.tasks.unread import (
 TOKENISED = 12
 """How many documents of a task at a shot count are tokenised, from short to long, besides the longest."""
 LONGEST = 2
-PAIRS = 6
+PAIRS = 8
 """Of how many groups two documents are compared, to learn what they begin with in common."""
 OTHERS_COMPARED = 3
 """With how many others of its group a document is compared by its row."""
@@ -47,13 +47,15 @@ class SizeModel:
     """From lengths to sizes, for one task at one shot count.
 
     lengths: [K] ascending, of the documents that were tokenised; sizes: [K, 4], the first fields of
-    DocumentSize; stem_share: tokens that documents of a group begin with in common, per character that their
-    rows have in common; merged: how many tokens a document shares with the one before it in its row.
+    DocumentSize; common, stems: [P], of pairs of documents, characters that their rows have in common,
+    ascending, and tokens that they begin with in common; merged: how many tokens a document shares with the
+    one before it in its row.
     """
 
     lengths: Floats
     sizes: Floats
-    stem_share: float
+    common: Floats
+    stems: Floats
     merged: float
 
     def of(self, lengths: Sequence[int], common: Sequence[int]) -> list[DocumentSize]:
@@ -61,7 +63,8 @@ class SizeModel:
         common.
         """
         columns = [np.interp(lengths, self.lengths, column) for column in self.sizes.T]
-        stems, merged = np.array(common) * self.stem_share, np.full(len(lengths), self.merged)
+        stems = np.interp(common, self.common, self.stems) if len(self.common) else np.zeros(len(lengths))
+        merged = np.full(len(lengths), self.merged)
         rows = np.round(np.column_stack([*columns, stems, merged])).astype(np.int64).tolist()
         return [DocumentSize(*row) for row in rows]
 
@@ -88,7 +91,7 @@ def fitted(rows: TaskRows, tokenise: Tokenise, limits: PackingLimits) -> SizeMod
     return SizeModel(
         distinct,
         sums / np.bincount(numbers)[:, None],
-        _stem_share(rows, tokenise, limits),
+        *_stems_of_pairs(rows, tokenise, limits),
         saved / joined if joined else 0.0,
     )
 
@@ -216,19 +219,21 @@ def _common(left: Document, right: Document) -> int:
     return shown + sum(same)
 
 
-def _stem_share(rows: TaskRows, tokenise: Tokenise, limits: PackingLimits) -> float:
-    """Return how many tokens documents of a group begin with in common, per character in common."""
+def _stems_of_pairs(rows: TaskRows, tokenise: Tokenise, limits: PackingLimits) -> tuple[Floats, Floats]:
+    """Return what pairs of documents of some groups have in common, [P] each: characters of their rows, from
+    few to many, and the tokens they begin with.
+    """
     pairs = [members[:2] for members in _grouped(rows.documents).values() if len(members) > 1]
     pairs.sort(key=lambda pair: _common(*pair))
-    compared = (
-        [pairs[number] for number in sorted(set(np.linspace(0, len(pairs) - 1, PAIRS).astype(int).tolist()))]
-        if pairs
-        else []
-    )
-    tokens = common = 0
-    for pair in compared:
-        paths = [path for of_document in _paths(rows, pair, tokenise, limits) for path in _plain(of_document)]
+    spaced = np.linspace(0, len(pairs) - 1, min(PAIRS, len(pairs))).round().astype(int).tolist()
+    found: dict[int, int] = {}
+    for number in spaced:
+        paths = [
+            path
+            for of_document in _paths(rows, pairs[number], tokenise, limits)
+            for path in _plain(of_document)
+        ]
         before_answers = min(len(path.tokens) - len(path.continuation) for path in paths)
-        tokens += min(shared_length([path.tokens for path in paths]), before_answers)
-        common += _common(*pair)
-    return tokens / common if common else 0.0
+        stem = min(shared_length([path.tokens for path in paths]), before_answers)
+        found.setdefault(_common(*pairs[number]), stem)
+    return np.array(list(found), dtype=np.float64), np.array(list(found.values()), dtype=np.float64)
