@@ -114,7 +114,8 @@ def test_a_plan_says_what_would_save_most(small_checkpoint: Path, tmp_path: Path
     path = tmp_path / "own.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--model", small_checkpoint, "--store-dir", tmp_path / "stores", "--tasks", path,
-             "--shots", "4", "--demonstration-sets", "2", "--experiments", "evaluate", "--labels", "right"]  # fmt: skip
+             "--shots", "4", "--demonstration-sets", "2", "--experiments", "evaluate",
+             "--labels", "right"]  # fmt: skip
     told = invoke("plan", "--json", "--quiet", *flags)
     assert told.exit_code == 0, told.output
     plan = json.loads(told.stdout)
