@@ -27,7 +27,7 @@ from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.engine.cost import SweepCost, operations, sweep_cost
 from lowmem_icl.engine.passes import PassSetup, sweep
-from lowmem_icl.engine.schedule import BlockRow, Job, PlannedWave, SweepLimits, Variant
+from lowmem_icl.engine.schedule import BlockRow, Job, PlannedWave, SweepLimits, Variant, Variants
 from lowmem_icl.engine.wave import Wave
 from lowmem_icl.masks.mask import Mask, all_heads
 from lowmem_icl.model.store import NON_LAYER, Store, open_store
@@ -227,7 +227,8 @@ def one_layer_of_66b(inputs: Inputs) -> Row:
     products.measure()
     with StreamedModel(store, device=CPU, resident_bytes=0) as model, torch.no_grad():
         setup = PassSetup(model, PLENTY, CleanCache(PLENTY.cache_bytes), costs.append)
-        plan = PlannedWave(0, frozenset(), tuple(Variant(0, index, 0) for index in range(len(masks))))
+        variants = Variants.of([Variant(0, index, 0) for index in range(len(masks))])
+        plan = PlannedWave(0, frozenset(), variants)
         wave = Wave(setup, [job], [Scores.empty(len(masks), 8)], (BlockRow(0, row),), plan)
         start = time.perf_counter()
         for number, layer in model.layers(range(2)):

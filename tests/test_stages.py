@@ -15,7 +15,7 @@ from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.engine.unit_gradients import UnitGradients
 from lowmem_icl.experiments.order import STAGES, run_stages
 from lowmem_icl.options import EXPERIMENTS, RunOptions
-from lowmem_icl.planning.costs import largest_sweeps, planned_work, row_lengths
+from lowmem_icl.planning.costs import largest_sweeps, planned_work, row_lengths, work_left
 from lowmem_icl.planning.measure import Rates
 from lowmem_icl.planning.plan import make_plan
 from lowmem_icl.session.prepare import Prepared, prepare
@@ -229,7 +229,9 @@ def test_a_run_that_was_cut_by_its_hours_continues_with_what_the_plan_says_is_le
     unfinished = [result.unfinished for _, result, is_over in run_stages(first, {}, frozenset()) if is_over]
     assert any(unfinished)
     left = [
-        part for stage in planned_work(prepared, lambda name: name in first.finished) for part in stage.parts
+        part
+        for stage in work_left(planned_work(prepared), lambda name: name in first.finished)
+        for part in stage.parts
     ]
     second = played(prepared, finished=set(first.finished))
     assert not any(result.unfinished for _, result, is_over in run_stages(second, {}, frozenset()) if is_over)

@@ -22,7 +22,8 @@ from lowmem_icl.options import RunOptions, run_options
 from lowmem_icl.rows import PackedRows, outline
 from lowmem_icl.session import prepare as preparing
 from lowmem_icl.session.document_limits import part_limits
-from lowmem_icl.session.prepare import Prepared, first_prompts, prepare
+from lowmem_icl.session.first_prompts import first_prompts
+from lowmem_icl.session.prepare import Prepared, prepare
 from lowmem_icl.session.task_texts import part_rows
 from lowmem_icl.session.text_form import text_tokeniser
 from lowmem_icl.session.texts import KeptTexts

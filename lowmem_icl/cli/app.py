@@ -5,6 +5,7 @@ the options were checked, so that a mistyped one is reported at once.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from lowmem_icl.cli.masks import masks_app
 from lowmem_icl.cli.parameters import (
     ALL_OPTIONS,
     EVALUATE_OPTIONS,
+    MEASURE_OPTIONS,
     PROMPT_OPTIONS,
     GivenOptions,
     JsonOption,
@@ -91,7 +93,20 @@ def run(given: GivenOptions, quiet: QuietOption = False, as_json: JsonOption = F
 @app.command()
 @reports_errors
 @takes(*ALL_OPTIONS)
-def plan(given: GivenOptions, quiet: QuietOption = False, as_json: JsonOption = False) -> None:
+def plan(
+    given: GivenOptions,
+    machine: Annotated[
+        Path | None,
+        typer.Option(
+            help="Plan for the machine that `measure` wrote this file on.",
+            metavar="FILE",
+            show_default="this machine",
+            rich_help_panel=Group.RESOURCES,
+        ),
+    ] = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
     """Say what `run` with the same options would read, hold, compute and take, before anything starts.
 
     Nothing is converted and no weights are fetched; two seconds go into measuring this machine. Of a run
@@ -102,17 +117,51 @@ def plan(given: GivenOptions, quiet: QuietOption = False, as_json: JsonOption = 
     options = given.checked()
     from lowmem_icl.cli.plan import show_plan
     from lowmem_icl.cli.terminal import Terminal
+    from lowmem_icl.planning.advice import advice
+    from lowmem_icl.planning.machine_file import read_machine
     from lowmem_icl.planning.plan import make_plan
     from lowmem_icl.session.folder import check_output, parts_of
-    from lowmem_icl.session.prepare import prepare
+    from lowmem_icl.session.prepare import prepare_plan
 
     terminal = Terminal(quiet)
+    other = None if machine is None else read_machine(machine)
     finished = parts_of(check_output(options)).has
-    planned = make_plan(prepare(options, progress=terminal.progress), hours=options.hours, finished=finished)
+    prepared = prepare_plan(options, progress=terminal.progress)
+    planned = make_plan(prepared, hours=options.hours, finished=finished, machine=other)
+    found = advice(prepared, planned, prepare_plan, finished, other)
+    planned = replace(planned, advice=found)
     if as_json:
         _print_json(planned.as_record())
     else:
         show_plan(planned, terminal.out)
+
+
+@app.command()
+@reports_errors
+@takes(*MEASURE_OPTIONS)
+def measure(
+    given: GivenOptions,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File for the rates.", metavar="FILE", rich_help_panel=Group.OUTPUT),
+    ] = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure this machine, so that `plan --machine FILE` can plan for it elsewhere.
+
+    lowmem-icl measure --model facebook/opt-1.3b --out machine.json
+    """
+    options = given.checked()
+    from lowmem_icl.cli.measure import measure_machine, show_machine
+    from lowmem_icl.cli.terminal import Terminal
+
+    terminal = Terminal(quiet)
+    machine = measure_machine(options, out, terminal)
+    if as_json:
+        _print_json(machine.model_dump())
+    else:
+        show_machine(machine, terminal)
 
 
 @app.command()

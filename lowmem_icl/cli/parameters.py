@@ -27,6 +27,7 @@ EVALUATE_OPTIONS = (
     *(name for name in names_of(Group.TASKS) if name not in ("train_limit", "importance_limit", "labels")),
     *("seed", "memory", "device_memory", "device", "out"),
 )
+MEASURE_OPTIONS = (*names_of(Group.MODEL), "memory", "device_memory", "device")
 PROMPT_OPTIONS = (
     *names_of(Group.MODEL),
     *("data_dir", "limit", "demonstrations", "demonstration_sets", "protocol", "bos"),

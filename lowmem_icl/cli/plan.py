@@ -5,13 +5,14 @@ from rich.table import Table
 from rich.text import Text
 
 from lowmem_icl.cli.terminal import count, duration, size
-from lowmem_icl.planning.plan import Plan, StagePlan
+from lowmem_icl.planning.plan import Advice, Plan, StagePlan
 
 
 def show_plan(plan: Plan, console: Console) -> None:
     """Print what a run will hold, read and compute, and what was measured of this machine."""
     memory, rates = plan.memory, plan.rates
     layer_seconds = rates.attention_seconds + rates.projection_seconds + rates.ffn_seconds
+    where = f"measured on {plan.machine}" if plan.machine else "measured here"
     lines = [
         f"on disk: store {size(plan.store_bytes)}"
         + (f", made first from {size(plan.convert_bytes)}" if plan.convert_bytes else "")
@@ -24,14 +25,22 @@ def show_plan(plan: Plan, console: Console) -> None:
         f"layers in use {size(memory.streaming_bytes)}, working space {size(memory.working_bytes)}, "
         f"layers kept {size(memory.resident_bytes)}, residuals {size(memory.alive_bytes)}, "
         f"their cache {size(memory.cache_bytes)}",
-        f"measured here: {size(rates.disk_bytes_per_second)}/s from disk, "
+        f"{where}: {size(rates.disk_bytes_per_second)}/s from disk, "
         f"{1 / layer_seconds:,.0f} tokens/s through a layer, "
         f"{1 / rates.answer_seconds:,.0f}/s through the vocabulary",
     ]
     console.print("\n".join(lines), soft_wrap=True)
     console.print(plan_table(plan))
+    for advice in plan.advice:
+        console.print(Text(_advice_text(advice)), soft_wrap=True)
     for note in plan.notes:
         console.print(Text(note), soft_wrap=True)
+
+
+def _advice_text(advice: Advice) -> str:
+    shares = {"the time": advice.seconds, "what is read": advice.read_bytes, "operations": advice.operations}
+    saved = [f"{share:.0%} of {name}" for name, share in shares.items() if share >= 0.005]
+    return f"{advice.options} would save {', '.join(saved)}"
 
 
 def plan_table(plan: Plan) -> Table:

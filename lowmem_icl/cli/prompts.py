@@ -8,7 +8,7 @@ from rich.text import Text
 
 from lowmem_icl.options import RunOptions
 from lowmem_icl.protocols import Labels
-from lowmem_icl.session.prepare import first_prompts
+from lowmem_icl.session.first_prompts import first_prompts
 from lowmem_icl.tasks.documents import Document, TaskRows
 from lowmem_icl.tasks.packing import OptionTokens, first_options
 

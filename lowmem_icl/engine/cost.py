@@ -1,11 +1,12 @@
-"""What passes take in tokens, answers and layers read, counted from the same schedule that a sweep runs."""
+"""What passes take in tokens, answers and layers read, counted as `schedule` cuts a sweep."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass
 
 import numpy as np
 
-from lowmem_icl.engine.schedule import EarlierWork, Job, PlannedBlock, SweepLimits, Variant, schedule
+from lowmem_icl.engine.schedule import Job, SweepLimits, has_variants
+from lowmem_icl.engine.wave_counts import BlockSizes, JobMasks, WaveCounts, block_sizes, count_waves
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.rows import PackedRows
 
@@ -57,59 +58,51 @@ def sweep_cost(
 
     `cached`: whether the clean residuals it starts from are there already, from an earlier sweep.
     """
+    jobs = [job for job in jobs if job.masks and job.packed.rows]
+    if not jobs:
+        return SweepCost()
     streamed = np.array([layer not in resident for layer in range(layers)])
-    earlier = EarlierWork(is_cached=lambda rows, layer: cached)
-    total = SweepCost()
-    for block in schedule(jobs, width, layers, limits, earlier):
-        total += _block_cost(jobs, block, layers)
-        total += SweepCost(layers_read=sum(int(streamed[wave.first_layer :].sum()) for wave in block.waves))
-    return total
+    packed = tuple(job.packed for job in jobs)
+    blocks = block_sizes(packed, width, layers, limits, keeps_clean=has_variants(jobs))
+    masks = JobMasks.of(jobs, layers)
+    waves = count_waves(blocks, masks, width, limits, streamed, cached=cached)
+    return (
+        _clean_cost(blocks, masks, waves, layers)
+        + _variants_cost(blocks, masks, layers)
+        + SweepCost(attention_tokens=waves.branching_tokens, layers_read=waves.layers_read)
+    )
 
 
-def _block_cost(jobs: Sequence[Job], block: PlannedBlock, layers: int) -> SweepCost:
-    """Return what the waves of a block compute."""
-    total = SweepCost()
-    sizes = _tokens_and_reads(block)
-    for wave in block.waves:
-        for job, (tokens, reads) in sizes.items():
-            if wave.clean_layers == layers:
-                finished = (layers - 1) * tokens + reads
-                clean = sum(mask.first_layer is None for mask in jobs[job].masks)
-                total += SweepCost(layers * tokens, finished, finished, answers=clean * reads)
-            elif wave.clean_layers is not None:
-                finished = wave.clean_layers * tokens
-                total += SweepCost(finished + tokens, finished, finished)
-            else:
-                branching = {variant.first_layer for variant in wave.variants if variant.job == job}
-                total += SweepCost(attention_tokens=len(branching) * tokens)
-        total += _variants_cost(jobs, wave.variants, sizes, layers)
-    return total
+def _clean_cost(blocks: BlockSizes, masks: JobMasks, waves: WaveCounts, layers: int) -> SweepCost:
+    """Return what the clean run takes in all waves that it goes with."""
+    tokens, reads = blocks.tokens.sum(1), blocks.reads.sum(1)
+    asked = waves.asked
+    whole = int((layers * tokens)[asked].sum())
+    finished = int(((layers - 1) * tokens + reads)[asked].sum())
+    answers = int((masks.clean[blocks.jobs] * blocks.reads).sum())
+    # In all other waves as far as variants branch, and there as far as the attention.
+    times = waves.clean - asked
+    further = int((times * waves.clean_layers * tokens).sum())
+    return SweepCost(
+        whole + further + int((times * tokens).sum()),
+        finished + further,
+        finished + further,
+        answers=answers,
+    )
 
 
-def _tokens_and_reads(block: PlannedBlock) -> dict[int, tuple[int, int]]:
-    """Return, by job, how many tokens a block's rows have and how many of these are read."""
-    sizes: dict[int, tuple[int, int]] = {}
-    for member in block.rows:
-        tokens, reads = sizes.get(member.job, (0, 0))
-        sizes[member.job] = tokens + len(member.row), reads + len(member.row.reads)
-    return sizes
-
-
-def _variants_cost(
-    jobs: Sequence[Job], variants: Sequence[Variant], sizes: Mapping[int, tuple[int, int]], layers: int
-) -> SweepCost:
+def _variants_cost(blocks: BlockSizes, masks: JobMasks, layers: int) -> SweepCost:
     """Return what variants take from the layer where they branch; in it, attention is the clean run's."""
-    attention = projection = ffn = answers = 0
-    for variant in variants:
-        (tokens, reads), first = sizes[variant.job], variant.first_layer
-        after = layers - 1 - first
-        removed = jobs[variant.job].masks[variant.mask].ffns
-        last_removed = layers - 1 in removed
-        attention += after * tokens
-        projection += after * tokens + reads
-        ffn += (after - (len(removed) - last_removed)) * tokens + (0 if last_removed else reads)
-        answers += reads
-    return SweepCost(attention, projection, ffn, answers=answers)
+    n_jobs = len(masks.clean)
+    tokens, reads = (
+        np.bincount(blocks.jobs.ravel(), sizes.ravel(), n_jobs) for sizes in (blocks.tokens, blocks.reads)
+    )
+    count = masks.branching.sum(1)
+    after = masks.branching @ (layers - 1 - np.arange(layers))
+    answers = int((count * reads).sum())
+    attention = int((after * tokens).sum())
+    ffn = int(((after - masks.ffns_before) * tokens + (count - masks.last_ffns) * reads).sum())
+    return SweepCost(attention, attention + answers, ffn, answers=answers)
 
 
 def gradients_cost(packed: Sequence[PackedRows], layers: int) -> SweepCost:

@@ -6,7 +6,8 @@ boundaries reads less. The clean run goes with the first wave that needs it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from lowmem_icl.engine.micro_batches import MICRO_BATCH_TOKENS
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.masks.mask import Mask
-from lowmem_icl.rows import PackedRows, Row, with_stems
+from lowmem_icl.rows import Integers, PackedRows, Row, with_stems
 
 FLOAT_BYTES = 4
 CACHE_SHARE = 0.25
@@ -68,6 +69,32 @@ class Variant:
 
 
 @dataclass(frozen=True, eq=False)
+class Variants:
+    """Variants as columns [V], ordered by first layer; a sweep of a large model has hundreds of thousands."""
+
+    job: Integers
+    mask: Integers
+    first_layer: Integers
+
+    @classmethod
+    def of(cls, variants: Sequence[Variant]) -> "Variants":
+        """Return variants as columns."""
+        rows = [(variant.job, variant.mask, variant.first_layer) for variant in variants]
+        return cls(*np.array(rows, dtype=np.int64).reshape(-1, 3).T)
+
+    def __len__(self) -> int:
+        return len(self.job)
+
+    def __iter__(self) -> Iterator[Variant]:
+        columns = (self.job.tolist(), self.mask.tolist(), self.first_layer.tolist())
+        return (Variant(*values) for values in zip(*columns, strict=True))
+
+    def part(self, start: int, end: int) -> "Variants":
+        """Return those from one index up to another."""
+        return Variants(self.job[start:end], self.mask[start:end], self.first_layer[start:end])
+
+
+@dataclass(frozen=True, eq=False)
 class BlockRow:
     """A row of a block, or a stem that rows of it grow from, and the index of its job."""
 
@@ -90,12 +117,12 @@ class PlannedWave:
 
     clean_layers: int | None
     kept_layers: frozenset[int]
-    variants: tuple[Variant, ...]
+    variants: Variants
 
     @property
     def first_layer(self) -> int:
         """The first layer it reads."""
-        return self.variants[0].first_layer if self.clean_layers is None else 0
+        return int(self.variants.first_layer[0]) if self.clean_layers is None else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,9 +174,12 @@ def schedule(
         for index, job in enumerate(jobs)
         for row in job.packed.rows
     }
-    # Rows that were stopped on their way go first and by themselves: others would repeat what they have.
-    partial = [row for row, flags in missing.items() if flags.any() and not flags.all()]
-    untouched = [row for row, flags in missing.items() if flags.any() and flags.all()]
+    partial: list[BlockRow] = []
+    untouched = list(missing)
+    if earlier.missing is not None:
+        # Rows that were stopped on their way go first and by themselves: others would repeat what they have.
+        partial = [row for row, flags in missing.items() if flags.any() and not flags.all()]
+        untouched = [row for row, flags in missing.items() if flags.any() and flags.all()]
     waves = _Waves(jobs, width, layers, limits, earlier, keep_clean)
     keeps_clean = has_variants(jobs)
     for rows in [
@@ -159,8 +189,8 @@ def schedule(
         wanted: dict[int, Flags] = {}
         for member in rows:
             if member in missing:
-                flags = missing[member]
-                wanted[member.job] = flags | wanted[member.job] if member.job in wanted else flags
+                flags, other = missing[member], wanted.get(member.job)
+                wanted[member.job] = flags if other is None or other is flags else flags | other
         yield PlannedBlock(rows, tuple(waves.of_block(rows, wanted)))
 
 
@@ -175,60 +205,103 @@ class _Waves:
     earlier: EarlierWork
     keep_clean: bool
 
+    _first_layers: dict[int, Integers] = field(default_factory=dict, repr=False)
+
     def of_block(self, block: Block, wanted: Mapping[int, Flags]) -> Iterator[PlannedWave]:
         """Yield a block's waves; `wanted`: by job, which of its masks."""
         rows, tokens = [member.row for member in block], block_tokens(block)
-        left = _variants_of(self.jobs, wanted)
-        asked = any(
-            self.jobs[job].masks[mask].first_layer is None
-            for job, flags in wanted.items()
-            for mask in np.flatnonzero(flags)
-        )
+        variants, asked = self._variants_of(wanted)
+        sizes = _VariantSizes(variants, tokens, self.width, self.layers)
         fitting = self.limits.kept_tokens(self.width, max(map(len, rows)))
         # A row too large for the cache has the clean run in each of its waves.
         keeps = sum(tokens.values()) * self.layers <= fitting
-        branching = {variant.first_layer for variant in left}
+        branching = frozenset(np.unique(variants.first_layer).tolist())
         cached = {layer for layer in branching if keeps and self.earlier.is_cached(rows, layer)}
-        while left or asked:
-            needed = {variant.first_layer for variant in left}
+        start = 0
+        while start < len(variants) or asked:
+            needed = _from_layer_of(branching, variants, start)
             clean = asked or not needed <= cached
-            count = self._next_wave(left, tokens, clean=clean)
-            taken, left = left[:count], left[count:]
-            later = branching if self.keep_clean else {variant.first_layer for variant in left}
+            end = start + self._next_wave(sizes, start, sum(tokens.values()), clean=clean)
+            later = branching if self.keep_clean else _from_layer_of(branching, variants, end)
             kept = frozenset(later if keeps and clean else ())
             until = self.layers if asked else max(needed, default=0)
-            yield PlannedWave(until if clean else None, kept, tuple(taken))
+            yield PlannedWave(until if clean else None, kept, variants.part(start, end))
             cached |= kept
-            asked = False
+            asked, start = False, end
 
-    def _next_wave(self, variants: Sequence[Variant], tokens: Mapping[int, int], *, clean: bool) -> int:
+    def _next_wave(self, sizes: "_VariantSizes", start: int, clean_tokens: int, *, clean: bool) -> int:
         """Return how many variants, in order, fit in the next wave: at least one without the clean run."""
         limits = self.limits
-        bytes_of = {job: count * self.width * FLOAT_BYTES for job, count in tokens.items()}
-        held = sum(bytes_of.values()) if clean else 0
-        steps = sum(tokens.values()) * self.layers if clean else 0
-        taken = 0
-        for variant in variants:
-            held += bytes_of[variant.job]
-            steps += tokens[variant.job] * (self.layers - variant.first_layer)
-            too_long = limits.wave_tokens is not None and steps > limits.wave_tokens
-            if (held > limits.alive_bytes and (taken or clean)) or (too_long and taken):
-                break
-            taken += 1
-        return taken
+        held = clean_tokens * self.width * FLOAT_BYTES if clean else 0
+        steps = clean_tokens * self.layers if clean else 0
+        taken = max(_within(sizes.held_bytes, start, limits.alive_bytes - held), 0 if clean else 1)
+        if limits.wave_tokens is not None:
+            taken = min(taken, max(1, _within(sizes.steps, start, limits.wave_tokens - steps)))
+        return min(taken, len(sizes.steps) - 1 - start)
+
+    def _variants_of(self, wanted: Mapping[int, Flags]) -> tuple[Variants, bool]:
+        """Return the variants that are wanted, by first layer, job and mask, and whether the clean run is."""
+        jobs, masks, firsts = [], [], []
+        for job, flags in sorted(wanted.items()):
+            indices = np.flatnonzero(flags)
+            jobs.append(np.full(len(indices), job))
+            masks.append(indices)
+            firsts.append(self._firsts(self.jobs[job].masks)[indices])
+        columns = [np.concatenate([*column, np.zeros(0, dtype=np.int64)]) for column in (jobs, masks, firsts)]
+        removing = np.flatnonzero(columns[2] >= 0)
+        order = removing[np.argsort(columns[2][removing], kind="stable")]
+        return Variants(*(column[order] for column in columns)), len(order) < len(columns[2])
+
+    def _firsts(self, masks: tuple[Mask, ...]) -> Integers:
+        """Return the first layers of a job's masks, -1 for the clean run, [M]."""
+        # Many jobs share one tuple of masks, and it lives as long as they do.
+        if id(masks) not in self._first_layers:
+            firsts = (mask.first_layer for mask in masks)
+            self._first_layers[id(masks)] = np.array([-1 if layer is None else layer for layer in firsts])
+        return self._first_layers[id(masks)]
 
 
-def _variants_of(jobs: Sequence[Job], wanted: Mapping[int, Flags]) -> list[Variant]:
-    """Return the variants that are wanted, by first layer; `wanted`: by job, which of its masks."""
-    return sorted(
-        (
-            Variant(job, int(mask), layer)
-            for job, flags in wanted.items()
-            for mask in np.flatnonzero(flags)
-            if (layer := jobs[job].masks[mask].first_layer) is not None
-        ),
-        key=lambda variant: (variant.first_layer, variant.job, variant.mask),
-    )
+@dataclass(frozen=True, eq=False)
+class _VariantSizes:
+    """What the variants of a block take, summed up from the first one on, [V + 1]."""
+
+    variants: Variants
+    tokens: Mapping[int, int]
+    width: int
+    layers: int
+
+    @cached_property
+    def _tokens(self) -> Integers:
+        of_job = np.zeros(max(self.tokens, default=-1) + 1, dtype=np.int64)
+        of_job[list(self.tokens)] = list(self.tokens.values())
+        return of_job[self.variants.job]
+
+    @cached_property
+    def held_bytes(self) -> Integers:
+        """Bytes of their residuals."""
+        return _summed(self._tokens * (self.width * FLOAT_BYTES))
+
+    @cached_property
+    def steps(self) -> Integers:
+        """Their tokens times the layers they go through."""
+        return _summed(self._tokens * (self.layers - self.variants.first_layer))
+
+
+def _summed(values: Integers) -> Integers:
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(values)])
+
+
+def _within(summed: Integers, start: int, most: int) -> int:
+    """Return how many values from an index on add up to at most so much."""
+    return max(0, int(np.searchsorted(summed, summed[start] + most, side="right")) - 1 - start)
+
+
+def _from_layer_of(branching: frozenset[int], variants: Variants, index: int) -> frozenset[int]:
+    """Return the layers where the variants from an index on branch; none where there is no such variant."""
+    if index >= len(variants):
+        return frozenset()
+    first = int(variants.first_layer[index])
+    return frozenset(layer for layer in branching if layer >= first)
 
 
 def row_blocks(

@@ -87,9 +87,11 @@ class Wave:
         self._rows = [member.row for member in block]
         self._lengths = [len(row) for row in self._rows]
         self._groups = row_groups(self._rows, self._most_tokens)
+        variants: dict[int, list[Variant]] = {member.job: [] for member in block}
+        for variant in plan.variants:
+            variants[variant.job].append(variant)
         self._slots = {
-            job: _JobSlots(jobs[job].masks, [v for v in plan.variants if v.job == job], clean=clean)
-            for job in {member.job for member in block}
+            job: _JobSlots(jobs[job].masks, of_job, clean=clean) for job, of_job in variants.items()
         }
         self._at: Mapping[int, _LayerSlots] = {}
         self._reader = AnswerReader(setup.model)

@@ -1,6 +1,7 @@
 """From scores to orders and from orders to masks."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,14 @@ class RankingKey(NamedTuple):
 
 def ascending(scores: Values) -> list[int]:
     """Return flat indices of scores, least important first; of equals the lower layer and head first."""
-    return [int(index) for index in np.argsort(scores.ravel(), kind="stable")]
+    order: list[int] = np.argsort(scores.ravel(), kind="stable").tolist()
+    return order
+
+
+@cache
+def _every_head(layers: int, heads: int) -> tuple[tuple[int, int], ...]:
+    """Return all heads as (layer, head), made once: thousands of masks name them."""
+    return tuple((layer, head) for layer in range(layers) for head in range(heads))
 
 
 def removed_count(percent: int, units: int) -> int:
@@ -32,15 +40,14 @@ def removed_count(percent: int, units: int) -> int:
 
 def lowest_heads(scores: Values, count: int) -> Mask:
     """Return the mask of the `count` heads with the lowest scores, [L, H]."""
-    heads = scores.shape[1]
-    return Mask(heads=frozenset(divmod(index, heads) for index in ascending(scores)[:count]))
+    every = _every_head(*scores.shape)
+    return Mask(heads=frozenset(every[index] for index in ascending(scores)[:count]))
 
 
 def highest_heads(scores: Values, count: int) -> Mask:
     """Return the mask of the `count` heads with the highest scores, [L, H]."""
-    heads = scores.shape[1]
-    order = ascending(scores)
-    return Mask(heads=frozenset(divmod(index, heads) for index in order[len(order) - count :]))
+    every, order = _every_head(*scores.shape), ascending(scores)
+    return Mask(heads=frozenset(every[index] for index in order[len(order) - count :]))
 
 
 def lowest_ffns(scores: Values, count: int) -> Mask:

@@ -261,9 +261,12 @@ def _read_block(path: Path, buffer: Tensor, start: int, size: int) -> None:
         os.close(descriptor)
 
 
+SAMPLE_BUFFER_BYTES = 64 << 20
+
+
 def read_rate(paths: Sequence[Path], sample_bytes: int) -> float:
     """Return the bytes per second at which layer files are read, measured on about `sample_bytes`."""
-    largest = min(sample_bytes, max(path.stat().st_size for path in paths))
+    largest = min(sample_bytes, SAMPLE_BUFFER_BYTES, max(path.stat().st_size for path in paths))
     buffer = _new_buffer(largest)
     # The pages are there before the clock runs, as they are for all layers but the first.
     buffer.zero_()

@@ -3,8 +3,8 @@ their rows.
 """
 
 import itertools
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from lowmem_icl.engine.cost import SweepCost
 from lowmem_icl.engine.schedule import SweepLimits
@@ -17,10 +17,13 @@ from lowmem_icl.session.work import GradientsPart, HeadScoresPart, Part, SweepPa
 
 @dataclass(frozen=True)
 class StageWork:
-    """The parts of one stage that are still to be made, each once."""
+    """The parts of one stage that are still to be made, each once; `last`: the name of the stage's last part,
+    empty where it has none.
+    """
 
     stage: Stage
     parts: tuple[Part, ...]
+    last: str = ""
 
     def costs(
         self, prepared: Prepared, limits: SweepLimits, resident: Collection[int]
@@ -30,8 +33,8 @@ class StageWork:
             yield part, part.cost(prepared, limits, resident)
 
 
-def planned_work(prepared: Prepared, finished: Callable[[str], bool] = lambda part: False) -> list[StageWork]:
-    """Return the work of all stages asked for, in order; `finished` tells which parts are there already.
+def planned_work(prepared: Prepared) -> list[StageWork]:
+    """Return the work of all stages asked for, in order.
 
     What a stage does by the results of others is described by what is expected of these. A part that two
     stages share belongs to the first.
@@ -44,17 +47,26 @@ def planned_work(prepared: Prepared, finished: Callable[[str], bool] = lambda pa
             continue
         parts: list[Part] = []
         described = list(stage.parts(prepared, **stage.given(expected)))
-        # Parts are made in order: where the last one is there, all are, those that have no names yet too.
-        is_over = bool(described) and bool(described[-1].name) and finished(described[-1].name)
-        for part in () if is_over else described:
+        for part in described:
             # Parts of searches are counted by how often they are expected, and have no names yet.
-            if part.name and (part.name in seen or finished(part.name)):
+            if part.name and part.name in seen:
                 continue
             seen.add(part.name)
             parts.append(part)
-        planned.append(StageWork(stage, tuple(parts)))
+        planned.append(StageWork(stage, tuple(parts), described[-1].name if described else ""))
         expected[stage.name] = stage.expected(prepared)
     return planned
+
+
+def work_left(planned: Sequence[StageWork], finished: Callable[[str], bool]) -> list[StageWork]:
+    """Return what is left of work; `finished` tells which parts are there already."""
+    left = []
+    for work in planned:
+        # Parts are made in order: where the last one is there, all are, those that have no names yet too.
+        is_over = bool(work.last) and finished(work.last)
+        parts = [part for part in work.parts if not (part.name and finished(part.name))]
+        left.append(replace(work, parts=() if is_over else tuple(parts)))
+    return left
 
 
 @dataclass(frozen=True)

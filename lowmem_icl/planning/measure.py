@@ -7,19 +7,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowmem_icl.engine.cost import SweepCost
+from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.model.attention import Segment, whole_row
-from lowmem_icl.model.int8 import FIXED_ROWS, matmul_in_fixed_rows
+from lowmem_icl.model.int8 import FIXED_ROWS, Int8Linear, matmul_in_fixed_rows
 from lowmem_icl.model.layer import DecoderLayer
-from lowmem_icl.model.reading import read_rate
+from lowmem_icl.model.reading import SAMPLE_BUFFER_BYTES, read_rate
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.tables import VOCABULARY_BLOCK
 from lowmem_icl.model.vocabulary import head_rows
-from lowmem_icl.planning.memory import MemoryPlan
 from lowmem_icl.system.allocator import keep_freed_memory
 from lowmem_icl.system.files import existing_folder
 from lowmem_icl.system.machine import wait_for
@@ -30,6 +31,9 @@ SHORT_SECONDS = 0.1
 SAMPLE_BYTES = 256 << 20
 UNCACHED_BYTES = 64 << 20
 RANDOM_ELEMENTS = 1 << 24
+LARGEST_WHOLE = 3 << 25
+"""Weights of a layer that is measured as it is on the CPU; of a larger one its products are, in part."""
+CUT_WEIGHTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -65,28 +69,28 @@ class Rates:
 
 
 def measure(
-    store: Store, row_tokens: int, memory: MemoryPlan, device: torch.device, *, backward: bool
+    store: Store, row_tokens: int, limits: SweepLimits, device: torch.device, *, backward: bool
 ) -> Rates:
     """Measure a layer of random weights of the store's shape with rows of this length, and the store's disk.
 
-    memory: how it is dealt out to a run, which says how many tokens go through a layer together.
+    limits: of a sweep, which say how many tokens go through a layer together.
     """
     keep_freed_memory()
     skeleton = store.skeleton
-    layer = DecoderLayer(skeleton, store.manifest.weights, device)
-    layer.fill(0, _random_layer(store))
+    halves: _Halves = _CutLayer(store) if _is_cut(store, device) else _WholeLayer(store, device, limits)
     with torch.no_grad():
-        single = _halves(store, layer, row_tokens, 1, memory.alive_bytes, LAYER_SECONDS / 8)
+        single = halves.seconds(row_tokens, 1, LAYER_SECONDS / 8)
         # A layer of a very large model is measured on fewer tokens, so that this stays short.
-        full = max(2, memory.micro_batch_tokens // row_tokens)
+        full = max(2, limits.micro_batch_tokens // row_tokens)
         rows = int(min(full, max(2, LAYER_SECONDS / sum(single))))
-        several = _halves(store, layer, row_tokens, rows, memory.alive_bytes, LAYER_SECONDS / 3)
+        several = halves.seconds(row_tokens, rows, LAYER_SECONDS / 3)
     # Where one row costs next to nothing more, all is for the tokens.
     share = max(1 - sum(single) / sum(several), (1 - 1 / rows) / 2) / (1 - 1 / rows)
     attention, projection, ffn = (seconds * min(1.0, share) / (rows * row_tokens) for seconds in several)
     columns = skeleton.embedding_width
     hidden = torch.randn(head_rows(skeleton.width), columns, device=device)
-    vocabulary = torch.randn(min(VOCABULARY_BLOCK, skeleton.vocabulary), columns, device=device)
+    block_rows = min(VOCABULARY_BLOCK, skeleton.vocabulary, max(1, CUT_WEIGHTS // 4 // columns))
+    vocabulary = torch.randn(block_rows, columns, device=device)
     block = _seconds_of(
         lambda: matmul_in_fixed_rows(hidden, vocabulary.t(), len(hidden)).exp_().sum(1), device, OTHER_SECONDS
     )
@@ -95,7 +99,7 @@ def measure(
         attention_seconds=attention,
         projection_seconds=projection,
         ffn_seconds=ffn,
-        backward_seconds=_backward_seconds(store, layer, row_tokens, rows, sum(several)) if backward else 0.0,
+        backward_seconds=halves.backward_seconds(row_tokens, rows, sum(several)) if backward else 0.0,
         answer_seconds=block / len(hidden) * skeleton.vocabulary / len(vocabulary),
         disk_bytes_per_second=_disk_bytes_per_second(store),
     )
@@ -117,54 +121,117 @@ def _plain_rows(row_tokens: int, rows: int, device: torch.device) -> list[Segmen
     return [whole_row(row_tokens, device)] * rows
 
 
-def _halves(
-    store: Store, layer: DecoderLayer, row_tokens: int, rows: int, residual_bytes: int, budget: float
-) -> tuple[float, float, float]:
-    """Return the seconds of a micro-batch of so many rows through the attention, its output projection, and
-    the FFN.
+def _is_cut(store: Store, device: torch.device) -> bool:
+    return device.type == "cpu" and sum(store.skeleton.weights_by_part) > LARGEST_WHOLE
+
+
+class _Halves(Protocol):
+    """A layer, or what stands for it, whose halves can be timed."""
+
+    def seconds(self, row_tokens: int, rows: int, budget: float) -> tuple[float, float, float]:
+        """Return the seconds of a micro-batch of so many rows through the attention, its output projection,
+        and the FFN.
+        """
+        ...
+
+    def backward_seconds(self, row_tokens: int, rows: int, forward_seconds: float) -> float:
+        """Return the seconds of a token on the way back, the layer being run again first."""
+        ...
+
+
+@dataclass(frozen=True)
+class _CutLayer:
+    """The products of a layer too large to be held for a plan: each part is one linear, cut to a few of its
+    outputs, and counts by its weights. Attention itself, norms and activations are left out.
     """
-    tokens, width = rows * row_tokens, store.skeleton.width
-    device = layer.device
-    # More than the processor's cache holds, as in a sweep: a batch comes from memory.
-    batches = max(1, min(UNCACHED_BYTES, residual_bytes) // (4 * tokens * width))
-    residuals = torch.randn(batches, tokens, width, device=device)
-    z = torch.randn(tokens, store.skeleton.attention_width, device=device)
-    segments = _plain_rows(row_tokens, rows, device)
-    turns = itertools.cycle(range(batches))
-    attend = _seconds_of(lambda: layer.attend(residuals[next(turns)].clone(), segments), device, budget)
 
-    def finish(*, without_ffn: bool) -> None:
-        turn = next(turns)
-        residuals[turn] = layer.finish(residuals[turn].clone(), z, without_ffn=without_ffn)
+    store: Store
 
-    project = _seconds_of(lambda: finish(without_ffn=True), device, budget / 2)
-    return attend, project, max(0.0, _seconds_of(lambda: finish(without_ffn=False), device, budget) - project)
+    def seconds(self, row_tokens: int, rows: int, budget: float) -> tuple[float, float, float]:
+        """See _Halves."""
+        skeleton = self.store.skeleton
+        attention, projection, ffn = skeleton.weights_by_part
+        per_weight = self._seconds_per_weight(skeleton.width, rows * row_tokens, budget)
+        return attention * per_weight, projection * per_weight, ffn * per_weight
+
+    def _seconds_per_weight(self, inputs: int, tokens: int, budget: float) -> float:
+        outputs = max(1, CUT_WEIGHTS // inputs)
+        linear: nn.Module
+        if self.store.manifest.weights == "int8":
+            linear = Int8Linear(inputs, outputs, bias=True)
+            few = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+            values = {"weight": few, "SCB": torch.full((outputs,), 0.1), "bias": torch.zeros(outputs)}
+            for name, value in values.items():
+                setattr(linear, name, value)
+            linear.refresh()
+        else:
+            linear = nn.Linear(inputs, outputs)
+        batches = torch.randn(max(1, min(4, UNCACHED_BYTES // 2 // (4 * tokens * inputs))), tokens, inputs)
+        turns = itertools.cycle(batches)
+        return _seconds_of(lambda: linear(next(turns)), torch.device("cpu"), budget) / (inputs * outputs)
+
+    def backward_seconds(self, row_tokens: int, rows: int, forward_seconds: float) -> float:
+        """See _Halves."""
+        return _backward_by_products(self.store, forward_seconds / (rows * row_tokens), torch.device("cpu"))
 
 
-def _backward_seconds(
-    store: Store, layer: DecoderLayer, row_tokens: int, rows: int, forward_seconds: float
-) -> float:
-    """Return the seconds of a token on the way back, the layer being run again first."""
-    tokens, width, device = rows * row_tokens, store.skeleton.width, layer.device
-    if forward_seconds > SHORT_SECONDS:
-        # Too long to be tried: forward again, and the products in floating point at this machine's rate.
-        operations = 2 * sum(
-            torch.Size(shape).numel() for shape in store.skeleton.layer_parameters().values()
+class _WholeLayer:
+    """A layer of random weights, as a sweep runs it."""
+
+    def __init__(self, store: Store, device: torch.device, limits: SweepLimits) -> None:
+        self._store, self._device, self._residual_bytes = store, device, limits.alive_bytes
+        self._layer = DecoderLayer(store.skeleton, store.manifest.weights, device)
+        self._layer.fill(0, _random_layer(store))
+
+    def seconds(self, row_tokens: int, rows: int, budget: float) -> tuple[float, float, float]:
+        """See _Halves."""
+        tokens, width = rows * row_tokens, self._store.skeleton.width
+        layer, device = self._layer, self._device
+        # More than the processor's cache holds, as in a sweep: a batch comes from memory.
+        batches = max(1, min(UNCACHED_BYTES, self._residual_bytes) // (4 * tokens * width))
+        residuals = torch.randn(batches, tokens, width, device=device)
+        z = torch.randn(tokens, self._store.skeleton.attention_width, device=device)
+        segments = _plain_rows(row_tokens, rows, device)
+        turns = itertools.cycle(range(batches))
+        attend = _seconds_of(lambda: layer.attend(residuals[next(turns)].clone(), segments), device, budget)
+
+        def finish(*, without_ffn: bool) -> None:
+            turn = next(turns)
+            residuals[turn] = layer.finish(residuals[turn].clone(), z, without_ffn=without_ffn)
+
+        project = _seconds_of(lambda: finish(without_ffn=True), device, budget / 2)
+        return (
+            attend,
+            project,
+            max(0.0, _seconds_of(lambda: finish(without_ffn=False), device, budget) - project),
         )
-        left = torch.randn(FIXED_ROWS, width, device=device)
-        right = torch.randn(width, 4096, device=device)
-        product = _seconds_of(lambda: left @ right, device, OTHER_SECONDS)
-        return forward_seconds / tokens + operations * product / (2 * left.numel() * 4096)
-    entering = torch.randn(tokens, width, device=device, requires_grad=True)
-    segments = _plain_rows(row_tokens, rows, device)
 
-    def back() -> None:
-        captured = layer.run_captured(entering, segments)
-        assert captured.ffn is not None
-        inputs = (entering, captured.z, captured.ffn)
-        torch.autograd.grad(captured.output, inputs, torch.ones_like(captured.output))
+    def backward_seconds(self, row_tokens: int, rows: int, forward_seconds: float) -> float:
+        """See _Halves."""
+        tokens, width, device = rows * row_tokens, self._store.skeleton.width, self._device
+        if forward_seconds > SHORT_SECONDS:
+            return _backward_by_products(self._store, forward_seconds / tokens, device)
+        entering = torch.randn(tokens, width, device=device, requires_grad=True)
+        segments = _plain_rows(row_tokens, rows, device)
 
-    return _seconds_of(back, device, OTHER_SECONDS) / tokens
+        def back() -> None:
+            captured = self._layer.run_captured(entering, segments)
+            assert captured.ffn is not None
+            inputs = (entering, captured.z, captured.ffn)
+            torch.autograd.grad(captured.output, inputs, torch.ones_like(captured.output))
+
+        return _seconds_of(back, device, OTHER_SECONDS) / tokens
+
+
+def _backward_by_products(store: Store, forward_seconds: float, device: torch.device) -> float:
+    """Return the seconds of a token on the way back where trying it takes too long: forward again, and the
+    products in floating point at this machine's rate.
+    """
+    operations = 2 * sum(store.skeleton.weights_by_part)
+    left = torch.randn(FIXED_ROWS, store.skeleton.width, device=device)
+    right = torch.randn(store.skeleton.width, 1024, device=device)
+    product = _seconds_of(lambda: left @ right, device, OTHER_SECONDS)
+    return forward_seconds + operations * product / (2 * left.numel() * 1024)
 
 
 def _random_layer(store: Store) -> dict[str, Tensor]:
@@ -190,9 +257,12 @@ def _disk_bytes_per_second(store: Store) -> float:
         return read_rate(store.layer_paths, SAMPLE_BYTES)
     parent = existing_folder(store.folder)
     with tempfile.TemporaryDirectory(dir=parent if os.access(parent, os.W_OK) else None) as folder:
-        sample = Path(folder) / "sample"
-        with sample.open("wb") as opened:
-            opened.write(os.urandom(1 << 20) * (SAMPLE_BYTES >> 20))
-            opened.flush()
-            os.fsync(opened.fileno())
-        return read_rate([sample], SAMPLE_BYTES)
+        some = os.urandom(1 << 20)
+        samples = [Path(folder) / str(number) for number in range(SAMPLE_BYTES // SAMPLE_BUFFER_BYTES)]
+        for sample in samples:
+            with sample.open("wb") as opened:
+                for _ in range(SAMPLE_BUFFER_BYTES >> 20):
+                    opened.write(some)
+                opened.flush()
+                os.fsync(opened.fileno())
+        return read_rate(samples, SAMPLE_BYTES)

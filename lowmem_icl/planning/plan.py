@@ -13,7 +13,8 @@ from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.experiments.order import STAGES, Share
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import resident_layers
-from lowmem_icl.planning.costs import StageWork, largest_sweeps, planned_work, row_lengths
+from lowmem_icl.planning.costs import StageWork, largest_sweeps, planned_work, row_lengths, work_left
+from lowmem_icl.planning.machine_file import MachineFile
 from lowmem_icl.planning.measure import Rates, measure
 from lowmem_icl.planning.memory import FREE_SHARE, MemoryPlan, plan_memory
 from lowmem_icl.session.prepare import Prepared
@@ -48,12 +49,28 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class Advice:
+    """Options that would save: the shares of expected seconds, of bytes read and of operations."""
+
+    options: str
+    seconds: float
+    read_bytes: float
+    operations: float
+
+    @property
+    def most(self) -> float:
+        """The larger of what it saves in time and in reads."""
+        return max(self.seconds, self.read_bytes)
+
+
+@dataclass(frozen=True)
 class Plan:
     """The whole run: what is on disk and in memory, this machine's rates, and the cost of every experiment.
 
     `convert_bytes`: what is still to be read to make the store, 0 where it is there. `wave_tokens`: the bound
     of a wave. `stop_after`: seconds from the start after which an experiment must stop, by --hours. `notes`:
-    what there is to say of experiments beforehand.
+    what there is to say of experiments beforehand. `machine`: what machine it is for where not for this one;
+    `advice`: what would save most.
     """
 
     memory: MemoryPlan
@@ -65,6 +82,8 @@ class Plan:
     hours: float | None = None
     stop_after: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    machine: str = ""
+    advice: tuple[Advice, ...] = ()
 
     @property
     def limits(self) -> SweepLimits:
@@ -83,10 +102,18 @@ class Plan:
 
 def check_memory(prepared: Prepared) -> MemoryPlan:
     """Return how memory is dealt out; raise InputError or DoesNotFit where a run cannot be held."""
+    return memory_for(prepared, planned_work(prepared))
+
+
+def memory_for(
+    prepared: Prepared, planned: list[StageWork], machine: MachineFile | None = None
+) -> MemoryPlan:
+    """Return how memory is dealt out for some work, here or on another machine; raises as `check_memory`."""
     options = prepared.options
-    device = resolved_device(options.device)
-    allowed = device_allowance(device, options.device_memory, FREE_SHARE)
-    planned = planned_work(prepared)
+    if machine is None:
+        allowed = device_allowance(resolved_device(options.device), options.device_memory, FREE_SHARE)
+    else:
+        allowed = options.device_memory or machine.device_memory_bytes
     sweeps = largest_sweeps(prepared, planned)
 
     def layers_read(memory: MemoryPlan) -> float:
@@ -99,27 +126,28 @@ def check_memory(prepared: Prepared) -> MemoryPlan:
 
 
 def make_plan(
-    prepared: Prepared, *, hours: float | None = None, finished: Callable[[str], bool] = lambda part: False
+    prepared: Prepared,
+    *,
+    hours: float | None = None,
+    finished: Callable[[str], bool] = lambda part: False,
+    machine: MachineFile | None = None,
 ) -> Plan:
-    """Plan all experiments of a run; takes two seconds to measure this machine.
+    """Plan all experiments of a run; takes two seconds to measure this machine, unless another is given.
 
-    `hours`: how many there are left; `finished`: which parts are there already. Raises DoesNotFit where the
+    `hours`: how many there are left; `finished`: which parts are there already; `machine`: whose rates and
+    memory to plan with, where the options leave memory open. Raises DoesNotFit where the
     hours do not do for the experiments that all others build on.
     """
-    store, memory = prepared.store, check_memory(prepared)
+    if machine is not None and prepared.options.memory is None:
+        options = prepared.options.model_copy(update={"memory": machine.memory_bytes})
+        prepared = replace(prepared, options=options)
+    everything = planned_work(prepared)
+    store, memory = prepared.store, memory_for(prepared, everything, machine)
     resident = resident_layers(store, memory.resident_bytes)
-    planned = planned_work(prepared, finished)
-    device = resolved_device(prepared.options.device)
-    with device_in_use(device, prepared.options.device_memory):
-        rates = measure(
-            store,
-            max(SHORTEST_MEASURED_ROW, row_lengths(prepared, planned).mean),
-            memory,
-            device,
-            backward="importance" in prepared.options.experiments,
-        )
-    wave_tokens = _wave_tokens(store, rates, len(resident))
-    counting = _Counting(prepared, rates, memory, wave_tokens)
+    planned = work_left(everything, finished)
+    rates = _measured(prepared, planned, memory) if machine is None else machine.rates_for(store)
+    wave_tokens = wave_tokens_of(store, rates, len(resident))
+    counting = Counting(prepared, rates, memory, wave_tokens)
     stages: list[StagePlan] = []
     chunks: dict[str, list[Chunk]] = {}
     for work in planned:
@@ -127,12 +155,29 @@ def make_plan(
         stages += [stage] if stage.operations else []
     checkpoint = prepared.located.checkpoint
     to_convert = 0 if store.is_written or checkpoint is None else checkpoint.size_bytes
-    notes = tuple(note for work in planned for note in work.stage.notes(prepared))
+    notes = (
+        *([prepared.sample_note] if prepared.sample_note else []),
+        *(note for work in planned for note in work.stage.notes(prepared)),
+    )
     plan = Plan(memory, store.size_bytes, to_convert, rates, wave_tokens, tuple(stages), notes=notes)
+    if machine is not None:
+        plan = replace(plan, machine=str(machine.machine.get("processor") or "another machine"))
     return plan if hours is None else within_hours(plan, hours, chunks)
 
 
-class _Counting:
+def _measured(prepared: Prepared, planned: list[StageWork], memory: MemoryPlan) -> Rates:
+    device = resolved_device(prepared.options.device)
+    with device_in_use(device, prepared.options.device_memory):
+        return measure(
+            prepared.store,
+            max(SHORTEST_MEASURED_ROW, row_lengths(prepared, planned).mean),
+            memory.limits(),
+            device,
+            backward="importance" in prepared.options.experiments,
+        )
+
+
+class Counting:
     """Turns work into what it costs on this machine; resident layers are read once, by whichever stage comes
     first.
     """
@@ -175,7 +220,7 @@ class _Counting:
         return max(self._rates.seconds(cost, self._limits.micro_batch_tokens), reading)
 
 
-def _wave_tokens(store: Store, rates: Rates, n_resident: int) -> int:
+def wave_tokens_of(store: Store, rates: Rates, n_resident: int) -> int:
     """Return how many layer-tokens a wave may take."""
     per_token = rates.attention_seconds + rates.projection_seconds + rates.ffn_seconds
     reading = (store.skeleton.layers - n_resident) * store.layer_bytes / rates.disk_bytes_per_second

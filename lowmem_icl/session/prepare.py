@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
+from typing import Any
 
 import numpy as np
 
@@ -16,29 +17,37 @@ from lowmem_icl.masks.naming import check_names
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store
 from lowmem_icl.options import DEMO, PACKAGED_MODEL_NAMES, RunOptions
-from lowmem_icl.protocols import Labels
 from lowmem_icl.rows import PackedRows
 from lowmem_icl.session.document_limits import part_limits
-from lowmem_icl.session.task_texts import KeptTable, LabelControls, TextMaker, part_rows
+from lowmem_icl.session.sampled_texts import (
+    SampledDocuments,
+    SampledTexts,
+    has_sample,
+    keep_sample,
+    kept_sample,
+)
+from lowmem_icl.session.task_texts import DocumentMaker, KeptTable, LabelControls, TextMaker
 from lowmem_icl.session.text_form import TextForm, check_ids, packing_limits, text_form, text_tokeniser
-from lowmem_icl.session.text_keys import TableName, tokenizer_digest
+from lowmem_icl.session.text_keys import TableName, sample_key, table_key, tokenizer_digest
 from lowmem_icl.session.texts import FOLDER, KeptTexts
 from lowmem_icl.system.progress import Progress, unseen
 from lowmem_icl.tasks.catalogue import DEMO_TASKS, LEARNT_PAIR_TASKS, PAPER_TASKS, expanded
+from lowmem_icl.tasks.document_sizes import estimated_rows
 from lowmem_icl.tasks.documents import TaskRows
-from lowmem_icl.tasks.label_controls import NoLabelControl, with_other_labels
 from lowmem_icl.tasks.loading import OpenTask, open_task
 from lowmem_icl.tasks.packing import (
     PackedTask,
     PackingLimits,
     TaskOptions,
+    Tokenise,
     first_options,
-    fit_context,
     packed,
-    tokenised,
 )
-from lowmem_icl.tasks.prompting import DirectPrompter
 from lowmem_icl.tasks.random_sequences import RandomSequences, drawable_ids, random_sequences
+from lowmem_icl.tasks.sources import rows_digest
+
+MOST_EXACT = 3000
+"""Prompts that a plan makes and tokenises, all of them; of more it reads a sample."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +58,10 @@ class Prepared:
     training documents whose gradients are taken; `certify`: training documents that share no cluster with
     `train`, () where none are asked for; `curves`: the first of `evaluate`, as many as pruning curves are
     judged on; `label_controls`, `train_controls`: those of `evaluate` and of `train` that have
-    demonstrations, with other answers shown. `notes`: what is left out, and why, in sentences. `masks`: those
-    that the user gives, by name, to be evaluated as well as the clean model. The store may be only planned,
-    with sizes and no files: `with_store` makes it.
+    demonstrations, with other answers shown. `notes`: what is left out, and why, in sentences. `sample_note`:
+    what the sizes of documents rest on where these have no texts, which does for a plan; else empty. `masks`:
+    those that the user gives, by name, to be evaluated as well as the clean model. The store may be only
+    planned, with sizes and no files: `with_store` makes it.
     """
 
     options: RunOptions
@@ -69,7 +79,11 @@ class Prepared:
     label_controls: tuple[TaskRows, ...] = ()
     train_controls: tuple[TaskRows, ...] = ()
     notes: tuple[str, ...] = ()
+    sample_note: str = ""
     masks: Mapping[str, Mask] = field(default_factory=dict)
+    _outlines: dict[tuple[object, ...], tuple[TaskRows, PackedRows]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def skeleton(self) -> Skeleton:
@@ -100,7 +114,16 @@ class Prepared:
         self, task: TaskRows, documents: slice = slice(None), *, gold_only: bool = False
     ) -> PackedRows:
         """Return the rows of a slice of a task's documents in their sizes alone, without content."""
+        # A plan asks for the same ones again and again. The task is kept with them, so that its id stays its.
+        key = (id(task), documents.start, documents.stop, documents.step, gold_only)
+        if key not in self._outlines:
+            self._outlines[key] = task, self._outline(task, documents, gold_only)
+        return self._outlines[key][1]
+
+    def _outline(self, task: TaskRows, documents: slice, gold_only: bool) -> PackedRows:
         part = replace(task, documents=task.documents[documents])
+        if self.sample_note:
+            return estimated_rows(part.documents, self.limits.row_tokens, gold_only=gold_only)
         options = self._table(task).table.options(part, self.limits)
         return self._rows(self.texts.outline, part, options, gold_only)
 
@@ -164,11 +187,126 @@ def task_names(options: RunOptions) -> tuple[str, ...]:
 
 def open_tasks(options: RunOptions) -> list[OpenTask]:
     """Load every task's definition and rows."""
+    _check_data_dir(options)
+    return [open_task(name, options.data_dir) for name in task_names(options)]
+
+
+def _check_data_dir(options: RunOptions) -> None:
     if options.data_dir is not None and not options.data_dir.is_dir():
         raise InputError(
             f"--data-dir {options.data_dir} does not exist; give the folder that holds <task>/*.jsonl"
         )
-    return [open_task(name, options.data_dir) for name in task_names(options)]
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """What a run has before its documents: the model, planned, and how its tokenizer is used."""
+
+    options: RunOptions
+    located: ModelLocation
+    store: Store
+    tokenizer: Any
+    form: TextForm
+    limits: PackingLimits
+    texts: KeptTexts
+
+    @classmethod
+    def of(cls, options: RunOptions, progress: Progress, *, needs_weights: bool) -> "_Basis":
+        """Find the model; raise InputError where weights that are needed are not there."""
+        located = find_model(options, progress)
+        if needs_weights and located.checkpoint is not None:
+            located.checkpoint.check_weights()
+        store = plan_store(located, options.weights)
+        tokenizer = load_tokenizer(store.tokenizer_folder)
+        form = text_form(options, store, tokenizer)
+        limits = packing_limits(form, store, tokenizer)
+        texts = KeptTexts(options.resolved_store_dir / FOLDER)
+        check_names(task_names(options))
+        return cls(options, located, store, tokenizer, form, limits, texts)
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        return tokenizer_digest(self.tokenizer)
+
+    @cached_property
+    def tokenise(self) -> Tokenise:
+        return text_tokeniser(self.tokenizer)
+
+    @cached_property
+    def rows_digests(self) -> dict[str, str]:
+        """Digests of the rows of all tasks; what comes from the hub is loaded for that."""
+        _check_data_dir(self.options)
+        folder = self.options.data_dir
+        return {
+            name: rows_digest(name, folder) or open_task(name, folder).rows_digest
+            for name in task_names(self.options)
+        }
+
+    def texts_are_kept(self) -> bool:
+        """Tell whether an earlier command tokenised the texts of all tasks and shot counts."""
+        options, fields = self.options, tuple(part_limits(self.options))
+        return all(
+            self.texts.has_table(
+                table_key(
+                    options,
+                    TableName(name, shots, "right"),
+                    fields,
+                    digest,
+                    self.tokenizer_digest,
+                    self.limits,
+                )
+            )
+            for name, digest in self.rows_digests.items()
+            for shots in options.resolved_shots
+        )
+
+    def with_texts(self, tasks: Sequence[OpenTask], progress: Progress) -> Prepared:
+        """Return the run with the texts of all its documents, found or made."""
+        maker = TextMaker(self.options, self.limits, self.tokenise, self.tokenizer_digest, self.texts)
+        by_field, notes = _documents_of(tasks, maker, progress)
+        check_ids((kept.table.tokens.tokens for kept in maker.tables.values()), self.store)
+        return self._prepared(by_field, notes, maker.tables)
+
+    @cached_property
+    def _sample_key(self) -> str:
+        return sample_key(self.options, self.rows_digests, self.tokenizer_digest, self.limits)
+
+    def has_sample(self) -> bool:
+        """Tell whether an earlier plan kept the sizes of these documents."""
+        return has_sample(self.texts.folder, self._sample_key)
+
+    def sampled(self, tasks: Callable[[], Sequence[OpenTask]], progress: Progress) -> Prepared:
+        """Return the run with the sizes of its documents, found or estimated from a few."""
+        sample = kept_sample(self.texts.folder, self._sample_key)
+        if sample is None:
+            maker = SampledTexts(self.options, self.limits, self.tokenise)
+            sample = SampledDocuments(*_documents_of(tasks(), maker, progress))
+            keep_sample(self.texts.folder, self._sample_key, sample)
+        return replace(self._prepared(sample.by_field, sample.notes, {}), sample_note=sample.note)
+
+    def _prepared(
+        self,
+        by_field: Mapping[str, tuple[TaskRows, ...]],
+        notes: tuple[str, ...],
+        tables: Mapping[TableName, KeptTable],
+    ) -> Prepared:
+        return Prepared(
+            self.options,
+            self.store,
+            self.located,
+            self.form,
+            self.limits,
+            evaluate=by_field["evaluate"],
+            train=by_field["train"],
+            importance=by_field["importance"],
+            curves=by_field["curves"],
+            tables=tables,
+            texts=self.texts,
+            certify=by_field.get("certify", ()),
+            label_controls=by_field["label_controls"],
+            train_controls=by_field["train_controls"],
+            notes=notes,
+        )
 
 
 def prepare(options: RunOptions, *, progress: Progress = unseen, needs_weights: bool = False) -> Prepared:
@@ -178,82 +316,56 @@ def prepare(options: RunOptions, *, progress: Progress = unseen, needs_weights: 
     Every document is prompted and tokenised once, here, unless an earlier command with the same options did
     it.
     """
-    located = find_model(options, progress)
-    if needs_weights and located.checkpoint is not None:
-        located.checkpoint.check_weights()
-    store = plan_store(located, options.weights)
-    tokenizer = load_tokenizer(store.tokenizer_folder)
-    digest = tokenizer_digest(tokenizer)
-    form = text_form(options, store, tokenizer)
-    limits, texts = packing_limits(form, store, tokenizer), KeptTexts(options.resolved_store_dir / FOLDER)
-    maker = TextMaker(options, limits, text_tokeniser(tokenizer), digest, texts)
-    tables: dict[TableName, KeptTable] = {}
-    controls = LabelControls(maker, tables)
+    basis = _Basis.of(options, progress, needs_weights=needs_weights)
+    return basis.with_texts(open_tasks(options), progress)
+
+
+def prepare_plan(options: RunOptions, *, progress: Progress = unseen) -> Prepared:
+    """Load and check as much as a plan needs; raises InputError.
+
+    Where there are many documents, and no earlier command tokenised them, only a few are, and the others have
+    sizes by these.
+    """
+    basis = _Basis.of(options, progress, needs_weights=False)
+    if basis.texts_are_kept():
+        return basis.with_texts(open_tasks(options), progress)
+    opened = cache(partial(open_tasks, options))
+    if basis.has_sample() or _count_prompts(opened(), options) > MOST_EXACT:
+        return basis.sampled(opened, progress)
+    return basis.with_texts(opened(), progress)
+
+
+def _count_prompts(tasks: Sequence[OpenTask], options: RunOptions) -> int:
+    """Return about how many prompts a run has with right labels."""
+    limits = part_limits(options)
+    return sum(
+        min(limit or rows, rows)
+        for task in tasks
+        for part, limit in {limits["evaluate"], limits.get("certify", limits["train"])}
+        for rows in [sum(len(member.scored(part)) for member in task.members)]
+    ) * len(options.resolved_shots)
+
+
+def _documents_of(
+    tasks: Sequence[OpenTask], maker: DocumentMaker, progress: Progress
+) -> tuple[dict[str, tuple[TaskRows, ...]], tuple[str, ...]]:
+    """Return the documents of tasks at all shot counts, by field of Prepared, and what is left out."""
+    options, controls = maker.options, LabelControls(maker)
     documents: dict[str, list[TaskRows]] = {name: [] for name in part_limits(options)}
-    check_names(task_names(options))
-    wanted = [(task, shots) for task in open_tasks(options) for shots in options.resolved_shots]
+    wanted = [(task, shots) for task in tasks for shots in options.resolved_shots]
     with progress("texts", len(wanted), "tasks") as advance:
         for task, shots in wanted:
-            rows, tables[TableName(task.name, shots, "right")] = maker.documents(task, shots)
+            rows = maker.documents(task, shots)
             controls.add(task, rows)
             if "certify" in rows:
                 rows["certify"] = rows["certify"].unrelated_to(rows["train"])
-            for name, part_rows in rows.items():
-                documents[name].append(part_rows)
+            for name, of_part in rows.items():
+                documents[name].append(of_part)
             advance(1)
-    check_ids((kept.table.tokens.tokens for kept in tables.values()), store)
-    return Prepared(
-        options,
-        store,
-        located,
-        form,
-        limits,
-        evaluate=tuple(documents["evaluate"]),
-        train=tuple(documents["train"]),
-        importance=tuple(documents["importance"]),
-        curves=tuple(documents["curves"]),
-        certify=tuple(documents.get("certify", ())),
-        tables=tables,
-        texts=texts,
-        label_controls=tuple(controls.found["evaluate"]),
-        train_controls=tuple(controls.found["train"]),
-        notes=controls.notes(),
-    )
-
-
-def first_prompts(
-    options: RunOptions, count: int, labels: Labels = "right"
-) -> Iterator[tuple[TextForm, TaskRows, TaskOptions]]:
-    """Yield the first `count` evaluation documents of every task and shot count, with their texts and tokens.
-
-    Raises InputError where their demonstrations cannot show such labels. No other document is prompted,
-    unless demonstrations are shared: how many a set keeps depends on all documents of a run.
-    """
-    store = plan_store(find_model(options), options.weights)
-    tokenizer = load_tokenizer(store.tokenizer_folder)
-    form = text_form(options, store, tokenizer)
-    limits, tokenise = packing_limits(form, store, tokenizer), text_tokeniser(tokenizer)
-    prompter = DirectPrompter(partial(fit_context, tokenise=tokenise, limits=limits))
-    limit = options.resolved_limit
-    if options.demonstrations != "shared":
-        limit = min(count, limit or count)
-    for task in open_tasks(options):
-        for shots in options.resolved_shots:
-            rows = part_rows(options, task, shots, ("evaluate", limit), prompter)
-            first = replace(rows, documents=rows.documents[:count])
-            if labels != "right":
-                first = _with_labels_asked_for(options, task, first, labels)
-            yield form, first, tokenised(first, tokenise, limits)
-
-
-def _with_labels_asked_for(options: RunOptions, task: OpenTask, rows: TaskRows, labels: Labels) -> TaskRows:
-    try:
-        return with_other_labels(task, rows, labels, options.protocol_flags, DirectPrompter())
-    except NoLabelControl as error:
-        raise InputError(
-            f"--labels {labels}: task {task.name} has none at {rows.shots} shots: {error}; "
-            "ask for right, or for other --shots"
-        ) from error
+    by_field = {name: tuple(rows) for name, rows in documents.items()}
+    by_field["label_controls"] = tuple(controls.found["evaluate"])
+    by_field["train_controls"] = tuple(controls.found["train"])
+    return by_field, controls.notes()
 
 
 def find_model(options: RunOptions, progress: Progress = unseen) -> ModelLocation:

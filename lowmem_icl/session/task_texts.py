@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
@@ -46,18 +46,44 @@ def part_rows(
     )
 
 
+class DocumentMaker(Protocol):
+    """Gives the documents of tasks, with their texts or without."""
+
+    @property
+    def options(self) -> RunOptions:
+        """The options of the run."""
+        ...
+
+    def documents(self, task: OpenTask, shots: int) -> dict[str, TaskRows]:
+        """Return a task's documents at a shot count, by field of Prepared."""
+        ...
+
+    def label_controls(
+        self, task: OpenTask, rows: Mapping[str, TaskRows], labels: Labels
+    ) -> dict[str, TaskRows]:
+        """Return documents, by field of Prepared, with other answers shown.
+
+        Those for which that is not defined, or changes nothing, are left out; raises NoLabelControl where all
+        are.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class TextMaker:
-    """What the texts of tasks are made with, and where they are kept."""
+    """What the texts of tasks are made with, and where they are kept; `tables`: those of their prompts, as
+    they are made.
+    """
 
     options: RunOptions
     limits: PackingLimits
     tokenise: Tokenise
     tokenizer_digest: str
     texts: KeptTexts
+    tables: dict[TableName, KeptTable] = field(default_factory=dict)
 
-    def documents(self, task: OpenTask, shots: int) -> tuple[dict[str, TaskRows], KeptTable]:
-        """Return a task's documents at a shot count, by field of Prepared, and the table of their prompts."""
+    def documents(self, task: OpenTask, shots: int) -> dict[str, TaskRows]:
+        """Return a task's documents at a shot count, by field of Prepared."""
         limits = part_limits(self.options)
         return self._from_table(
             TableName(task.name, shots, "right"),
@@ -70,36 +96,16 @@ class TextMaker:
 
     def label_controls(
         self, task: OpenTask, rows: Mapping[str, TaskRows], labels: Labels
-    ) -> tuple[dict[str, TaskRows], KeptTable]:
-        """Return documents, by field of Prepared, with other answers shown, and the table of their prompts.
-
-        Those for which that is not defined, or changes nothing, are left out; raises NoLabelControl where all
-        are.
-        """
-        parts, protocol = part_limits(self.options), self.options.protocol_flags
-
-        def with_others(prompter: Prompter) -> dict[str, TaskRows]:
-            found, errors = {}, []
-            for name, of_part in rows.items():
-                part = parts[name][0]
-                try:
-                    found[name] = with_other_labels(task, of_part, labels, protocol, prompter, part)
-                except NoLabelControl as error:
-                    errors.append(error)
-            if not found:
-                raise errors[0]
-            return found
-
+    ) -> dict[str, TaskRows]:
+        """Return documents, by field of Prepared, with other answers shown; see DocumentMaker."""
         (shots,) = {of_part.shots for of_part in rows.values()}
-        controls, table = self._from_table(
-            TableName(task.name, shots, labels), task, tuple(rows), with_others
+        controls = self._from_table(
+            TableName(task.name, shots, labels),
+            task,
+            tuple(rows),
+            lambda prompter: with_others(self.options, task, rows, labels, prompter),
         )
-        changed = {
-            name: control for name, control in controls.items() if changes_a_prompt(rows[name], control)
-        }
-        if not changed:
-            raise NoLabelControl("all demonstrations show the same answer")
-        return changed, table
+        return changed_only(rows, controls)
 
     def _from_table(
         self,
@@ -107,8 +113,8 @@ class TextMaker:
         task: OpenTask,
         fields: Sequence[str],
         prompted: Callable[[Prompter], dict[str, TaskRows]],
-    ) -> tuple[dict[str, TaskRows], KeptTable]:
-        """Return documents whose prompts come from a table, and the table, made where it is not there."""
+    ) -> dict[str, TaskRows]:
+        """Return documents whose prompts come from a table, which is made where it is not there."""
 
         def make() -> dict[str, NDArray[Any]]:
             writer = TableWriter(self.tokenise, self.limits)
@@ -128,7 +134,34 @@ class TextMaker:
         for part_rows in rows.values():
             # An option that does not fit is reported now, not in the night.
             table.options(part_rows, self.limits)
-        return rows, KeptTable(key, digest, table)
+        self.tables[name] = KeptTable(key, digest, table)
+        return rows
+
+
+def with_others(
+    options: RunOptions, task: OpenTask, rows: Mapping[str, TaskRows], labels: Labels, prompter: Prompter
+) -> dict[str, TaskRows]:
+    """Return documents, by field of Prepared, with other answers shown, where that is defined; raise
+    NoLabelControl where it is for none.
+    """
+    parts, protocol = part_limits(options), options.protocol_flags
+    found, errors = {}, []
+    for name, of_part in rows.items():
+        try:
+            found[name] = with_other_labels(task, of_part, labels, protocol, prompter, parts[name][0])
+        except NoLabelControl as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return found
+
+
+def changed_only(rows: Mapping[str, TaskRows], controls: Mapping[str, TaskRows]) -> dict[str, TaskRows]:
+    """Return the controls that change a prompt; raise NoLabelControl where none does."""
+    changed = {name: control for name, control in controls.items() if changes_a_prompt(rows[name], control)}
+    if not changed:
+        raise NoLabelControl("all demonstrations show the same answer")
+    return changed
 
 
 @dataclass
@@ -137,8 +170,7 @@ class LabelControls:
     none.
     """
 
-    maker: TextMaker
-    tables: dict[TableName, KeptTable]
+    maker: DocumentMaker
     found: dict[str, list[TaskRows]] = field(default_factory=lambda: {"evaluate": [], "train": []})
     _reasons: dict[tuple[str, str], dict[Labels, None]] = field(default_factory=dict)
 
@@ -151,11 +183,10 @@ class LabelControls:
                 continue
             wanted = {name: rows[name] for name in fields}
             try:
-                controls, table = self.maker.label_controls(task, wanted, labels)
+                controls = self.maker.label_controls(task, wanted, labels)
             except NoLabelControl as error:
                 self._note(task, str(error), labels)
                 continue
-            self.tables[TableName(task.name, shots, labels)] = table
             for name in wanted:
                 if name in controls:
                     self.found[name].append(controls[name])

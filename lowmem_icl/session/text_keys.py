@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -13,7 +13,7 @@ from typing import Any
 from lowmem_icl import __version__
 from lowmem_icl.options import RunOptions
 from lowmem_icl.protocols import Labels
-from lowmem_icl.session.document_limits import certify_limit
+from lowmem_icl.session.document_limits import certify_limit, part_limits
 from lowmem_icl.tasks.catalogue import is_file_name
 from lowmem_icl.tasks.packing import PackingLimits
 
@@ -21,7 +21,7 @@ KEY_DIGITS = 24
 # Packages that texts and tokens come from.
 TEXT_PACKAGES = ("lm-eval", "datasets", "transformers", "tokenizers")
 # Our own code and definitions that they come from.
-TEXT_SOURCES = ("rows.py", "tasks", "demo/tasks", "session/text_form.py")
+TEXT_SOURCES = ("rows.py", "tasks", "demo/tasks", "session/text_form.py", "session/sampled_texts.py")
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,39 @@ def table_key(
     the tokenizer.
     """
     depends_on = {
-        "version": __version__,
-        "sources": _sources_digest(),
-        "packages": {package: version(package) for package in TEXT_PACKAGES},
+        **_inputs(options, tokenizer, limits),
         # Of a file of one's own its content counts, not where it lies.
         "task": "" if is_file_name(name.task) else name.task,
         "rows": rows_digest,
-        "tokenizer": tokenizer,
-        "limits": asdict(limits),
         "shots": name.shots,
         "labels": name.labels,
         "fields": list(fields),
+    }
+    return _digest(depends_on)
+
+
+def sample_key(
+    options: RunOptions, rows_digests: Mapping[str, str], tokenizer: str, limits: PackingLimits
+) -> str:
+    """Return the key of the sizes of all documents of a run; rows_digests: by task, in order."""
+    depends_on = {
+        **_inputs(options, tokenizer, limits),
+        "tasks": list(rows_digests.items()),
+        "shots": options.resolved_shots,
+        "controls": [options.control_labels, options.label_drops],
+        "fields": list(part_limits(options)),
+    }
+    return _digest(depends_on)
+
+
+def _inputs(options: RunOptions, tokenizer: str, limits: PackingLimits) -> dict[str, Any]:
+    """Return what all texts of a run depend on."""
+    return {
+        "version": __version__,
+        "sources": _sources_digest(),
+        "packages": {package: version(package) for package in TEXT_PACKAGES},
+        "tokenizer": tokenizer,
+        "limits": asdict(limits),
         "documents": [
             options.resolved_limit,
             options.resolved_train_limit,
@@ -68,6 +90,9 @@ def table_key(
         "demonstrations": [options.demonstrations, options.demonstration_sets],
         "protocol": asdict(options.protocol_flags),
     }
+
+
+def _digest(depends_on: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
 
 

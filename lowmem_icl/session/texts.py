@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 Arrays = Mapping[str, NDArray[Any]]
 
 FOLDER = "texts"
+TABLE_FILE = "prompts.safetensors"
 RECENT_BYTES = 16 << 20
 """How much of the rows used last stays in memory."""
 # Token, position, end and owner, as int64, and a little for the answers.
@@ -55,7 +56,7 @@ class KeptTexts:
         """Return the prompts of a key and a digest of them; those on disk, unless they are to be made
         `again`.
         """
-        path = self.folder / key / "prompts.safetensors"
+        path = self.folder / key / TABLE_FILE
         if not again:
             try:
                 return _mapped_table(path)
@@ -73,6 +74,10 @@ class KeptTexts:
         except OSError as error:
             logger.info("%s cannot be kept (%s); its texts stay in memory", path, error)
         return PromptTable(arrays), digest
+
+    def has_table(self, key: str) -> bool:
+        """Tell whether the prompts of a key are there."""
+        return (self.folder / key / TABLE_FILE).is_file()
 
     def rows(self, key: str, name: str, plan: Callable[[], PackedRows]) -> PackedRows:
         """Return rows by name, packed by `plan` where that was never done."""

@@ -15,17 +15,21 @@ from lowmem_icl.tasks.demonstrations import PER_DOCUMENT, Demonstrations
 from lowmem_icl.tasks.documents import Document, TaskRows
 from lowmem_icl.tasks.prompting import DIRECT_PROMPTER, Prompt, Prompter, PromptKey, PromptRequest
 from lowmem_icl.tasks.selection import Member, Part, RowRequest, SelectedRow, SplitRows, selected_rows
-from lowmem_icl.tasks.sources import load_members
+from lowmem_icl.tasks.sources import load_members, rows_digest
 
 __all__ = ["Document", "OpenTask", "Part", "TaskRows", "open_task"]
 
 
 @dataclass
 class OpenTask:
-    """A task whose rows are loaded; `rows` gives documents for a shot count and a part of the protocol."""
+    """A task whose rows are loaded; `rows` gives documents for a shot count and a part of the protocol.
+
+    files_digest: of the files that its rows were read from, None where they came from the hub.
+    """
 
     name: str
     tasks: list[ConfigurableTask]
+    files_digest: str | None = None
 
     @cached_property
     def members(self) -> list[Member]:
@@ -42,7 +46,9 @@ class OpenTask:
 
     @cached_property
     def rows_digest(self) -> str:
-        """SHA-256 of all rows that documents and demonstrations come from."""
+        """SHA-256 of all rows that documents and demonstrations come from, or of their files."""
+        if self.files_digest is not None:
+            return self.files_digest
         digests = [
             (member.evaluation.digest, None if member.train is None else member.train.digest)
             for member in self.members
@@ -177,4 +183,5 @@ def open_task(name: str, data_dir: Path | None) -> OpenTask:
 
     Raises InputError naming what is not known, missing or malformed.
     """
-    return OpenTask(name, load_members(name, data_dir))
+    members = load_members(name, data_dir)
+    return OpenTask(name, members, rows_digest(name, data_dir))

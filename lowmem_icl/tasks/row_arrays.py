@@ -46,16 +46,17 @@ def rows_of_arrays(arrays: Arrays) -> PackedRows:
 
 def outline_of_arrays(arrays: Arrays) -> PackedRows:
     """Return rows of the same sizes and no content, as `rows.outline` does; reads the sizes alone."""
-    stems = [_outline(tokens, 0, None) for tokens in arrays["stem_tokens"].tolist()]
+    stems = [outlined_row(tokens, 0, None) for tokens in arrays["stem_tokens"].tolist()]
     sizes = (arrays[name].tolist() for name in ("row_tokens", "row_reads", "stem"))
     rows = tuple(
-        _outline(tokens, reads, None if stem < 0 else stems[stem])
+        outlined_row(tokens, reads, None if stem < 0 else stems[stem])
         for tokens, reads, stem in zip(*sizes, strict=True)
     )
     return PackedRows(rows, int(arrays["option_count"][0]))
 
 
-def _outline(tokens: int, reads: int, stem: Row | None) -> Row:
+def outlined_row(tokens: int, reads: int, stem: Row | None) -> Row:
+    """Return a row of so many tokens, of which so many are read, without content."""
     column, answers = np.broadcast_to(np.int64(0), tokens), np.arange(reads)
     return Row(column, column, column, column, answers, answers, answers, stem)
 

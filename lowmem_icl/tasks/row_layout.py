@@ -64,7 +64,7 @@ class RowLayout:
 
         above: the indices of the tokens before that depth, which all of them share.
         """
-        shared = _shared_length([path.tokens for path in paths], depth)
+        shared = shared_length([path.tokens for path in paths], depth)
         start = len(self.tokens)
         run = paths[0].tokens[depth:shared]
         self.tokens.extend(run)
@@ -102,7 +102,7 @@ class RowLayout:
         )
 
 
-def _shared_length(paths: Sequence[Tokens], known: int = 0) -> int:
+def shared_length(paths: Sequence[Tokens], known: int = 0) -> int:
     """Return how many tokens all paths begin with in common, which is at least `known`."""
     first, last = min(paths), max(paths)
     most = min(len(first), len(last))
@@ -121,7 +121,7 @@ def _stem_length(documents: Sequence[Sequence[OptionPath]], row_tokens: int) -> 
     if len(documents) < 2:
         return 0
     before_answers = min(len(path.tokens) - len(path.continuation) for path in paths)
-    stem = min(_shared_length([path.tokens for path in paths]), before_answers)
+    stem = min(shared_length([path.tokens for path in paths]), before_answers)
     if stem < SHORTEST_STEM_TOKENS:
         return 0
     grown = sum(_grown_tokens(document_paths, stem) for document_paths in documents)
@@ -133,7 +133,7 @@ def _grown_tokens(paths: Sequence[OptionPath], depth: int) -> int:
     ordered = sorted(path.tokens for path in paths)
     total = len(ordered[0]) - depth
     for before, path in itertools.pairwise(ordered):
-        total += len(path) - _shared_length([before, path], depth)
+        total += len(path) - shared_length([before, path], depth)
     return total
 
 

@@ -1,6 +1,7 @@
 """Where a task's rows and definition come from: our YAML, the demo's, lm-eval's registry, a user's file."""
 
 import difflib
+import hashlib
 import logging
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from lowmem_icl.tasks.catalogue import (
     definition,
     definitions_folder,
     demo_tasks_folder,
+    is_file_name,
     member_names,
     pair_tasks_folder,
     split_files,
@@ -81,6 +83,36 @@ def load_members(name: str, data_dir: Path | None) -> list[ConfigurableTask]:
             )
         loaded.append(_built(_own_manager(), override, HUB_ERRORS))
     return loaded
+
+
+def rows_digest(name: str, data_dir: Path | None) -> str | None:
+    """Return a SHA-256 over the files that a task's rows are read from; None where they come from the hub.
+
+    Raises InputError for a file that is missing.
+    """
+    summed = hashlib.sha256()
+    for split, path in _row_files(name, data_dir):
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error})") from error
+        summed.update(f"{split} {len(content)} ".encode() + content)
+    return summed.hexdigest() if _row_files(name, data_dir) else None
+
+
+def _row_files(name: str, data_dir: Path | None) -> list[tuple[str, Path]]:
+    """Return the files of a task's rows with what each is; none where they come from the hub."""
+    if is_file_name(name):
+        _check_exists(Path(name))
+        return [("", Path(name))]
+    folder = None if name not in KNOWN_TASKS else bundled_folder(name) or data_dir
+    if folder is None:
+        return []
+    return [
+        (f"{member} {split}", path)
+        for member in member_names(name)
+        for split, path in split_files(folder / member, definition(member)).items()
+    ]
 
 
 def _given(splits: dict[str, datasets.Dataset]) -> Callable[..., dict[str, datasets.Dataset]]:

@@ -118,7 +118,12 @@ class Pass:
         """Return the pass over tasks under every unit selected for each of them alone."""
         swept = tuple(every_set_first(task) for task in tasks)
         units = units_of(prepared)
-        masks = [(Mask(), *(units[index].as_mask() for index in selection.exact)) for selection in selected]
+        # Where nothing is screened all tasks share one selection; of a large model that is many masks.
+        made = {
+            id(selection): (Mask(), *(units[index].as_mask() for index in selection.exact))
+            for selection in {id(selection): selection for selection in selected}.values()
+        }
+        masks = [made[id(selection)] for selection in selected]
         name, label = ("ablate-labels", "ablate, labels shuffled") if is_control else ("ablate", "ablate")
         whole = most_documents(prepared.train)
         chunks = doubling_chunks(most_documents(tasks))

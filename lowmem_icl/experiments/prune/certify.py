@@ -7,7 +7,7 @@ all that pass keep the tolerance together (statistics.certificate).
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -66,9 +66,17 @@ def path_masks(removed: Sequence[Unit]) -> tuple[Mask, ...]:
     """Return the masks to test of the path on which units were removed one by one: at most MOST_TESTED, their
     sizes evenly spaced, the whole path being the last.
     """
-    path = list(accumulate((unit.as_mask() for unit in removed), lambda mask, unit: mask | unit))
-    count = min(len(path), MOST_TESTED)
-    return tuple(path[len(path) * number // count - 1] for number in range(1, count + 1))
+    count = min(len(removed), MOST_TESTED)
+    ends = [0, *(len(removed) * number // count for number in range(1, count + 1))]
+    steps = (_mask_of(removed[start:end]) for start, end in pairwise(ends))
+    return tuple(accumulate(steps, lambda mask, step: mask | step))
+
+
+def _mask_of(units: Sequence[Unit]) -> Mask:
+    masks = [unit.as_mask() for unit in units]
+    return Mask(
+        frozenset().union(*(mask.heads for mask in masks)), frozenset().union(*(mask.ffns for mask in masks))
+    )
 
 
 def certifiable(prepared: Prepared) -> list[Setting]:
