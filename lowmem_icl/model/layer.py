@@ -204,7 +204,7 @@ class DecoderLayer:
         Where what attention writes is normed, times the norm's scale: what is left out is its division, a
         positive number per token.
         """
-        weight = self._float_weight(self._family.attention_output)
+        weight = _float_rows(self._module.get_submodule(self._family.attention_output), slice(None))
         scale = self._written_scale
         return weight if scale is None else weight * scale[:, None]
 
@@ -222,22 +222,23 @@ class DecoderLayer:
         norm = self._module.get_submodule(self._family.attention_norm)
         return NormForm.of(norm, plus_one=self._family.normed_plus_one).scale
 
-    @property
-    def value_weight(self) -> Tensor:
-        """The projection to the values in float32, [Z, D]: from the normed input to values by query head."""
-        weight = self._float_weight(self._family.attention_inputs[-1])
-        skeleton = self._skeleton
-        if self._family.fused is not None:
-            rows = self._family.fused.value_rows(len(weight), skeleton.config, skeleton.head_width)
-            weight = weight[rows]
-        by_group = weight.unflatten(0, (-1, skeleton.head_width))
-        return by_group.repeat_interleave(skeleton.heads // len(by_group), 0).flatten(0, 1)
+    def head_weights(self, head: int) -> tuple[Tensor, Tensor]:
+        """Return a query head's projection to its values, [d, D], and its part of `output_weight`, [D, d].
 
-    def _float_weight(self, name: str) -> Tensor:
-        linear = self._module.get_submodule(name)
-        if isinstance(linear, Int8Linear):
-            return dequantise_rows(linear.weight, linear.SCB)
-        return linear.weight.detach().float()
+        Both in float32, and nothing of the other heads is.
+        """
+        skeleton, values = self._skeleton, self._module.get_submodule(self._family.attention_inputs[-1])
+        rows: Sequence[int] = range(len(values.weight))
+        if self._family.fused is not None:
+            rows = self._family.fused.value_rows(len(rows), skeleton.config, skeleton.head_width)
+        group = head * (len(rows) // skeleton.head_width) // skeleton.heads
+        of_group = list(rows[group * skeleton.head_width : (group + 1) * skeleton.head_width])
+        value = _float_rows(values, of_group)
+        output = self._module.get_submodule(self._family.attention_output)
+        columns = slice(head * skeleton.head_width, (head + 1) * skeleton.head_width)
+        leaving = _float_rows(output, slice(None), columns)
+        scale = self._written_scale
+        return value, leaving if scale is None else leaving * scale[:, None]
 
     def attend(
         self, residual: Tensor, segments: Sequence[Segment], *, with_queries: bool = False
@@ -305,6 +306,12 @@ class DecoderLayer:
             yield captured
         finally:
             handle.remove()
+
+
+def _float_rows(linear: Any, rows: list[int] | slice, columns: slice = slice(None)) -> Tensor:
+    """Return some rows and columns of a linear's weight in float32."""
+    weight = linear.weight.detach()[rows, columns]
+    return dequantise_rows(weight, linear.SCB[rows]) if isinstance(linear, Int8Linear) else weight.float()
 
 
 def _share_leaves(source: nn.Module, target: nn.Module) -> None:
