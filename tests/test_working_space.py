@@ -80,6 +80,20 @@ def test_a_layer_holds_no_more_than_is_counted(name: str) -> None:
     assert back <= backward_bytes(skeleton, length * rows, length)
 
 
+def test_a_long_row_goes_through_the_ffn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(hidden_size=32, word_embed_proj_dim=32, ffn_dim=2048, num_attention_heads=4)
+    layer = random_layer(Skeleton(config))
+    residual, z = torch.randn(2, 1000, 32)
+    with torch.no_grad():
+        whole = layer.finish(residual, z)
+        at_once = live_peak(lambda: layer.finish(residual, z))
+        monkeypatch.setattr("lowmem_icl.model.layer.FFN_ELEMENTS", 1)
+        in_parts = live_peak(lambda: layer.finish(residual, z))
+        assert torch.equal(layer.finish(residual, z), whole), "tokens do not meet there"
+    assert in_parts < at_once / 4
+    assert in_parts <= forward_bytes(Skeleton(config), 1000, 1000)
+
+
 def test_no_whole_weight_is_in_floating_point_on_the_way_back() -> None:
     config = small_config(
         hidden_size=1024, word_embed_proj_dim=1024, ffn_dim=16384, num_attention_heads=8, num_hidden_layers=1

@@ -21,10 +21,19 @@ from transformers import PretrainedConfig
 from lowmem_icl.model.activation import steady_activations
 from lowmem_icl.model.attention import ATTENTION, AttentionForm, RowAttention, Segment
 from lowmem_icl.model.families.family import NormForm
-from lowmem_icl.model.int8 import Int8Linear, dequantise_rows, replace_linears
+from lowmem_icl.model.int8 import FIXED_ROWS, Int8Linear, dequantise_rows, replace_linears
 from lowmem_icl.model.positions import RotaryAngles
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Weights
+
+FFN_ELEMENTS = 1 << 24
+
+
+def finish_tokens(ffn_width: int) -> int:
+    """Return how many tokens go through an FFN of this inner width at once, so that what is between its
+    linears stays small however long a row is.
+    """
+    return max(FIXED_ROWS, FFN_ELEMENTS // ffn_width // FIXED_ROWS * FIXED_ROWS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,9 +280,24 @@ class DecoderLayer:
         """
         halves = self._kinds[self._kind]
         module = halves.without_ffn if without_ffn else halves.finishing
-        output = module(residual[None], attention_mask=z[None], **self._family.layer_arguments)
-        # Some layers give their attention's weights as well.
-        return (output[0] if isinstance(output, tuple) else output)[0]
+
+        def finished(part: slice) -> Tensor:
+            output = module(
+                residual[None, part], attention_mask=z[None, part], **self._family.layer_arguments
+            )
+            # Some layers give their attention's weights as well.
+            return (output[0] if isinstance(output, tuple) else output)[0]
+
+        together, tokens = finish_tokens(self._skeleton.ffn_width), len(residual)
+        # A graph holds everything anyway, and outlier columns are sought in all tokens at once.
+        calibrating = any(linear.calibrating for linear in self._linears)
+        if tokens <= together or torch.is_grad_enabled() or calibrating:
+            return finished(slice(None))
+        out = torch.empty_like(residual)
+        for start in range(0, tokens, together):
+            part = slice(start, start + together)
+            out[part] = finished(part)
+        return out
 
     def run(self, residual: Tensor, segments: Sequence[Segment], cut: LayerCut = WHOLE) -> Tensor:
         """Return the output of the whole layer, [N, D], without what is cut."""

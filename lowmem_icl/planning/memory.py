@@ -13,6 +13,7 @@ from lowmem_icl.engine.wave import KEPT_MASK_ELEMENTS
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.experiments.induction.stage import copying_form
 from lowmem_icl.model.int8 import BACKWARD_INPUTS, BACKWARD_OUTPUTS, FIXED_ROWS
+from lowmem_icl.model.layer import finish_tokens
 from lowmem_icl.model.reading import PAGE_BYTES
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import NON_LAYER
@@ -244,9 +245,10 @@ def forward_bytes(skeleton: Skeleton, tokens: int, longest_tokens: int) -> int:
     """Return what a micro-batch of so many tokens takes on its way through a layer."""
     # Queries, keys and values may be wider than the residual, and a gated FFN has two inner outputs.
     width, ffn_width = max(skeleton.width, skeleton.attention_width), skeleton.ffn_width
-    # Of the FFN: int32 products, their float32 form and the int8 input. Of the rest: queries, keys, values
-    # (filled up and not), z, residuals before and after, clean z of a group, keys and values of stems.
-    working = tokens * (9 * ffn_width + 72 * width)
+    # Of the FFN: int32 products, their float32 form, the int8 input, and what an activation is made of. Of
+    # the rest: queries, keys, values (filled up and not), z, residuals before and after, clean z of a group,
+    # keys and values of stems.
+    working = 16 * min(tokens, finish_tokens(ffn_width)) * ffn_width + 52 * tokens * width
     # Attention masks: of the longest row, and those that are kept.
     working += 2 * longest_tokens**2 * FLOAT_BYTES + KEPT_MASK_ELEMENTS * FLOAT_BYTES
     return working + _attention_bytes(skeleton, tokens, longest_tokens)
