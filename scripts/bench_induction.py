@@ -47,7 +47,12 @@ def score(folder: Path, own_task: Path, memory: str, sequences: int) -> dict[str
     skeleton = store.skeleton
     scores = HeadScores.empty(sequences, skeleton.layers, skeleton.heads)
     before = peak_resident_bytes()
-    with StreamedModel(store, device=torch.device("cpu"), resident_bytes=dealt.resident_bytes) as model:
+    with StreamedModel(
+        store,
+        device=torch.device("cpu"),
+        resident_bytes=dealt.resident_bytes,
+        tables_in_memory=dealt.tables_in_memory,
+    ) as model:
         start = time.perf_counter()
         setup = PassSetup(model, dealt.limits(), CleanCache(dealt.cache_bytes, dealt.spill_bytes))
         score_heads(setup, asked, scores)
@@ -62,6 +67,7 @@ def score(folder: Path, own_task: Path, memory: str, sequences: int) -> dict[str
         "peak_bytes": peak_resident_bytes(),
         "peak_bytes_after_imports": before,
         "micro_batch_tokens": dealt.micro_batch_tokens,
+        "working_bytes": dealt.working_bytes,
     }
 
 

@@ -13,8 +13,10 @@ from lowmem_icl.model import int8
 from lowmem_icl.model.int8 import (
     Int8Linear,
     SharedInput,
+    dequantise_rows,
     matmul_in_fixed_rows,
     product_in_float_blocks,
+    product_with_weight,
     quantise_rows,
     slow_product_note,
 )
@@ -91,6 +93,29 @@ def test_gradients_go_through_the_dequantised_weight() -> None:
     torch.testing.assert_close(values.grad, upstream @ weight)
 
 
+def test_a_gradient_is_bitwise_the_same_in_any_company() -> None:
+    layer, gradient = linear(96, 80), torch.randn(300, 80)
+    whole = product_with_weight(gradient, layer.weight, layer.SCB)
+    for rows in (slice(0, 1), slice(5, 7), slice(100, 229), slice(17, 300)):
+        assert torch.equal(product_with_weight(gradient[rows], layer.weight, layer.SCB), whole[rows])
+
+
+@pytest.mark.parametrize("blocks", [(16, 2048), (1024, 16), (32, 48)])
+def test_blocks_of_a_dequantised_weight_give_the_whole_product(blocks: tuple[int, int]) -> None:
+    layer, gradient = linear(100, 70), torch.randn(150, 70)
+    expected = gradient.double() @ (layer.weight.double() * layer.SCB.double()[:, None] / 127)
+    whole = product_with_weight(gradient, layer.weight, layer.SCB)
+    in_blocks = product_with_weight(gradient, layer.weight, layer.SCB, blocks)
+    for found in (whole, in_blocks):
+        assert (found.double() - expected).norm() / expected.norm() < 1e-6
+
+
+def test_dequantising_is_bitwise_bitsandbytes() -> None:
+    layer = linear(40, 30)
+    theirs = operators.int8_vectorwise_dequant(layer.weight, layer.SCB)
+    assert torch.equal(dequantise_rows(layer.weight, layer.SCB), theirs)
+
+
 def test_calibration_finds_the_columns_with_large_activations() -> None:
     layer, values = linear(16, 8), torch.rand(20, 16)
     values[3, 5], values[4, 11] = 7.0, -6.0
@@ -151,7 +176,6 @@ def test_a_cpu_without_the_instructions_multiplies_in_blocks(monkeypatch: pytest
     without = layer(values)
     assert torch.equal(with_instructions, without)
     monkeypatch.setattr(int8, "product_in_float_blocks", lambda left, right: torch.zeros(7, 32))
-    layer.shared.forget()
     assert not torch.equal(layer(values), without)
 
 

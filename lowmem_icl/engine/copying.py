@@ -168,7 +168,10 @@ def copying_eigenvalues(layer: DecoderLayer, token_products: Tensor, heads: int)
     et al. 2022). The circuit U W_O W_V Eᵀ is vocabulary by vocabulary; its eigenvalues other than 0 are those
     of W_V (Eᵀ U) W_O, [d, d]. Weights alone, without norms. token_products: Eᵀ U, [D, D].
     """
-    entering = (layer.value_weight @ token_products).unflatten(0, (heads, -1))
-    leaving = layer.output_weight.unflatten(1, (heads, -1)).permute(1, 0, 2)
-    values = torch.linalg.eigvals((entering @ leaving).cpu().double())
+    circuits = []
+    for head in range(heads):
+        # One at a time: all heads' would be three more tensors of the size of the products.
+        entering, leaving = layer.head_weights(head)
+        circuits.append((entering @ token_products) @ leaving)
+    values = torch.linalg.eigvals(torch.stack(circuits).cpu().double())
     return values.real.sum(-1) / values.abs().sum(-1)

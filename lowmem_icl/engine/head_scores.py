@@ -197,13 +197,26 @@ def heads_cost(
     return SweepCost(layers * tokens, finished, finished, answers=answers, layers_read=layers_read)
 
 
+def kept_bytes(skeleton: Skeleton, form: CopyingForm) -> int:
+    """Return the bytes that scoring heads holds all the while: the vocabulary's products, and the output
+    projection of the layer in work.
+    """
+    # Where a norm's scale or mean is in it, it is made from another of its size.
+    projections = 2 if form.final_norm or skeleton.family.attention_norm is not None else 1
+    return FLOAT_BYTES * skeleton.width * (skeleton.width + projections * skeleton.attention_width)
+
+
 def reading_bytes(skeleton: Skeleton, longest_tokens: int, form: CopyingForm) -> int:
     """Return the bytes that scoring heads holds at its peak, on top of a micro-batch's q, k, v and z."""
     width, heads = max(skeleton.width, skeleton.attention_width), skeleton.heads
-    # The output projection and what is made of it, the values' projection, the vocabulary's products.
-    weights = 5 * width * width + 2 * VOCABULARY_BLOCK * width
+    # A head's two projections; all circuits, at last as complex numbers; blocks of the vocabulary's tables.
+    weights = 4 * width * skeleton.head_width + 4 * VOCABULARY_BLOCK * width
+    weights += 8 * heads * skeleton.head_width**2
     # A row's candidates through the projection; scores of a block of queries and what is made of them.
     row = 4 * longest_tokens * width + 5 * QUERY_ROWS * heads * longest_tokens
+    if form.final_norm:
+        # The projection's square by head.
+        weights += heads * skeleton.head_width**2
     if form.softmax:
         row += 4 * QUERY_ROWS * heads * VOCABULARY_BLOCK + 2 * VOCABULARY_BLOCK * width
-    return FLOAT_BYTES * (weights + row)
+    return kept_bytes(skeleton, form) + FLOAT_BYTES * (weights + row)

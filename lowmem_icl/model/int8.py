@@ -17,7 +17,9 @@ OUTLIER_THRESHOLD = 6.0
 FIXED_ROWS = 128
 CACHE_ELEMENTS = 1 << 20
 DEVICE_ELEMENTS = 1 << 21
-BACKWARD_OUTPUT_BLOCK = 4096
+BACKWARD_OUTPUTS = 1024
+BACKWARD_INPUTS = 2048
+"""Of a weight so many outputs and inputs at a time are dequantised on the way back: 8 MB in float32."""
 EXACT_INPUTS = 1024
 """How many products of int8 float32 adds up exactly in any order: 127² · 1,024 < 2²⁴."""
 FLOAT_OUTPUT_BLOCK = 1024
@@ -53,8 +55,11 @@ def quantise_rows(values: Tensor, without: Tensor | None = None) -> tuple[Tensor
 
 
 def dequantise_rows(quantised: Tensor, maxima: Tensor) -> Tensor:
-    """Return float32 values of int8 rows [N, K] with absolute maxima [N]."""
-    return _operators.int8_vectorwise_dequant(quantised, maxima)
+    """Return float32 values of int8 rows [N, K] with absolute maxima [N].
+
+    Bitwise what bitsandbytes' `int8_vectorwise_dequant` gives, without its second copy.
+    """
+    return quantised.float().mul_(maxima[:, None]).mul_(1 / 127)
 
 
 def integer_product(left: Tensor, right: Tensor) -> Tensor:
@@ -108,6 +113,36 @@ def matmul_in_fixed_rows(left: Tensor, right: Tensor, fixed_rows: int = FIXED_RO
     return out
 
 
+def product_with_weight(
+    left: Tensor,
+    weight: Tensor,
+    maxima: Tensor,
+    blocks: tuple[int, int] = (BACKWARD_OUTPUTS, BACKWARD_INPUTS),
+) -> Tensor:
+    """Return left [M, N] · the dequantised weight [N, K], a small block of which is in float32 at a time.
+
+    weight: int8 [N, K] with absolute maxima [N]; blocks: how many outputs and inputs make a block of it. Rows
+    are multiplied FIXED_ROWS at a time, the last ones padded, so that a row's result does not depend on how
+    many rows come with it.
+    """
+    rows, (outputs, inputs) = left.shape[0], weight.shape
+    at_once = FIXED_ROWS * (8 if left.is_cuda else 1)
+    filled = -(-rows // at_once) * at_once
+    out = left.new_zeros(filled, inputs)
+    scale = maxima / 127
+    for first_output in range(0, outputs, blocks[0]):
+        output = slice(first_output, first_output + blocks[0])
+        # The rows are scaled instead of the weight: there are fewer of them.
+        scaled = left.new_zeros(filled, len(scale[output]))
+        torch.mul(left[:, output], scale[output], out=scaled[:rows])
+        for first_input in range(0, inputs, blocks[1]):
+            block = weight[output, first_input : first_input + blocks[1]].float()
+            here = out[:, first_input : first_input + blocks[1]]
+            for first in range(0, filled, at_once):
+                here[first : first + at_once].addmm_(scaled[first : first + at_once], block)
+    return out[:rows]
+
+
 class SharedInput:
     """Quantises one tensor once for all linears that read it (q, k and v)."""
 
@@ -118,13 +153,17 @@ class SharedInput:
     def quantise(self, values: Tensor, outlier_columns: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return int8 rows, their maxima and the float32 outlier columns [M, K'] taken out, or None."""
         if self._result is None or self._last is not values:
-            self._result = _split_and_quantise(values.reshape(-1, values.shape[-1]), outlier_columns)
+            self._result = _split_and_quantise(_flat(values), outlier_columns)
             self._last = values
         return self._result
 
     def forget(self) -> None:
         """Drop the tensor it holds."""
         self._last = self._result = None
+
+
+def _flat(values: Tensor) -> Tensor:
+    return values.reshape(-1, values.shape[-1])
 
 
 def _split_and_quantise(values: Tensor, outlier_columns: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -152,13 +191,15 @@ class Int8Linear(nn.Module):
         self.register_buffer("SCB", torch.empty(outputs, dtype=torch.float32, device="meta"))
         self.register_buffer("bias", torch.empty(outputs, device="meta") if bias else None)
         self.register_buffer("outlier_columns", torch.empty(0, dtype=torch.int64))
-        self.shared = shared or SharedInput()
+        # What is kept for other linears would be kept for none.
+        self.shared = shared
         self.calibrating = False
         self._outlier_weight: Tensor | None = None
 
     def refresh(self) -> None:
         """Take up newly filled buffers: dequantise the weight's outlier columns, [K', N] in float32."""
-        self.shared.forget()
+        if self.shared is not None:
+            self.shared.forget()
         columns = self.outlier_columns
         self._outlier_weight = (
             dequantise_rows(self.weight[:, columns].contiguous(), self.SCB).t().contiguous()
@@ -176,8 +217,12 @@ class Int8Linear(nn.Module):
 
     def multiply(self, values: Tensor) -> Tensor:
         """Return the LLM.int8 product; the integer part is exact, the floating-point part of fixed shape."""
-        quantised, maxima, outliers = self.shared.quantise(values, self.outlier_columns)
+        if self.shared is None:
+            quantised, maxima, outliers = _split_and_quantise(_flat(values), self.outlier_columns)
+        else:
+            quantised, maxima, outliers = self.shared.quantise(values, self.outlier_columns)
         product = integer_product(quantised, self.weight)
+        del quantised
         whole = torch.empty(*values.shape[:-1], product.shape[1], device=product.device)
         out = whole.view(product.shape)
         step = _epilogue_rows(out)
@@ -195,7 +240,7 @@ class Int8Linear(nn.Module):
         return whole
 
     def _add_outlier_columns(self, values: Tensor) -> None:
-        large = values.reshape(-1, values.shape[-1]).abs().amax(0) >= OUTLIER_THRESHOLD
+        large = _flat(values).abs().amax(0) >= OUTLIER_THRESHOLD
         large[self.outlier_columns] = True
         found = large.nonzero()[:, 0]
         if found.numel() != self.outlier_columns.numel():
@@ -222,12 +267,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         linear: Int8Linear = context.linear
-        gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
-        out = gradient.new_zeros(gradient.shape[0], linear.weight.shape[1])
-        # Blocks of outputs keep the dequantised weight small; their order is fixed.
-        for start in range(0, linear.weight.shape[0], BACKWARD_OUTPUT_BLOCK):
-            block = slice(start, start + BACKWARD_OUTPUT_BLOCK)
-            out += gradient[:, block] @ dequantise_rows(linear.weight[block], linear.SCB[block])
+        out = product_with_weight(_flat(gradients[0]), linear.weight, linear.SCB)
         return out.view(*gradients[0].shape[:-1], -1), None
 
 
@@ -238,7 +278,8 @@ def replace_linears(layer: nn.Module, with_one_input: Sequence[Sequence[str]]) -
     """
     shared: dict[str, SharedInput] = {}
     for names in with_one_input:
-        shared |= dict.fromkeys(names, SharedInput())
+        if len(names) > 1:
+            shared |= dict.fromkeys(names, SharedInput())
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     for name, module in linears.items():
         parent, _, leaf = name.rpartition(".")

@@ -21,10 +21,19 @@ from transformers import PretrainedConfig
 from lowmem_icl.model.activation import steady_activations
 from lowmem_icl.model.attention import ATTENTION, AttentionForm, RowAttention, Segment
 from lowmem_icl.model.families.family import NormForm
-from lowmem_icl.model.int8 import Int8Linear, dequantise_rows, replace_linears
+from lowmem_icl.model.int8 import FIXED_ROWS, Int8Linear, dequantise_rows, replace_linears
 from lowmem_icl.model.positions import RotaryAngles
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Weights
+
+FFN_ELEMENTS = 1 << 24
+
+
+def finish_tokens(ffn_width: int) -> int:
+    """Return how many tokens go through an FFN of this inner width at once, so that what is between its
+    linears stays small however long a row is.
+    """
+    return max(FIXED_ROWS, FFN_ELEMENTS // ffn_width // FIXED_ROWS * FIXED_ROWS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +214,7 @@ class DecoderLayer:
         Where what attention writes is normed, times the norm's scale: what is left out is its division, a
         positive number per token.
         """
-        weight = self._float_weight(self._family.attention_output)
+        weight = _float_rows(self._module.get_submodule(self._family.attention_output), slice(None))
         scale = self._written_scale
         return weight if scale is None else weight * scale[:, None]
 
@@ -223,22 +232,23 @@ class DecoderLayer:
         norm = self._module.get_submodule(self._family.attention_norm)
         return NormForm.of(norm, plus_one=self._family.normed_plus_one).scale
 
-    @property
-    def value_weight(self) -> Tensor:
-        """The projection to the values in float32, [Z, D]: from the normed input to values by query head."""
-        weight = self._float_weight(self._family.attention_inputs[-1])
-        skeleton = self._skeleton
-        if self._family.fused is not None:
-            rows = self._family.fused.value_rows(len(weight), skeleton.config, skeleton.head_width)
-            weight = weight[rows]
-        by_group = weight.unflatten(0, (-1, skeleton.head_width))
-        return by_group.repeat_interleave(skeleton.heads // len(by_group), 0).flatten(0, 1)
+    def head_weights(self, head: int) -> tuple[Tensor, Tensor]:
+        """Return a query head's projection to its values, [d, D], and its part of `output_weight`, [D, d].
 
-    def _float_weight(self, name: str) -> Tensor:
-        linear = self._module.get_submodule(name)
-        if isinstance(linear, Int8Linear):
-            return dequantise_rows(linear.weight, linear.SCB)
-        return linear.weight.detach().float()
+        Both in float32, and nothing of the other heads is.
+        """
+        skeleton, values = self._skeleton, self._module.get_submodule(self._family.attention_inputs[-1])
+        rows: Sequence[int] = range(len(values.weight))
+        if self._family.fused is not None:
+            rows = self._family.fused.value_rows(len(rows), skeleton.config, skeleton.head_width)
+        group = head * (len(rows) // skeleton.head_width) // skeleton.heads
+        of_group = list(rows[group * skeleton.head_width : (group + 1) * skeleton.head_width])
+        value = _float_rows(values, of_group)
+        output = self._module.get_submodule(self._family.attention_output)
+        columns = slice(head * skeleton.head_width, (head + 1) * skeleton.head_width)
+        leaving = _float_rows(output, slice(None), columns)
+        scale = self._written_scale
+        return value, leaving if scale is None else leaving * scale[:, None]
 
     def attend(
         self, residual: Tensor, segments: Sequence[Segment], *, with_queries: bool = False
@@ -271,9 +281,24 @@ class DecoderLayer:
         """
         halves = self._kinds[self._kind]
         module = halves.without_ffn if without_ffn else halves.finishing
-        output = module(residual[None], attention_mask=z[None], **self._family.layer_arguments)
-        # Some layers give their attention's weights as well.
-        return (output[0] if isinstance(output, tuple) else output)[0]
+
+        def finished(part: slice) -> Tensor:
+            output = module(
+                residual[None, part], attention_mask=z[None, part], **self._family.layer_arguments
+            )
+            # Some layers give their attention's weights as well.
+            return (output[0] if isinstance(output, tuple) else output)[0]
+
+        together, tokens = finish_tokens(self._skeleton.ffn_width), len(residual)
+        # A graph holds everything anyway, and outlier columns are sought in all tokens at once.
+        calibrating = any(linear.calibrating for linear in self._linears)
+        if tokens <= together or torch.is_grad_enabled() or calibrating:
+            return finished(slice(None))
+        out = torch.empty_like(residual)
+        for start in range(0, tokens, together):
+            part = slice(start, start + together)
+            out[part] = finished(part)
+        return out
 
     def run(self, residual: Tensor, segments: Sequence[Segment], cut: LayerCut = WHOLE) -> Tensor:
         """Return the output of the whole layer, [N, D], without what is cut."""
@@ -306,6 +331,12 @@ class DecoderLayer:
             yield captured
         finally:
             handle.remove()
+
+
+def _float_rows(linear: Any, rows: list[int] | slice, columns: slice = slice(None)) -> Tensor:
+    """Return some rows and columns of a linear's weight in float32."""
+    weight = linear.weight.detach()[rows, columns]
+    return dequantise_rows(weight, linear.SCB[rows]) if isinstance(linear, Int8Linear) else weight.float()
 
 
 def _share_leaves(source: nn.Module, target: nn.Module) -> None:

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 import psutil
 
-from lowmem_icl.engine.head_scores import reading_bytes
+from lowmem_icl.engine.head_scores import kept_bytes, reading_bytes
 from lowmem_icl.engine.micro_batches import MICRO_BATCH_TOKENS
 from lowmem_icl.engine.schedule import CACHE_SHARE, FLOAT_BYTES, SweepLimits
 from lowmem_icl.engine.wave import KEPT_MASK_ELEMENTS
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.experiments.induction.stage import copying_form
+from lowmem_icl.model.int8 import BACKWARD_INPUTS, BACKWARD_OUTPUTS, FIXED_ROWS
+from lowmem_icl.model.layer import finish_tokens
 from lowmem_icl.model.reading import PAGE_BYTES
+from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import NON_LAYER
 from lowmem_icl.model.tables import VOCABULARY_BLOCK
 from lowmem_icl.model.vocabulary import READ_ROWS
@@ -227,26 +230,48 @@ def working_bytes(prepared: Prepared, longest_tokens: int, together: int) -> int
     once.
     """
     options, skeleton = prepared.options, prepared.skeleton
-    # Queries, keys and values may be wider than the residual, and a gated FFN has two inner outputs.
-    width, ffn_width = max(skeleton.width, skeleton.attention_width), skeleton.ffn_width
     tokens = max(together, longest_tokens)
-    # Of the FFN: int32 products, their float32 form and the int8 input. Of the rest: queries, keys, values
-    # (filled up and not), z, residuals before and after, clean z of a group, keys and values of stems.
-    working = tokens * (9 * ffn_width + 72 * width)
-    # Attention masks: of the longest row, and those that are kept.
-    working += 2 * longest_tokens**2 * FLOAT_BYTES + KEPT_MASK_ELEMENTS * FLOAT_BYTES
-    products = skeleton.attention_products * skeleton.heads * tokens * longest_tokens * FLOAT_BYTES
-    working += products * (2 if "importance" in options.experiments else 1)
+    working = forward_bytes(skeleton, tokens, longest_tokens)
     if "importance" in options.experiments:
-        # The graph of a layer and the gradients at everything in it.
-        working += tokens * (16 * ffn_width + 64 * width)
+        working = backward_bytes(skeleton, tokens, longest_tokens)
     if "induction" in options.experiments:
-        # A layer's output projection and the vocabulary's products stay while it runs; its heads are read
-        # before the FFN.
-        working += 3 * width**2 * FLOAT_BYTES
+        # What stays while the pass runs; a layer's heads are read before its FFN.
+        working += kept_bytes(skeleton, copying_form(options))
+        width = max(skeleton.width, skeleton.attention_width)
         heads = tokens * 64 * width + 2 * longest_tokens**2 * FLOAT_BYTES
         working = max(working, heads + reading_bytes(skeleton, longest_tokens, copying_form(options)))
     # The unembedding comes after the layers, in the same space.
-    reading = (2 * READ_ROWS + width) * VOCABULARY_BLOCK * FLOAT_BYTES
-    waiting = 3 * (READ_ROWS + tokens) * width * FLOAT_BYTES
+    reading = (2 * READ_ROWS + skeleton.width) * VOCABULARY_BLOCK * FLOAT_BYTES
+    waiting = 3 * (READ_ROWS + tokens) * skeleton.width * FLOAT_BYTES
     return max(working, reading + waiting)
+
+
+def forward_bytes(skeleton: Skeleton, tokens: int, longest_tokens: int) -> int:
+    """Return what a micro-batch of so many tokens takes on its way through a layer."""
+    # Queries, keys and values may be wider than the residual, and a gated FFN has two inner outputs.
+    width, ffn_width = max(skeleton.width, skeleton.attention_width), skeleton.ffn_width
+    # Of the FFN: int32 products, their float32 form, the int8 input, and what an activation is made of. Of
+    # the rest: queries, keys, values (filled up and not), z, residuals before and after, clean z of a group,
+    # keys and values of stems.
+    working = 16 * min(tokens, finish_tokens(ffn_width)) * ffn_width + 52 * tokens * width
+    # Attention masks: of the longest row, and those that are kept.
+    working += 2 * longest_tokens**2 * FLOAT_BYTES + KEPT_MASK_ELEMENTS * FLOAT_BYTES
+    return working + _attention_bytes(skeleton, tokens, longest_tokens)
+
+
+def backward_bytes(skeleton: Skeleton, tokens: int, longest_tokens: int) -> int:
+    """Return what a micro-batch of so many tokens takes on its way back through a layer, which is run again.
+
+    Of a weight in int8 there is a block in float32, whatever its size.
+    """
+    width, ffn_width = max(skeleton.width, skeleton.attention_width), skeleton.ffn_width
+    # The graph of the layer and the gradients at what is in it; measured, a family takes at most nine tenths.
+    graph = tokens * (24 * ffn_width + 88 * width) + 2 * _attention_bytes(skeleton, tokens, longest_tokens)
+    masks = 2 * longest_tokens**2 * FLOAT_BYTES + KEPT_MASK_ELEMENTS * FLOAT_BYTES
+    # A weight's block, what it is multiplied by, and the rows that fill up a product.
+    block = BACKWARD_OUTPUTS * (BACKWARD_INPUTS + tokens + FIXED_ROWS) + FIXED_ROWS * max(width, ffn_width)
+    return graph + masks + block * FLOAT_BYTES
+
+
+def _attention_bytes(skeleton: Skeleton, tokens: int, longest_tokens: int) -> int:
+    return skeleton.attention_products * skeleton.heads * tokens * longest_tokens * FLOAT_BYTES
