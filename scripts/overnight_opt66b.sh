@@ -1,7 +1,17 @@
 #!/usr/bin/env bash
 # OPT-66B for a night (HOURS, 10 by default): converts it first, one downloaded shard at a time, if its store is not there.
-# Needs 66 GB of disk and one shard more; start it again the next evening to continue.
+# Needs 66 GB of disk and one shard more. How many units are ablated exactly is chosen by `plan`, from the hours and the
+# machine, the first time; start it again the next evening to continue with the same.
 set -euo pipefail
 here=$(dirname "$0")
-lowmem-icl convert facebook/opt-66b --delete-shards
-exec "$here/overnight.sh" "$here/overnight_opt66b.toml" facebook/opt-66b "${HOURS:-10}" "$@"
+model=${MODEL:-facebook/opt-66b}
+hours=${HOURS:-10}
+chosen=${RUNS:-runs}/$(basename "$model")/exact
+lowmem-icl convert "$model" --delete-shards
+if [ ! -s "$chosen" ]; then
+    mkdir -p "$(dirname "$chosen")"
+    lowmem-icl plan --config "$here/overnight_opt66b.toml" --model "$model" --hours "$hours" --json "$@" |
+        python3 -c 'import json, sys; print(max(1, json.load(sys.stdin)["exact_that_fits"]))' > "$chosen.partial"
+    mv "$chosen.partial" "$chosen"
+fi
+exec "$here/overnight.sh" "$here/overnight_opt66b.toml" "$model" "$hours" --exact "$(cat "$chosen")" "$@"

@@ -118,6 +118,7 @@ def plan(
     from lowmem_icl.cli.plan import show_plan
     from lowmem_icl.cli.terminal import Terminal
     from lowmem_icl.planning.advice import advice
+    from lowmem_icl.planning.fitting import exact_that_fits
     from lowmem_icl.planning.machine_file import read_machine
     from lowmem_icl.planning.plan import make_plan
     from lowmem_icl.session.folder import check_output, parts_of
@@ -129,7 +130,8 @@ def plan(
     prepared = prepare_plan(options, progress=terminal.progress)
     planned = make_plan(prepared, hours=options.hours, finished=finished, machine=other)
     found = advice(prepared, planned, prepare_plan, finished, other)
-    planned = replace(planned, advice=found)
+    fitting = exact_that_fits(prepared, planned, finished)
+    planned = replace(planned, advice=found, exact_that_fits=fitting)
     if as_json:
         _print_json(planned.as_record())
     else:

@@ -31,6 +31,13 @@ def show_plan(plan: Plan, console: Console) -> None:
     ]
     console.print("\n".join(lines), soft_wrap=True)
     console.print(plan_table(plan))
+    if plan.exact_that_fits is not None:
+        console.print(
+            f"all of it fits {plan.hours:.3g} hours with --exact {plan.exact_that_fits}"
+            if plan.exact_that_fits
+            else f"not all of it fits {plan.hours:.3g} hours, however few units are ablated exactly",
+            soft_wrap=True,
+        )
     for advice in plan.advice:
         console.print(Text(_advice_text(advice)), soft_wrap=True)
     for note in plan.notes:

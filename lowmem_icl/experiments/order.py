@@ -31,7 +31,8 @@ class Stage:
     `whole`: all it takes, the others build on it; `leftover`: what it takes, as far as there is time;
     `stretched`: it goes on while there is time; `postponed`: it waits for another run until all it needs is
     finished. `rough`: how much it takes depends on what it finds. `notes`: sentences that a plan says of it.
-    `early`: what of its work follows from `early_after` alone is done as soon as that is over, and shown.
+    `early`: what of its work follows from `early_after` alone is done as soon as that is over, and shown;
+    `is_early`: which of its parts these are.
     """
 
     name: Experiment
@@ -44,6 +45,7 @@ class Stage:
     notes: Callable[[Prepared], Sequence[str]] = lambda prepared: ()
     early: Callable[..., Iterator[StageResult]] | None = None
     early_after: Experiment | None = None
+    is_early: Callable[[Prepared, Part], bool] = lambda prepared, part: False
 
     def given(self, results: Mapping[str, StageResult]) -> dict[str, Any]:
         """Return what it needs of the results there are."""
@@ -64,6 +66,7 @@ STAGES = (
         notes=prune.notes,
         early=prune.run_early,
         early_after="importance",
+        is_early=prune.is_early,
     ),
     Stage("induction", ("importance", "ablate", "prune"), induction.parts, induction.run, rough=True),
     Stage("overlap", ("importance", "ablate"), overlap.parts, overlap.run),

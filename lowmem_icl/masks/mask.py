@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from lowmem_icl.errors import InputError
@@ -45,7 +46,7 @@ class Mask:
     heads: frozenset[tuple[int, int]] = frozenset()
     ffns: frozenset[int] = frozenset()
 
-    @property
+    @cached_property
     def first_layer(self) -> int | None:
         """The lowest layer with a removed unit; None for the empty mask."""
         return min([layer for layer, _ in self.heads] + list(self.ffns), default=None)

@@ -35,7 +35,7 @@ class StagePlan:
 
     `rough`: how much it takes depends on what it finds. `documents`: how many documents per task are reached
     in time, where the experiment is cut by --hours; `postponed`: it waits for another run of the same
-    command.
+    command; `early_seconds`: what of it is done before the ablations.
     """
 
     experiment: str
@@ -46,6 +46,7 @@ class StagePlan:
     rough: bool = False
     documents: int | None = None
     postponed: bool = False
+    early_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Plan:
     `convert_bytes`: what is still to be read to make the store, 0 where it is there. `wave_tokens`: the bound
     of a wave. `stop_after`: seconds from the start after which an experiment must stop, by --hours. `notes`:
     what there is to say of experiments beforehand. `machine`: what machine it is for where not for this one;
-    `advice`: what would save most.
+    `advice`: what would save most; `exact_that_fits`: how many units per task and shot count may be ablated
+    exactly within the hours, None where that was not asked.
     """
 
     memory: MemoryPlan
@@ -84,6 +86,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     machine: str = ""
     advice: tuple[Advice, ...] = ()
+    exact_that_fits: int | None = None
 
     @property
     def limits(self) -> SweepLimits:
@@ -190,10 +193,12 @@ class Counting:
 
     def stage(self, work: StageWork) -> tuple[StagePlan, list["Chunk"]]:
         """Return a stage's plan, and the documents and seconds of each of its sweeps."""
-        store, cost = self._prepared.store, SweepCost()
+        store, cost, early_seconds = self._prepared.store, SweepCost(), 0.0
         chunks: list[Chunk] = []
         for part, part_cost in work.costs(self._prepared, self._limits, self._resident):
             cost += part_cost
+            if work.stage.is_early(self._prepared, part):
+                early_seconds += self.seconds(part_cost)
             if isinstance(part, SweepPart):
                 seconds = self.seconds(part_cost)
                 chunks.append(Chunk(part.documents_before, part.documents, seconds))
@@ -208,6 +213,7 @@ class Counting:
             + round(self._memory.head_read_bytes(cost.answers)),
             seconds=self.seconds(cost),
             rough=work.stage.rough,
+            early_seconds=early_seconds,
         )
         return plan, chunks
 
@@ -248,7 +254,8 @@ def within_hours(plan: Plan, hours: float, chunks: Mapping[str, Sequence["Chunk"
             f"{math.ceil(10 * first / 3600) / 10:g} or more, or fewer documents (--limit, --train-limit)"
         )
     left = max(0.0, total - first - taken("leftover"))
-    postpones = taken("stretched") > left
+    early = min(left, sum(stage.early_seconds for stage in plan.stages))
+    postpones = taken("stretched") > left - early
     stop_after = dict.fromkeys(seconds, total)
     stages = []
     for stage in plan.stages:
@@ -256,9 +263,9 @@ def within_hours(plan: Plan, hours: float, chunks: Mapping[str, Sequence["Chunk"
         if share in ("stretched", "postponed"):
             stop_after[stage.experiment] = first + left
         if share == "stretched":
-            documents, is_cut = _reached(chunks[stage.experiment], left)
+            documents, is_cut = _reached(chunks[stage.experiment], left - early)
             if is_cut:
-                stage = replace(stage, documents=documents, seconds=min(stage.seconds, left))
+                stage = replace(stage, documents=documents, seconds=min(stage.seconds, left - early))
         elif share == "postponed" and not postpones:
             stage = replace(stage, seconds=min(stage.seconds, left - taken("stretched")))
         stages.append(replace(stage, postponed=share == "postponed" and postpones))

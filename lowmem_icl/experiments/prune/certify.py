@@ -19,7 +19,7 @@ from lowmem_icl.experiments.prune.settings import Setting, settings_of
 from lowmem_icl.masks.mask import Mask, Unit
 from lowmem_icl.session.document_limits import BOUNDED_OBJECTIVES
 from lowmem_icl.session.prepare import Prepared
-from lowmem_icl.session.work import SweepPart, Work, scores_by_task, sweep_in_chunks
+from lowmem_icl.session.work import Part, SweepPart, Work, scores_by_task, sweep_in_chunks
 from lowmem_icl.statistics.certificate import (
     LEVEL,
     cluster_means,
@@ -32,6 +32,7 @@ from lowmem_icl.tasks.scoring import document_scores
 MOST_TESTED = 16
 MASKS_PER_SWEEP = 4
 PART = "prune-certify"
+LABEL = "certify masks"
 
 Values = NDArray[np.float64]
 
@@ -148,6 +149,11 @@ def parts(prepared: Prepared, plan: SearchPlan) -> Iterator[SweepPart]:
             yield replace(part, name="")
 
 
+def is_part(part: Part) -> bool:
+    """Tell whether a planned part is one of certificates."""
+    return part.label.startswith(LABEL)
+
+
 def certificates(
     work: Work, settings: Mapping[str, Setting], paths: Mapping[str, Sequence[Unit]]
 ) -> dict[str, Certificate]:
@@ -199,7 +205,7 @@ class _Step:
         self._tasks = [prepared.certify[index] for index in self._masks]
         self.sweeps = sweep_in_chunks(
             f"{PART}-{start:02d}",
-            f"certify masks {start + 1} to {start + MASKS_PER_SWEEP}",
+            f"{LABEL} {start + 1} to {start + MASKS_PER_SWEEP}",
             self._tasks,
             [tuple(masks) for masks in self._masks.values()],
             CHUNK,

@@ -38,6 +38,8 @@ from lowmem_icl.tasks.loading import TaskRows
 
 NO_RANKINGS = "prune: curves remove units by their importance; run them with importance among --experiments"
 
+PART = "curves"
+
 Points = list[list[CurvePoint]]
 
 # By a task's metric, what it lost; a task's own metric counts as its accuracy.
@@ -135,12 +137,12 @@ def _masks(points: Points) -> list[tuple[Mask, ...]]:
 
 
 def _sweeps(prepared: Prepared, points: Points) -> list[SweepPart]:
-    return sweep_in_chunks("curves", "pruning curves", prepared.curves, _masks(points), CHUNK)
+    return sweep_in_chunks(PART, "pruning curves", prepared.curves, _masks(points), CHUNK)
 
 
 def _training_sweeps(prepared: Prepared, points: Points) -> list[SweepPart]:
     masks = _masks(_on_training(points))
-    return sweep_in_chunks("curves-train", "knees of pruning curves", prepared.train, masks, CHUNK)
+    return sweep_in_chunks(f"{PART}-train", "knees of pruning curves", prepared.train, masks, CHUNK)
 
 
 def _ranks_ffns_by_evaluation(prepared: Prepared, rankings: Rankings) -> bool:
@@ -154,7 +156,7 @@ def _ranks_ffns_by_evaluation(prepared: Prepared, rankings: Rankings) -> bool:
 def _ffn_parts(prepared: Prepared) -> list[SweepPart]:
     masks = (Mask(), *(unit.as_mask() for unit in all_ffns(prepared.skeleton.layers)))
     tasks = prepared.curves
-    return sweep_in_chunks("curves-ffns", "FFNs removed alone", tasks, [masks] * len(tasks), CHUNK)
+    return sweep_in_chunks(f"{PART}-ffns", "FFNs removed alone", tasks, [masks] * len(tasks), CHUNK)
 
 
 def _ffns_by_evaluation(work: Work) -> dict[RankingKey, Values]:

@@ -33,11 +33,19 @@ def run_early(work: Work, importance: ImportanceResult) -> Iterator[StageResult]
     """Draw the curves before the ablations, where these do not change them: where only some units are ablated
     exactly, nothing is ranked by that.
     """
-    options = work.prepared.options
-    n_units = len(units_of(work.prepared))
-    is_independent = options.screen is not None and options.resolved_exact < n_units
-    if "ablate" in options.experiments and is_independent:
+    if _curves_come_first(work.prepared):
         yield curves.run(work, rankings_of(importance), clean_evaluation(work))
+
+
+def is_early(prepared: Prepared, part: Part) -> bool:
+    """Tell whether a part is done before the ablations."""
+    return part.name.startswith(curves.PART) and _curves_come_first(prepared)
+
+
+def _curves_come_first(prepared: Prepared) -> bool:
+    options = prepared.options
+    is_screened = options.screen is not None and options.resolved_exact < len(units_of(prepared))
+    return is_screened and {"importance", "ablate"} <= set(options.experiments)
 
 
 def run(work: Work, importance: ImportanceResult | None, ablate: StageResult | None) -> Iterator[StageResult]:
