@@ -22,7 +22,8 @@ def test_every_config_is_one_that_a_run_takes(path: Path) -> None:
     options = run_options({"model": "facebook/opt-125m"}, path)
     assert options.resolved_shots == (0, 1, 5)
     told = tomllib.loads(path.read_text(encoding="utf-8"))
-    assert {"tasks", "curves"} <= told.keys()
+    assert "tasks" in told
+    assert options.curves
 
 
 def overnight(folder: Path, command: str, stores: Path) -> subprocess.CompletedProcess[str]:
