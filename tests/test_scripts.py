@@ -68,6 +68,28 @@ def test_a_night_ends_with_a_page_and_a_log_and_can_be_started_again(stores: Pat
     assert json.loads((folder / "run.json").read_text())["parts"]["made"] == 0
 
 
+def test_how_many_units_are_exact_is_chosen_once_for_all_nights(tmp_path: Path) -> None:
+    arguments, script = tmp_path / "arguments", tmp_path / "bin" / "lowmem-icl"
+    script.parent.mkdir()
+    environment = {"PATH": f"{script.parent}:{os.environ['PATH']}", "RUNS": str(tmp_path / "runs")}
+    for fits in (7, 9):
+        told = f"echo '{{\"exact_that_fits\": {fits}}}'"
+        script.write_text(f'#!/bin/sh\necho "$@" >> {arguments}\n[ "$1" = plan ] && {told}\nexit 0\n')
+        script.chmod(0o755)
+        night = subprocess.run(
+            [SCRIPTS / "overnight_opt66b.sh", "--seed", "1"], capture_output=True, text=True, timeout=60,
+            env=os.environ | environment | {"HOURS": "9"}, check=False,
+        )  # fmt: skip
+        assert night.returncode == 0, night.stdout + night.stderr
+    asked = [line.split() for line in arguments.read_text(encoding="utf-8").splitlines()]
+    assert [words[0] for words in asked] == ["convert", "plan", "plan", "run", "convert", "plan", "run"]
+    assert "--exact" not in asked[1]
+    for words in (asked[2], asked[3], asked[5], asked[6]):
+        assert words[words.index("--exact") + 1] == "7"
+        assert words[words.index("--hours") + 1] == "9"
+        assert words[-2:] == ["--seed", "1"]
+
+
 def test_a_mistake_stops_the_night_before_it_starts(stores: Path, tmp_path: Path) -> None:
     refused = invoke("plan", "--tasks", "nonsense", "--hours", 1)
     assert refused.exit_code == 2
