@@ -55,7 +55,15 @@ class Stage:
 STAGES = (
     Stage("evaluate", (), evaluate.parts, evaluate.run, share="whole"),
     Stage("importance", (), importance.parts, importance.run, importance.expected, share="whole"),
-    Stage("ablate", ("importance",), ablate.parts, ablate.run, ablate.expected, share="stretched"),
+    Stage(
+        "ablate",
+        ("importance",),
+        ablate.parts,
+        ablate.run,
+        ablate.expected,
+        share="stretched",
+        notes=ablate.notes,
+    ),
     Stage(
         "prune",
         ("importance", "ablate"),

@@ -43,6 +43,17 @@ def parts(prepared: Prepared, importance: ImportanceResult | None) -> list[Sweep
     return [part for each in passes(prepared, importance) for part in each.parts]
 
 
+def notes(prepared: Prepared) -> tuple[str, ...]:
+    """Return a sentence for a plan: how many units are not ablated exactly."""
+    options, n_units = prepared.options, len(units_of(prepared))
+    if options.screen is None or options.resolved_exact >= n_units:
+        return ()
+    return (
+        f"ablate: {options.resolved_exact:,} of {n_units:,} units are ablated exactly per task and shots, "
+        "all others keep their estimates",
+    )
+
+
 def expected(prepared: Prepared) -> StageResult:
     """Return rankings by arbitrary scores, of what there will be exact rankings of."""
     rng, skeleton = np.random.default_rng(1), prepared.skeleton

@@ -74,6 +74,14 @@ class Effort:
         ffn_masks = max(1, min(masks // 4, 2 * -(-plan.layers // groups)))
         return cls(groups, False, min(estimates, 2 * groups - 1), masks - ffn_masks, ffn_masks)
 
+    def in_words(self, plan: SearchPlan) -> str:
+        """Say how closely a search looks."""
+        order = "every unit measured alone" if self.alone else "units ordered by what is known or estimated"
+        again = f", estimated again {self.estimates} times" if self.estimates else ""
+        groups = "layer by layer" if self.groups == plan.layers else f"layers in {self.groups} groups"
+        masks = f"at most {self.head_masks} masks of each one's heads and {self.ffn_masks} of its FFNs"
+        return f"nested searches, {groups}, {order}{again}; {masks} are checked"
+
     def masks(self, together: Sequence[Unit]) -> int:
         """Return how many masks the checking half is asked for, of units that are tried together."""
         kinds = {unit.kind for unit in together}

@@ -9,6 +9,7 @@ from lowmem_icl.experiments.evaluate import stage as evaluate
 from lowmem_icl.experiments.importance.stage import ImportanceResult
 from lowmem_icl.experiments.prune import certify, curves, greedy
 from lowmem_icl.experiments.prune.judging import clean_evaluation
+from lowmem_icl.experiments.prune.settings import effort_of, search_plan
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import StageResult, rankings_of
 from lowmem_icl.session.work import Part, Work
@@ -24,9 +25,13 @@ def parts(prepared: Prepared, importance: ImportanceResult | None, ablate: Stage
 
 
 def notes(prepared: Prepared) -> tuple[str, ...]:
-    """Return sentences for a plan: how many documents certificates need, and where there are too few."""
-    need = certify.need(prepared)
-    return (*([need] if need else []), *certify.notes(prepared))
+    """Return sentences for a plan: how closely nested searches look, how many documents certificates need,
+    and where there are too few.
+    """
+    plan = search_plan(prepared)
+    effort, need = effort_of(prepared, plan), certify.need(prepared)
+    closely = [] if effort is None else [f"prune: {effort.in_words(plan)}"]
+    return (*closely, *([need] if need else []), *certify.notes(prepared))
 
 
 def run_early(work: Work, importance: ImportanceResult) -> Iterator[StageResult]:
