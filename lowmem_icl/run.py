@@ -119,6 +119,7 @@ def _run_stages(
             opened.parts,
             audience.progress,
             wants_results=publisher.is_due,
+            after_part=publisher.publish_if_due,
         )
         deadlines = Deadlines(plan, time.monotonic())
         taken = _Taken(model)

@@ -182,6 +182,17 @@ def test_a_part_stopped_by_the_clock_goes_on_and_ends_the_same(
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+def test_whoever_shows_results_is_told_of_every_part(int8_store: Store, tmp_path: Path, part: Part) -> None:
+    told: list[bool] = []
+    with work_of(int8_store, tmp_path) as work:
+        telling = replace(work, after_part=lambda: told.append(work.parts.has(part.name)))
+        arrays_of(telling, part)
+        assert told == [True]
+        arrays_of(telling, part)
+        assert told == [True, True], "also where it was there"
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 def test_what_is_finished_is_there_when_the_time_is_over(
     int8_store: Store, tmp_path: Path, part: Part
 ) -> None:

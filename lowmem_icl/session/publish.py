@@ -35,11 +35,13 @@ class Publisher:
         self._prepared, self._opened, self._write_page = prepared, opened, write_page
         self._warnings = list(warnings)
         self._published = time.monotonic()
+        self._has_more = False
         self.results: dict[str, StageResult] = {}
 
     def fold(self, experiment: str, result: StageResult) -> None:
         """Take what a stage has found so far in place of what it had before."""
         self.results[experiment] = result
+        self._has_more = True
 
     @property
     def unfinished(self) -> list[str]:
@@ -70,7 +72,10 @@ class Publisher:
                 write_mask(target / f"{made.name}.json", mask_file)
         self.write_record()
         self._write_page(folder)
-        self._published = time.monotonic()
+        self._is_published()
+
+    def _is_published(self) -> None:
+        self._published, self._has_more = time.monotonic(), False
 
     def is_due(self) -> bool:
         """Tell whether the last page was a while ago."""
@@ -78,7 +83,7 @@ class Publisher:
 
     def publish_if_due(self) -> None:
         """Write everything, unless that was done a moment ago."""
-        if self.is_due():
+        if self._has_more and self.is_due():
             self.publish()
 
     def _mask_file(self, made: MaskResult) -> MaskFile:

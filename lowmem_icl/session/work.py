@@ -123,7 +123,8 @@ class Work:
     """What executes the parts of a stage: the model, the memory for residuals, and where finished parts are.
 
     `deadline`: the time by `clock` at which the stage must stop. `wants_results`: whether anybody would look
-    at what there is before a stage is over; it costs seconds to compute.
+    at what there is before a stage is over; it costs seconds to compute. `after_part`: called whenever a part
+    is there.
     """
 
     prepared: Prepared
@@ -135,6 +136,7 @@ class Work:
     deadline: float = float("inf")
     clock: Callable[[], float] = time.monotonic
     wants_results: Callable[[], bool] = lambda: True
+    after_part: Callable[[], None] = lambda: None
 
     def check_time(self) -> None:
         """Raise OutOfTime where the stage's time is over."""
@@ -157,8 +159,7 @@ class Work:
                 sweep(self._setup(advance, draft), jobs, scores, keep_clean=part.keep_clean)
             return _by_job(scores)
 
-        arrays = self.parts.get_or_make(part.name, make)
-        return [Scores(**fields) for fields in _of_jobs(arrays)]
+        return [Scores(**fields) for fields in _of_jobs(self._made(part.name, make))]
 
     def gradients(self, part: GradientsPart) -> list[UnitGradients]:
         """Return the unit gradients of a part's tasks, from its file or from two reads of the weights per
@@ -186,8 +187,7 @@ class Work:
                 unit_gradients(self._setup(advance, draft), jobs, gradients)
             return _by_job(gradients)
 
-        arrays = self.parts.get_or_make(part.name, make)
-        return [UnitGradients(**fields) for fields in _of_jobs(arrays)]
+        return [UnitGradients(**fields) for fields in _of_jobs(self._made(part.name, make))]
 
     def head_scores(self, part: HeadScoresPart) -> HeadScores:
         """Return the scores of all heads, from the part's file or from a read of the weights per block of
@@ -209,7 +209,12 @@ class Work:
             rows.discard()
             return scores.arrays()
 
-        return HeadScores(**self.parts.get_or_make(part.name, make))
+        return HeadScores(**self._made(part.name, make))
+
+    def _made(self, name: str, make: Callable[[Draft], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+        arrays = self.parts.get_or_make(name, make)
+        self.after_part()
+        return arrays
 
     def _counted(self, label: str, cost: SweepCost) -> Any:
         return self.progress(label, operations(cost, self.prepared.skeleton), "operations")

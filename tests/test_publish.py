@@ -1,0 +1,47 @@
+"""When pages are written: whatever was found is shown two minutes later at the latest, while work goes on."""
+
+from typing import Any
+
+import pytest
+
+from lowmem_icl.session.publish import SECONDS_BETWEEN_PAGES, Publisher
+from lowmem_icl.session.result import StageResult
+
+
+class Counted(Publisher):
+    """Counts its pages instead of writing them."""
+
+    pages = 0
+
+    def publish(self) -> None:
+        self.pages += 1
+        self._is_published()
+
+
+@pytest.fixture
+def seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, in seconds, that a test sets."""
+    now = [0.0]
+    monkeypatch.setattr("lowmem_icl.session.publish.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_what_was_found_early_is_shown_while_a_long_stage_goes_on(seconds: list[float]) -> None:
+    nothing: Any = None
+    publisher = Counted(nothing, nothing, [], lambda folder: None)
+    seconds[0] = SECONDS_BETWEEN_PAGES + 1
+    publisher.publish_if_due()
+    assert publisher.pages == 0, "there is nothing to show"
+    publisher.fold("prune", StageResult())
+    publisher.publish_if_due()
+    assert publisher.pages == 1
+    seconds[0] += 10
+    publisher.fold("prune", StageResult())
+    publisher.publish_if_due()
+    assert publisher.pages == 1, "the last page is ten seconds old"
+    seconds[0] += SECONDS_BETWEEN_PAGES
+    publisher.publish_if_due()
+    assert publisher.pages == 2, "a part was made meanwhile"
+    seconds[0] += SECONDS_BETWEEN_PAGES
+    publisher.publish_if_due()
+    assert publisher.pages == 2, "nothing new"
