@@ -14,10 +14,10 @@ from lowmem_icl.experiments.prune.search import (
     Answer,
     Asked,
     EstimateRequest,
-    Progress,
     Request,
     Search,
     SearchPlan,
+    SearchState,
     Values,
     doubling,
     evenly,
@@ -110,23 +110,23 @@ def nested_search(plan: SearchPlan, tolerance: float, effort: Effort, known: Kno
     """Search one mask; yields requests and is sent their answers; returns the result."""
     clean_choose = yield Request("choose", (Mask(),))
     clean_check = yield Request("check", (Mask(),))
-    progress = Progress(plan, tolerance, clean_choose, clean_check)
+    state = SearchState(plan, tolerance, clean_choose, clean_check)
     visits = plan.visits(effort.groups)
     again = effort.estimates_before(len(visits))
     estimates = known.estimates
     costs = np.zeros(0)
     for number, together in enumerate(visits):
         if effort.alone:
-            order = yield from progress.by_cost(together)
+            order = yield from state.by_cost(together)
         else:
             if number in again or estimates is None:
-                estimates = yield EstimateRequest(progress.mask)
+                estimates = yield EstimateRequest(state.mask)
             if number in again or not len(costs):
                 costs = _costs(estimates, clean_choose, known)
-            order = progress.cheapest_first(together, costs[[plan.index(unit) for unit in together]])
-        progress.visit(together)
-        yield from _remove_beginnings(progress, [together[index] for index in order], effort.masks(together))
-    return progress.result()
+            order = state.cheapest_first(together, costs[[plan.index(unit) for unit in together]])
+        state.visit(together)
+        yield from _remove_beginnings(state, [together[index] for index in order], effort.masks(together))
+    return state.result()
 
 
 def _costs(estimates: Answer, clean: Answer, known: KnownCosts) -> Values:
@@ -142,7 +142,7 @@ def _costs(estimates: Answer, clean: Answer, known: KnownCosts) -> Values:
 
 
 def _remove_beginnings(
-    progress: Progress, candidates: Sequence[Unit], most_masks: int
+    state: SearchState, candidates: Sequence[Unit], most_masks: int
 ) -> Generator[Asked, Answer, None]:
     """Remove the longest beginning of an order that is allowed, and again of what stands behind the unit that
     broke it, until so many masks are checked.
@@ -152,13 +152,13 @@ def _remove_beginnings(
     while rest and left:
         count = min(left, together)
         sizes = list(doubling(open_units, count)) if is_behind else evenly(open_units, count)
-        answer = yield Request("check", tuple(_without(progress.mask, rest[:size]) for size in sizes))
+        answer = yield Request("check", tuple(_without(state.mask, rest[:size]) for size in sizes))
         left -= len(sizes)
-        losses = progress.losses(answer)
-        allowed = [index for index in range(len(sizes)) if progress.allows(float(losses[index]))]
+        losses = state.losses(answer)
+        allowed = [index for index in range(len(sizes)) if state.allows(float(losses[index]))]
         gone = sizes[allowed[-1]] if allowed else 0
         if allowed:
-            progress.remove(rest[:gone], answer, allowed[-1], float(losses[allowed[-1]]))
+            state.remove(rest[:gone], answer, allowed[-1], float(losses[allowed[-1]]))
         broken = [size for size in sizes if size > gone]
         # One more than are open breaks the tolerance, as is known already, or there are no more.
         open_units = (broken[0] if broken else open_units + 1) - gone - 1

@@ -115,7 +115,7 @@ class SearchPlan:
         return unit.layer * self.heads + unit.head
 
 
-class Progress:
+class SearchState:
     """How far a search is: the mask so far, the checking half's answer under it, and the units that went.
 
     A unit may go where the whole loss on the checking half stays within the tolerance × the share, by weight,
