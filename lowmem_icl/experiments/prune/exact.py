@@ -10,8 +10,8 @@ def greedy_search(plan: SearchPlan, tolerance: float) -> Search:
     """Search one mask; yields requests and is sent their answers; returns the result.
 
     Of the units tried together, the one that costs the objective least for its weight on the choosing half is
-    removed, then all are measured again; one that the tolerance does not allow (search.SearchState) is put back
-    and the next cheapest tried.
+    removed, then all are measured again; one that the tolerance does not allow (search.SearchState) is put
+    back and the next cheapest tried.
     """
     clean_choose = yield Request("choose", (Mask(),))
     clean_check = yield Request("check", (Mask(),))
