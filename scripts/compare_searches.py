@@ -1,12 +1,15 @@
-"""Nested searches beside exact ones: what they remove, what is left, and what they cost.
+"""Cheaper programmes beside full ones: what their searches remove, what is left, and what they cost.
 
     python scripts/compare_searches.py EXACT,NESTED [EXACT,NESTED …] [--docs docs/pruning.md] [--json FILE]
+    python scripts/compare_searches.py FULL,NIGHT --rankings
 
 Each pair names two run folders of the same options, but for --search (and --screen, --exact where the cheaper
 search is to be compared as well). Per pair it tells the units that all searches removed together; how many
 searches leave an accuracy on the evaluation split more than one standard error below the exact one's; how
 many leave less than the gradient ranking's mask of equal size; and the operations planned for all that
-`prune` does. With --docs the table goes where the file marks it.
+`prune` does. With --docs the table goes where the file marks it. With --rankings it tells instead how far the
+rankings of heads agree (Spearman's correlation of their ablation drops and of their gradient scores), and how
+many per cent knees are apart at most.
 """
 
 import json
@@ -20,6 +23,7 @@ import typer
 from lowmem_icl.errors import InputError
 from lowmem_icl.masks.files import read_mask
 from lowmem_icl.session.folder import run_record
+from lowmem_icl.statistics.agreement import spearman
 from lowmem_icl.tables.schema import read_table
 
 BEGIN, END = "<!-- searches: scripts/compare_searches.py -->", "<!-- /searches -->"
@@ -97,12 +101,48 @@ def row(pair: dict[str, Any]) -> str:
     )
 
 
+def agreement(full: Path, cheap: Path) -> list[dict[str, Any]]:
+    """Return by task and shot count how far rankings of heads and knees of two runs agree."""
+    results = [read_table(folder / "results.parquet", "results") for folder in (full, cheap)]
+    heads = pl.col("kind").eq("head") & pl.col("task").ne("aggregate")
+    wanted = {
+        "drops": (pl.col("procedure") == "single") & (pl.col("metric") == "gold_logprob_drop") & heads,
+        "gradients": (pl.col("experiment") == "importance") & (pl.col("metric") == "gradient") & heads,
+    }
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for name, chosen in wanted.items():
+        unit = ["task", "shots", "layer", "head"]
+        one, other = (frame.filter(chosen).select(*unit, "value", "exact") for frame in results)
+        for (task, shots), both in one.join(other, on=unit).group_by("task", "shots", maintain_order=True):
+            entry = found.setdefault((task, shots), {"task": task, "shots": shots})
+            entry[name] = spearman(both["value"].to_numpy(), both["value_right"].to_numpy())
+            if name == "drops":
+                entry["exact"] = int(both["exact_right"].sum())
+    curve = ["procedure", "task", "shots", "method", "kind", "other_task", "other_shots"]
+    one, other = (frame.filter(pl.col("metric") == "knee").select(*curve, "value") for frame in results)
+    # FFNs are ranked by their exact drops or, where these are not known, by gradients.
+    same = [name for name in curve if name != "method"]
+    knees = one.join(other, on=same, nulls_equal=True)
+    for task, shots, apart in (
+        knees.group_by("task", "shots").agg((pl.col("value") - pl.col("value_right")).abs().max()).iter_rows()
+    ):
+        if (task, shots) in found:
+            found[task, shots]["knees_apart"] = apart
+    return list(found.values())
+
+
 def main(
     pairs: Annotated[list[str], typer.Argument(help="Two run folders each, with a comma between.")],
     docs: Annotated[Path | None, typer.Option(help="A file that marks where the table goes.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
+    rankings: Annotated[bool, typer.Option("--rankings", help="Tell how far rankings agree.")] = False,
 ) -> None:
     """Print the table."""
+    if rankings:
+        for pair in pairs:
+            full, _, cheap = pair.partition(",")
+            typer.echo("\n".join(map(json.dumps, agreement(Path(full), Path(cheap)))))
+        return
     found = []
     for pair in pairs:
         exact, _, nested = pair.partition(",")
