@@ -6,7 +6,8 @@ set -euo pipefail
 here=$(dirname "$0")
 model=${MODEL:-facebook/opt-66b}
 hours=${HOURS:-10}
-chosen=${RUNS:-runs}/$(basename "$model")/exact
+# Beside the run folder: one with other files in it and no run is refused.
+chosen=${RUNS:-runs}/$(basename "$model").exact
 lowmem-icl convert "$model" --delete-shards
 if [ ! -s "$chosen" ]; then
     mkdir -p "$(dirname "$chosen")"

@@ -12,6 +12,7 @@ from commands import PROCESS, invoke
 
 from lowmem_icl.masks.files import check_fits, read_mask
 from lowmem_icl.options import RunOptions, run_options
+from lowmem_icl.session.folder import check_output
 from lowmem_icl.session.prepare import prepare, with_store
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -105,6 +106,8 @@ def test_how_many_units_are_exact_is_chosen_once_for_all_nights(tmp_path: Path) 
         assert words[words.index("--exact") + 1] == "7"
         assert words[words.index("--hours") + 1] == "9"
         assert words[-2:] == ["--seed", "1"]
+    # A run refuses a folder that holds something else.
+    check_output(run_options({"out": str(tmp_path / "runs" / "opt-66b")}, None))
 
 
 def test_a_mistake_stops_the_night_before_it_starts(stores: Path, tmp_path: Path) -> None:
