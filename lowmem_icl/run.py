@@ -74,14 +74,15 @@ def run(
     device = resolved_device(options.device)
     identity = identity_of(options, device.type, prepared.store.manifest.digest, prepared.tasks_digest, masks)
     with open_folder(folder, identity, announce=audience.announce) as opened:
-        hours = None
+        hours, now = None, time.monotonic()
         if options.hours is not None:
-            hours = max(0.0, options.hours - (time.monotonic() - started) / 3600)
+            hours = max(0.0, options.hours - (now - started) / 3600)
         plan = make_plan(prepared, hours=hours, finished=opened.parts.has)
         audience.show_plan(plan)
         opened.begin(options, prepared, plan.as_record())
         publisher = Publisher(prepared, opened, [warning for warning in warnings if warning], _write_page)
-        _run_stages(prepared, plan, opened, publisher, audience)
+        # Planning takes of the hours too.
+        _run_stages(prepared, plan, Deadlines(plan, now), opened, publisher, audience)
         for warning in publisher.warnings:
             logger.warning(warning)
             audience.announce(f"warning: {warning}")
@@ -95,7 +96,12 @@ def _write_page(folder: Path) -> None:
 
 
 def _run_stages(
-    prepared: Prepared, plan: Plan, opened: RunFolder, publisher: Publisher, audience: Audience
+    prepared: Prepared,
+    plan: Plan,
+    deadlines: Deadlines,
+    opened: RunFolder,
+    publisher: Publisher,
+    audience: Audience,
 ) -> None:
     """Run the stages on the opened model, publishing what they find as they find it."""
     memory, planned = plan.memory, {stage.experiment: stage for stage in plan.stages}
@@ -121,7 +127,6 @@ def _run_stages(
             wants_results=publisher.is_due,
             after_part=publisher.publish_if_due,
         )
-        deadlines = Deadlines(plan, time.monotonic())
         taken = _Taken(model)
         for stage, result, is_over in run_stages(work, deadlines):
             publisher.fold(stage.name, result)

@@ -6,12 +6,18 @@ set -euo pipefail
 here=$(dirname "$0")
 model=${MODEL:-facebook/opt-66b}
 hours=${HOURS:-10}
-chosen=${RUNS:-runs}/$(basename "$model")/exact
+# Beside the run folder: one with other files in it and no run is refused.
+chosen=${RUNS:-runs}/$(basename "$model").exact
 lowmem-icl convert "$model" --delete-shards
 if [ ! -s "$chosen" ]; then
     mkdir -p "$(dirname "$chosen")"
-    lowmem-icl plan --config "$here/overnight_opt66b.toml" --model "$model" --hours "$hours" --json "$@" |
-        python3 -c 'import json, sys; print(max(1, json.load(sys.stdin)["exact_that_fits"]))' > "$chosen.partial"
+    lowmem-icl plan --config "$here/overnight_opt66b.toml" --model "$model" --hours "$hours" --json "$@" > "$chosen.plan"
+    # Nothing, where nothing is ablated: the preset's number stays.
+    python3 -c 'import json, sys
+fits = json.load(sys.stdin)["exact_that_fits"]
+print("" if fits is None else max(1, fits))' < "$chosen.plan" > "$chosen.partial"
     mv "$chosen.partial" "$chosen"
+    rm "$chosen.plan"
 fi
-exec "$here/overnight.sh" "$here/overnight_opt66b.toml" "$model" "$hours" --exact "$(cat "$chosen")" "$@"
+exact=$(cat "$chosen")
+exec "$here/overnight.sh" "$here/overnight_opt66b.toml" "$model" "$hours" ${exact:+--exact "$exact"} "$@"

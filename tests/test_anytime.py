@@ -3,7 +3,9 @@ kept and gone on from.
 """
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -15,6 +17,8 @@ from hypothesis import strategies as st
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.experiments.ablate.measure import Estimates, screened
 from lowmem_icl.experiments.ablate.sweeps import doubling_chunks, every_set_first, scored_so_far
+from lowmem_icl.planning.hours import Deadlines
+from lowmem_icl.planning.plan import Plan, make_plan
 from lowmem_icl.session.work import OutOfTime, SweepPart, Work
 from lowmem_icl.tables.schema import read_table
 from lowmem_icl.tasks.documents import Document, TaskRows
@@ -277,3 +281,21 @@ def test_with_shared_demonstrations_every_set_comes_early_and_results_stay_as_th
     assert early["document"].unique(maintain_order=True).to_list() == [
         documents[number] for number in (0, 1, 4, 8)
     ]
+
+
+def test_planning_takes_of_the_hours(stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moments: dict[str, float] = {}
+
+    def planned(*given: Any, **named: Any) -> Plan:
+        moments["planning"] = time.monotonic()
+        return make_plan(*given, **named)
+
+    def deadlines(plan: Plan, started: float) -> Deadlines:
+        moments["started"] = started
+        return Deadlines(plan, started)
+
+    monkeypatch.setattr("lowmem_icl.run.make_plan", planned)
+    monkeypatch.setattr("lowmem_icl.run.Deadlines", deadlines)
+    told = run_small(tmp_path / "run", stores, "--experiments", "evaluate", "--hours", 5)
+    assert told.exit_code == 0, told.output
+    assert moments["started"] <= moments["planning"]

@@ -53,6 +53,8 @@ def test_rates_scale_with_the_weights_of_a_model(machine: Path, int8_store: Stor
     ("fields", "named"),
     [
         ({"ffn_products_per_second": 0}, "ffn_products_per_second"),
+        ({"ffn_products_per_second": 1e308}, "ffn_products_per_second"),
+        ({"call_seconds": 1e308}, "call_seconds"),
         ({"disk_bytes_per_second": float("nan")}, "disk_bytes_per_second"),
         ({"memory_bytes": "64GB"}, "memory_bytes"),
         ({"format": "lowmem-icl-machine/9"}, "format"),

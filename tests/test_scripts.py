@@ -12,6 +12,7 @@ from commands import PROCESS, invoke
 
 from lowmem_icl.masks.files import check_fits, read_mask
 from lowmem_icl.options import RunOptions, run_options
+from lowmem_icl.session.folder import check_output
 from lowmem_icl.session.prepare import prepare, with_store
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -68,26 +69,45 @@ def test_a_night_ends_with_a_page_and_a_log_and_can_be_started_again(stores: Pat
     assert json.loads((folder / "run.json").read_text())["parts"]["made"] == 0
 
 
+def night_by(folder: Path, of_plan: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+    """A night of OPT-66B where `lowmem-icl plan` does as told and all else nothing, and how it was called."""
+    arguments, script = folder / "arguments", folder / "bin" / "lowmem-icl"
+    script.parent.mkdir(exist_ok=True)
+    script.write_text(f'#!/bin/sh\necho "$@" >> {arguments}\n[ "$1" = plan ] && {of_plan}\nexit 0\n')
+    script.chmod(0o755)
+    environment = {"PATH": f"{script.parent}:{os.environ['PATH']}", "RUNS": str(folder / "runs")}
+    night = subprocess.run(
+        [SCRIPTS / "overnight_opt66b.sh", "--seed", "1"], capture_output=True, text=True, timeout=60,
+        env=os.environ | environment | {"HOURS": "9"}, check=False,
+    )  # fmt: skip
+    return night, [line.split() for line in arguments.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_plan_that_refuses_stops_the_night_with_its_exit_code(tmp_path: Path) -> None:
+    night, asked = night_by(tmp_path, "{ echo 'does not fit' >&2; exit 3; }")
+    assert night.returncode == 3
+    assert night.stderr == "does not fit\n"
+    assert [words[0] for words in asked] == ["convert", "plan"]
+
+
+def test_where_nothing_is_ablated_the_preset_says_how_many_units_are_exact(tmp_path: Path) -> None:
+    night, asked = night_by(tmp_path, """echo '{"exact_that_fits": null}'""")
+    assert night.returncode == 0, night.stdout + night.stderr
+    assert not any("--exact" in words for words in asked)
+
+
 def test_how_many_units_are_exact_is_chosen_once_for_all_nights(tmp_path: Path) -> None:
-    arguments, script = tmp_path / "arguments", tmp_path / "bin" / "lowmem-icl"
-    script.parent.mkdir()
-    environment = {"PATH": f"{script.parent}:{os.environ['PATH']}", "RUNS": str(tmp_path / "runs")}
     for fits in (7, 9):
-        told = f"echo '{{\"exact_that_fits\": {fits}}}'"
-        script.write_text(f'#!/bin/sh\necho "$@" >> {arguments}\n[ "$1" = plan ] && {told}\nexit 0\n')
-        script.chmod(0o755)
-        night = subprocess.run(
-            [SCRIPTS / "overnight_opt66b.sh", "--seed", "1"], capture_output=True, text=True, timeout=60,
-            env=os.environ | environment | {"HOURS": "9"}, check=False,
-        )  # fmt: skip
+        night, asked = night_by(tmp_path, f"echo '{{\"exact_that_fits\": {fits}}}'")
         assert night.returncode == 0, night.stdout + night.stderr
-    asked = [line.split() for line in arguments.read_text(encoding="utf-8").splitlines()]
     assert [words[0] for words in asked] == ["convert", "plan", "plan", "run", "convert", "plan", "run"]
     assert "--exact" not in asked[1]
     for words in (asked[2], asked[3], asked[5], asked[6]):
         assert words[words.index("--exact") + 1] == "7"
         assert words[words.index("--hours") + 1] == "9"
         assert words[-2:] == ["--seed", "1"]
+    # A run refuses a folder that holds something else.
+    check_output(run_options({"out": str(tmp_path / "runs" / "opt-66b")}, None))
 
 
 def test_a_mistake_stops_the_night_before_it_starts(stores: Path, tmp_path: Path) -> None:

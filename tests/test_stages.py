@@ -17,6 +17,7 @@ from lowmem_icl.experiments.order import STAGES, run_stages
 from lowmem_icl.options import EXPERIMENTS, RunOptions
 from lowmem_icl.planning.costs import largest_sweeps, planned_work, row_lengths, work_left
 from lowmem_icl.planning.measure import Rates
+from lowmem_icl.planning.memory import backward_bytes
 from lowmem_icl.planning.plan import make_plan
 from lowmem_icl.session.prepare import Prepared, prepare
 from lowmem_icl.session.result import StageResult
@@ -48,6 +49,8 @@ class PlayedWork(Work):
     allowed: int = 10**9
 
     def _ask(self, part: Part) -> np.random.Generator:
+        for earlier in (earlier for earlier in self.asked if earlier.name == part.name):
+            assert content_of(part) == content_of(earlier), f"{part.name} would be read from another's file"
         if part.name not in self.finished:
             if len(self.asked) >= self.allowed:
                 raise OutOfTime
@@ -108,6 +111,13 @@ def described(part: Part) -> tuple[Any, ...]:
     if isinstance(part, GradientsPart):
         return part.name, tuple((task.task, task.shots) for task in part.tasks)
     return (part.name,)
+
+
+def content_of(part: Part) -> Any:
+    """What the file of a part depends on, of those that have masks."""
+    if isinstance(part, SweepPart):
+        return [(job.task.documents, job.documents, job.masks) for job in part.jobs]
+    return [(task.documents, part.masks) for task in part.tasks] if isinstance(part, GradientsPart) else None
 
 
 def documents_of(part: Part) -> tuple[Any, ...]:
@@ -317,6 +327,15 @@ def test_curves_that_ablations_do_not_rank_are_there_before_these() -> None:
     assert names.index("ablate-000000") < names.index("curves-000000"), "by what these find FFNs are ranked"
 
 
+def test_curves_stay_as_they_were_drawn_where_a_few_ablations_hold_all_ffns() -> None:
+    prepared = prepared_for(screen="attribution", exact=35)
+    work = played(prepared)
+    results = {stage.name: result for stage, result, _ in run_stages(work, {})}
+    assert any(key.method == "ablation" for key in results["ablate"].rankings.ffns)
+    curves = results["prune"].results.filter(procedure="curve-ffns")
+    assert set(curves["method"]) == {"gradient"}
+
+
 def test_a_stage_that_waits_asks_for_nothing_and_says_so() -> None:
     work = played(prepared_for())
     results = last_results(work, frozenset({"prune"}))
@@ -440,3 +459,27 @@ def test_memory_is_dealt_out_by_the_largest_sweep_of_every_stage_that_is_known()
     most = max(documents.values())
     assert sweeps - {"evaluate-labels-000000"} <= {name for name, n in documents.items() if n == most}
     assert len(sweeps) == 2, "what searches and induction ask for is not known beforehand"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"experiments": ("prune",), "screen": "attribution", "exact": 8, "search": "nested"}, {}],
+    ids=str,
+)
+def test_a_run_that_goes_back_through_layers_has_the_memory_and_the_rates_for_that(
+    changes: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepared_for(**changes)
+    parts = [part for stage in planned_work(prepared) for part in stage.parts]
+    assert any(isinstance(part, GradientsPart) for part in parts)
+    asked: list[bool] = []
+
+    def measured(*_: Any, backward: bool) -> Rates:
+        asked.append(backward)
+        return RATES
+
+    monkeypatch.setattr("lowmem_icl.planning.plan.measure", measured)
+    plan = make_plan(prepared)
+    assert asked == [True]
+    back = backward_bytes(prepared.skeleton, plan.memory.micro_batch_tokens, 1)
+    assert plan.memory.working_bytes >= back

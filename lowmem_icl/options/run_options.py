@@ -53,6 +53,12 @@ class RunOptions(RunFields):
         return self.exact or DEFAULT_EXACT
 
     @property
+    def takes_gradients(self) -> bool:
+        """Whether a run may go back through the layers: for importance, and for what a search estimates."""
+        experiments = set(self.experiments)
+        return "importance" in experiments or ("prune" in experiments and self.screen is not None)
+
+    @property
     def protocol_flags(self) -> Protocol:
         """Which of its steps the protocol does in the reference's way."""
         return PROTOCOLS[self.protocol]

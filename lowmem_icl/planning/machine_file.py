@@ -29,7 +29,8 @@ FORMAT: Literal["lowmem-icl-machine/1"] = "lowmem-icl-machine/1"
 MEASURED_ROW = 128
 LARGEST_FILE_BYTES = 1 << 20
 
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Wide bounds, beyond which seconds would overflow.
+Rate = Annotated[float, Field(ge=1, le=1e24, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0, le=1 << 60)]
 
 
@@ -49,7 +50,7 @@ class MachineFile(BaseModel):
     machine: dict[str, str | int | None]
     memory_bytes: Bytes
     device_memory_bytes: Bytes | None
-    call_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    call_seconds: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
     attention_products_per_second: Rate
     projection_products_per_second: Rate
     ffn_products_per_second: Rate

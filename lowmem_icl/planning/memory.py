@@ -232,7 +232,7 @@ def working_bytes(prepared: Prepared, longest_tokens: int, together: int) -> int
     options, skeleton = prepared.options, prepared.skeleton
     tokens = max(together, longest_tokens)
     working = forward_bytes(skeleton, tokens, longest_tokens)
-    if "importance" in options.experiments:
+    if options.takes_gradients:
         working = backward_bytes(skeleton, tokens, longest_tokens)
     if "induction" in options.experiments:
         # What stays while the pass runs; a layer's heads are read before its FFN.

@@ -176,7 +176,7 @@ def _measured(prepared: Prepared, planned: list[StageWork], memory: MemoryPlan) 
             max(SHORTEST_MEASURED_ROW, row_lengths(prepared, planned).mean),
             memory.limits(),
             device,
-            backward="importance" in prepared.options.experiments,
+            backward=prepared.options.takes_gradients,
         )
 
 

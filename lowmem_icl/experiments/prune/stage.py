@@ -11,7 +11,7 @@ from lowmem_icl.experiments.prune import certify, curves, greedy
 from lowmem_icl.experiments.prune.judging import clean_evaluation
 from lowmem_icl.experiments.prune.settings import effort_of, search_plan
 from lowmem_icl.session.prepare import Prepared
-from lowmem_icl.session.result import StageResult, rankings_of
+from lowmem_icl.session.result import Rankings, StageResult, rankings_of
 from lowmem_icl.session.work import Part, Work
 
 
@@ -19,7 +19,7 @@ def parts(prepared: Prepared, importance: ImportanceResult | None, ablate: Stage
     """Return the work of curves, and what searches are expected to ask for."""
     return [
         *evaluate.clean_parts(prepared, {}),
-        *curves.parts(prepared, rankings_of(importance, ablate)),
+        *curves.parts(prepared, _curve_rankings(prepared, importance, ablate)),
         *greedy.parts(prepared),
     ]
 
@@ -39,7 +39,8 @@ def run_early(work: Work, importance: ImportanceResult) -> Iterator[StageResult]
     exactly, nothing is ranked by that.
     """
     if _curves_come_first(work.prepared):
-        yield curves.run(work, rankings_of(importance), clean_evaluation(work))
+        rankings = _curve_rankings(work.prepared, importance, None)
+        yield curves.run(work, rankings, clean_evaluation(work))
 
 
 def is_early(prepared: Prepared, part: Part) -> bool:
@@ -53,9 +54,18 @@ def _curves_come_first(prepared: Prepared) -> bool:
     return is_screened and {"importance", "ablate"} <= set(options.experiments)
 
 
+def _curve_rankings(
+    prepared: Prepared, importance: ImportanceResult | None, ablate: StageResult | None
+) -> Rankings:
+    """Return what curves remove units by; also where screened ablations happen to hold all FFNs of a task,
+    the curves that were drawn before them stay.
+    """
+    return rankings_of(importance, None if _curves_come_first(prepared) else ablate)
+
+
 def run(work: Work, importance: ImportanceResult | None, ablate: StageResult | None) -> Iterator[StageResult]:
     """Prune by rankings and by greedy search; yields when the curves are there, which come first."""
-    rankings = rankings_of(importance, ablate)
+    rankings = _curve_rankings(work.prepared, importance, ablate)
     clean = clean_evaluation(work)
     curved = curves.run(work, rankings, clean)
     yield curved
