@@ -12,10 +12,10 @@ lowmem-icl convert "$model" --delete-shards
 if [ ! -s "$chosen" ]; then
     mkdir -p "$(dirname "$chosen")"
     lowmem-icl plan --config "$here/overnight_opt66b.toml" --model "$model" --hours "$hours" --json "$@" > "$chosen.plan"
-    # Nothing, where nothing is ablated: the preset's number stays.
+    # Nothing, where nothing is ablated or one night does not do: the preset's number stays.
     python3 -c 'import json, sys
 fits = json.load(sys.stdin)["exact_that_fits"]
-print("" if fits is None else max(1, fits))' < "$chosen.plan" > "$chosen.partial"
+print(fits or "")' < "$chosen.plan" > "$chosen.partial"
     mv "$chosen.partial" "$chosen"
     rm "$chosen.plan"
 fi

@@ -42,7 +42,7 @@ def run_with_lambada(tmp_path_factory: pytest.TempPathFactory) -> PlayedRun:
         tasks=("recall", "knowledge", "lambada"), data_dir=folder, shots=(0, 2), curves=ALL_CURVES
     )
     found: dict[str, StageResult] = {}
-    for stage, result, _ in run_stages(played(prepared), {}, frozenset()):
+    for stage, result, _ in run_stages(played(prepared), {}):
         found[stage.name] = result
     return PlayedRun(prepared, found)
 

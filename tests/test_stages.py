@@ -16,6 +16,7 @@ from lowmem_icl.engine.unit_gradients import UnitGradients
 from lowmem_icl.experiments.order import STAGES, run_stages
 from lowmem_icl.options import EXPERIMENTS, RunOptions
 from lowmem_icl.planning.costs import largest_sweeps, planned_work, row_lengths, work_left
+from lowmem_icl.planning.hours import Deadlines
 from lowmem_icl.planning.measure import Rates
 from lowmem_icl.planning.memory import backward_bytes
 from lowmem_icl.planning.plan import make_plan
@@ -47,12 +48,13 @@ class PlayedWork(Work):
     asked: list[Part] = field(default_factory=list)
     finished: set[str] = field(default_factory=set)
     allowed: int = 10**9
+    no_time_for: str = "nothing"
 
     def _ask(self, part: Part) -> np.random.Generator:
         for earlier in (earlier for earlier in self.asked if earlier.name == part.name):
             assert content_of(part) == content_of(earlier), f"{part.name} would be read from another's file"
         if part.name not in self.finished:
-            if len(self.asked) >= self.allowed:
+            if len(self.asked) >= self.allowed or part.name.startswith(self.no_time_for):
                 raise OutOfTime
             self.asked.append(part)
             self.finished.add(part.name)
@@ -166,7 +168,7 @@ def test_the_plan_describes_what_a_run_does(changes: Mapping[str, Any]) -> None:
     planned = [part for work in planned_work(prepared) for part in work.parts]
     work = played(prepared)
     results: dict[str, StageResult] = {}
-    for stage, result, _ in run_stages(work, {}, frozenset()):
+    for stage, result, _ in run_stages(work, {}):
         results[stage.name] = result
     asked = [part for part in work.asked if not is_search(part)]
     if prepared.options.screen is not None:
@@ -194,7 +196,7 @@ def test_the_plan_describes_what_a_run_does(changes: Mapping[str, Any]) -> None:
 def test_curves_are_counted_with_about_as_many_masks_as_there_are() -> None:
     prepared = prepared_for(curves=ALL_CURVES, experiments=("importance", "ablate", "prune"))
     work = played(prepared)
-    list(run_stages(work, {}, frozenset()))
+    list(run_stages(work, {}))
 
     def n_masks(parts: list[Part]) -> int:
         return sum(
@@ -213,7 +215,7 @@ def test_curves_are_counted_with_about_as_many_masks_as_there_are() -> None:
 def test_searches_are_counted_about_as_they_go(search: str) -> None:
     prepared = prepared_for(experiments=("prune",), curves=(), search=search)
     work = played(prepared)
-    list(run_stages(work, {}, frozenset()))
+    list(run_stages(work, {}))
 
     def variants(parts: list[Part]) -> float:
         return sum(
@@ -236,7 +238,7 @@ def test_a_run_that_was_cut_by_its_hours_continues_with_what_the_plan_says_is_le
 ) -> None:
     prepared = prepared_for(experiments=("evaluate", "importance", "ablate"), train_limit=6, **more)
     first = played(prepared, allowed=allowed)
-    unfinished = [result.unfinished for _, result, is_over in run_stages(first, {}, frozenset()) if is_over]
+    unfinished = [result.unfinished for _, result, is_over in run_stages(first, {}) if is_over]
     assert any(unfinished)
     left = [
         part
@@ -244,7 +246,7 @@ def test_a_run_that_was_cut_by_its_hours_continues_with_what_the_plan_says_is_le
         for part in stage.parts
     ]
     second = played(prepared, finished=set(first.finished))
-    assert not any(result.unfinished for _, result, is_over in run_stages(second, {}, frozenset()) if is_over)
+    assert not any(result.unfinished for _, result, is_over in run_stages(second, {}) if is_over)
     assert [described(part) for part in left] == [described(part) for part in second.asked]
 
 
@@ -295,19 +297,20 @@ def test_hours_reach_the_documents_that_the_plan_names(
     (ablate,) = (stage for stage in plan.stages if stage.experiment == "ablate")
     work = timed(prepared, plan.limits)
     results: dict[str, StageResult] = {}
-    for stage, result, _ in run_stages(work, plan.stop_after, plan.postponed):
+    for stage, result, _ in run_stages(work, Deadlines(plan, 0.0)):
         results[stage.name] = result
     sweeps = [part for part in work.asked if isinstance(part, SweepPart)]
     reached = [part.documents for part in sweeps if part.name.startswith("ablate-")]
     assert ablate.documents == (None if share > 1 else max(reached, default=0))
     assert bool(results["ablate"].unfinished) == (share < 1)
-    assert plan.postponed == (frozenset({"prune"}) if postponed and share < 1 else frozenset())
+    waiting = {stage.experiment for stage in plan.stages if stage.postponed}
+    assert waiting == ({"prune"} if postponed and share < 1 else set())
     assert share > 1 or not any(is_search(part) for part in work.asked)
 
 
-def last_results(work: PlayedWork, postponed: frozenset[str] = frozenset()) -> dict[str, StageResult]:
+def last_results(work: PlayedWork) -> dict[str, StageResult]:
     """What every stage ends with."""
-    return {stage.name: result for stage, result, is_over in run_stages(work, {}, postponed) if is_over}
+    return {stage.name: result for stage, result, is_over in run_stages(work, {}) if is_over}
 
 
 def test_curves_that_ablations_do_not_rank_are_there_before_these() -> None:
@@ -318,7 +321,7 @@ def test_curves_that_ablations_do_not_rank_are_there_before_these() -> None:
     names = [part.name for part in work.asked]
     assert names.index("curves-000000") < names.index("ablate-000000") < names.index("prune-00000")
     assert len(names) == len(set(names)), "nothing is done twice"
-    cut = last_results(work, frozenset({"prune"}))["prune"]
+    cut = last_results(played(prepared, no_time_for="ablate"))["prune"]
     assert "waits" in cut.unfinished
     assert set(cut.results["procedure"]) >= {"curve-heads", "curve-ffns"}, "they stay on the page"
     exact = played(prepared_for())
@@ -337,11 +340,12 @@ def test_curves_stay_as_they_were_drawn_where_a_few_ablations_hold_all_ffns() ->
 
 
 def test_a_stage_that_waits_asks_for_nothing_and_says_so() -> None:
-    work = played(prepared_for())
-    results = last_results(work, frozenset({"prune"}))
+    work = played(prepared_for(), no_time_for="ablate")
+    results = last_results(work)
     waiting = "prune: waits for the ablations to finish; the same command continues"
     assert {name: result.unfinished for name, result in results.items() if result.unfinished} == {
-        "prune": waiting
+        "ablate": "ablate: the time was over after 0 of 3 documents per task; the same command continues",
+        "prune": waiting,
     }
     assert not [part.name for part in work.asked if part.name.startswith(("prune", "curves"))]
     assert results["prune"].results.is_empty()

@@ -70,7 +70,7 @@ def plan_table(plan: Plan) -> Table:
 
 def _expected(stage: StagePlan) -> str:
     if stage.postponed:
-        return f"{duration(stage.seconds)}: waits for another run"
+        return f"{duration(stage.seconds)}: once the ablations are done"
     if stage.documents is not None:
         return f"{duration(stage.seconds)}: {stage.documents} documents per task"
     return duration(stage.seconds)

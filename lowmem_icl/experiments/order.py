@@ -29,10 +29,10 @@ class Stage:
     **needs) to its result, as often as there is more to show. `expected`: a stand-in for its result before
     there is one, by which the planner describes later stages. `share`: what it gets of limited hours.
     `whole`: all it takes, the others build on it; `leftover`: what it takes, as far as there is time;
-    `stretched`: it goes on while there is time; `postponed`: it waits for another run until all it needs is
-    finished. `rough`: how much it takes depends on what it finds. `notes`: sentences that a plan says of it.
-    `early`: what of its work follows from `early_after` alone is done as soon as that is over, and shown;
-    `is_early`: which of its parts these are.
+    `stretched`: it goes on while there is time; `postponed`: it waits, for another run if need be, until all
+    it needs is finished. `rough`: how much it takes depends on what it finds. `notes`: sentences that a plan
+    says of it. `early`: what of its work follows from `early_after` alone is done as soon as that is over,
+    and shown; `is_early`: which of its parts these are.
     """
 
     name: Experiment
@@ -87,9 +87,7 @@ def _is_whole(work: Work, stage: Stage, results: Mapping[str, StageResult]) -> b
     return all(name in results and not results[name].unfinished for name in asked)
 
 
-def run_stages(
-    work: Work, deadlines: Mapping[str, float], postponed: frozenset[str] = frozenset()
-) -> Iterator[tuple[Stage, StageResult, bool]]:
+def run_stages(work: Work, deadlines: Mapping[str, float]) -> Iterator[tuple[Stage, StageResult, bool]]:
     """Run the experiments asked for; yields each one's result whenever it has more, and whether it is over.
 
     deadlines: by experiment, the time by the work's clock at which it must stop, asked for when it begins.
@@ -101,7 +99,7 @@ def run_stages(
         if stage.name not in work.prepared.options.experiments:
             continue
         latest = early.get(stage.name, StageResult())
-        if stage.name in postponed or (stage.share == "postponed" and not _is_whole(work, stage, results)):
+        if stage.share == "postponed" and not _is_whole(work, stage, results):
             sentence = f"{stage.name}: waits for the ablations to finish; the same command continues"
             latest = replace(latest, unfinished=sentence)
         else:

@@ -35,7 +35,10 @@ class RunOptions(RunFields):
                 "--exact: expected with --screen attribution, which says what is left out; add it"
             )
         if self.screen is not None and "ablate" in experiments and "importance" not in experiments:
-            raise ValueError("--screen: its estimates come from importance; add that to --experiments")
+            of_preset = f" (of --preset {self.preset})" if self.preset else ""
+            raise ValueError(
+                f"--screen{of_preset}: its estimates come from importance; add that to --experiments"
+            )
         if self.rescore and not {"importance", "prune"} <= experiments:
             raise ValueError("--rescore: expected importance and prune among --experiments; add them")
         if self.label_drops and "ablate" not in experiments:

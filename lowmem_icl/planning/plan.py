@@ -4,7 +4,7 @@ hours there are.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 from lowmem_icl.engine.cost import SweepCost, operations
@@ -34,8 +34,8 @@ class StagePlan:
     left out.
 
     `rough`: how much it takes depends on what it finds. `documents`: how many documents per task are reached
-    in time, where the experiment is cut by --hours; `postponed`: it waits for another run of the same
-    command; `early_seconds`: what of it is done before the ablations.
+    in time, where the experiment is cut by --hours; `postponed`: it waits for ablations that are not expected
+    to be finished; `early_seconds`: what of it is done before the ablations.
     """
 
     experiment: str
@@ -69,10 +69,9 @@ class Plan:
     """The whole run: what is on disk and in memory, this machine's rates, and the cost of every experiment.
 
     `convert_bytes`: what is still to be read to make the store, 0 where it is there. `wave_tokens`: the bound
-    of a wave. `stop_after`: seconds from the start after which an experiment must stop, by --hours. `notes`:
-    what there is to say of experiments beforehand. `machine`: what machine it is for where not for this one;
-    `advice`: what would save most; `exact_that_fits`: how many units per task and shot count may be ablated
-    exactly within the hours, None where that was not asked.
+    of a wave. `notes`: what there is to say of experiments beforehand. `machine`: what machine it is for
+    where not for this one; `advice`: what would save most; `exact_that_fits`: how many units per task and
+    shot count may be ablated exactly within the hours, None where that was not asked.
     """
 
     memory: MemoryPlan
@@ -82,7 +81,6 @@ class Plan:
     wave_tokens: int
     stages: tuple[StagePlan, ...]
     hours: float | None = None
-    stop_after: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     machine: str = ""
     advice: tuple[Advice, ...] = ()
@@ -92,11 +90,6 @@ class Plan:
     def limits(self) -> SweepLimits:
         """What sweeps may use."""
         return self.memory.limits(self.wave_tokens)
-
-    @property
-    def postponed(self) -> frozenset[str]:
-        """Experiments that wait for another run."""
-        return frozenset(stage.experiment for stage in self.stages if stage.postponed)
 
     def as_record(self) -> dict[str, object]:
         """Return plain values for run.json."""
@@ -256,12 +249,9 @@ def within_hours(plan: Plan, hours: float, chunks: Mapping[str, Sequence["Chunk"
     left = max(0.0, total - first - taken("leftover"))
     early = min(left, sum(stage.early_seconds for stage in plan.stages))
     postpones = taken("stretched") > left - early
-    stop_after = dict.fromkeys(seconds, total)
     stages = []
     for stage in plan.stages:
         share = next(known.share for known in STAGES if known.name == stage.experiment)
-        if share in ("stretched", "postponed"):
-            stop_after[stage.experiment] = first + left
         if share == "stretched":
             documents, is_cut = _reached(chunks[stage.experiment], left - early)
             if is_cut:
@@ -269,7 +259,7 @@ def within_hours(plan: Plan, hours: float, chunks: Mapping[str, Sequence["Chunk"
         elif share == "postponed" and not postpones:
             stage = replace(stage, seconds=min(stage.seconds, left - taken("stretched")))
         stages.append(replace(stage, postponed=share == "postponed" and postpones))
-    return replace(plan, stages=tuple(stages), hours=hours, stop_after=stop_after)
+    return replace(plan, stages=tuple(stages), hours=hours)
 
 
 class Chunk(NamedTuple):

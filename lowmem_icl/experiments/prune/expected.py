@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from lowmem_icl.experiments.prune.known import estimated_before
 from lowmem_icl.experiments.prune.nested import Effort
 from lowmem_icl.experiments.prune.search import Half, SearchPlan
 from lowmem_icl.experiments.prune.settings import effort_of, most_searches
-from lowmem_icl.experiments.prune.steps import AskedMasks, estimates_part, sweep_part
+from lowmem_icl.experiments.prune.steps import AskedMasks, estimates_part, half_of, sweep_part
 from lowmem_icl.masks.mask import Mask, Unit
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.work import Part
@@ -40,8 +41,8 @@ def _nested(prepared: Prepared, plan: SearchPlan, effort: Effort) -> Iterator[Pa
     """Yield the steps of nested searches: estimates, or every unit alone, then beginnings of the order."""
     visits = plan.visits(effort.groups)
     again = effort.estimates_before(len(visits))
-    # Without importance nothing is known at first.
-    if not effort.alone and "importance" not in prepared.options.experiments:
+    halves = [half_of(task, "choose") for task in prepared.train]
+    if not effort.alone and estimated_before(prepared, halves) is None:
         again |= {0}
     seen: set[int] = set()
     for number, together in enumerate(visits):

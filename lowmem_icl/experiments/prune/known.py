@@ -1,4 +1,9 @@
-"""What other stages know of units before a search: exact drops and estimates, on its choosing half alone."""
+"""What other stages know of units before a search: exact drops and estimates, on its choosing half alone.
+
+Which units have exact drops was decided by estimates on all training documents.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
@@ -23,7 +28,8 @@ def known_costs(
 ) -> KnownCosts:
     """Return what the search of a setting may know of the documents that choose."""
     halves = [half_of(prepared.train[index], "choose") for index in setting.tasks]
-    objective = prepared.options.objective
+    # What a unit costs in accuracy, few documents do not tell: the order is by log-probability.
+    objective = "gold_logprob" if prepared.options.objective == "acc" else prepared.options.objective
     return KnownCosts(
         None if importance is None else _estimates(prepared, importance, halves),
         () if ablate is None else tuple(_exact_drops(ablate, task, objective, plan) for task in halves),
@@ -38,17 +44,34 @@ def _slope_of_probability(probability: Values) -> Values:
     return probability * (1 - probability)
 
 
-def _estimates(prepared: Prepared, importance: ImportanceResult, halves: list[TaskRows]) -> Answer | None:
-    """Return the estimates of every task's documents, [U, N]; None where gradients lack some of them."""
+def estimated_before(prepared: Prepared, halves: Sequence[TaskRows]) -> list[list[int]] | None:
+    """Return where in importance's documents those of choosing halves are, by task; None where it lacks some.
+
+    There are estimates of all tasks or, where importance has fewer documents than searches, of none.
+    """
+    if "importance" not in prepared.options.experiments:
+        return None
+    places = {
+        (task.task, task.shots): {document.index: at for at, document in enumerate(task.documents)}
+        for task in prepared.importance
+    }
     found = []
     for task in halves:
-        by_document = importance.attribution[task.task, task.shots]
-        of = next(of for of in prepared.importance if (of.task, of.shots) == (task.task, task.shots))
-        place = {document.index: number for number, document in enumerate(of.documents)}
-        if any(document.index not in place for document in task.documents):
+        known = places.get((task.task, task.shots), {})
+        if any(document.index not in known for document in task.documents):
             return None
-        found.append(by_document[[place[document.index] for document in task.documents]].T)
-    return tuple(found)
+        found.append([known[document.index] for document in task.documents])
+    return found
+
+
+def _estimates(prepared: Prepared, importance: ImportanceResult, halves: list[TaskRows]) -> Answer | None:
+    """Return the estimates of every task's documents, [U, N]; None where gradients lack some of them."""
+    places = estimated_before(prepared, halves)
+    if places is None:
+        return None
+    return tuple(
+        importance.attribution[task.task, task.shots][at].T for task, at in zip(halves, places, strict=True)
+    )
 
 
 def _exact_drops(ablate: StageResult, task: TaskRows, objective: str, plan: SearchPlan) -> dict[int, float]:

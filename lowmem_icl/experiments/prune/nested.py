@@ -97,8 +97,8 @@ class KnownCosts:
     """What is known of units beforehand, on the choosing half.
 
     `estimates`: of every group of documents what units are estimated to cost in gold log-probability [U, N];
-    None where nothing is. `exact`: of every group what removing single ones costs the objective, by their
-    index. `slope`: how much of the objective a document loses per nat, from the objective [N].
+    None where nothing is. `exact`: of every group what removing single ones costs, by their index. `slope`:
+    how much of what `exact` is in a document loses per nat, from the objective [N].
     """
 
     estimates: Answer | None = field(default=None, repr=False)
