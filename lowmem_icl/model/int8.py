@@ -42,15 +42,20 @@ def quantise_rows(values: Tensor, without: Tensor | None = None) -> tuple[Tensor
     quantised = torch.empty(values.shape, dtype=torch.int8, device=values.device)
     maxima = torch.empty(values.shape[0], device=values.device)
     step = max(1, (DEVICE_ELEMENTS if values.is_cuda else CACHE_ELEMENTS) // values.shape[1])
+    scratch = torch.empty(min(step, len(values)), values.shape[1], device=values.device)
     for start in range(0, values.shape[0], step):
         rows = slice(start, start + step)
-        part = values[rows].float()
+        part = values[rows].detach().float()
+        scaled = torch.abs(part, out=scratch[: len(part)])
         if without is not None:
-            part = part.index_fill(1, without, 0.0)
-        largest = torch.amax(part.abs(), 1, out=maxima[rows])
+            scaled.index_fill_(1, without, 0.0)
+        largest = torch.amax(scaled, 1, out=maxima[rows])
         # A row of zeros (all heads removed) would divide by nothing; any scale keeps it zero.
         scale = 127.0 / torch.where(largest == 0, 1.0, largest)
-        quantised[rows] = (part * scale[:, None]).round_()
+        torch.mul(part, scale[:, None], out=scaled)
+        if without is not None:
+            scaled.index_fill_(1, without, 0.0)
+        quantised[rows] = scaled.round_()
     return quantised, maxima
 
 
@@ -73,8 +78,11 @@ def integer_product(left: Tensor, right: Tensor) -> Tensor:
         exact = len(left) > 0 and all(size % DEVICE_MULTIPLE == 0 for size in right.shape)
     else:
         exact = _has_integer_instructions()
-    if exact:
+    if exact and left.is_cuda:
         return _operators.int8_linear_matmul(left, right)
+    if exact:
+        # What bitsandbytes' operator calls here, without the way through Python's dispatcher.
+        return torch._int_mm(left, right.t())
     return product_in_float_blocks(left, right)
 
 
