@@ -56,11 +56,12 @@ def test_blocks_give_the_attention_of_the_whole_mask(seed: int, shared: int, var
     for mask in masks(seed, shared):
         tokens, stem = len(mask.positions), len(mask.key_positions) - len(mask.positions)
         q, k, v = torch.randn(3, variants, heads, stem + tokens, width)
-        rows = [states[:, :, stem:].transpose(0, 1).flatten(1, 2)[None] for states in (q, k, v)]
+        query, key, value = (states[:, :, stem:].transpose(0, 1).flatten(1, 2)[None] for states in (q, k, v))
         segment = Segment(variants, mask)
         if stem:
             segment = replace(segment, stem_keys=k[:, :, :stem], stem_values=v[:, :, :stem])
-        found, _ = attend_by_row(torch.nn.Identity(), *rows, RowAttention([segment], False), scaling=0.3)
+        attention = RowAttention([segment], False)
+        found, _ = attend_by_row(torch.nn.Identity(), query, key, value, attention, scaling=0.3)
         seen = mask.seen[:tokens, : stem + tokens]
         expected = scaled_dot_product_attention(q[:, :, stem:], k, v, attn_mask=seen, scale=0.3)
         torch.testing.assert_close(found[0], expected.transpose(1, 2).flatten(0, 1), atol=1e-5, rtol=1e-5)
