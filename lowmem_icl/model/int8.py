@@ -12,6 +12,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 OUTLIER_THRESHOLD = 6.0
 FIXED_ROWS = 128
@@ -119,6 +120,22 @@ def matmul_in_fixed_rows(left: Tensor, right: Tensor, fixed_rows: int = FIXED_RO
             block = torch.cat([block, block.new_zeros(fixed_rows - block.shape[0], block.shape[1])])
         out[start : start + fixed_rows] = (block @ right)[: rows - start]
     return out
+
+
+def add_product_in_fixed_rows(out: Tensor, left: Tensor, right: Tensor, fixed_rows: int) -> None:
+    """Add left [M, K] @ right [K, N] to out [M, N] in blocks of so many rows, the last one filled up.
+
+    As in `matmul_in_fixed_rows` a row's result does not depend on how many come with it, and the product is
+    never in memory by itself.
+    """
+    for start in range(0, len(out), fixed_rows):
+        rows = slice(start, start + fixed_rows)
+        part, block = out[rows], left[rows]
+        if missing := fixed_rows - len(part):
+            filled = pad(part, (0, 0, 0, missing)).addmm_(pad(block, (0, 0, 0, missing)), right)
+            part.copy_(filled[: len(part)])
+        else:
+            part.addmm_(block, right)
 
 
 def product_with_weight(
@@ -244,7 +261,7 @@ class Int8Linear(nn.Module):
             else:
                 torch.addcmul(self.bias, part, self.SCB, out=part)
             if outliers is not None and self._outlier_weight is not None:
-                part += matmul_in_fixed_rows(outliers[rows], self._outlier_weight, fixed_rows)
+                add_product_in_fixed_rows(part, outliers[rows], self._outlier_weight, fixed_rows)
         return whole
 
     def _add_outlier_columns(self, values: Tensor) -> None:
