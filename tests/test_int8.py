@@ -13,6 +13,7 @@ from lowmem_icl.model import int8
 from lowmem_icl.model.int8 import (
     Int8Linear,
     SharedInput,
+    add_product_in_fixed_rows,
     dequantise_rows,
     matmul_in_fixed_rows,
     product_in_float_blocks,
@@ -83,6 +84,17 @@ def test_float_products_have_one_shape() -> None:
     whole = matmul_in_fixed_rows(left, right)
     torch.testing.assert_close(whole, left @ right)
     assert torch.equal(matmul_in_fixed_rows(left[7:9], right), whole[7:9])
+
+
+def test_products_are_added_the_same_in_any_company() -> None:
+    out, left, right = torch.randn(300, 20), torch.randn(300, 5), torch.randn(5, 20)
+    whole = out.clone()
+    add_product_in_fixed_rows(whole, left, right, 128)
+    torch.testing.assert_close(whole, out + left @ right)
+    for rows in (slice(7, 9), slice(100, 229), slice(17, 300)):
+        alone = out[rows].clone()
+        add_product_in_fixed_rows(alone, left[rows], right, 128)
+        assert torch.equal(alone, whole[rows])
 
 
 def test_gradients_go_through_the_dequantised_weight() -> None:

@@ -20,8 +20,54 @@ ATTENTION = "lowmem_icl_by_row"
 # 64 bytes of float32: with so many queries and keys every buffer of the attention starts on a full vector,
 # whichever thread works on it. MKL's products differ in the last bit between aligned and unaligned buffers.
 ROW_MULTIPLE = 16
+QUERY_BLOCK = 32
+SPARED_SHARE = 0.1
+"""Blocks of queries go together unless at least this share of their products is spared by keeping apart."""
 
 KeyBias = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class QueryBlock:
+    """Queries of a row that are multiplied with some of its keys only: none of them sees another key."""
+
+    queries: slice
+    keys: slice
+
+    @classmethod
+    def spanning(cls, blocks: Sequence["QueryBlock"]) -> "QueryBlock":
+        """Return the smallest block that contains all of these, which stand side by side."""
+        first, last = blocks[0].queries.start, blocks[-1].queries.stop
+        keys = [block.keys for block in blocks]
+        return cls(slice(first, last), slice(min(k.start for k in keys), max(k.stop for k in keys)))
+
+    @property
+    def products(self) -> int:
+        """How many pairs of a query and a key are multiplied."""
+        return (self.queries.stop - self.queries.start) * (self.keys.stop - self.keys.start)
+
+
+def query_blocks(first_seen: Sequence[int], stem_tokens: int) -> tuple[QueryBlock, ...]:
+    """Deal the queries of a row over blocks that leave out the keys before their trees and behind themselves.
+
+    first_seen [T]: the first token of the row that a token sees. Blocks depend on nothing else, so that a
+    row's attention is the same in any company; all sizes are multiples of ROW_MULTIPLE.
+    """
+    tokens = len(first_seen)
+    groups: list[list[QueryBlock]] = []
+    for start in range(0, _round_up(tokens), QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, _round_up(tokens))
+        # All see the stem, which stands before the first key of the row.
+        first = 0 if stem_tokens else min(first_seen[start:stop]) // ROW_MULTIPLE * ROW_MULTIPLE
+        last = _round_up(stem_tokens + min(stop, tokens))
+        block = QueryBlock(slice(start, stop), slice(first, last))
+        together = [*groups[-1], block] if groups else [block]
+        apart = sum(member.products for member in together)
+        if groups and apart >= (1 - SPARED_SHARE) * QueryBlock.spanning(together).products:
+            groups[-1] = together
+        else:
+            groups.append([block])
+    return tuple(QueryBlock.spanning(group) for group in groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +75,15 @@ class RowMask:
     """What the tokens of a row see of it and of its stem, and how deep each stands in its tree.
 
     seen: additive, 0 and -inf, [Q, K]: T and P + T, filled up to multiples of ROW_MULTIPLE. positions [T],
-    key_positions [P + T]: a token's depth, which is its position; deepest: the largest of them.
+    key_positions [P + T]: a token's depth, which is its position; deepest: the largest of them. blocks: the
+    queries in order, each with the keys that it is multiplied with.
     """
 
     seen: Tensor
     positions: Tensor
     key_positions: Tensor
     deepest: int
+    blocks: tuple[QueryBlock, ...]
 
     @classmethod
     def of(cls, ends: Tensor, positions: Tensor, deepest: int, stem_tokens: int = 0) -> "RowMask":
@@ -53,7 +101,12 @@ class RowMask:
         mask[:tokens, :stem_tokens] = 0
         mask[:tokens, stem_tokens : stem_tokens + tokens].masked_fill_(seen, 0)
         stem_positions = torch.arange(stem_tokens, device=device)
-        return cls(mask, positions, torch.cat([stem_positions, positions]), deepest)
+        if mask.is_cuda or not tokens:
+            # On a card one large call costs less than many small ones.
+            blocks: tuple[QueryBlock, ...] = (QueryBlock(slice(0, size[0]), slice(0, size[1])),)
+        else:
+            blocks = query_blocks(seen.byte().argmax(1).tolist(), stem_tokens)
+        return cls(mask, positions, torch.cat([stem_positions, positions]), deepest, blocks)
 
     def within(self, window: int | None) -> Tensor:
         """Return what is seen through a sliding window of so many tokens, itself included, [Q, K]."""
@@ -197,7 +250,7 @@ def attend_by_row(
             for states in (query, key, value)
         )
         z = _attend(segment, (q, k, v), scaling, row_attention.form)
-        outputs.append(z[:, :, : segment.tokens].transpose(1, 2).flatten(0, 1))
+        outputs.append(z[:, : segment.tokens].flatten(0, 1))
         start += segment.size
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
 
@@ -208,7 +261,7 @@ AttentionInterface.register(ATTENTION, attend_by_row)
 def _attend(
     segment: Segment, states: tuple[Tensor, Tensor, Tensor], scaling: float, form: AttentionForm
 ) -> Tensor:
-    """Return the output of one segment, filled up, [V, H, Q, d], from its states [V, H or G, T, d]."""
+    """Return the output of one segment, filled up, [V, Q, H, d], from its states [V, H or G, T, d]."""
     q, k, v = states
     mask = segment.mask.within(form.window)
     queries, keys = mask.shape
@@ -219,10 +272,28 @@ def _attend(
     if form.key_bias is not None:
         bias = form.key_bias(segment.mask.key_positions)
         mask = mask + pad(bias, (0, keys - bias.shape[1]))[:, None]
-    if form.softcap is None:
-        return scaled_dot_product_attention(filled_q, filled_k, filled_v, attn_mask=mask, scale=scaling)
-    products = filled_q @ filled_k.transpose(2, 3) * (scaling / form.softcap)
-    return (products.tanh() * form.softcap + mask).softmax(-1) @ filled_v
+    outputs = []
+    for block in segment.mask.blocks:
+        of_keys = filled_k[:, :, block.keys], filled_v[:, :, block.keys]
+        z = _attend_block(
+            filled_q[:, :, block.queries],
+            *of_keys,
+            mask[..., block.queries, block.keys],
+            scaling,
+            form.softcap,
+        )
+        outputs.append(z.transpose(1, 2))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+def _attend_block(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float | None
+) -> Tensor:
+    """Return the output of queries [V, H, Q, d] that see keys and values [V, H, K, d] through a mask."""
+    if softcap is None:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    products = q @ k.transpose(2, 3) * (scaling / softcap)
+    return (products.tanh() * softcap + mask).softmax(-1) @ v
 
 
 def _by_query_head(states: Tensor, n_heads: int) -> Tensor:

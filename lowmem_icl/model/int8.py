@@ -12,6 +12,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 OUTLIER_THRESHOLD = 6.0
 FIXED_ROWS = 128
@@ -42,15 +43,20 @@ def quantise_rows(values: Tensor, without: Tensor | None = None) -> tuple[Tensor
     quantised = torch.empty(values.shape, dtype=torch.int8, device=values.device)
     maxima = torch.empty(values.shape[0], device=values.device)
     step = max(1, (DEVICE_ELEMENTS if values.is_cuda else CACHE_ELEMENTS) // values.shape[1])
+    scratch = torch.empty(min(step, len(values)), values.shape[1], device=values.device)
     for start in range(0, values.shape[0], step):
         rows = slice(start, start + step)
-        part = values[rows].float()
+        part = values[rows].detach().float()
+        scaled = torch.abs(part, out=scratch[: len(part)])
         if without is not None:
-            part = part.index_fill(1, without, 0.0)
-        largest = torch.amax(part.abs(), 1, out=maxima[rows])
+            scaled.index_fill_(1, without, 0.0)
+        largest = torch.amax(scaled, 1, out=maxima[rows])
         # A row of zeros (all heads removed) would divide by nothing; any scale keeps it zero.
         scale = 127.0 / torch.where(largest == 0, 1.0, largest)
-        quantised[rows] = (part * scale[:, None]).round_()
+        torch.mul(part, scale[:, None], out=scaled)
+        if without is not None:
+            scaled.index_fill_(1, without, 0.0)
+        quantised[rows] = scaled.round_()
     return quantised, maxima
 
 
@@ -73,8 +79,11 @@ def integer_product(left: Tensor, right: Tensor) -> Tensor:
         exact = len(left) > 0 and all(size % DEVICE_MULTIPLE == 0 for size in right.shape)
     else:
         exact = _has_integer_instructions()
-    if exact:
+    if exact and left.is_cuda:
         return _operators.int8_linear_matmul(left, right)
+    if exact:
+        # What bitsandbytes' operator calls here, without the way through Python's dispatcher.
+        return torch._int_mm(left, right.t())
     return product_in_float_blocks(left, right)
 
 
@@ -111,6 +120,22 @@ def matmul_in_fixed_rows(left: Tensor, right: Tensor, fixed_rows: int = FIXED_RO
             block = torch.cat([block, block.new_zeros(fixed_rows - block.shape[0], block.shape[1])])
         out[start : start + fixed_rows] = (block @ right)[: rows - start]
     return out
+
+
+def add_product_in_fixed_rows(out: Tensor, left: Tensor, right: Tensor, fixed_rows: int) -> None:
+    """Add left [M, K] @ right [K, N] to out [M, N] in blocks of so many rows, the last one filled up.
+
+    As in `matmul_in_fixed_rows` a row's result does not depend on how many come with it, and the product is
+    never in memory by itself.
+    """
+    for start in range(0, len(out), fixed_rows):
+        rows = slice(start, start + fixed_rows)
+        part, block = out[rows], left[rows]
+        if missing := fixed_rows - len(part):
+            filled = pad(part, (0, 0, 0, missing)).addmm_(pad(block, (0, 0, 0, missing)), right)
+            part.copy_(filled[: len(part)])
+        else:
+            part.addmm_(block, right)
 
 
 def product_with_weight(
@@ -236,7 +261,7 @@ class Int8Linear(nn.Module):
             else:
                 torch.addcmul(self.bias, part, self.SCB, out=part)
             if outliers is not None and self._outlier_weight is not None:
-                part += matmul_in_fixed_rows(outliers[rows], self._outlier_weight, fixed_rows)
+                add_product_in_fixed_rows(part, outliers[rows], self._outlier_weight, fixed_rows)
         return whole
 
     def _add_outlier_columns(self, values: Tensor) -> None:
