@@ -38,6 +38,9 @@ def block_sizes(
     packed: tuple[PackedRows, ...], width: int, layers: int, limits: SweepLimits, *, keeps_clean: bool
 ) -> BlockSizes:
     """Return the blocks that rows of jobs are cut into; raises DoesNotFit where a single row does not fit."""
+    plain = _sizes_of_plain(packed, width, layers, limits, keeps_clean=keeps_clean)
+    if plain is not None:
+        return plain
     members = [BlockRow(index, row) for index, of_job in enumerate(packed) for row in of_job.rows]
     blocks = row_blocks(members, width, layers, limits, keeps_clean=keeps_clean)
     found: list[dict[int, tuple[int, int]]] = []
@@ -54,6 +57,42 @@ def block_sizes(
             columns[:, number, slot] = (*sizes, job)
     longest = np.array([max(len(member.row) for member in block) for block in blocks], dtype=np.int64)
     return BlockSizes(columns[0], columns[1], columns[2], longest)
+
+
+def _sizes_of_plain(
+    packed: tuple[PackedRows, ...], width: int, layers: int, limits: SweepLimits, *, keeps_clean: bool
+) -> BlockSizes | None:
+    """Return the blocks of rows without stems, cut by their sums as `row_blocks` cuts them one by one; None
+    where there are stems, or a row that does not fit.
+    """
+    if any(of_job.has_stems for of_job in packed):
+        return None
+    tokens, reads = np.concatenate([of_job.sizes for of_job in packed]).T
+    longest = int(tokens.max(initial=0))
+    if not len(tokens) or 2 * longest * width * FLOAT_BYTES > limits.alive_bytes:
+        return None
+    most = limits.block_tokens(width, layers, longest if keeps_clean else None)
+    summed = np.cumsum(tokens)
+    starts, end = [0], 0
+    while True:
+        before = int(summed[end - 1]) if end else 0
+        end = max(end + 1, int(np.searchsorted(summed, before + most, side="right")))
+        if end >= len(tokens):
+            break
+        starts.append(end)
+    block = np.repeat(np.arange(len(starts)), np.diff([*starts, len(tokens)]))
+    # Rows stand job by job, so the pairs of a block and a job do too.
+    pairs, of_row = np.unique(
+        block * len(packed) + np.repeat(np.arange(len(packed)), [len(of_job.rows) for of_job in packed]),
+        return_inverse=True,
+    )
+    blocks, jobs = np.divmod(pairs, len(packed))
+    slots = np.arange(len(pairs)) - np.searchsorted(blocks, blocks)
+    columns = np.zeros((3, len(starts), int(slots.max()) + 1), dtype=np.int64)
+    for column, values in zip(columns, (tokens, reads), strict=False):
+        column[blocks, slots] = np.bincount(of_row, values).astype(np.int64)
+    columns[2, blocks, slots] = jobs
+    return BlockSizes(columns[0], columns[1], columns[2], np.maximum.reduceat(tokens, starts))
 
 
 @dataclass(frozen=True, eq=False)

@@ -81,6 +81,9 @@ class Prepared:
     notes: tuple[str, ...] = ()
     sample_note: str = ""
     masks: Mapping[str, Mask] = field(default_factory=dict)
+    counted: dict[tuple[object, ...], Any] | None = field(default=None, repr=False, compare=False)
+    """What a plan has counted, by what it depends on, so that alternatives are counted by what differs; None
+    for a run, whose memory it would take."""
     _outlines: dict[tuple[object, ...], tuple[TaskRows, PackedRows]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -328,11 +331,11 @@ def prepare_plan(options: RunOptions, *, progress: Progress = unseen) -> Prepare
     """
     basis = _Basis.of(options, progress, needs_weights=False)
     if basis.texts_are_kept():
-        return basis.with_texts(open_tasks(options), progress)
+        return replace(basis.with_texts(open_tasks(options), progress), counted={})
     opened = cache(partial(open_tasks, options))
     if basis.has_sample() or _count_prompts(opened(), options) > MOST_EXACT:
-        return basis.sampled(opened, progress)
-    return basis.with_texts(opened(), progress)
+        return replace(basis.sampled(opened, progress), counted={})
+    return replace(basis.with_texts(opened(), progress), counted={})
 
 
 def _count_prompts(tasks: Sequence[OpenTask], options: RunOptions) -> int:
