@@ -1,6 +1,7 @@
 """A plan for people: what a run will hold, read and compute, and how fast this machine is."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -23,9 +24,11 @@ def plan_with_advice(options: RunOptions, machine: Path | None, terminal: Termin
     """
     other = None if machine is None else read_machine(machine)
     finished = parts_of(check_output(options)).has
-    prepared = prepare_plan(options, progress=terminal.progress)
+    # Alternatives are of the same tasks, which are opened once.
+    prepare = partial(prepare_plan, progress=terminal.progress, opened={})
+    prepared = prepare(options)
     plan = make_plan(prepared, hours=options.hours, finished=finished, machine=other, kept_rates=True)
-    found = advice(prepared, plan, prepare_plan, finished, other)
+    found = advice(prepared, plan, prepare, finished, other)
     return replace(plan, advice=found, exact_that_fits=exact_that_fits(prepared, plan, finished))
 
 
