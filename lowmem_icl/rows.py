@@ -116,6 +116,16 @@ class PackedRows:
     option_count: int
 
     @cached_property
+    def sizes(self) -> Integers:
+        """Tokens and reads of every row, [N, 2], without their stems."""
+        return np.array([(len(row), len(row.reads)) for row in self.rows], dtype=np.int64).reshape(-1, 2)
+
+    @cached_property
+    def has_stems(self) -> bool:
+        """Whether any row grows from a stem."""
+        return any(row.stem is not None for row in self.rows)
+
+    @cached_property
     def token_count(self) -> int:
         """Tokens of all rows, every stem counted once."""
         return sum(len(row) for row in with_stems(self.rows))

@@ -18,12 +18,15 @@ from lowmem_icl.session.prepare import Prepared, prepare, prepare_plan
 
 DEMO = Path(__file__).parents[1] / "lowmem_icl" / "demo"
 RATES = Rates(0.1, 1e-5, 1e-5, 1e-4, 1e-4, 1e-3, 1e9)
+FREE_DISK = 1 << 40
 
 
 @pytest.fixture(autouse=True)
 def _always_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparing, "MOST_EXACT", 0)
     monkeypatch.setattr("lowmem_icl.planning.plan.measure", lambda *_, **__: RATES)
+    # What is free changes from one plan to the next where others write to the same disk.
+    monkeypatch.setattr("lowmem_icl.planning.memory.free_bytes", lambda folder: FREE_DISK)
 
 
 def options_of(checkpoint: Path, stores: Path, **changes: object) -> RunOptions:

@@ -5,7 +5,6 @@ the options were checked, so that a mistyped one is reported at once.
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,23 +114,14 @@ def plan(
     lowmem-icl plan --model facebook/opt-66b --memory 12GB
     """
     options = given.checked()
-    from lowmem_icl.cli.plan import show_plan
     from lowmem_icl.cli.terminal import Terminal
-    from lowmem_icl.planning.advice import advice
-    from lowmem_icl.planning.fitting import exact_that_fits
-    from lowmem_icl.planning.machine_file import read_machine
-    from lowmem_icl.planning.plan import make_plan
-    from lowmem_icl.session.folder import check_output, parts_of
-    from lowmem_icl.session.prepare import prepare_plan
+    from lowmem_icl.system.allocator import without_collection
 
     terminal = Terminal(quiet)
-    other = None if machine is None else read_machine(machine)
-    finished = parts_of(check_output(options)).has
-    prepared = prepare_plan(options, progress=terminal.progress)
-    planned = make_plan(prepared, hours=options.hours, finished=finished, machine=other)
-    found = advice(prepared, planned, prepare_plan, finished, other)
-    fitting = exact_that_fits(prepared, planned, finished)
-    planned = replace(planned, advice=found, exact_that_fits=fitting)
+    with without_collection():
+        from lowmem_icl.cli.plan import plan_with_advice, show_plan
+
+        planned = plan_with_advice(options, machine, terminal)
     if as_json:
         _print_json(planned.as_record())
     else:

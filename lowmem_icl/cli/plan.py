@@ -1,11 +1,35 @@
 """A plan for people: what a run will hold, read and compute, and how fast this machine is."""
 
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowmem_icl.cli.terminal import count, duration, size
-from lowmem_icl.planning.plan import Advice, Plan, StagePlan
+from lowmem_icl.cli.terminal import Terminal, count, duration, size
+from lowmem_icl.options import RunOptions
+from lowmem_icl.planning.advice import advice
+from lowmem_icl.planning.fitting import exact_that_fits
+from lowmem_icl.planning.machine_file import read_machine
+from lowmem_icl.planning.plan import Advice, Plan, StagePlan, make_plan
+from lowmem_icl.session.folder import check_output, parts_of
+from lowmem_icl.session.prepare import prepare_plan
+
+
+def plan_with_advice(options: RunOptions, machine: Path | None, terminal: Terminal) -> Plan:
+    """Return the plan of a run, with what would save most and what fits its hours; for the machine of a file
+    where one is given.
+    """
+    other = None if machine is None else read_machine(machine)
+    finished = parts_of(check_output(options)).has
+    # Alternatives are of the same tasks, which are opened once.
+    prepare = partial(prepare_plan, progress=terminal.progress, opened={})
+    prepared = prepare(options)
+    plan = make_plan(prepared, hours=options.hours, finished=finished, machine=other, kept_rates=True)
+    found = advice(prepared, plan, prepare, finished, other)
+    return replace(plan, advice=found, exact_that_fits=exact_that_fits(prepared, plan, finished))
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -13,6 +37,8 @@ def show_plan(plan: Plan, console: Console) -> None:
     memory, rates = plan.memory, plan.rates
     layer_seconds = rates.attention_seconds + rates.projection_seconds + rates.ffn_seconds
     where = f"measured on {plan.machine}" if plan.machine else "measured here"
+    if plan.rates_age_seconds:
+        where += f" {duration(plan.rates_age_seconds)} ago"
     lines = [
         f"on disk: store {size(plan.store_bytes)}"
         + (f", made first from {size(plan.convert_bytes)}" if plan.convert_bytes else "")
@@ -38,8 +64,8 @@ def show_plan(plan: Plan, console: Console) -> None:
             else f"not all of it fits {plan.hours:.3g} hours, however few units are ablated exactly",
             soft_wrap=True,
         )
-    for advice in plan.advice:
-        console.print(Text(_advice_text(advice)), soft_wrap=True)
+    for one in plan.advice:
+        console.print(Text(_advice_text(one)), soft_wrap=True)
     for note in plan.notes:
         console.print(Text(note), soft_wrap=True)
 

@@ -50,6 +50,18 @@ class SweepLimits:
         unused = longest_row_tokens if self.disk_bytes else 0
         return (self.cache_bytes + self.disk_bytes) // (width * FLOAT_BYTES) - unused
 
+    def block_tokens(self, width: int, layers: int, longest_kept: int | None) -> int:
+        """Return how many tokens a block may have at most, of a model of so many layers of this width.
+
+        longest_kept: the longest row where the clean run is kept, None where it is not.
+        """
+        most = self.alive_bytes // (2 * width * FLOAT_BYTES)
+        if self.wave_tokens is not None:
+            most = min(most, self.wave_tokens // layers)
+        if longest_kept is not None:
+            most = min(most, self.kept_tokens(width, longest_kept) // layers)
+        return most
+
 
 @dataclass(frozen=True, eq=False)
 class Job:
@@ -313,12 +325,8 @@ def row_blocks(
     run is kept (`keeps_clean`), all layers of a block must also fit the cache. A stem goes into every block
     that has rows of it. Raises DoesNotFit naming the smallest allowance where a single row does not fit.
     """
-    most = limits.alive_bytes // (2 * width * FLOAT_BYTES)
-    if limits.wave_tokens is not None:
-        most = min(most, limits.wave_tokens // layers)
-    if keeps_clean and members:
-        longest = max(len(row) for row in with_stems([member.row for member in members]))
-        most = min(most, limits.kept_tokens(width, longest) // layers)
+    rows = with_stems([member.row for member in members]) if keeps_clean else []
+    most = limits.block_tokens(width, layers, max(map(len, rows), default=None))
     blocks: list[list[BlockRow]] = [[]]
     stems: set[Row] = set()
     held = 0

@@ -38,22 +38,53 @@ def block_sizes(
     packed: tuple[PackedRows, ...], width: int, layers: int, limits: SweepLimits, *, keeps_clean: bool
 ) -> BlockSizes:
     """Return the blocks that rows of jobs are cut into; raises DoesNotFit where a single row does not fit."""
+    n_rows = np.array([len(of_job.rows) for of_job in packed])
+    tokens, reads = np.concatenate([of_job.sizes for of_job in packed]).T
+    jobs = np.repeat(np.arange(len(packed)), n_rows)
+    longest = int(tokens.max(initial=0))
+    has_stems = any(of_job.has_stems for of_job in packed)
+    if len(tokens) and not has_stems and 2 * longest * width * FLOAT_BYTES <= limits.alive_bytes:
+        most = limits.block_tokens(width, layers, longest if keeps_clean else None)
+        return _summed_up(_plain_starts(tokens, most), jobs, tokens, reads)
     members = [BlockRow(index, row) for index, of_job in enumerate(packed) for row in of_job.rows]
     blocks = row_blocks(members, width, layers, limits, keeps_clean=keeps_clean)
-    found: list[dict[int, tuple[int, int]]] = []
-    for block in blocks:
-        of_job: dict[int, tuple[int, int]] = {}
-        for member in block:
-            tokens, reads = of_job.get(member.job, (0, 0))
-            of_job[member.job] = tokens + len(member.row), reads + len(member.row.reads)
-        found.append(of_job)
-    shape = len(blocks), max(map(len, found), default=0)
-    columns = np.zeros((3, *shape), dtype=np.int64)
-    for number, of_job in enumerate(found):
-        for slot, (job, sizes) in enumerate(sorted(of_job.items())):
-            columns[:, number, slot] = (*sizes, job)
-    longest = np.array([max(len(member.row) for member in block) for block in blocks], dtype=np.int64)
-    return BlockSizes(columns[0], columns[1], columns[2], longest)
+    sizes = [
+        (member.job, len(member.row.tokens), len(member.row.reads)) for block in blocks for member in block
+    ]
+    jobs, tokens, reads = np.array(sizes, dtype=np.int64).reshape(-1, 3).T
+    starts = np.cumsum([0, *map(len, blocks)])[:-1]
+    return _summed_up(starts, jobs, tokens, reads)
+
+
+def _plain_starts(tokens: Integers, most: int) -> Integers:
+    """Return where blocks of rows without stems begin, cut by their sums as `row_blocks` cuts them one by
+    one.
+    """
+    summed = np.cumsum(tokens)
+    starts, end = [0], 0
+    while True:
+        before = int(summed[end - 1]) if end else 0
+        end = max(end + 1, int(np.searchsorted(summed, before + most, side="right")))
+        if end >= len(tokens):
+            return np.array(starts)
+        starts.append(end)
+
+
+def _summed_up(starts: Integers, jobs: Integers, tokens: Integers, reads: Integers) -> BlockSizes:
+    """Return the sizes of blocks that begin at these rows, of rows in order."""
+    if not len(tokens):
+        nothing = np.zeros((0, 0), dtype=np.int64)
+        return BlockSizes(nothing, nothing, nothing, nothing.ravel())
+    n_jobs = int(jobs.max()) + 1
+    block = np.repeat(np.arange(len(starts)), np.diff([*starts, len(tokens)]))
+    pairs, of_row = np.unique(block * n_jobs + jobs, return_inverse=True)
+    of_pair, job = np.divmod(pairs, n_jobs)
+    slots = np.arange(len(pairs)) - np.searchsorted(of_pair, of_pair)
+    columns = np.zeros((3, len(starts), int(slots.max()) + 1), dtype=np.int64)
+    columns[0, of_pair, slots] = np.bincount(of_row, tokens).astype(np.int64)
+    columns[1, of_pair, slots] = np.bincount(of_row, reads).astype(np.int64)
+    columns[2, of_pair, slots] = job
+    return BlockSizes(columns[0], columns[1], columns[2], np.maximum.reduceat(tokens, starts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +191,8 @@ def count_waves(
     by_layer = branching.sum(1) > 0
     has_variants = by_layer.any(1)
     last = np.where(has_variants, layers - 1 - by_layer[:, ::-1].argmax(1), 0)
-    fitting = np.array([limits.kept_tokens(width, int(longest)) for longest in blocks.longest])
+    lengths, of_block = np.unique(blocks.longest, return_inverse=True)
+    fitting = np.array([limits.kept_tokens(width, longest) for longest in lengths.tolist()])[of_block]
     keeps = tokens * layers <= fitting
     first_clean = asked | (has_variants & ~(keeps & cached))
     clean = first_clean.astype(np.int64)

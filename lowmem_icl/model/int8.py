@@ -7,9 +7,9 @@ here they are fixed per store, so a row's result is the same whatever shares its
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -27,8 +27,14 @@ FLOAT_OUTPUT_BLOCK = 1024
 DEVICE_MULTIPLE = 4
 """What inputs and outputs must be multiples of for cuBLASLt's integer product."""
 
-_operators = torch.ops.bitsandbytes
-assert bnb.__version__, "importing bitsandbytes registers the operators"
+
+@cache
+def _operators() -> Any:
+    # Imported here: it takes a second, and plans multiply nothing in integers here.
+    import bitsandbytes as bnb
+
+    assert bnb.__version__, "importing bitsandbytes registers the operators"
+    return torch.ops.bitsandbytes
 
 
 def quantise_rows(values: Tensor, without: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -80,7 +86,7 @@ def integer_product(left: Tensor, right: Tensor) -> Tensor:
     else:
         exact = _has_integer_instructions()
     if exact and left.is_cuda:
-        return _operators.int8_linear_matmul(left, right)
+        return _operators().int8_linear_matmul(left, right)
     if exact:
         # What bitsandbytes' operator calls here, without the way through Python's dispatcher.
         return torch._int_mm(left, right.t())

@@ -1,7 +1,7 @@
 """A model without weights: its sizes, its empty layers, and what is not in a layer.
 
-Sizes and the name of the decoder blocks come from optimum where it knows the architecture; the layers
-themselves are Hugging Face's, built empty by accelerate.
+Sizes come from optimum where it knows the architecture; the layers themselves are Hugging Face's, built empty
+by accelerate.
 """
 
 import copy
@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from optimum.gptq.utils import get_block_name_with_pattern
 from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -114,7 +113,8 @@ class Skeleton:
     @cached_property
     def blocks_name(self) -> str:
         """Dotted name of the module list that holds the decoder layers."""
-        return get_block_name_with_pattern(self.model)
+        # Lists inside a layer, of experts for one, come after the list that holds it.
+        return next(name for name, part in self.model.named_modules() if isinstance(part, nn.ModuleList))
 
     def empty_layers(self) -> list[nn.Module]:
         """Return a new decoder layer of every kind, on the meta device, in evaluation mode."""

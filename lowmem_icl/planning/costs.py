@@ -29,8 +29,13 @@ class StageWork:
         self, prepared: Prepared, limits: SweepLimits, resident: Collection[int]
     ) -> Iterator[tuple[Part, SweepCost]]:
         """Yield every part with what it takes."""
+        counted = {} if prepared.counted is None else prepared.counted
         for part in self.parts:
-            yield part, part.cost(prepared, limits, resident)
+            # The part is kept with its cost, so that its id stays its.
+            key = ("cost", id(part), limits, frozenset(resident))
+            if key not in counted:
+                counted[key] = part, part.cost(prepared, limits, resident)
+            yield part, counted[key][1]
 
 
 def planned_work(prepared: Prepared) -> list[StageWork]:
@@ -39,6 +44,19 @@ def planned_work(prepared: Prepared) -> list[StageWork]:
     What a stage does by the results of others is described by what is expected of these. A part that two
     stages share belongs to the first.
     """
+    if prepared.counted is None:
+        return _described(prepared)
+    # It depends on neither memory nor hours, so a plan with others of these finds it here.
+    options = prepared.options.model_copy(update={"memory": None, "device_memory": None, "hours": None})
+    documents = prepared.evaluate, prepared.train, prepared.importance, prepared.curves, prepared.certify
+    key = ("work", options.model_dump_json(), *map(id, documents))
+    if key not in prepared.counted:
+        # The documents are kept with it, so that their ids stay theirs.
+        prepared.counted[key] = _described(prepared), documents
+    return list(prepared.counted[key][0])
+
+
+def _described(prepared: Prepared) -> list[StageWork]:
     expected: dict[str, StageResult] = {}
     planned: list[StageWork] = []
     seen: set[str] = set()

@@ -98,7 +98,8 @@ def measured_machine(store: Store, options: RunOptions) -> MachineFile:
     return MachineFile(
         format=FORMAT,
         version=__version__,
-        model=store.manifest.source.id,
+        # A store that is only planned does not know what it is made of.
+        model=store.manifest.source.id if store.is_written else options.model,
         weights=store.manifest.weights,
         machine=describe_machine(device),
         memory_bytes=memory,

@@ -17,7 +17,7 @@ from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.model.attention import Segment, whole_row
 from lowmem_icl.model.int8 import FIXED_ROWS, Int8Linear, matmul_in_fixed_rows
 from lowmem_icl.model.layer import DecoderLayer
-from lowmem_icl.model.reading import SAMPLE_BUFFER_BYTES, read_rate
+from lowmem_icl.model.reading import read_rate
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.tables import VOCABULARY_BLOCK
 from lowmem_icl.model.vocabulary import head_rows
@@ -29,6 +29,7 @@ LAYER_SECONDS = 0.8
 OTHER_SECONDS = 0.3
 SHORT_SECONDS = 0.1
 SAMPLE_BYTES = 256 << 20
+SAMPLE_FILE_BYTES = 16 << 20
 UNCACHED_BYTES = 64 << 20
 RANDOM_ELEMENTS = 1 << 24
 LARGEST_WHOLE = 3 << 25
@@ -252,16 +253,16 @@ def _random_layer(store: Store) -> dict[str, Tensor]:
 
 
 def _disk_bytes_per_second(store: Store) -> float:
-    """Read layers of the store past the page cache, or a file of their size where there is no store yet."""
+    """Read layers of the store past the page cache, or files of random bytes where there is no store yet."""
     if store.is_written:
         return read_rate(store.layer_paths, SAMPLE_BYTES)
     parent = existing_folder(store.folder)
     with tempfile.TemporaryDirectory(dir=parent if os.access(parent, os.W_OK) else None) as folder:
         some = os.urandom(1 << 20)
-        samples = [Path(folder) / str(number) for number in range(SAMPLE_BYTES // SAMPLE_BUFFER_BYTES)]
+        samples = [Path(folder) / str(number) for number in range(SAMPLE_BYTES // SAMPLE_FILE_BYTES)]
         for sample in samples:
             with sample.open("wb") as opened:
-                for _ in range(SAMPLE_BUFFER_BYTES >> 20):
+                for _ in range(SAMPLE_FILE_BYTES >> 20):
                     opened.write(some)
                 opened.flush()
                 os.fsync(opened.fileno())

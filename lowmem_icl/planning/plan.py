@@ -14,6 +14,7 @@ from lowmem_icl.experiments.order import STAGES, Share
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import resident_layers
 from lowmem_icl.planning.costs import StageWork, largest_sweeps, planned_work, row_lengths, work_left
+from lowmem_icl.planning.kept_rates import Measurement, kept_or_measured, rates_key
 from lowmem_icl.planning.machine_file import MachineFile
 from lowmem_icl.planning.measure import Rates, measure
 from lowmem_icl.planning.memory import FREE_SHARE, MemoryPlan, plan_memory
@@ -70,8 +71,9 @@ class Plan:
 
     `convert_bytes`: what is still to be read to make the store, 0 where it is there. `wave_tokens`: the bound
     of a wave. `notes`: what there is to say of experiments beforehand. `machine`: what machine it is for
-    where not for this one; `advice`: what would save most; `exact_that_fits`: how many units per task and
-    shot count may be ablated exactly within the hours, None where that was not asked.
+    where not for this one; `rates_age_seconds`: how long ago this one was measured, 0 where just now;
+    `advice`: what would save most; `exact_that_fits`: how many units per task and shot count may be ablated
+    exactly within the hours, None where that was not asked.
     """
 
     memory: MemoryPlan
@@ -83,6 +85,7 @@ class Plan:
     hours: float | None = None
     notes: tuple[str, ...] = ()
     machine: str = ""
+    rates_age_seconds: float = 0.0
     advice: tuple[Advice, ...] = ()
     exact_that_fits: int | None = None
 
@@ -127,11 +130,13 @@ def make_plan(
     hours: float | None = None,
     finished: Callable[[str], bool] = lambda part: False,
     machine: MachineFile | None = None,
+    kept_rates: bool = False,
 ) -> Plan:
     """Plan all experiments of a run; takes two seconds to measure this machine, unless another is given.
 
     `hours`: how many there are left; `finished`: which parts are there already; `machine`: whose rates and
-    memory to plan with, where the options leave memory open. Raises DoesNotFit where the
+    memory to plan with, where the options leave memory open; `kept_rates`: whether what was measured of this
+    machine in the last ten minutes will do. Raises DoesNotFit where the
     hours do not do for the experiments that all others build on.
     """
     if machine is not None and prepared.options.memory is None:
@@ -141,7 +146,10 @@ def make_plan(
     store, memory = prepared.store, memory_for(prepared, everything, machine)
     resident = resident_layers(store, memory.resident_bytes)
     planned = work_left(everything, finished)
-    rates = _measured(prepared, planned, memory) if machine is None else machine.rates_for(store)
+    if machine is None:
+        rates, age_seconds = _measured(prepared, planned, memory, kept_rates=kept_rates)
+    else:
+        rates, age_seconds = machine.rates_for(store), 0.0
     wave_tokens = wave_tokens_of(store, rates, len(resident))
     counting = Counting(prepared, rates, memory, wave_tokens)
     stages: list[StagePlan] = []
@@ -156,21 +164,28 @@ def make_plan(
         *(note for work in planned for note in work.stage.notes(prepared)),
     )
     plan = Plan(memory, store.size_bytes, to_convert, rates, wave_tokens, tuple(stages), notes=notes)
+    plan = replace(plan, rates_age_seconds=age_seconds)
     if machine is not None:
         plan = replace(plan, machine=str(machine.machine.get("processor") or "another machine"))
     return plan if hours is None else within_hours(plan, hours, chunks)
 
 
-def _measured(prepared: Prepared, planned: list[StageWork], memory: MemoryPlan) -> Rates:
+def _measured(
+    prepared: Prepared, planned: list[StageWork], memory: MemoryPlan, *, kept_rates: bool
+) -> Measurement:
     device = resolved_device(prepared.options.device)
-    with device_in_use(device, prepared.options.device_memory):
-        return measure(
-            prepared.store,
-            max(SHORTEST_MEASURED_ROW, row_lengths(prepared, planned).mean),
-            memory.limits(),
-            device,
-            backward=prepared.options.takes_gradients,
-        )
+    store, limits = prepared.store, memory.limits()
+    row_tokens = max(SHORTEST_MEASURED_ROW, row_lengths(prepared, planned).mean)
+    backward = prepared.options.takes_gradients
+
+    def now() -> Rates:
+        with device_in_use(device, prepared.options.device_memory):
+            return measure(store, row_tokens, limits, device, backward=backward)
+
+    if not kept_rates:
+        return Measurement(now(), 0.0)
+    key = rates_key(store, row_tokens, limits, device, backward=backward)
+    return kept_or_measured(prepared.texts.folder, key, now)
 
 
 class Counting:

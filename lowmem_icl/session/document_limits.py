@@ -1,7 +1,10 @@
 """How many documents of which part of a task a run needs."""
 
+from collections.abc import Sequence
+
 from lowmem_icl.options import RunOptions
 from lowmem_icl.statistics.certificate import documents_needed
+from lowmem_icl.tasks.loading import OpenTask
 from lowmem_icl.tasks.selection import Part
 
 BOUNDED_OBJECTIVES = ("gold_prob", "acc")
@@ -34,3 +37,14 @@ def part_limits(options: RunOptions) -> dict[str, tuple[Part, int | None]]:
     if further and "prune" in options.experiments:
         limits["certify"] = ("train", options.resolved_train_limit + further)
     return limits
+
+
+def count_prompts(tasks: Sequence[OpenTask], options: RunOptions) -> int:
+    """Return about how many prompts a run has with right labels."""
+    limits = part_limits(options)
+    return sum(
+        min(limit or rows, rows)
+        for task in tasks
+        for part, limit in {limits["evaluate"], limits.get("certify", limits["train"])}
+        for rows in [sum(len(member.scored(part)) for member in task.members)]
+    ) * len(options.resolved_shots)

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,14 @@ from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store
 from lowmem_icl.options import DEMO, PACKAGED_MODEL_NAMES, RunOptions
 from lowmem_icl.rows import PackedRows
-from lowmem_icl.session.document_limits import part_limits
+from lowmem_icl.session.document_limits import count_prompts, part_limits
 from lowmem_icl.session.sampled_texts import (
     SampledDocuments,
     SampledTexts,
     has_sample,
     keep_sample,
     kept_sample,
+    only_sizes,
 )
 from lowmem_icl.session.task_texts import DocumentMaker, KeptTable, LabelControls, TextMaker
 from lowmem_icl.session.text_form import TextForm, check_ids, packing_limits, text_form, text_tokeniser
@@ -81,6 +82,9 @@ class Prepared:
     notes: tuple[str, ...] = ()
     sample_note: str = ""
     masks: Mapping[str, Mask] = field(default_factory=dict)
+    counted: dict[tuple[object, ...], Any] | None = field(default=None, repr=False, compare=False)
+    """What a plan has counted, by what it depends on, so that alternatives are counted by what differs; None
+    for a run, whose memory it would take."""
     _outlines: dict[tuple[object, ...], tuple[TaskRows, PackedRows]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -280,7 +284,7 @@ class _Basis:
         sample = kept_sample(self.texts.folder, self._sample_key)
         if sample is None:
             maker = SampledTexts(self.options, self.limits, self.tokenise)
-            sample = SampledDocuments(*_documents_of(tasks(), maker, progress))
+            sample = SampledDocuments(*_documents_of(tasks(), maker, progress, only_sizes))
             keep_sample(self.texts.folder, self._sample_key, sample)
         return replace(self._prepared(sample.by_field, sample.notes, {}), sample_note=sample.note)
 
@@ -320,36 +324,42 @@ def prepare(options: RunOptions, *, progress: Progress = unseen, needs_weights: 
     return basis.with_texts(open_tasks(options), progress)
 
 
-def prepare_plan(options: RunOptions, *, progress: Progress = unseen) -> Prepared:
+OpenedTasks = dict[tuple[object, ...], list[OpenTask]]
+
+
+def prepare_plan(
+    options: RunOptions, *, progress: Progress = unseen, opened: OpenedTasks | None = None
+) -> Prepared:
     """Load and check as much as a plan needs; raises InputError.
 
     Where there are many documents, and no earlier command tokenised them, only a few are, and the others have
-    sizes by these.
+    sizes by these. `opened`: the tasks that other plans have opened, to which these are added.
     """
+    tasks = partial(_opened_once, {} if opened is None else opened, options)
     basis = _Basis.of(options, progress, needs_weights=False)
     if basis.texts_are_kept():
-        return basis.with_texts(open_tasks(options), progress)
-    opened = cache(partial(open_tasks, options))
-    if basis.has_sample() or _count_prompts(opened(), options) > MOST_EXACT:
-        return basis.sampled(opened, progress)
-    return basis.with_texts(opened(), progress)
+        return replace(basis.with_texts(tasks(), progress), counted={})
+    if basis.has_sample() or count_prompts(tasks(), options) > MOST_EXACT:
+        return replace(basis.sampled(tasks, progress), counted={})
+    return replace(basis.with_texts(tasks(), progress), counted={})
 
 
-def _count_prompts(tasks: Sequence[OpenTask], options: RunOptions) -> int:
-    """Return about how many prompts a run has with right labels."""
-    limits = part_limits(options)
-    return sum(
-        min(limit or rows, rows)
-        for task in tasks
-        for part, limit in {limits["evaluate"], limits.get("certify", limits["train"])}
-        for rows in [sum(len(member.scored(part)) for member in task.members)]
-    ) * len(options.resolved_shots)
+def _opened_once(opened: OpenedTasks, options: RunOptions) -> list[OpenTask]:
+    key = task_names(options), options.data_dir
+    if key not in opened:
+        opened[key] = open_tasks(options)
+    return opened[key]
 
 
 def _documents_of(
-    tasks: Sequence[OpenTask], maker: DocumentMaker, progress: Progress
+    tasks: Sequence[OpenTask],
+    maker: DocumentMaker,
+    progress: Progress,
+    reduced: Callable[[TaskRows], TaskRows] = lambda rows: rows,
 ) -> tuple[dict[str, tuple[TaskRows, ...]], tuple[str, ...]]:
-    """Return the documents of tasks at all shot counts, by field of Prepared, and what is left out."""
+    """Return the documents of tasks at all shot counts, by field of Prepared, and what is left out; reduced:
+    to what is kept of them.
+    """
     options, controls = maker.options, LabelControls(maker)
     documents: dict[str, list[TaskRows]] = {name: [] for name in part_limits(options)}
     wanted = [(task, shots) for task in tasks for shots in options.resolved_shots]
@@ -360,7 +370,7 @@ def _documents_of(
             if "certify" in rows:
                 rows["certify"] = rows["certify"].unrelated_to(rows["train"])
             for name, of_part in rows.items():
-                documents[name].append(of_part)
+                documents[name].append(reduced(of_part))
             advance(1)
     by_field = {name: tuple(rows) for name, rows in documents.items()}
     by_field["label_controls"] = tuple(controls.found["evaluate"])

@@ -29,7 +29,14 @@ from lowmem_icl.tasks.document_sizes import LONGEST, TOKENISED, SizeModel, fitte
 from lowmem_icl.tasks.documents import Document, TaskRows
 from lowmem_icl.tasks.loading import OpenTask
 from lowmem_icl.tasks.packing import PackingLimits, Tokenise, fit_context
-from lowmem_icl.tasks.unread import DocumentSize, UnreadOptions, UnreadPrompter, read_document, unread
+from lowmem_icl.tasks.unread import (
+    DocumentSize,
+    UnreadOptions,
+    UnreadPrompter,
+    read_document,
+    size_of,
+    unread,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +102,33 @@ class SampledTexts:
         few = {name: _first_read(rows[name]) for name in controls}
         changed = changed_only(few, {name: _first_read(control) for name, control in controls.items()})
         (shots,) = {of_part.shots for of_part in rows.values()}
-        return {name: with_sizes(controls[name], self._models[task.name, shots]) for name in changed}
+        model = self._models[task.name, shots]
+        return {name: only_sizes(with_sizes(controls[name], model)) for name in changed}
 
     def _prompter(self) -> UnreadPrompter:
         return UnreadPrompter(partial(fit_context, tokenise=self.tokenise, limits=self.limits))
+
+
+def only_sizes(rows: TaskRows) -> TaskRows:
+    """Return documents of known sizes as they are kept, without the rows that they are made of, which take
+    more memory than all else of a plan.
+    """
+    documents = tuple(
+        Document(
+            index=document.index,
+            options=UnreadOptions(unread(document).identity, size=size_of(document)),
+            gold=(True,),
+            cluster=document.cluster,
+            demonstrations=document.demonstrations,
+            unit="",
+            member=document.member,
+            row={},
+            set_number=document.set_number,
+            dropped=document.dropped,
+        )
+        for document in rows.documents
+    )
+    return replace(rows, documents=documents, members=())
 
 
 def _first_read(rows: TaskRows) -> TaskRows:

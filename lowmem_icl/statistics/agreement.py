@@ -6,8 +6,8 @@ Axis letters: N units.
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 from lowmem_icl.statistics.intervals import Values
 
@@ -23,14 +23,14 @@ def spearman(left: Values, right: Values) -> float:
     """Return the rank correlation of two scores [N] of the same units; NaN where one is constant."""
     if np.ptp(left) == 0 or np.ptp(right) == 0:
         return float("nan")
-    return float(stats.spearmanr(left, right).statistic)
+    return float(scipy.stats.spearmanr(left, right).statistic)
 
 
 def kendall(left: Values, right: Values) -> float:
     """Return Kendall's τ-b of two scores [N] of the same units; NaN where one is constant."""
     if np.ptp(left) == 0 or np.ptp(right) == 0:
         return float("nan")
-    return float(stats.kendalltau(left, right).statistic)
+    return float(scipy.stats.kendalltau(left, right).statistic)
 
 
 def correlation_of_orders(left: Values, right: Values) -> float:

@@ -4,8 +4,8 @@ Axis letters: K draws.
 """
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 from lowmem_icl.statistics.intervals import CONFIDENCE
 
@@ -23,7 +23,7 @@ def prediction_band(draws: Values, lowest: float = -np.inf, highest: float = np.
     if count < 2:
         return np.nan, np.nan
     mean, square = draws.mean(), draws.var(ddof=1)
-    quantile = stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1) * np.sqrt(1 + 1 / count)
+    quantile = scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1) * np.sqrt(1 + 1 / count)
     below, above = (np.square(np.maximum(sign * (draws - mean), 0)).sum() / (count - 1) for sign in (-1, 1))
     low = min(mean - quantile * np.sqrt(max(square, 2 * below)), draws.min())
     high = max(mean + quantile * np.sqrt(max(square, 2 * above)), draws.max())

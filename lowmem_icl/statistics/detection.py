@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 from lowmem_icl.statistics.agreement import spearman, top_membership
 from lowmem_icl.statistics.intervals import wilson_bounds
@@ -53,7 +53,9 @@ def rank_correlation(left: Values, right: Values) -> Measure:
     parts = [spearman(*(np.delete(scores, layer, 0).ravel() for scores in (left, right)))
              for layer in range(len(left))]  # fmt: skip
     centre, *without = np.arctanh(np.clip([value, *parts], -LARGEST_CORRELATION, LARGEST_CORRELATION))
-    reach = stats.t.ppf(0.5 + JACKKNIFE_CONFIDENCE / 2, len(left) - 1) * _jackknife_stderr(np.array(without))
+    reach = scipy.stats.t.ppf(0.5 + JACKKNIFE_CONFIDENCE / 2, len(left) - 1) * _jackknife_stderr(
+        np.array(without)
+    )
     low, high = np.tanh(centre + np.array([-reach, reach]))
     return Measure(value, float(low), float(high), 0.0)
 
@@ -82,7 +84,7 @@ def area_under_curve(scores: Values, members: Flags) -> Measure:
         n_members, n_others = int(some_members.sum()), int((~some_members).sum())
         if not n_members or not n_others:
             return np.nan
-        ranks = stats.rankdata(some_scores)[some_members]
+        ranks = scipy.stats.rankdata(some_scores)[some_members]
         return float((ranks.sum() - n_members * (n_members + 1) / 2) / (n_members * n_others))
 
     return _with_interval(area, scores, members, 0.5)

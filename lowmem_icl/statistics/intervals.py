@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 from lowmem_icl.statistics.clusters import cluster_numbers, cluster_sums
 
@@ -145,7 +145,7 @@ def wilson_bounds(proportion: Values, count: Values, freedom: float) -> tuple[Va
     """Return Wilson's bounds of proportions [U] of `count` documents, Student's quantile in the normal's
     place; both within [0, 1].
     """
-    quantile = stats.t.ppf(0.5 + CONFIDENCE / 2, freedom)
+    quantile = scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, freedom)
     centre = proportion + quantile**2 / (2 * count)
     reach = quantile * np.sqrt(proportion * (1 - proportion) / count + np.square(quantile / (2 * count)))
     shrunk = 1 + quantile**2 / count
@@ -164,7 +164,7 @@ def _poisson_bound(proportion: Values, count: Values) -> Values:
     """
     successes = proportion * count
     is_rare = (successes > 0) & (successes <= FEW_FAILURES)
-    bound = stats.gamma.ppf(1 - CONFIDENCE, np.where(is_rare, successes, 1.0)) / count
+    bound = scipy.stats.gamma.ppf(1 - CONFIDENCE, np.where(is_rare, successes, 1.0)) / count
     return np.where(is_rare, bound, 1.0)
 
 
@@ -238,7 +238,7 @@ def _bounded_of(grouped: _Grouped, kind: Kind) -> tuple[Values, Values]:
     mean = (count * grouped.mean + added.sum()) / (count + 2)
     square = (count * np.square(grouped.values).mean(1) + np.square(added).sum()) / (count + 2)
     stderr = np.sqrt(np.maximum(square - np.square(mean), 0) / (count + 2))
-    reach = stats.t.ppf(0.5 + CONFIDENCE / 2, grouped.freedom) * stderr
+    reach = scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, grouped.freedom) * stderr
     return _at_least_skewed(grouped, kind, mean - reach, mean + reach)
 
 
@@ -258,7 +258,7 @@ def _skewed_of(grouped: _Grouped, kind: Kind) -> tuple[Values, Values]:
 
 
 def _hull(grouped: _Grouped) -> tuple[Values, Values]:
-    reach = stats.t.ppf(0.5 + CONFIDENCE / 2, grouped.freedom) * grouped.stderr
+    reach = scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, grouped.freedom) * grouped.stderr
     low, high = grouped.mean - reach, grouped.mean + reach
     if grouped.clusters > 2:
         hall_low, hall_high = _hall_bounds(grouped)
@@ -279,7 +279,7 @@ def _hall_bounds(grouped: _Grouped) -> tuple[Values, Values]:
     np.divide(third, second**1.5, out=skewness, where=second > 0)
     skewness *= np.sqrt(groups * (groups - 1)) / (groups - 2)
     skewness = np.where(np.abs(skewness) < SMALLEST_SKEWNESS, SMALLEST_SKEWNESS, skewness)
-    quantile = stats.t.ppf(0.5 + TRANSFORMED_CONFIDENCE / 2, grouped.freedom) / np.sqrt(groups)
+    quantile = scipy.stats.t.ppf(0.5 + TRANSFORMED_CONFIDENCE / 2, grouped.freedom) / np.sqrt(groups)
 
     def inverse(transformed: float) -> Values:
         shifted = transformed - skewness / (6 * groups)

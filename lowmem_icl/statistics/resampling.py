@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
-from scipy.stats import rankdata
 
 from lowmem_icl.statistics.agreement import top_membership
 from lowmem_icl.statistics.intervals import CONFIDENCE, Interval, wilson_bounds
@@ -113,8 +112,8 @@ class DocumentRanking:
         """Return every unit's rank [R, U], from the weights of each member's documents, [R, N] each."""
         scores = [member.weighted(weight) for member, weight in zip(self.members, weights, strict=True)]
         if self.combined_by == "ranks" and len(scores) > 1:
-            scores = [rankdata(score, axis=1) for score in scores]
-        return np.asarray(rankdata(np.mean(scores, axis=0), axis=1))
+            scores = [scipy.stats.rankdata(score, axis=1) for score in scores]
+        return np.asarray(scipy.stats.rankdata(np.mean(scores, axis=0), axis=1))
 
     def resampled(self, seed: int) -> "ResampledRanking":
         """Return the ranking under documents weighted STEP of the way to bootstrap samples.
@@ -171,7 +170,7 @@ def kendall_interval(value: float, left: ResampledRanking, right: ResampledRanki
     if not np.isfinite(resampled).all():
         return None
     some = [
-        stats.kendalltau(one, other, method="asymptotic").statistic
+        scipy.stats.kendalltau(one, other, method="asymptotic").statistic
         for one, other in zip(left.ranks[:KENDALL_RESAMPLES], right.ranks[:KENDALL_RESAMPLES], strict=True)
     ]
     ratio = _fisher(some).std(ddof=1) / max(_fisher(resampled[: len(some)]).std(ddof=1), SMALLEST_SPREAD)
@@ -213,7 +212,7 @@ def _fisher_interval(
     if not np.isfinite(resampled).all():
         return None
     spread = ratio * float(_fisher(resampled).std(ddof=1)) / STEP
-    reach = stats.t.ppf(0.5 + CONFIDENCE / 2, min(left.freedom, right.freedom)) * spread
+    reach = scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, min(left.freedom, right.freedom)) * spread
     centre = float(_fisher([value])[0])
     low, high = np.tanh(centre + np.array([-reach, reach]))
     return Interval(value, spread * (1 - value**2), float(low), float(high))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 from lowmem_icl.statistics.clusters import cluster_sums
 from lowmem_icl.statistics.intervals import Values
@@ -41,5 +41,5 @@ def q_values(counts: SignCounts) -> Values:
     have 1.
     """
     either = counts.hurt + counts.helped
-    tail = stats.binom.cdf(np.minimum(counts.hurt, counts.helped), either, 0.5)
-    return np.asarray(stats.false_discovery_control(np.minimum(1, 2 * tail)))
+    tail = scipy.stats.binom.cdf(np.minimum(counts.hurt, counts.helped), either, 0.5)
+    return np.asarray(scipy.stats.false_discovery_control(np.minimum(1, 2 * tail)))

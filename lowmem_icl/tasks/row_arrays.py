@@ -1,6 +1,7 @@
 """Packed rows as flat arrays, to be kept in a file, and back; outlines from their sizes alone."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -57,8 +58,23 @@ def outline_of_arrays(arrays: Arrays) -> PackedRows:
 
 def outlined_row(tokens: int, reads: int, stem: Row | None) -> Row:
     """Return a row of so many tokens, of which so many are read, without content."""
-    column, answers = np.broadcast_to(np.int64(0), tokens), np.arange(reads)
-    return Row(column, column, column, column, answers, answers, answers, stem)
+    column, answers = _nothing(tokens), _numbers(reads)
+    row = Row(column, column, column, column, answers, answers, answers, stem)
+    # Known already; a plan has a hundred thousand rows.
+    vars(row)["reads"] = answers
+    return row
+
+
+@lru_cache(maxsize=4096)
+def _nothing(count: int) -> NDArray[np.int64]:
+    return np.broadcast_to(np.int64(0), count)
+
+
+@lru_cache(maxsize=4096)
+def _numbers(count: int) -> NDArray[np.int64]:
+    numbers = np.arange(count)
+    numbers.flags.writeable = False
+    return numbers
 
 
 def _joined(arrays: list[NDArray[np.int64]]) -> NDArray[np.int32]:

@@ -5,7 +5,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from huggingface_hub.errors import HTTPError
 from jinja2 import TemplateError
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import env as template_environment
 
 from lowmem_icl.errors import InputError
 from lowmem_icl.tasks.catalogue import (
@@ -45,6 +46,15 @@ HUB_ERRORS = (DatasetsError, HTTPError, OSError)
 HARNESS_ERRORS = (ImportError, RuntimeError)
 
 
+MOST_TEMPLATES = 512
+
+
+@cache
+def _keep_compiled_templates() -> None:
+    """Make lm-eval compile each template once; it would for every row, which takes longer than rendering."""
+    template_environment.from_string = lru_cache(MOST_TEMPLATES)(template_environment.from_string)
+
+
 @cache
 def _own_manager() -> TaskManager:
     folders = (definitions_folder(), demo_tasks_folder(), pair_tasks_folder())
@@ -58,6 +68,7 @@ def load_members(name: str, data_dir: Path | None) -> list[ConfigurableTask]:
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    _keep_compiled_templates()
     if name.startswith(HARNESS_PREFIX):
         return [_from_harness(name)]
     if name.endswith(ROWS_SUFFIX):

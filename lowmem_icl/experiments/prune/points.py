@@ -6,6 +6,7 @@ intact model (Bansal et al. 2023, section 5); its levels are masks, so all curve
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -70,6 +71,17 @@ class CurveRankings:
     ffn_method: str
     donors: tuple[str, ...]
 
+    @cached_property
+    def _lowest(self) -> dict[tuple[RankingKey, int], Mask]:
+        return {}
+
+    def lowest_heads(self, key: RankingKey, count: int) -> Mask:
+        """Return the mask of the `count` heads with the lowest scores of a ranking."""
+        # Several curves take the same masks, and of a large model each is thousands of heads.
+        if (key, count) not in self._lowest:
+            self._lowest[key, count] = lowest_heads(self.heads[key], count)
+        return self._lowest[key, count]
+
 
 @dataclass(frozen=True)
 class CurveOptions:
@@ -119,12 +131,12 @@ def _on_training(points: Iterator[CurvePoint]) -> Iterator[CurvePoint]:
 def _head_curve(
     procedure: str, method: str, donor: TaskShots, levels: Sequence[int], rankings: CurveRankings
 ) -> Iterator[CurvePoint]:
-    scores = rankings.heads.get(RankingKey(*donor, method))
-    if scores is None:
+    key = RankingKey(*donor, method)
+    if key not in rankings.heads:
         return
     for percent in levels:
         name = mask_name(f"{method}-heads-{percent}", *donor) if percent else CLEAN
-        mask = lowest_heads(scores, removed_count(percent, scores.size))
+        mask = rankings.lowest_heads(key, removed_count(percent, rankings.heads[key].size))
         yield CurvePoint(name, mask, procedure, method, method, "head", percent, donor)
 
 
@@ -144,15 +156,16 @@ def _grid(own: TaskShots, shared: TaskShots, rankings: CurveRankings) -> Iterato
     alone.
     """
     for donor in (shared, own):
-        heads = rankings.heads.get(RankingKey(*donor, "gradient"))
+        key = RankingKey(*donor, "gradient")
+        heads = rankings.heads.get(key)
         ffns = rankings.ffns.get(RankingKey(*donor, rankings.ffn_method))
         if heads is None or ffns is None:
             continue
         for head_percent in GRID_HEADS:
             for ffn_percent in GRID_FFNS:
-                mask = lowest_heads(heads, removed_count(head_percent, heads.size)) | lowest_ffns(
-                    ffns, removed_count(ffn_percent, ffns.size)
-                )
+                removed = rankings.lowest_heads(key, removed_count(head_percent, heads.size))
+                # Not a union: that would copy thousands of heads.
+                mask = replace(removed, ffns=lowest_ffns(ffns, removed_count(ffn_percent, ffns.size)).ffns)
                 prefix = f"combined-heads-{head_percent}-ffns-{ffn_percent}"
                 name = mask_name(prefix, *donor) if head_percent or ffn_percent else CLEAN
                 yield CurvePoint(
