@@ -30,7 +30,7 @@ def test_real_rows_of_all_14_tasks_run(small_opt: Path, shared_data: Path, tmp_p
         "run", "--model", small_opt, "--data-dir", shared_data, "--shots", "0,1", "--limit", 8,
         "--train-limit", 2, "--store-dir", small_opt / "stores", "--out", tmp_path / "run", "--quiet",
         # Certificates take hundreds of documents more per task.
-        "--certify-limit", 0,
+        "--certify-limit", 0, "--curve-limit", 2, "--curve-levels", "half", "--random-draws", 1,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     results = read_table(tmp_path / "run" / "results.parquet", "results")

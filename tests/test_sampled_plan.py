@@ -47,7 +47,7 @@ def operations_of(prepared: Prepared) -> dict[str, int]:
     return {stage.experiment: stage.operations for stage in make_plan(prepared).stages}
 
 
-@pytest.mark.parametrize("demonstrations", ["per-document", "shared"])
+@pytest.mark.parametrize("demonstrations", ["per-document", pytest.param("shared", marks=pytest.mark.slow)])
 def test_on_real_rows_operations_are_within_five_percent_of_the_exact_plan(
     demonstrations: str, shared_data: Path, opt_tokenizer: Path, tmp_path: Path
 ) -> None:

@@ -162,7 +162,14 @@ def all_options() -> Iterator[Mapping[str, Any]]:
     yield {"search": "nested", "screen": "attribution", "exact": 8, "direction": "up"}
 
 
-@pytest.mark.parametrize("changes", tuple(all_options()), ids=str)
+def with_slow_ones() -> Iterator[Any]:
+    """What differs by shared demonstrations alone is for the long run."""
+    for changes in all_options():
+        marks = [pytest.mark.slow] if "demonstrations" in changes and changes.get("protocol") else []
+        yield pytest.param(changes, marks=marks, id=str(changes))
+
+
+@pytest.mark.parametrize("changes", tuple(with_slow_ones()))
 def test_the_plan_describes_what_a_run_does(changes: Mapping[str, Any]) -> None:
     prepared = prepared_for(**{name: value for name, value in changes.items() if value is not None})
     planned = [part for work in planned_work(prepared) for part in work.parts]

@@ -102,7 +102,9 @@ def cells_of(relation: str, form: Form) -> list[Cell]:
     return list(agreements(form, np.random.default_rng([4, RELATIONS.index(relation)]), relation))
 
 
-@pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.parametrize(
+    "relation", [*RELATIONS[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in RELATIONS[2:])]
+)
 def test_intervals_of_agreement_hold_their_rate(relation: str) -> None:
     check(cells_of(relation, SHORT))
 
