@@ -1,5 +1,6 @@
 """When pages are written: whatever was found is shown two minutes later at the latest, while work goes on."""
 
+import time
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ class Counted(Publisher):
     """Counts its pages instead of writing them."""
 
     pages = 0
+    seconds = 0.0
 
     def publish(self) -> None:
         self.pages += 1
-        self._is_published()
+        self._is_published(time.monotonic() - self.seconds)
 
 
 @pytest.fixture
@@ -45,3 +47,15 @@ def test_what_was_found_early_is_shown_while_a_long_stage_goes_on(seconds: list[
     seconds[0] += SECONDS_BETWEEN_PAGES
     publisher.publish_if_due()
     assert publisher.pages == 2, "nothing new"
+
+
+def test_pages_that_take_long_are_written_less_often(seconds: list[float]) -> None:
+    nothing: Any = None
+    publisher = Counted(nothing, nothing, [], lambda folder: None)
+    publisher.seconds = SECONDS_BETWEEN_PAGES / 10
+    publisher.publish()
+    for times, pages in ((1.0, 1), (0.9, 1), (1.0, 2)):
+        seconds[0] += times * SECONDS_BETWEEN_PAGES
+        publisher.fold("prune", StageResult())
+        publisher.publish_if_due()
+        assert publisher.pages == pages

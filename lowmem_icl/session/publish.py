@@ -17,6 +17,8 @@ from lowmem_icl.session.result import MaskResult, StageResult
 from lowmem_icl.tables.schema import TABLES, write_table
 
 SECONDS_BETWEEN_PAGES = 120.0
+# Pages take at most one part in so many of a run's time.
+LEAST_TIMES_WRITING = 20
 
 
 class Publisher:
@@ -36,6 +38,7 @@ class Publisher:
         self._warnings = list(warnings)
         self._published = time.monotonic()
         self._has_more = False
+        self._seconds_writing = 0.0
         self.results: dict[str, StageResult] = {}
 
     def fold(self, experiment: str, result: StageResult) -> None:
@@ -61,6 +64,7 @@ class Publisher:
 
     def publish(self) -> None:
         """Write everything."""
+        began = time.monotonic()
         folder, options = self._opened.path, self._prepared.options
         for table in TABLES:
             frames = [getattr(result, table) for result in self.results.values()]
@@ -72,14 +76,16 @@ class Publisher:
                 write_mask(target / f"{made.name}.json", mask_file)
         self.write_record()
         self._write_page(folder)
-        self._is_published()
+        self._is_published(began)
 
-    def _is_published(self) -> None:
+    def _is_published(self, began: float) -> None:
         self._published, self._has_more = time.monotonic(), False
+        self._seconds_writing = self._published - began
 
     def is_due(self) -> bool:
-        """Tell whether the last page was a while ago."""
-        return time.monotonic() - self._published >= SECONDS_BETWEEN_PAGES
+        """Tell whether the last page was a while ago: two minutes, or more where writing took long."""
+        wait = max(SECONDS_BETWEEN_PAGES, LEAST_TIMES_WRITING * self._seconds_writing)
+        return time.monotonic() - self._published >= wait
 
     def publish_if_due(self) -> None:
         """Write everything, unless that was done a moment ago."""
