@@ -56,7 +56,7 @@ def run(
     reused.
 
     With `mask_files` only `evaluate` runs, clean and under each of them. Tables and page are written at the
-    end, and before that whenever the last ones are two minutes old. Raises InputError, DoesNotFit or InUse
+    end, and before that every two minutes or so. Raises InputError, DoesNotFit or InUse
     before any long work; on Ctrl-C, and when --hours are over, what is finished stays.
     """
     started = time.monotonic()
