@@ -21,14 +21,13 @@ from typing import Annotated
 import typer
 from bench_common import OPT_66B, SHARED, in_child, opt_config, random_store
 from bench_induction import score
+from doc_tables import put_table
 from rich.console import Console
 
 from lowmem_icl.system.machine import peak_resident_bytes
 
 SLACK_BYTES = 200_000_000
 SEQUENCES = 1
-# Where the table stands in the docs.
-BEGIN, END = "<!-- memory: scripts/bench_memory.py -->", "<!-- /memory -->"
 
 
 @dataclass(frozen=True)
@@ -112,16 +111,6 @@ def table(peaks: list[Peak], imports: int) -> str:
     return "\n".join(lines)
 
 
-def put_into(docs: Path, text: str) -> None:
-    """Replace what stands between the two marks of a Markdown file."""
-    content = docs.read_text(encoding="utf-8")
-    before, mark, rest = content.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (mark and end):
-        raise typer.BadParameter(f"{docs} has no table between {BEGIN} and {END}")
-    docs.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-
-
 def main(
     layers: int = 2,
     tokenizer: Annotated[Path, typer.Option(help="OPT's tokenizer.")] = SHARED / "tokenizer" / "opt",
@@ -147,7 +136,7 @@ def main(
     text = table(peaks, imports)
     print(text)
     if docs is not None:
-        put_into(docs, text)
+        put_table(docs, "memory", Path(__file__).name, text)
     if json_file is not None:
         content = {"imports_bytes": imports, "threads": os.cpu_count(), "peaks": [asdict(p) for p in peaks]}
         json_file.write_text(json.dumps(content, indent=1) + "\n")

@@ -13,12 +13,12 @@ many per cent knees are apart at most.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import polars as pl
 import typer
+from doc_tables import put_table
 
 from lowmem_icl.errors import InputError
 from lowmem_icl.masks.files import read_mask
@@ -26,7 +26,6 @@ from lowmem_icl.session.folder import run_record
 from lowmem_icl.statistics.agreement import spearman
 from lowmem_icl.tables.schema import read_table
 
-BEGIN, END = "<!-- searches: scripts/compare_searches.py -->", "<!-- /searches -->"
 HEADER = (
     "| model, tasks, shots | searches | removed: exact | nested | more than one error below "
     "| below the gradient mask (exact) | operations of `prune`: exact | nested |\n"
@@ -152,9 +151,7 @@ def main(
     if json_file is not None:
         json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if docs is not None:
-        text = docs.read_text(encoding="utf-8")
-        marked = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-        docs.write_text(marked.sub(lambda _: f"{BEGIN}\n{table}\n{END}", text), encoding="utf-8")
+        put_table(docs, "searches", Path(__file__).name, table)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ waves are, since a stop loses one, and so, a little, what is read and run twice.
 """
 
 import json
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -16,9 +15,9 @@ from subprocess import run
 from typing import Annotated, Any
 
 import typer
+from doc_tables import put_table
 from plan_sizes import CONFIGS, SHARED, weightless_checkpoint
 
-BEGIN, END = "<!-- night: scripts/plan_night.py -->", "<!-- /night -->"
 PROGRAMMES = {"default": (), "--preset night": ("--preset", "night")}
 EXPERIMENTS = ("evaluate", "importance", "ablate", "prune", "induction")
 # No card is at hand: its rates are those of a night in which 5 E operations fit.
@@ -98,9 +97,7 @@ def main(
     text = table(plans)
     typer.echo(text)
     if docs is not None:
-        marked = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-        content = docs.read_text(encoding="utf-8")
-        docs.write_text(marked.sub(lambda _: f"{BEGIN}\n{text}\n{END}", content), encoding="utf-8")
+        put_table(docs, "night", Path(__file__).name, text)
     if json_file is not None:
         json_file.write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
 

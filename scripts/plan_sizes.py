@@ -33,6 +33,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from doc_tables import put_table
 from rich.console import Console
 
 from lowmem_icl import __version__
@@ -43,8 +44,6 @@ PROGRAMME = (
     "--tasks", "piqa,copa", "--shots", "0,1", "--limit", "64", "--demonstrations", "shared",
     "--experiments", "evaluate,importance,ablate",
 )  # fmt: skip
-# Where the table stands in the README.
-BEGIN, END = "<!-- sizes: scripts/plan_sizes.py -->", "<!-- /sizes -->"
 
 
 def opt_config(layers: int, heads: int, width: int, embedding: int | None = None) -> dict[str, Any]:
@@ -225,16 +224,6 @@ def table(models: list[PlannedModel]) -> str:
     return "\n".join(lines)
 
 
-def put_into(readme: Path, text: str) -> None:
-    """Replace what stands between the two marks of a Markdown file."""
-    content = readme.read_text(encoding="utf-8")
-    before, mark, rest = content.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (mark and end):
-        raise typer.BadParameter(f"{readme} has no table between {BEGIN} and {END}")
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-
-
 def main(
     models: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(CONFIGS)}.")] = ",".join(OPTS),
     memory: Annotated[str, typer.Option(help="What every model is planned with.")] = "16GB",
@@ -259,7 +248,7 @@ def main(
     text = table(planned)
     print(text)
     if readme is not None:
-        put_into(readme, text)
+        put_table(readme, "sizes", Path(__file__).name, text)
     machine = {
         "version": __version__,
         "processor": platform.processor() or platform.machine(),

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import polars as pl
 import typer
+from doc_tables import put_table
 from scipy.stats import spearmanr
 
 from lowmem_icl.report.losses import Loss, SearchMask, greedy_losses
@@ -29,10 +30,8 @@ from lowmem_icl.report.numbers import (
     unit_name,
 )
 from lowmem_icl.session.folder import run_record
-from lowmem_icl.system.files import write_text_atomic
 from lowmem_icl.tables.schema import read_table
 
-BEGIN, END = "<!-- tables: scripts/real_models_tables.py -->", "<!-- /tables -->"
 UNIT = ("task", "shots", "kind", "layer", "head")
 MATCHING = 0.3
 PLACES = ("--out", "--store-dir", "--data-dir", "--masks-dir")
@@ -318,9 +317,7 @@ def main(
     if docs is None:
         sys.stdout.write(text + "\n")
         return
-    before, _, rest = docs.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    write_text_atomic(docs, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    put_table(docs, "tables", Path(__file__).name, f"\n{text}\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import polars as pl
 import pytest
-from test_stages import ALL_CURVES, played, prepared_for
+from played_work import ALL_CURVES, played, prepared_for
 
 from lowmem_icl.experiments.order import run_stages
 from lowmem_icl.session.prepare import Prepared

@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+import typer
 
 from lowmem_icl.masks.files import MaskFile, MaskModel, write_mask
 from lowmem_icl.masks.mask import Mask
@@ -23,6 +24,9 @@ def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
+    # As when it is started: a script finds those beside it.
+    if str(SCRIPTS) not in sys.path:
+        sys.path.append(str(SCRIPTS))
     # Dataclasses look their module up by name.
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -95,10 +99,29 @@ def test_configs_have_the_parameters_of_the_models(sizes: ModuleType, name: str)
     assert (skeleton.layers * in_layers + outside) / 1e9 == pytest.approx(PARAMETERS[name], rel=5e-3)
 
 
-def test_the_table_goes_between_the_marks_of_the_readme(sizes: ModuleType, tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{sizes.BEGIN}\nold\n{sizes.END}\nafter\n", encoding="utf-8")
-    sizes.put_into(page, "new")
-    assert page.read_text(encoding="utf-8") == f"before\n{sizes.BEGIN}\nnew\n{sizes.END}\nafter\n"
-    readme = (SCRIPTS.parent / "README.md").read_text(encoding="utf-8")
-    assert readme.count(sizes.BEGIN) == readme.count(sizes.END) == 1
+def test_a_table_goes_between_its_marks_or_nowhere(tmp_path: Path) -> None:
+    tables, page = script("doc_tables"), tmp_path / "page.md"
+    marks = "<!-- sizes: scripts/plan_sizes.py -->", "<!-- /sizes -->"
+    page.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n", encoding="utf-8")
+    tables.put_table(page, "sizes", "plan_sizes.py", "new")
+    told = page.read_text(encoding="utf-8")
+    assert told == f"before\n{marks[0]}\nnew\n{marks[1]}\nafter\n"
+    with pytest.raises(typer.BadParameter, match="has no table between <!-- night"):
+        tables.put_table(page, "night", "plan_night.py", "new")
+    assert page.read_text(encoding="utf-8") == told
+
+
+@pytest.mark.parametrize(
+    ("page", "name", "made_by"),
+    [
+        ("README.md", "sizes", "plan_sizes.py"),
+        ("docs/overnight.md", "night", "plan_night.py"),
+        ("docs/pruning.md", "searches", "compare_searches.py"),
+        ("docs/benchmarks.md", "memory", "bench_memory.py"),
+        ("docs/real-models.md", "tables", "real_models_tables.py"),
+    ],
+)
+def test_every_table_has_its_place(page: str, name: str, made_by: str) -> None:
+    told = (SCRIPTS.parent / page).read_text(encoding="utf-8")
+    assert told.count(f"<!-- {name}: scripts/{made_by} -->") == told.count(f"<!-- /{name} -->") == 1
+    assert f'"{name}", Path(__file__).name' in (SCRIPTS / made_by).read_text(encoding="utf-8")

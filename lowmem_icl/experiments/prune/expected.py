@@ -4,15 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from lowmem_icl.experiments.prune.known import estimated_before
-from lowmem_icl.experiments.prune.nested import Effort
+from lowmem_icl.experiments.prune.nested import Effort, masks_together
 from lowmem_icl.experiments.prune.search import Half, SearchPlan
 from lowmem_icl.experiments.prune.settings import effort_of, most_searches
 from lowmem_icl.experiments.prune.steps import AskedMasks, estimates_part, half_of, sweep_part
 from lowmem_icl.masks.mask import Mask, Unit
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.work import Part
-
-STEPS_PER_BORDER = 3
 
 
 def search_parts(prepared: Prepared, plan: SearchPlan) -> Iterator[Part]:
@@ -58,7 +56,7 @@ def _nested(prepared: Prepared, plan: SearchPlan, effort: Effort) -> Iterator[Pa
             yield _sweep(prepared, "choose", masks, 1.0, cached=cached)
         asked_for = effort.masks(together)
         deepest = _with_first_layer(plan, next(unit for unit in together if unit.layer == lowest))
-        together_masks = min(asked_for, -(-asked_for // STEPS_PER_BORDER))
+        together_masks = min(asked_for, masks_together(asked_for))
         yield _sweep(prepared, "check", [deepest] * together_masks, 1.0, cached=cached)
         if further := asked_for - together_masks:
             yield _sweep(prepared, "check", [deepest] * together_masks, further / together_masks, cached=True)

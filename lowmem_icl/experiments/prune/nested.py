@@ -141,6 +141,13 @@ def _costs(estimates: Answer, clean: Answer, known: KnownCosts) -> Values:
     return np.asarray(np.mean(by_group, axis=0))
 
 
+def masks_together(most_masks: int) -> int:
+    """Return how many of the masks that a border may take are checked in one sweep: a third of them, so that
+    later ones go where earlier ones point; 3 at least.
+    """
+    return max(3, -(-most_masks // 3))
+
+
 def _remove_beginnings(
     state: SearchState, candidates: Sequence[Unit], most_masks: int
 ) -> Generator[Asked, Answer, None]:
@@ -148,7 +155,7 @@ def _remove_beginnings(
     broke it, until so many masks are checked.
     """
     rest, open_units, is_behind = list(candidates), len(candidates), False
-    left, together = most_masks, max(3, -(-most_masks // 3))
+    left, together = most_masks, masks_together(most_masks)
     while rest and left:
         count = min(left, together)
         sizes = list(doubling(open_units, count)) if is_behind else evenly(open_units, count)
