@@ -17,7 +17,7 @@ from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.hours import Deadlines
 from lowmem_icl.planning.plan import Plan, check_memory, make_plan
-from lowmem_icl.report.page import write_report
+from lowmem_icl.report.page.write import write_report
 from lowmem_icl.session.folder import RunFolder, check_output, open_folder
 from lowmem_icl.session.identity import identity_of
 from lowmem_icl.session.prepare import Prepared, prepare, with_store

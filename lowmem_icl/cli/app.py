@@ -324,7 +324,7 @@ def report(
     ] = None,
 ) -> None:
     """Write the page of a run again, or one page of several runs."""
-    from lowmem_icl.report.page import write_report
+    from lowmem_icl.report.page.write import write_report
 
     if out is None and len(folders) > 1:
         raise InputError("--out: expected a file for the page of several runs; give --out PAGE.html")
