@@ -1,0 +1,35 @@
+"""The main numbers of a run as plain values: what `--json` prints and summary.json holds."""
+
+from pathlib import Path
+from typing import Any
+
+from lowmem_icl.report.numbers import (
+    accuracy,
+    held_out_tops,
+    induction_heads,
+    pruned,
+    top_units,
+    total_seconds,
+)
+from lowmem_icl.report.tables import RunTables, run_tables
+
+
+def run_summary(folder: Path, tables: RunTables | None = None) -> dict[str, Any]:
+    """Return the main numbers of the run in a folder; `tables` are its tables where they are made already.
+
+    Raises InputError as `run_tables` does.
+    """
+    tables = tables or run_tables(folder)
+    record, results = tables.record, tables.results
+    return {
+        "folder": str(folder),
+        "model": record["model"]["id"],
+        "weights": record["model"]["weights"],
+        "accuracy": accuracy(results).to_dicts(),
+        "pruned": pruned(results).to_dicts(),
+        "top_units": top_units(results).to_dicts(),
+        "top_units_held_out": held_out_tops(results).to_dicts(),
+        "induction_heads": induction_heads(results).to_dicts(),
+        "warnings": record["warnings"],
+        "seconds": total_seconds(record),
+    }
