@@ -1,8 +1,12 @@
 """The main numbers of a run as plain values: what `--json` prints and summary.json holds."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lowmem_icl.report.above_chance import settings_of
+from lowmem_icl.report.findings import answer
+from lowmem_icl.report.headline import headline_units
 from lowmem_icl.report.numbers import (
     accuracy,
     held_out_tops,
@@ -21,10 +25,23 @@ def run_summary(folder: Path, tables: RunTables | None = None) -> dict[str, Any]
     """
     tables = tables or run_tables(folder)
     record, results = tables.record, tables.results
+    settings = settings_of(results, tables.masks)
+    found = answer(results, tables.units, tables.masks, record)
     return {
         "folder": str(folder),
         "model": record["model"]["id"],
         "weights": record["model"]["weights"],
+        "answer": {
+            "sentences": list(found.sentences),
+            "chips": [asdict(chip) for chip in found.chips],
+            "notes": list(found.notes),
+        },
+        "at_chance": [
+            {"task": task, "shots": shots}
+            for task, shots in settings.every
+            if (task, shots) in settings.at_chance
+        ],
+        "headline_units": headline_units(tables.units, settings).to_dicts(),
         "accuracy": accuracy(results).to_dicts(),
         "pruned": pruned(results).to_dicts(),
         "top_units": top_units(results).to_dicts(),

@@ -14,7 +14,7 @@ from lowmem_icl.masks.mask import Mask, all_ffns, all_heads
 from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.statistics.certificate import verdict
-from lowmem_icl.tables.guessing import settings_at_chance
+from lowmem_icl.tables.guessing import clean_records, settings_at_chance
 from lowmem_icl.tables.schema import ACCURACIES, MASKS
 
 SETTING = ("task", "shots")
@@ -120,7 +120,7 @@ def _majorities(results: pl.DataFrame) -> pl.DataFrame:
 
 def _chance(results: pl.DataFrame) -> pl.DataFrame:
     """Return whether the clean model is at chance, of all settings where that is known."""
-    clean = results.filter((pl.col("experiment") == "evaluate") & (pl.col("mask") == CLEAN) & _right_labels())
+    clean = clean_records(results)
     known = clean.filter(pl.col("metric").is_in(ACCURACIES)).select(SETTING).unique()
     at_chance = settings_at_chance(clean)
     return known.with_columns(
