@@ -19,6 +19,7 @@ from synthetic_run import SyntheticRun
 from lowmem_icl.masks.files import read_mask
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.page.write import write_report
+from lowmem_icl.report.run_tables import read_run
 from lowmem_icl.tables.schema import read_table
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -116,7 +117,7 @@ def demo_page(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """The page of a run of the demo, beside a copy of its folder."""
     folder = tmp_path_factory.mktemp("page") / "demo"
     shutil.copytree(small_run, folder)
-    write_report([folder], folder / "report.html")
+    write_report([read_run(folder)], folder / "report.html")
     return folder / "report.html"
 
 
@@ -124,7 +125,7 @@ def demo_page(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def large_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page of OPT-66B's size: 64 layers of 72 heads, 14 tasks, 3 shot counts."""
     folder = SyntheticRun().write(tmp_path_factory.mktemp("page") / "large")
-    write_report([folder], folder / "report.html")
+    write_report([read_run(folder)], folder / "report.html")
     return folder / "report.html"
 
 
@@ -296,7 +297,7 @@ def test_paper_gets_all_tables_and_no_buttons(windows: Any, demo_page: Path) -> 
 def test_names_do_nothing(windows: Any, tmp_path: Path) -> None:
     run = SyntheticRun(layers=2, heads=3, tasks=(HOSTILE, "copa"), shots=(0, 4), model=HOSTILE)
     folder = run.write(tmp_path / "run")
-    write_report([folder], folder / "report.html")
+    write_report([read_run(folder)], folder / "report.html")
     window = windows().open(folder / "report.html")
     window.page.locator("select[name=task]").select_option(HOSTILE)
     window.scrolled_to("#map")
@@ -313,7 +314,7 @@ def test_names_do_nothing(windows: Any, tmp_path: Path) -> None:
 def test_several_runs_are_compared(windows: Any, demo_page: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(demo_page.parent, other)
-    write_report([demo_page.parent, other], tmp_path / "both.html")
+    write_report([read_run(demo_page.parent), read_run(other)], tmp_path / "both.html")
     window = windows().open(tmp_path / "both.html", f"#task={AGGREGATE}&metric=gold_logprob_drop.2")
     assert "less" in window.page.locator("select[name=metric] option:checked").inner_text()
     values = window.page.locator("#unit-rows td:nth-child(3)").all_inner_texts()

@@ -78,13 +78,14 @@ def run(given: GivenOptions, quiet: QuietOption = False, as_json: JsonOption = F
     from lowmem_icl.cli.audience import audience_of
     from lowmem_icl.cli.tables import show_summary
     from lowmem_icl.cli.terminal import Terminal
-    from lowmem_icl.report.numbers import summary
+    from lowmem_icl.report.run_tables import read_run
+    from lowmem_icl.report.summary import run_summary
     from lowmem_icl.run import run as run_everything
 
     terminal = Terminal(quiet)
     outcome = run_everything(options, audience_of(terminal))
     if as_json:
-        _print_json(summary(outcome.folder))
+        _print_json(run_summary(read_run(outcome.folder)))
     else:
         show_summary(outcome.folder, terminal.out)
 
@@ -222,13 +223,14 @@ def evaluate(
     from lowmem_icl.cli.audience import audience_of
     from lowmem_icl.cli.tables import show_evaluation
     from lowmem_icl.cli.terminal import Terminal
-    from lowmem_icl.report.numbers import summary
+    from lowmem_icl.report.run_tables import read_run
+    from lowmem_icl.report.summary import run_summary
     from lowmem_icl.run import run as run_everything
 
     terminal = Terminal(quiet)
     outcome = run_everything(with_folder(options, mask_files), audience_of(terminal), mask_files)
     if as_json:
-        _print_json(summary(outcome.folder))
+        _print_json(run_summary(read_run(outcome.folder)))
     else:
         show_evaluation(outcome.folder, terminal.out)
 
@@ -323,14 +325,18 @@ def report(
         Path | None, typer.Option(help="The page.", show_default="report.html in the only folder")
     ] = None,
 ) -> None:
-    """Write the page of a run again, or one page of several runs."""
+    """Write the page of a run again, or one page of several runs, and the tables of units and masks."""
+    from lowmem_icl.report.files import publish_run
     from lowmem_icl.report.page.write import write_report
+    from lowmem_icl.report.run_tables import read_run
 
     if out is None and len(folders) > 1:
         raise InputError("--out: expected a file for the page of several runs; give --out PAGE.html")
-    page = out or folders[0] / "report.html"
-    write_report(folders, page)
-    typer.echo(str(page))
+    if out is None:
+        publish_run(folders[0])
+    else:
+        write_report([read_run(folder) for folder in folders], out)
+    typer.echo(str(out or folders[0] / "report.html"))
 
 
 app.add_typer(masks_app, name="masks")

@@ -1,4 +1,4 @@
-"""A finished or unfinished run as the page reads it: its record, tables and greedy masks."""
+"""What a run's folder holds, as pages and sentences are made of it: for runs of any age, finished or not."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,13 +8,15 @@ from typing import Any
 
 import polars as pl
 
-from lowmem_icl.masks.files import read_mask
+from lowmem_icl.masks.files import MaskFile, read_mask
 from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.report.numbers import clean_evaluation, with_right_labels
 from lowmem_icl.session.folder import run_record
-from lowmem_icl.tables.guessing import settings_at_chance
+from lowmem_icl.tables.guessing import clean_records, settings_at_chance
+from lowmem_icl.tables.mask_table import Judging, mask_table
 from lowmem_icl.tables.schema import read_table
+from lowmem_icl.tables.unit_table import unit_table
 
 Setting = tuple[str, int]
 """A task, or the mean over tasks, at a shot count."""
@@ -22,12 +24,16 @@ Setting = tuple[str, int]
 
 @dataclass(frozen=True, eq=False)
 class RunTables:
-    """What a run folder holds: `results`, its record (run.json), and its mask files as `masks` by name."""
+    """A run: `record` is its run.json, `results` its table, `units` and `masks` the tables made of it, and
+    `mask_files` the files that a table names, by their names, as far as they are there.
+    """
 
     folder: Path
     record: Mapping[str, Any]
     results: pl.DataFrame
-    masks: Mapping[str, Mask]
+    units: pl.DataFrame
+    masks: pl.DataFrame
+    mask_files: Mapping[str, MaskFile]
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -43,11 +49,11 @@ class RunTables:
     @cached_property
     def at_chance(self) -> frozenset[Setting]:
         """Where the clean model is no better than guessing."""
-        return settings_at_chance(clean_evaluation(self.results).filter(with_right_labels()))
+        return settings_at_chance(clean_records(self.results))
 
     @cached_property
-    def greedy_names(self) -> dict[Setting, str]:
-        """The names of the greedy masks that are in the folder, by what they were searched for."""
+    def greedy_masks(self) -> dict[Setting, MaskFile]:
+        """The files of greedy masks by what they were searched for."""
         searched = self.results.filter(
             (pl.col("experiment") == "prune")
             & (pl.col("procedure") == "greedy")
@@ -55,23 +61,40 @@ class RunTables:
             & (pl.col("mask_task") == pl.col("task"))
         )
         found = searched.select("task", "shots", "mask").unique(maintain_order=True)
-        return {(task, shots): mask for task, shots, mask in found.iter_rows() if mask in self.masks}
-
-    @property
-    def greedy_masks(self) -> dict[Setting, Mask]:
-        """The greedy masks by what they were searched for."""
-        return {setting: self.masks[name] for setting, name in self.greedy_names.items()}
+        return {
+            (task, shots): self.mask_files[mask]
+            for task, shots, mask in found.iter_rows()
+            if mask in self.mask_files
+        }
 
     def n_units(self, kind: str) -> int:
         """Return how many heads or FFNs the model has."""
         model = self.record["model"]
         return int(model["layers"] * (model["heads"] if kind == "head" else 1))
 
+    def kept(self, mask: Mask) -> int:
+        """Return how many units a mask leaves."""
+        return self.n_units("head") + self.n_units("ffn") - len(mask)
+
 
 def read_run(folder: Path) -> RunTables:
-    """Read a run folder; raise InputError naming a folder that holds no run or a file that cannot be read."""
+    """Return a run's tables, those of units and masks made anew.
+
+    Raises InputError naming the folder where it holds no run, or a table or mask that cannot be read.
+    """
     record, results = run_record(folder), read_table(folder / "results.parquet", "results")
-    names = results.filter(pl.col("procedure") == "greedy")["mask"].drop_nulls().unique()
-    paths = {name: folder / "masks" / f"{name}.json" for name in names}
-    masks = {name: read_mask(path).mask for name, path in paths.items() if path.is_file()}
-    return RunTables(folder, record, results, masks)
+    files = _mask_files(folder, results)
+    masks = mask_table(results, files, judging_of(record))
+    return RunTables(folder, record, results, unit_table(results, masks), masks, files)
+
+
+def judging_of(record: Mapping[str, Any]) -> Judging:
+    """Return what a run judges masks by."""
+    model, options = record["model"], record["options"]
+    return Judging(model["layers"], model["heads"], options["objective"], options["tolerance"])
+
+
+def _mask_files(folder: Path, results: pl.DataFrame) -> dict[str, MaskFile]:
+    names = results["mask"].drop_nulls().unique(maintain_order=True).to_list()
+    paths = {name: folder / "masks" / f"{name}.json" for name in names if name != CLEAN}
+    return {name: read_mask(path) for name, path in paths.items() if path.is_file()}

@@ -164,12 +164,11 @@ def _mask_cells(
     sizes = [size[setting] for size in (first_sizes, other_sizes) if setting in size]
     if len(sizes) < 2:
         return ["", "", ""]
-    left, right = first.greedy_masks.get(setting), other.greedy_masks.get(setting)
-    if left is None or right is None:
+    files = first.greedy_masks.get(setting), other.greedy_masks.get(setting)
+    if files[0] is None or files[1] is None:
         return [" → ".join(sizes), "", ""]
-    all_units = first.n_units("head") + first.n_units("ffn")
-    kept_in_both = all_units - len(left | right)
-    return [" → ".join(sizes), str(kept_in_both), number_text(jaccard(left, right))]
+    left, right = files[0].mask, files[1].mask
+    return [" → ".join(sizes), str(first.kept(left | right)), number_text(jaccard(left, right))]
 
 
 def comparison_data(runs: Sequence[RunTables]) -> dict[str, Any]:

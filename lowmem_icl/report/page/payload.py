@@ -1,19 +1,21 @@
 """All that the page's script draws, as one JSON value: small tables as lists, units as encoded arrays."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import polars as pl
 from scipy.cluster import hierarchy
 
-from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.files import MaskFile
 from lowmem_icl.protocols import AGGREGATE
+from lowmem_icl.report.above_chance import settings_of
+from lowmem_icl.report.circuits import told_search
 from lowmem_icl.report.page.plots.induction import INDUCTION_SCORE
 from lowmem_icl.report.page.plots.style import BLUE, GREY, palettes
 from lowmem_icl.report.page.sections.pruning import CURVES, curve_points
 from lowmem_icl.report.page.unit_arrays import Grid, unit_arrays
-from lowmem_icl.report.run_tables import RunTables
+from lowmem_icl.report.run_tables import RunTables, Setting
 from lowmem_icl.tables.schema import ACCURACIES
 
 # Curves of another shot count's ranking are in the table alone; heads and FFNs together are a grid.
@@ -35,7 +37,7 @@ def payload(run: RunTables) -> dict[str, Any]:
         "version": run.record["versions"].get("lowmem_icl", ""),
         "tasks": list(run.tasks),
         "shots": list(run.shots),
-        "start": {"task": run.tasks[-1], "shots": run.shots[-1]},
+        "start": start(run),
         "inductionScore": INDUCTION_SCORE,
         "atChance": [[task, shots] for task, shots in sorted(run.at_chance)],
         "units": unit_arrays(results, run.greedy_masks, grid),
@@ -45,9 +47,16 @@ def payload(run: RunTables) -> dict[str, Any]:
         "removal": removal(results),
         "agreement": agreement(results),
         "transfer": transfer(results),
-        "masks": masks(run.greedy_masks, run.greedy_names),
+        "masks": masks(run.greedy_masks),
         "palettes": palettes(),
     }
+
+
+def start(run: RunTables) -> dict[str, Any]:
+    """Return the setting that the page shows first: that of its first sentence, else the last."""
+    told = told_search(run.masks, settings_of(run.results, run.masks), run.record["model"])
+    task, shots = (run.tasks[-1], run.shots[-1]) if told is None else (told["task"], told["shots"])
+    return {"task": task, "shots": shots}
 
 
 def curves(results: pl.DataFrame, kind: str, n_units: int) -> Rows:
@@ -189,7 +198,6 @@ def transfer(results: pl.DataFrame) -> Rows:
     ).to_dicts()
 
 
-def masks(greedy: Mapping[tuple[str, int], Mask], names: Mapping[tuple[str, int], str]) -> Rows:
+def masks(greedy: Mapping[Setting, MaskFile]) -> Rows:
     """Return the greedy masks' names and settings; their units are in the arrays."""
-    settings: Sequence[tuple[str, int]] = list(greedy)
-    return [{"task": task, "shots": shots, "name": names[task, shots]} for task, shots in settings]
+    return [{"task": task, "shots": shots, "name": file.name} for (task, shots), file in greedy.items()]

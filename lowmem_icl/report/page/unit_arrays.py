@@ -12,9 +12,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from lowmem_icl.masks.files import MaskFile
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.report.numbers import SIGNIFICANT_Q
 from lowmem_icl.report.page.encoding import encode_bits, encode_halves
+from lowmem_icl.report.run_tables import Setting
 
 Values = NDArray[np.float64]
 
@@ -93,7 +95,7 @@ class Grid:
         return found
 
 
-def unit_arrays(results: pl.DataFrame, greedy: Mapping[tuple[str, int], Mask], grid: Grid) -> dict[str, Any]:
+def unit_arrays(results: pl.DataFrame, greedy: Mapping[Setting, MaskFile], grid: Grid) -> dict[str, Any]:
     """Return the arrays of all units as JSON: metrics, the drop's bounds and claims, scores of heads, and
     what greedy masks keep.
 
@@ -126,14 +128,14 @@ def unit_arrays(results: pl.DataFrame, greedy: Mapping[tuple[str, int], Mask], g
 
 
 def _scores_and_masks(
-    results: pl.DataFrame, greedy: Mapping[tuple[str, int], Mask], grid: Grid
+    results: pl.DataFrame, greedy: Mapping[Setting, MaskFile], grid: Grid
 ) -> dict[str, Any]:
     scores = results.filter((pl.col("experiment") == "induction") & (pl.col("procedure") == "scores"))
     of_heads = {name: grid.head_values(scores.filter(pl.col("metric") == name)) for name in HEAD_SCORES}
     kept = np.zeros(grid.shape, dtype=np.bool_)
     for index, setting in enumerate((task, shots) for task in grid.tasks for shots in grid.shots):
         if setting in greedy:
-            kept[index] = grid.kept(greedy[setting])
+            kept[index] = grid.kept(greedy[setting].mask)
     return {
         "scores": {
             name: encode_halves(values, 7).as_json()

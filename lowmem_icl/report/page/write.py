@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import bokeh
 import jinja2
 from bokeh.embed import json_item
 
+from lowmem_icl.report.findings import Chip, answer
 from lowmem_icl.report.page.comparison import common, comparison_data, comparison_sections, run_labels
 from lowmem_icl.report.page.encoding import encode_bytes
 from lowmem_icl.report.page.payload import payload
@@ -24,24 +25,25 @@ from lowmem_icl.report.page.sections.masks import masks_section
 from lowmem_icl.report.page.sections.method import method_section
 from lowmem_icl.report.page.sections.pruning import pruning_section
 from lowmem_icl.report.page.sections.units import atlas_section, map_section, ranking_section
-from lowmem_icl.report.run_tables import RunTables, read_run
+from lowmem_icl.report.run_tables import RunTables
 from lowmem_icl.system.files import write_text_atomic
 
 MakeSection = Callable[[RunTables], Section | None]
 
-SECTIONS: tuple[MakeSection, ...] = (
-    map_section,
-    atlas_section,
-    ranking_section,
-    accuracy_section,
-    labels_section,
-    given_masks_section,
-    pruning_section,
-    masks_section,
-    induction_section,
-    agreement_section,
-    method_section,
-)
+# With the headings of docs/numbers.md that say what their numbers mean.
+SECTIONS: dict[MakeSection, tuple[str, ...]] = {
+    map_section: ("Drops", "Stars", "Importance"),
+    atlas_section: (),
+    ranking_section: ("Costliest units", "Stars"),
+    accuracy_section: ("Accuracy and log-probability", "Intervals", "Means over tasks"),
+    labels_section: ("Labels",),
+    given_masks_section: ("Intervals",),
+    pruning_section: ("Curves and knees", "Random masks"),
+    masks_section: ("Greedy and certified masks",),
+    induction_section: ("Induction heads", "Random masks"),
+    agreement_section: ("Agreement of rankings",),
+    method_section: (),
+}
 SCRIPTS = ("data.js", "state.js", "map.js", "units.js", "curves.js", "main.js")
 
 
@@ -52,8 +54,8 @@ class Page:
     title: str
     lead: str
     sentences: Sequence[str]
-    chips: Sequence[tuple[str, str, bool]]
-    """Label, value, and whether it is a warning."""
+    chips: Sequence[Chip]
+    notes: Sequence[str]
     warnings: Sequence[str]
     sections: Sequence[Section]
     data: str
@@ -63,24 +65,26 @@ class Page:
     style: str
 
 
-def write_report(folders: Sequence[Path], page: Path) -> None:
-    """Write the page of one or more run folders.
-
-    Raises InputError naming a folder that holds no run or a table that cannot be read.
-    """
-    runs = [read_run(folder) for folder in folders]
+def write_report(runs: Sequence[RunTables], page: Path) -> None:
+    """Write the page of one run, or of several compared."""
     write_text_atomic(page, render(run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)))
 
 
 def run_page(run: RunTables) -> Page:
     """Return what the page says of a run."""
     record, model = run.record, run.record["model"]
-    sections = [section for make in SECTIONS if (section := make(run)) is not None]
+    found = answer(run.results, run.units, run.masks, record)
+    sections = [
+        replace(section, meaning=headings)
+        for make, headings in SECTIONS.items()
+        if (section := make(run)) is not None
+    ]
     return Page(
         title=f"{model['id']} in {model['weights']}",
         lead=_lead(run),
-        sentences=[],
-        chips=[],
+        sentences=found.sentences,
+        chips=found.chips,
+        notes=found.notes,
         warnings=record["warnings"],
         sections=sections,
         data=_json(payload(run)),
@@ -97,6 +101,7 @@ def comparison_page(runs: Sequence[RunTables]) -> Page:
         lead=f"{len(common(runs))} tasks and shot counts in common; each run has a page of its own.",
         sentences=[],
         chips=[],
+        notes=[],
         warnings=[
             f"{label}: {warning}"
             for label, run in zip(labels, runs, strict=True)

@@ -8,7 +8,6 @@ from lowmem_icl.report.page.section import Section, Table, interval_text, number
 from lowmem_icl.report.run_tables import RunTables
 
 COLUMNS = ("task", "shots", "metric", "value", "95 %", "chance", "majority", "documents")
-MEANING = ("Accuracy and log-probability", "Intervals", "Means over tasks")
 TEXT = (
     "Of the clean model, on the evaluation split. Where the interval holds chance or the best constant "
     "answer, the model shows nothing that could be lost: such settings have no part in findings."
@@ -38,5 +37,4 @@ def accuracy_section(run: RunTables) -> Section | None:
         TEXT,
         [plot for plot in plots if plot is not None],
         Table(COLUMNS, rows),
-        MEANING,
     )

@@ -42,7 +42,6 @@ def agreement_section(run: RunTables) -> Section | None:
         agreement_note(overlap),
         [matrix_plot("agreement", len(run.tasks), CAPTION, ("agreement-heads",))],
         Table(COLUMNS, agreement_rows(overlap)),
-        ("Agreement of rankings",),
     )
 
 

@@ -53,4 +53,4 @@ def given_masks_section(run: RunTables) -> Section | None:
         ]
         for row in both.iter_rows(named=True)
     ]  # fmt: skip
-    return Section("given-masks", "Masks given", TEXT, table=Table(COLUMNS, rows), meaning=("Intervals",))
+    return Section("given-masks", "Masks given", TEXT, table=Table(COLUMNS, rows))

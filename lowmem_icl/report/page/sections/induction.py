@@ -20,7 +20,6 @@ CAPACITY_CAPTION = (
     "orders."
 )
 MOST_NAMED = 8
-MEANING = ("Induction heads", "Random masks")
 
 
 def induction_section(run: RunTables) -> Section | None:
@@ -33,7 +32,7 @@ def induction_section(run: RunTables) -> Section | None:
         *heads_note(induction),
         *removal_note(induction),
     ]
-    return Section("induction", "Induction heads", " ".join(sentences), _plots(induction), meaning=MEANING)
+    return Section("induction", "Induction heads", " ".join(sentences), _plots(induction))
 
 
 def _plots(induction: pl.DataFrame) -> list[PagePlot]:

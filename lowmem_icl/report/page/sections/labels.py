@@ -30,7 +30,7 @@ def labels_section(run: RunTables) -> Section | None:
     rows = label_rows(run.results)
     if not rows:
         return None
-    return Section("labels", "What the labels give", TEXT, table=Table(COLUMNS, rows), meaning=("Labels",))
+    return Section("labels", "What the labels give", TEXT, table=Table(COLUMNS, rows))
 
 
 def label_rows(results: pl.DataFrame) -> list[list[str]]:

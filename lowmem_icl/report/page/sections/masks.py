@@ -4,16 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowmem_icl.masks.mask import Mask, Unit, all_ffns, all_heads
+from lowmem_icl.report.circuits import kept_texts
 from lowmem_icl.report.losses import SearchMask, greedy_losses, searches_without_certificate
 from lowmem_icl.report.numbers import clean_accuracy, pruned
 from lowmem_icl.report.page.plots.matrices import matrix_plot
 from lowmem_icl.report.page.section import Record, Section, interval_text, number_text
 from lowmem_icl.report.run_tables import RunTables, Setting
 
-MOST_NAMED = 16
 COMPARED = ("gradient", "random")
-MEANING = ("Greedy and certified masks",)
 TRANSFER_CAPTION = (
     "Rows: whose mask; columns: the task judged, on its first evaluation documents. The number is the "
     "accuracy gained (+) or lost (−) against the clean model; on the diagonal a mask meets its own task."
@@ -58,7 +56,6 @@ def masks_section(run: RunTables) -> Section | None:
         + replacement_note(run.record.get("greedy", []))
         + certificate_note(run.record),
         [matrix_plot("transfer", len(run.tasks), TRANSFER_CAPTION)] if transferred else [],
-        meaning=MEANING,
         data=list(mask_rows(run)),
     )  # fmt: skip
 
@@ -73,6 +70,7 @@ def mask_rows(run: RunTables) -> Iterator[MaskRow]:
     searched = [
         (task, shots) for task in run.tasks for shots in run.shots if (task, shots, "greedy") in by_mask
     ]
+    kept = kept_texts(run.masks, run.record["model"])
     uncertified = searches_without_certificate(run.record)
     for setting in searched:
         row, loss = by_mask[*setting, "greedy"], losses.get(SearchMask(*setting, "greedy"))
@@ -81,7 +79,7 @@ def mask_rows(run: RunTables) -> Iterator[MaskRow]:
             *setting,
             name=row["mask"],
             removed=f"{row['heads_removed']}H {row['ffns_removed']}F",
-            kept=kept_text(run, setting),
+            kept=kept.get(setting, ""),
             clean=number_text(clean.get(setting)),
             greedy=number_text(row["value"]),
             certified="none" if setting in uncertified else ""
@@ -92,7 +90,7 @@ def mask_rows(run: RunTables) -> Iterator[MaskRow]:
             ],
             loss="" if loss is None else f"{number_text(loss.value)} {_in_brackets(loss.low, loss.high)}",
             verdict="at chance" if setting in run.at_chance else "" if loss is None else loss.verdict,
-            command=_command(run, setting) if setting in run.greedy_names else "",
+            command=_command(run, setting) if setting in run.greedy_masks else "",
         )  # fmt: skip
 
 
@@ -102,27 +100,10 @@ def _in_brackets(low: float | None, high: float | None) -> str:
 
 
 def _command(run: RunTables, setting: Setting) -> str:
-    path = run.folder / "masks" / f"{run.greedy_names[setting]}.json"
+    path = run.folder / "masks" / f"{run.greedy_masks[setting].name}.json"
     task, shots = setting
     named = "" if run.tasks[-1] == task else f" --tasks {task}"
     return f"lowmem-icl evaluate --mask {path} --model {run.record['model']['id']}{named} --shots {shots}"
-
-
-def kept_text(run: RunTables, setting: Setting) -> str:
-    """Return the units that a task's greedy mask keeps by name: the first so many, and how many more."""
-    mask = run.greedy_masks.get(setting)
-    if mask is None:
-        return ""
-    names = [str(unit) for unit in kept_units(mask, run.record["model"])]
-    more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
-    return (" ".join(names[:MOST_NAMED]) + more) or "nothing"
-
-
-def kept_units(mask: Mask, model: Mapping[str, Any]) -> list[Unit]:
-    """Return the units of a model that a mask leaves, heads first."""
-    removed = set(mask.units())
-    units = [*all_heads(model["layers"], model["heads"]), *all_ffns(model["layers"])]
-    return [unit for unit in units if unit not in removed]
 
 
 def certificate_note(record: Record) -> str:

@@ -42,7 +42,6 @@ CAPTION = (
     "chance. Levels that remove the same are one point."
 )
 GRID_CAPTION = "Accuracy of the chosen task with heads and FFNs removed together."
-MEANING = ("Curves and knees", "Random masks")
 KINDS = {"head": "heads", "ffn": "FFNs"}
 
 
@@ -62,7 +61,7 @@ def pruning_section(run: RunTables) -> Section | None:
             matrix_plot("grid", n_levels, GRID_CAPTION, ("prune-grid",), ("FFNs removed", "heads removed"))
         )
     table = Table(KNEE_COLUMNS, knee_rows(points), "knees")
-    return Section("pruning", "Pruning curves", TEXT, plots, table, MEANING)
+    return Section("pruning", "Pruning curves", TEXT, plots, table)
 
 
 def curve_points(results: pl.DataFrame) -> pl.DataFrame:

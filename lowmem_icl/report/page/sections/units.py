@@ -11,7 +11,6 @@ from lowmem_icl.report.run_tables import RunTables
 
 # The units that an estimate is compared on, by the method of the comparison's records.
 COMPARED = {"attribution": "all exact units", "attribution-drawn": "those drawn at random"}
-MEANING = ("Drops", "Stars", "Importance")
 ATLAS_TEXT = "Every task and shot count in the scale of the map; click one to load it."
 
 
@@ -27,9 +26,7 @@ def map_section(run: RunTables) -> Section | None:
     model = run.record["model"]
     ablate = run.results.filter(pl.col("experiment") == "ablate")
     text = exactness_note(ablate) if len(ablate) else "No unit was removed alone: gradients only."
-    return Section(
-        "map", "Heads and FFNs", text, [head_map(model["layers"], model["heads"])], meaning=MEANING
-    )
+    return Section("map", "Heads and FFNs", text, [head_map(model["layers"], model["heads"])])
 
 
 def atlas_section(run: RunTables) -> Section | None:
@@ -42,7 +39,7 @@ def ranking_section(run: RunTables) -> Section | None:
     if not has_units(run):
         return None
     text = f"By the chosen metric at the chosen task and shots: {PICKED}. {STAR}."
-    return Section("units", "Units, ranked", text, meaning=("Costliest units", "Stars"))
+    return Section("units", "Units, ranked", text)
 
 
 def exactness_note(ablate: pl.DataFrame) -> str:
