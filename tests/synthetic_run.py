@@ -193,13 +193,13 @@ class SyntheticRun:
                 })  # fmt: skip
         for setting in self.settings:
             values: dict[str | None, float] = {None: 0.8, "induction": 0.55, "random-median": 0.79}
-            for method, value in values.items():
-                removed = 0 if method is None else max(1, len(heads) // 50)
+            for without, value in values.items():
+                removed = 0 if without is None else max(1, len(heads) // 50)
                 base: blocks.Block = self._fields(setting, "validation") | {
-                    "procedure": "removal", "method": method, "heads_removed": removed,
+                    "procedure": "removal", "method": without, "heads_removed": removed,
                 }  # fmt: skip
                 found.append({**base, **_around("acc", value, 0.03), "chance": 0.5})
-                if method is not None:
+                if without is not None:
                     found.append({**base, **_around("acc_drop", 0.8 - value, 0.03)})
         return found
 
