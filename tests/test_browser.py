@@ -4,7 +4,6 @@ Skipped where no Chromium is installed; CHROMIUM names another than those that a
 """
 
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from headless_browser import COUNT_NODES, chromium, opened_browser
 from synthetic_run import SyntheticRun
 
 from lowmem_icl.masks.files import read_mask
@@ -22,29 +22,13 @@ from lowmem_icl.report.page.write import write_report
 from lowmem_icl.report.run_tables import read_run
 from lowmem_icl.tables.schema import read_table
 
-playwright = pytest.importorskip("playwright.sync_api")
-
 HEAVIEST_PAGE_BYTES = 5_000_000
 MOST_NODES = 5_000
 HOSTILE = "<script>window.hacked = 1</script> [v2] <img src=x onerror=window.hacked=2>"
-COUNT_NODES = """() => {
-  const inside = (e) => 1 + (e.shadowRoot ? count(e.shadowRoot) : 0);
-  const count = (root) => [...root.querySelectorAll("*")].reduce((sum, e) => sum + inside(e), 0);
-  return count(document);
-}"""  # fmt: skip
 PLACE_OF_CELL = """([x, y]) => {
   const map = [...Bokeh.index.roots][0].child_views[0], box = map.el.getBoundingClientRect();
   return [box.x + map.frame.x_scale.compute(x), box.y + map.frame.y_scale.compute(y)];
 }"""
-
-
-def chromium() -> str | None:
-    """Return the browser's path; None where there is none."""
-    found = (
-        os.environ.get("CHROMIUM"),
-        *map(shutil.which, ("chromium", "chromium-browser", "google-chrome")),
-    )
-    return next((path for path in found if path), None)
 
 
 @dataclass
@@ -75,19 +59,10 @@ class Window:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    path = chromium()
-    if path is None:
+    if chromium() is None:
         pytest.skip("no Chromium; install Debian's chromium, or name one in CHROMIUM")
-    with playwright.sync_playwright() as driver:
-        flags = [
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-background-networking",
-            "--disable-component-update",
-        ]
-        opened = driver.chromium.launch(executable_path=path, args=flags)
+    with opened_browser() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture
