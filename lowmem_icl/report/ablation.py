@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.report.figures import COLOURS, head_maps, new_figure, page_figure
+from lowmem_icl.report.figures.on_page import COLOURS, head_maps, new_figure, page_figure
 from lowmem_icl.report.numbers import mean_over_tasks, subject, unit_drops
 from lowmem_icl.report.section import Record, Section
 from lowmem_icl.statistics.agreement import spearman

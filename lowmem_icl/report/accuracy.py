@@ -4,7 +4,7 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.report.figures import COLOURS, error_bars, legend_label, new_figure, page_figure
+from lowmem_icl.report.figures.on_page import COLOURS, error_bars, legend_label, new_figure, page_figure
 from lowmem_icl.report.numbers import accuracy, clean_accuracy
 from lowmem_icl.report.section import Record, Section, interval_text, number_text
 

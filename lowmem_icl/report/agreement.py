@@ -7,7 +7,7 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from lowmem_icl.protocols import AGGREGATE, OUT_OF_DOMAIN_TASKS
-from lowmem_icl.report.figures import new_figure, page_figure, task_order
+from lowmem_icl.report.figures.on_page import new_figure, page_figure, task_order
 from lowmem_icl.report.section import Record, Section, number_text
 
 COLUMNS = (

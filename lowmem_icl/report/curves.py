@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.report.figures import COLOURS, error_bars, new_figure, page_figure, task_order
+from lowmem_icl.report.figures.on_page import COLOURS, error_bars, new_figure, page_figure, task_order
 from lowmem_icl.report.numbers import mean_over_tasks, subject
 from lowmem_icl.report.section import Record, Section
 from lowmem_icl.tables.schema import ACCURACIES

@@ -7,7 +7,7 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lowmem_icl.report.figures import COLOURS, error_bars, new_figure, page_figure, task_order
+from lowmem_icl.report.figures.on_page import COLOURS, error_bars, new_figure, page_figure, task_order
 from lowmem_icl.report.losses import Loss, SearchMask, greedy_losses, searches_without_certificate
 from lowmem_icl.report.numbers import clean_accuracy, greedy_accuracy, pruned
 from lowmem_icl.report.section import Record, Section, interval_text, number_text

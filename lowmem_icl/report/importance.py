@@ -2,7 +2,7 @@
 
 import polars as pl
 
-from lowmem_icl.report.figures import head_maps, page_figure
+from lowmem_icl.report.figures.on_page import head_maps, page_figure
 from lowmem_icl.report.section import Record, Section
 
 TEXT = (

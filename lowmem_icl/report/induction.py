@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.report.figures import (
+from lowmem_icl.report.figures.on_page import (
     COLOURS,
     draw_head_map,
     legend_label,

@@ -12,6 +12,7 @@ from lowmem_icl.report.ablation import ablation_section
 from lowmem_icl.report.accuracy import accuracy_section
 from lowmem_icl.report.agreement import agreement_section
 from lowmem_icl.report.curves import curves_section
+from lowmem_icl.report.figures.files import draw_figures
 from lowmem_icl.report.greedy import greedy_section
 from lowmem_icl.report.importance import importance_section
 from lowmem_icl.report.in_context import in_context_section, label_drops_section
@@ -73,11 +74,9 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
     """
     reports = []
     for folder in folders:
-        report = run_report(read_table(folder / "results.parquet", "results"), run_record(folder))
-        for section in report.sections:
-            for figure in section.figures:
-                write_text_atomic(folder / "figures" / f"{figure.name}.svg", figure.svg)
-        reports.append(report)
+        results, record = read_table(folder / "results.parquet", "results"), run_record(folder)
+        draw_figures(folder, results, record)
+        reports.append(run_report(results, record))
     write_text_atomic(page, render(reports))
 
 
