@@ -137,21 +137,21 @@ class SyntheticRun:
         kinds = {"head": (self.layers * self.heads, "gradient"), "ffn": (self.layers, "ablation")}
         for setting, (kind, (n_units, ranking)) in itertools.product(self.settings, kinds.items()):
             base = self._fields(setting, "validation") | {
-                "procedure": f"curve-{kind}s", "kind": kind, "mask_task": setting[0], "mask_shots": setting[1]
+                "kind": kind, "mask_task": setting[0], "mask_shots": setting[1]
             }  # fmt: skip
             for percent, method in itertools.product(PERCENTAGES, (ranking, "random")):
                 removed = n_units * percent // 100
                 point = base | {
                     "percent": percent, "method": method, "chance": 0.5,
                     "heads_removed": removed * (kind == "head"), "ffns_removed": removed * (kind == "ffn"),
-                    "mask": None,
+                    "mask": None, "procedure": "random" if method == "random" else f"curve-{kind}s",
                 }  # fmt: skip
                 if method != "random":
                     point["mask"] = mask_name(f"{method}-{kind}s-{percent}", *setting)
                 speed = 3 if method == "random" else 1
                 value = 0.5 + (self._accuracy(setting) - 0.5) * (1 - percent / 100) ** speed
                 found.append(point | _around("acc", value + float(rng.normal(0, 0.01)), 0.06))
-            knee = base | {"method": ranking, "percent": 60, "mask": None}
+            knee = base | {"procedure": f"curve-{kind}s", "method": ranking, "percent": 60, "mask": None}
             found.append(knee | {"metric": "knee", "value": 60.0})
             found.append(knee | {"metric": "knee_certain", "value": 40.0})
             found.append(knee | _around("knee_acc_drop", 0.01, 0.02))
@@ -192,24 +192,23 @@ class SyntheticRun:
                     "value": 1 - (percent / 100) ** 2, "low": 1 - percent / 100, "high": 1.0,
                 })  # fmt: skip
         for setting in self.settings:
-            for method, value in ((None, 0.8), ("induction", 0.55), ("random-median", 0.79)):
+            values: dict[str | None, float] = {None: 0.8, "induction": 0.55, "random-median": 0.79}
+            for method, value in values.items():
                 removed = 0 if method is None else max(1, len(heads) // 50)
-                base = self._fields(setting, "validation") | {
+                base: blocks.Block = self._fields(setting, "validation") | {
                     "procedure": "removal", "method": method, "heads_removed": removed,
                 }  # fmt: skip
-                found.append(base | _around("acc", value, 0.03) | {"chance": 0.5})
+                found.append({**base, **_around("acc", value, 0.03), "chance": 0.5})
                 if method is not None:
-                    found.append(base | _around("acc_drop", 0.8 - value, 0.03))
+                    found.append({**base, **_around("acc_drop", 0.8 - value, 0.03)})
         return found
 
     def _overlap(self, rng: np.random.Generator) -> list[blocks.Block]:
         found: list[blocks.Block] = []
         for shots in self.shots:
             base = {"shots": shots, "method": "gradient", "kind": "head"}
-            for task in self.tasks:
-                found.append(
-                    base | {"procedure": "reliability", "task": task, "metric": "split_half", "value": 0.9}
-                )
+            reliability = base | {"procedure": "reliability", "metric": "split_half", "value": 0.9}
+            found += [reliability | {"task": task} for task in self.tasks]
             for left, right in itertools.combinations(self.tasks, 2):
                 pair = base | {"procedure": "pair", "task": left, "other_task": right, "other_shots": shots,
                                "other_method": "gradient", "chance": 0.0}  # fmt: skip

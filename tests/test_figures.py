@@ -27,6 +27,7 @@ from lowmem_icl.report.figures.names import moved_apart, short_names, text_width
 from lowmem_icl.report.figures.registry import FIGURES
 from lowmem_icl.report.figures.scales import SymLog
 from lowmem_icl.report.figures.style import figure_style, text_colour
+from lowmem_icl.report.run_tables import read_run
 from lowmem_icl.session.folder import run_record
 from lowmem_icl.tables.schema import RESULTS, read_table
 
@@ -167,9 +168,9 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_same_numbers_give_the_same_bytes_of_exactly_the_width(folder: Path, width: float) -> None:
     asked = FigureFiles(files.FORMATS, (width,), ("recall",))
-    written = {path: path.read_bytes() for path in write_figures(folder, asked)}
+    written = {path: path.read_bytes() for path in write_figures(read_run(folder), asked)}
     assert len(written) == 3 * 4
-    assert {path: path.read_bytes() for path in write_figures(folder, asked)} == written
+    assert {path: path.read_bytes() for path in write_figures(read_run(folder), asked)} == written
     for path, content in written.items():
         assert path.stem.endswith("-recall" if width == 6.75 else "-recall-3.25in")
         if path.suffix == ".svg":
@@ -186,7 +187,7 @@ def test_the_same_numbers_give_the_same_bytes_of_exactly_the_width(folder: Path,
 
 @pytest.mark.usefixtures("few")
 def test_texts_stay_texts_and_names_are_no_markup(folder: Path) -> None:
-    (accuracy,) = [path for path in write_figures(folder) if path.name == "accuracy.svg"]
+    (accuracy,) = [path for path in write_figures(read_run(folder)) if path.name == "accuracy.svg"]
     root = ET.fromstring(accuracy.read_bytes())
     found = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"recall", "_x", "mean of tasks", "accuracy"} <= {(text or "").strip() for text in found}
@@ -213,7 +214,7 @@ def test_only_our_own_figures_are_removed(folder: Path) -> None:
     old = "<svg><dc:title>Matplotlib v3.9</dc:title></svg>"
     for name, text in {"ffns": old, "heads": "<svg>drawn by hand</svg>", "mine": old}.items():
         (figures / f"{name}.svg").write_text(text)
-    write_figures(folder)
+    write_figures(read_run(folder))
     left = {path.name for path in figures.iterdir()}
     assert {"heads.svg", "mine.svg", "ablate-heads.svg"} <= left
     assert "ffns.svg" not in left
@@ -226,7 +227,7 @@ def test_only_our_own_figures_are_removed(folder: Path) -> None:
         (["--figure-width", "wide"], "--figure-width: expected inches, separated by commas"),
         (["--figure-width", "12"], "--figure-width: expected inches from 3 to 10"),
         (["--task", "recal"], "did you mean 'recall'?"),
-        (["--task", "zzz"], "has recall, "),
+        (["--task", "zzz"], "it has recall, "),
     ],
 )  # fmt: skip
 def test_what_is_not_understood_is_refused(folder: Path, arguments: list[str], message: str) -> None:

@@ -78,13 +78,14 @@ def run(given: GivenOptions, quiet: QuietOption = False, as_json: JsonOption = F
     from lowmem_icl.cli.audience import audience_of
     from lowmem_icl.cli.tables import show_summary
     from lowmem_icl.cli.terminal import Terminal
-    from lowmem_icl.report.numbers import summary
+    from lowmem_icl.report.run_tables import read_run
+    from lowmem_icl.report.summary import run_summary
     from lowmem_icl.run import run as run_everything
 
     terminal = Terminal(quiet)
     outcome = run_everything(options, audience_of(terminal))
     if as_json:
-        _print_json(summary(outcome.folder))
+        _print_json(run_summary(read_run(outcome.folder)))
     else:
         show_summary(outcome.folder, terminal.out)
 
@@ -222,13 +223,14 @@ def evaluate(
     from lowmem_icl.cli.audience import audience_of
     from lowmem_icl.cli.tables import show_evaluation
     from lowmem_icl.cli.terminal import Terminal
-    from lowmem_icl.report.numbers import summary
+    from lowmem_icl.report.run_tables import read_run
+    from lowmem_icl.report.summary import run_summary
     from lowmem_icl.run import run as run_everything
 
     terminal = Terminal(quiet)
     outcome = run_everything(with_folder(options, mask_files), audience_of(terminal), mask_files)
     if as_json:
-        _print_json(summary(outcome.folder))
+        _print_json(run_summary(read_run(outcome.folder)))
     else:
         show_evaluation(outcome.folder, terminal.out)
 
@@ -336,21 +338,27 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Write the page of a run again, or one page of several runs; and figures for papers.
+    """Write the page of a run again, or one page of several runs, and the tables of units and masks; and
+    figures for papers.
 
     lowmem-icl report runs/demo --figures pdf --figure-width 3.25 --task recall
     """
     from lowmem_icl.report.figures.files import asked_files, write_figures
-    from lowmem_icl.report.page import write_report
+    from lowmem_icl.report.files import publish_run
+    from lowmem_icl.report.page.write import write_report
+    from lowmem_icl.report.run_tables import read_run
 
     if out is None and len(folders) > 1:
         raise InputError("--out: expected a file for the page of several runs; give --out PAGE.html")
-    page = out or folders[0] / "report.html"
     files = asked_files(figures, figure_width, task or ())
-    for path in [path for folder in folders for path in write_figures(folder, files)] if files else ():
-        typer.echo(str(path))
-    write_report(folders, page)
-    typer.echo(str(page))
+    if files is not None:
+        for path in [path for folder in folders for path in write_figures(read_run(folder), files)]:
+            typer.echo(str(path))
+    if out is None:
+        publish_run(folders[0])
+    else:
+        write_report([read_run(folder) for folder in folders], out)
+    typer.echo(str(out or folders[0] / "report.html"))
 
 
 app.add_typer(masks_app, name="masks")

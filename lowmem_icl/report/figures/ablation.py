@@ -9,6 +9,7 @@ from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.figures.layout import (
     Asked,
     PanelSize,
+    Record,
     axis_labels,
     few_ticks,
     key_above,
@@ -23,7 +24,6 @@ from lowmem_icl.report.figures.rows import bounds_of, dot_key, line_key, marker_
 from lowmem_icl.report.figures.scales import SymLog, number
 from lowmem_icl.report.figures.style import BLUE, GREY, LINE, RED, shot_colours
 from lowmem_icl.report.numbers import unit_drops
-from lowmem_icl.report.section import Record
 from lowmem_icl.statistics.agreement import spearman
 
 DROP = "drop of gold log-probability, nats"

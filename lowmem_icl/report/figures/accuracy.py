@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from lowmem_icl.protocols import LABELS
 from lowmem_icl.report.figures.layout import (
     Asked,
+    Record,
     key_above,
     new_figure,
     share_ticks,
@@ -20,7 +21,6 @@ from lowmem_icl.report.figures.names import short_names
 from lowmem_icl.report.figures.rows import TaskRows, bounds_of, dot_key, tick_key
 from lowmem_icl.report.figures.style import BLACK, BLUE, GREEN, GREY, LINE, NORMAL, ORANGE, shot_colours
 from lowmem_icl.report.numbers import accuracy, clean_evaluation, with_right_labels
-from lowmem_icl.report.section import Record
 from lowmem_icl.tables.guessing import settings_at_chance
 from lowmem_icl.tables.schema import ACCURACIES
 

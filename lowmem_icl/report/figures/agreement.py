@@ -10,13 +10,12 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.report.figures.layout import Asked, key_above, new_figure, shots_of, shots_text
+from lowmem_icl.report.figures.layout import Asked, Record, key_above, new_figure, shots_of, shots_text
 from lowmem_icl.report.figures.matrices import value_size, value_text, write_values
 from lowmem_icl.report.figures.names import short_names, text_width
 from lowmem_icl.report.figures.rows import TaskRows, dot_key, tick_key
 from lowmem_icl.report.figures.scales import number
 from lowmem_icl.report.figures.style import BLACK, LINE, NORMAL, PALE, SMALL, shot_colours
-from lowmem_icl.report.section import Record
 
 METHOD = "gradient"
 NAME_INCHES = 0.8

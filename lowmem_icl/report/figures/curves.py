@@ -12,6 +12,7 @@ from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.figures.layout import (
     Asked,
     PanelSize,
+    Record,
     axis_labels,
     key_above,
     percent_ticks,
@@ -35,7 +36,7 @@ from lowmem_icl.report.figures.style import (
     RED,
     SKY,
 )
-from lowmem_icl.report.section import Record
+from lowmem_icl.report.points import curve_points
 from lowmem_icl.tables.schema import ACCURACIES
 
 # By method, and whether the ranking is that of all tasks: name, colour, line.
@@ -58,26 +59,33 @@ NAMED_WIDTH = 1.7
 
 def prune_heads(results: pl.DataFrame, record: Record, asked: Asked) -> Figure | None:
     """Draw accuracy against the share of heads removed."""
-    layers, heads = shape_of(record)
-    return _pruning(curve_points(results), "head", layers * heads, asked)
+    return _pruning(pruning_records(results, record, "head"), "heads", asked)
 
 
 def prune_ffns(results: pl.DataFrame, record: Record, asked: Asked) -> Figure | None:
     """Draw accuracy against the share of FFNs removed."""
-    layers, _ = shape_of(record)
-    return _pruning(curve_points(results), "ffn", layers, asked)
+    return _pruning(pruning_records(results, record, "ffn"), "FFNs", asked)
 
 
-def curve_points(results: pl.DataFrame) -> pl.DataFrame:
-    """Return the records of pruning curves: those of the prune experiment at a percentage."""
-    return results.filter((pl.col("experiment") == "prune") & pl.col("percent").is_not_null())
+def pruning_records(results: pl.DataFrame, record: Record, kind: str) -> pl.DataFrame:
+    """Return the accuracies and knees of the curves of a kind of units; `share`: per cent of it removed.
+
+    Each set of removed units stands once in a curve: few units have few levels.
+    """
+    layers, heads = shape_of(record)
+    points = curve_points(results, record["model"]).filter(pl.col("metric").is_in(ACCURACIES))
+    knees = results.filter((pl.col("experiment") == "prune") & (pl.col("metric") == "knee"))
+    n_units = layers * heads if kind == "head" else layers
+    knees = knees.with_columns(share=100 * pl.col(f"{kind}s_removed") / n_units)
+    return pl.concat([points.select(knees.columns), knees]).filter(
+        (pl.col("kind") == kind) & ~pl.col("procedure").is_in(UNDRAWN)
+    )
 
 
-def _pruning(points: pl.DataFrame, kind: str, n_units: int, asked: Asked) -> Figure | None:
+def _pruning(records: pl.DataFrame, units: str, asked: Asked) -> Figure | None:
     """Draw a panel per task and shot count: curves with knees, the band of random masks, chance."""
-    points = asked.of(points.filter((pl.col("kind") == kind) & ~pl.col("procedure").is_in(UNDRAWN)))
-    points = points.with_columns(removed=100 * pl.col(f"{kind}s_removed") / n_units)
-    curves = points.filter(pl.col("metric").is_in(ACCURACIES))
+    points = asked.of(records)
+    curves = points.filter(pl.col("metric") != "knee")
     if curves.is_empty():
         return None
     panels = task_panels(asked, tasks_of(curves), shots_of(curves), PanelSize(0.9, 0.75, 0.3, 1.6))
@@ -98,7 +106,7 @@ def _pruning(points: pl.DataFrame, kind: str, n_units: int, asked: Asked) -> Fig
     entries.sort(key=lambda entry: order.index(entry[1]))
     if (points["method"] != "random").all():
         entries.append((Line2D([], [], linestyle=""), NO_RANDOM))
-    axis_labels(panels.figure, f"{'heads' if kind == 'head' else 'FFNs'} removed, %", "accuracy")
+    axis_labels(panels.figure, f"{units} removed, %", "accuracy")
     key_above(panels.figure, entries)
     return panels.figure
 
@@ -114,29 +122,28 @@ class Drawn:
 def _draw_panel(axis: Axes, panel: pl.DataFrame, *, with_bars: bool) -> Drawn:
     """Draw the curves of a task and shot count."""
     drawn = Drawn()
-    accuracies = panel.filter(pl.col("metric").is_in(ACCURACIES))
+    accuracies = panel.filter(pl.col("metric") != "knee").sort("share")
     # Single draws have a mask, their mean has none.
     _draw_random(axis, accuracies.filter((pl.col("method") == "random") & pl.col("mask").is_null()), drawn)
     shared = (pl.col("other_task") == AGGREGATE).fill_null(value=False)
     for number, ((method, is_shared), (name, colour, line)) in enumerate(CURVES.items()):
-        chosen = panel.filter((pl.col("method") == method) & (shared == is_shared))
-        levels = chosen.filter(pl.col("metric").is_in(ACCURACIES))
-        curve = _once(levels)
+        is_chosen = (pl.col("method") == method) & (shared == is_shared)
+        # A mean's clean point is named, those of tasks' masks that remove as little are not.
+        curve = accuracies.filter(is_chosen).unique("share", keep="first", maintain_order=True)
         if curve.is_empty():
             continue
         order = 4 - number / 10
         axis.errorbar(
-            curve["removed"].to_numpy(), curve["value"].to_numpy(),
+            curve["share"].to_numpy(), curve["value"].to_numpy(),
             yerr=bounds_of(curve) if with_bars else None, color=colour, linestyle=line,
             linewidth=1.6 * LINE, elinewidth=LINE, zorder=order,
         )  # fmt: skip
         drawn.key.append((line_key(colour, line), name))
         drawn.ends.append((curve["value"][-1], name, colour))
-        knees = chosen.filter(pl.col("metric") == "knee").select("percent")
-        knee = levels.join(knees, on="percent", how="semi")
+        knee = curve.join(panel.filter(is_chosen & (pl.col("metric") == "knee")), on="share", how="semi")
         if len(knee):
             axis.plot(
-                knee["removed"], knee["value"], "o", color=colour, markersize=4.5, markerfacecolor="white",
+                knee["share"], knee["value"], "o", color=colour, markersize=4.5, markerfacecolor="white",
                 markeredgewidth=1.6 * LINE, zorder=order + 2, clip_on=False,
             )  # fmt: skip
             drawn.key.append((marker_key(GREY, hollow=True), KNEE))
@@ -149,16 +156,10 @@ def _draw_panel(axis: Axes, panel: pl.DataFrame, *, with_bars: bool) -> Drawn:
 
 def _draw_random(axis: Axes, control: pl.DataFrame, drawn: Drawn) -> None:
     """Draw the mean over random masks in the band that holds the next one."""
-    control = _once(control)
     if control.is_empty():
         return
-    removed, value = control["removed"].to_numpy(), control["value"].to_numpy()
+    removed, value = control["share"].to_numpy(), control["value"].to_numpy()
     below, above = bounds_of(control)
     axis.fill_between(removed, value - below, value + above, color=PALE, linewidth=0, zorder=0)
     axis.plot(removed, value, color=GREY, linewidth=LINE, zorder=1)
     drawn.key.append((band_key(), RANDOM))
-
-
-def _once(curve: pl.DataFrame) -> pl.DataFrame:
-    """Return a curve's points by what they remove, each set of units once: few units have few levels."""
-    return curve.unique("removed", keep="first", maintain_order=True).sort("removed")

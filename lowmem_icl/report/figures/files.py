@@ -8,7 +8,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 from matplotlib.figure import Figure
 
 from lowmem_icl.errors import InputError
@@ -16,10 +15,8 @@ from lowmem_icl.masks.naming import task_slug
 from lowmem_icl.report.figures.layout import PAGE_WIDTH, Asked
 from lowmem_icl.report.figures.registry import FIGURES
 from lowmem_icl.report.figures.style import DPI, figure_style
-from lowmem_icl.report.section import Record
-from lowmem_icl.session.folder import run_record
+from lowmem_icl.report.run_tables import RunTables
 from lowmem_icl.system.files import atomic_path
-from lowmem_icl.tables.schema import read_table
 
 FORMATS = ("svg", "pdf", "png")
 NARROWEST, WIDEST = 3.0, 10.0
@@ -79,26 +76,18 @@ def _listed(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip().lower() for part in text.split(",")))
 
 
-def write_figures(folder: Path, files: FigureFiles = FigureFiles()) -> list[Path]:
-    """Draw a run's figures from its tables into `figures/` of its folder; return the files written.
+def write_figures(run: RunTables, files: FigureFiles = FigureFiles()) -> list[Path]:
+    """Draw a run's figures into `figures/` of its folder; return the files written.
 
-    Figures whose numbers the run does not have are left out. Raises InputError where the folder holds no run,
-    and for a task that is not in it, naming one that is like it.
+    Figures whose numbers the run does not have are left out. Raises InputError for a task that is not in it,
+    naming one that is like it.
     """
-    record, results = run_record(folder), read_table(folder / "results.parquet", "results")
-    return draw_figures(folder, results, record, files)
-
-
-def draw_figures(
-    folder: Path, results: pl.DataFrame, record: Record, files: FigureFiles = FigureFiles()
-) -> list[Path]:
-    """As `write_figures`, of tables that were read already."""
-    check_tasks(files.tasks, results, folder)
-    figures = folder / "figures"
+    check_tasks(files.tasks, run)
+    figures = run.folder / "figures"
     written: list[Path] = []
     with figure_style():
         for name, task, width in product(FIGURES, files.tasks, files.widths):
-            figure = FIGURES[name].draw(results, record, Asked(width, task))
+            figure = FIGURES[name].draw(run.results, run.record, Asked(width, task))
             if figure is None:
                 continue
             for extension in files.formats:
@@ -110,13 +99,12 @@ def draw_figures(
     return written
 
 
-def check_tasks(tasks: Sequence[str | None], results: pl.DataFrame, folder: Path) -> None:
+def check_tasks(tasks: Sequence[str | None], run: RunTables) -> None:
     """Check that a run has these tasks; raise InputError naming one that is like it where not."""
-    known = results["task"].drop_nulls().unique(maintain_order=True).to_list()
     for task in tasks:
-        if task is not None and task not in known:
-            hint = _hint(task, known) or f"; {folder} has {', '.join(known)}"
-            raise InputError(f"--task {task}: expected a task of {folder}{hint}")
+        if task is not None and task not in run.tasks:
+            hint = _hint(task, run.tasks) or f"; it has {', '.join(run.tasks)}"
+            raise InputError(f"--task {task}: expected a task of {run.folder}{hint}")
 
 
 def _hint(name: str, known: Sequence[str]) -> str:

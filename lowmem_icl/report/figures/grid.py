@@ -5,12 +5,11 @@ import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 
-from lowmem_icl.report.figures.curves import curve_points
-from lowmem_icl.report.figures.layout import Asked, axis_labels, new_figure, shots_of, shots_text
+from lowmem_icl.report.figures.layout import Asked, Record, axis_labels, new_figure, shots_of, shots_text
 from lowmem_icl.report.figures.matrices import thinned, value_size, write_values
 from lowmem_icl.report.figures.style import PALE
 from lowmem_icl.report.numbers import mean_over_tasks
-from lowmem_icl.report.section import Record
+from lowmem_icl.report.points import curve_points
 from lowmem_icl.tables.schema import ACCURACIES
 
 COLOURS = matplotlib.colormaps["cividis"].with_extremes(bad=PALE)
@@ -21,7 +20,7 @@ def prune_grid(results: pl.DataFrame, record: Record, asked: Asked) -> Figure | 
 
     Of the task asked for, or of the mean over tasks.
     """
-    points = curve_points(results).filter(
+    points = curve_points(results, record["model"]).filter(
         (pl.col("procedure") == "curve-combined") & pl.col("metric").is_in(ACCURACIES)
     )
     points = mean_over_tasks(points) if asked.task is None else asked.of(points)

@@ -3,9 +3,8 @@
 import polars as pl
 from matplotlib.figure import Figure
 
-from lowmem_icl.report.figures.layout import Asked
+from lowmem_icl.report.figures.layout import Asked, Record
 from lowmem_icl.report.figures.maps import head_maps
-from lowmem_icl.report.section import Record
 
 
 def importance_heads(results: pl.DataFrame, record: Record, asked: Asked) -> Figure | None:

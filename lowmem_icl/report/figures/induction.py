@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from lowmem_icl.report.figures.layout import (
     Asked,
+    Record,
     axis_labels,
     few_ticks,
     key_above,
@@ -20,7 +21,6 @@ from lowmem_icl.report.figures.maps import MapScale, shape_of, unit_grid
 from lowmem_icl.report.figures.rows import TaskRows, band_key, dot_key, line_key, loss_ticks, tick_key
 from lowmem_icl.report.figures.style import BLACK, GREY, LINE, PALE, RED, shot_colours
 from lowmem_icl.report.numbers import mean_over_tasks
-from lowmem_icl.report.section import Record
 from lowmem_icl.tables.schema import ACCURACIES
 
 SCORES = {

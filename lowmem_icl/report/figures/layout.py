@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import ceil
+from typing import Any
 
 import polars as pl
 from matplotlib.artist import Artist
@@ -16,6 +17,8 @@ from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.figures.names import LEADING, short_names, text_width
 from lowmem_icl.report.figures.style import NORMAL, SMALL
 
+Record = Mapping[str, Any]
+"""The content of a run's run.json."""
 COLUMN_WIDTH, PAGE_WIDTH = 3.25, 6.75
 """In inches: a column and the text of a page in two columns."""
 TALLEST = 8.6

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from lowmem_icl.report.figures.layout import (
     Asked,
     PanelSize,
+    Record,
     axis_labels,
     few_ticks,
     grow,
@@ -20,7 +21,6 @@ from lowmem_icl.report.figures.layout import (
 )
 from lowmem_icl.report.figures.scales import X_DISTANCE, SymLog, number
 from lowmem_icl.report.figures.style import LINE, PALE
-from lowmem_icl.report.section import Record
 
 Grid = NDArray[np.float64]
 

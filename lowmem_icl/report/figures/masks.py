@@ -7,11 +7,10 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lowmem_icl.report.figures.layout import Asked, key_above, shots_of, tasks_of
+from lowmem_icl.report.figures.layout import Asked, Record, key_above, shots_of, tasks_of
 from lowmem_icl.report.figures.rows import TaskRows, dot_key, tick_key
 from lowmem_icl.report.figures.style import BLACK, BLUE, GREEN, GREY, ORANGE, SMALL
 from lowmem_icl.report.numbers import clean_accuracy, greedy_accuracy
-from lowmem_icl.report.section import Record
 
 # Label, colour and marker, from the top lane of a row to the last.
 METHODS = {

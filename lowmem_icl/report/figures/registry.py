@@ -18,9 +18,8 @@ from lowmem_icl.report.figures.importance import (
     importance_heads,
 )
 from lowmem_icl.report.figures.induction import induction_capacity, induction_removal, induction_scores
-from lowmem_icl.report.figures.layout import Asked
+from lowmem_icl.report.figures.layout import Asked, Record
 from lowmem_icl.report.figures.masks import prune_masks
-from lowmem_icl.report.section import Record
 
 
 @dataclass(frozen=True)
