@@ -14,6 +14,7 @@ import typer
 from lowmem_icl.masks.files import MaskFile, MaskModel, write_mask
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.skeleton import Skeleton
+from lowmem_icl.report.figures.style import figure_style
 from lowmem_icl.tables.schema import RESULTS, write_table
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -77,11 +78,16 @@ def run_folder(tmp_path: Path) -> Path:
 
 
 def test_the_figure_shows_every_head_and_frames_those_that_the_mask_keeps(run_folder: Path) -> None:
-    figure = script("draw_readme_figure").draw(run_folder, "recall")
-    heads, masks, _ = figure.axes
+    with figure_style():
+        figure = script("draw_readme_figure").draw(run_folder, "recall")
+    heads, masks = figure.axes
     assert heads.images[0].get_array().tolist() == [[0, 2], [1, 3]]
     assert len(heads.patches) == 3, "all heads but the one removed"
-    assert [bar.get_height() for bar in masks.patches] == [0.5] * 4
+    dots = [line.get_xdata().tolist() for line in masks.lines if line.get_marker() in "osD"]
+    assert [values for values in dots if values] == [[0.5]] * 3
+    ticks = [segment[:, 0].tolist() for ticks in masks.collections for segment in ticks.get_segments()]
+    assert [0.25, 0.25] in ticks, "chance"
+    assert [0.5, 0.5] in ticks, "the whole model"
 
 
 # Parameters by the papers and model cards, in billions, of models that are planned by config alone.

@@ -324,14 +324,36 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="The page.", show_default="report.html in the only folder")
     ] = None,
+    figures: Annotated[
+        str | None,
+        typer.Option(help="Formats of figures to add: svg, pdf, png.", metavar="LIST", show_default="svg"),
+    ] = None,
+    figure_width: Annotated[
+        str | None, typer.Option(help="Their widths in inches.", metavar="LIST", show_default="6.75")
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Their task; can be given several times.", metavar="NAME", show_default="all in one figure"
+        ),
+    ] = None,
 ) -> None:
-    """Write the page of a run again, or one page of several runs, and the tables of units and masks."""
+    """Write the page of a run again, or one page of several runs, and the tables of units and masks; and
+    figures for papers.
+
+    lowmem-icl report runs/demo --figures pdf --figure-width 3.25 --task recall
+    """
+    from lowmem_icl.report.figures.files import asked_files, write_figures
     from lowmem_icl.report.files import publish_run
     from lowmem_icl.report.page.write import write_report
     from lowmem_icl.report.run_tables import read_run
 
     if out is None and len(folders) > 1:
         raise InputError("--out: expected a file for the page of several runs; give --out PAGE.html")
+    files = asked_files(figures, figure_width, task or ())
+    if files is not None:
+        for path in [path for folder in folders for path in write_figures(read_run(folder), files)]:
+            typer.echo(str(path))
     if out is None:
         publish_run(folders[0])
     else:

@@ -1,10 +1,11 @@
 """What a run's folder holds beside its tables, for people and other programs: units.parquet, masks.parquet,
-summary.json and the page.
+summary.json, figures and the page.
 """
 
 import json
 from pathlib import Path
 
+from lowmem_icl.report.figures.files import write_figures
 from lowmem_icl.report.page.write import write_report
 from lowmem_icl.report.run_tables import RunTables, read_run
 from lowmem_icl.report.summary import run_summary
@@ -19,6 +20,7 @@ def publish_run(folder: Path) -> None:
     """
     run = read_run(folder)
     write_tables(run)
+    write_figures(run)
     write_report([run], folder / "report.html")
 
 
