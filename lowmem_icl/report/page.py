@@ -38,14 +38,14 @@ MakeSection = Callable[[pl.DataFrame, Record], Section | None]
 
 # With the headings of docs/numbers.md that say what their numbers mean.
 SECTIONS: dict[MakeSection, tuple[str, ...]] = {
-    accuracy_section: ("Accuracy and log-probability", "Intervals", "Means over tasks"),
+    accuracy_section: ("Accuracy and log-probability", "At chance", "Intervals", "Means over tasks"),
     labels_section: ("Labels",),
     importance_section: ("Importance",),
     ablation_section: ("Drops", "Stars", "Costliest units"),
     in_context_section: ("Drops", "Costliest units"),
     label_drops_section: ("Drops", "Labels", "Costliest units"),
     curves_section: ("Curves and knees", "Random masks"),
-    greedy_section: ("Greedy and certified masks",),
+    greedy_section: ("The answer", "Greedy and certified masks"),
     induction_section: ("Induction heads", "Random masks"),
     agreement_section: ("Agreement of rankings",),
     protocol_section: (),
