@@ -1,12 +1,13 @@
 """README and docs: short in front, no broken link, every file in the tree, every column explained."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from lowmem_icl.report.page.write import SECTIONS
-from lowmem_icl.tables.schema import TABLES
+from lowmem_icl.tables.schema import DERIVED_TABLES, TABLES, read_table
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lowmem_icl"
@@ -75,8 +76,32 @@ def test_the_tree_names_every_file_of_the_package_and_no_other() -> None:
     assert not [name for name in named if not (ROOT / name).is_file()]
 
 
-@pytest.mark.parametrize("table", TABLES)
+def section_of_tables(name: str) -> str:
+    """Return the section of docs/tables.md with this heading."""
+    text = (DOCS / "tables.md").read_text(encoding="utf-8")
+    (section,) = re.findall(rf"^##+ {re.escape(name)}\n(.*?)(?=^##+ |\Z)", text, re.MULTILINE | re.DOTALL)
+    return str(section)
+
+
+@pytest.mark.parametrize("table", [*TABLES, *DERIVED_TABLES])
 def test_every_column_is_explained(table: str) -> None:
-    text = (DOCS / "experiments.md").read_text(encoding="utf-8")
-    (section,) = re.findall(rf"^## {table}\.parquet\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    assert not [column for column in TABLES[table] if f"`{column}`" not in section]
+    section = section_of_tables(f"{table}.parquet")
+    columns = (TABLES | DERIVED_TABLES)[table]
+    assert not [column for column in columns if f"`{column}`" not in section]
+
+
+def test_every_metric_and_key_of_a_run_is_explained(small_run: Path) -> None:
+    metrics = read_table(small_run / "results.parquet", "results")["metric"].unique().to_list()
+    explained = section_of_tables("Metrics")
+    assert not [metric for metric in metrics if f"`{metric}`" not in explained]
+    summary = json.loads((small_run / "summary.json").read_text(encoding="utf-8"))
+    explained = section_of_tables("summary.json")
+    assert not [key for key in summary if f"`{key}`" not in explained]
+
+
+def test_every_metric_that_is_explained_is_in_one_row() -> None:
+    rows = section_of_tables("Metrics").splitlines()
+    named = [
+        name for row in rows if row.startswith("| `") for name in re.findall("`(.+?)`", row.split("|")[1])
+    ]
+    assert len(named) == len(set(named))

@@ -107,7 +107,7 @@ def _chips(results: pl.DataFrame, units: pl.DataFrame, record: Record, settings:
         yield Chip("documents per task", _numbers_text(accuracies["documents"].to_list()))
         known = accuracies["chance"].drop_nulls().to_list()
         if known:
-            yield Chip("chance", span_text(known, "{:.2f}"))
+            yield Chip("chance", span_text(known, "{:.2f}".format))
     drops = units.filter(pl.col("drop").is_not_null() & (pl.col("task") != AGGREGATE))
     if len(drops):
         share = 100 * float(drops["exact"].cast(pl.Float64).to_numpy().mean())
@@ -127,7 +127,7 @@ def _chips(results: pl.DataFrame, units: pl.DataFrame, record: Record, settings:
 
 
 def _numbers_text(counts: Sequence[int]) -> str:
-    return span_text(counts, "{:,}")
+    return span_text(counts, "{:,}".format)
 
 
 def _notes(units: pl.DataFrame, record: Record, settings: Settings) -> Iterator[str]:

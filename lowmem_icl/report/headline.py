@@ -8,7 +8,7 @@ import polars as pl
 from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.report.above_chance import Settings
 from lowmem_icl.report.numbers import SIGNIFICANT_Q
-from lowmem_icl.report.wording import share_of_settings, span_text, units_text
+from lowmem_icl.report.wording import decimal_text, share_of_settings, span_text, units_text
 
 HEADLINE_UNITS = 5
 MATTERS = (
@@ -49,8 +49,9 @@ def headline_units(units: pl.DataFrame, settings: Settings, n: int = HEADLINE_UN
 
 def headline_text(unit: Mapping[str, Any]) -> str:
     """Return a unit of `headline_units` with its count and the spread of its drops."""
-    spread = f"{unit['lowest']:.2f} to {unit['highest']:.2f}" if unit["settings"] > 1 else ""
-    drops = f"{unit['median']:.2f}" + (f" ({spread})" if spread else "")
+    drops = decimal_text(unit["median"])
+    if unit["settings"] > 1:
+        drops += f" ({decimal_text(unit['lowest'])} to {decimal_text(unit['highest'])})"
     return f"{unit['unit']} in {unit['matters']} of {unit['settings']}, {drops}"
 
 
@@ -70,5 +71,5 @@ def units_sentence(units: pl.DataFrame, settings: Settings) -> str:
         f"Removed alone, {units_text([unit['unit'] for unit in most])} "
         f"{'matters' if len(most) == 1 else 'matter'} {share_of_settings(first[0]['matters'], n_settings)}"
         f"{''.join(f', {text}' for text in more)}; without {'it' if len(most) == 1 else 'them'} the gold "
-        f"answer loses {span_text([low, high], '{:.2f}')} nats on average."
+        f"answer loses {span_text([low, high], decimal_text)} nats on average."
     )

@@ -1,6 +1,6 @@
 """How sentences name units, settings and numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 MOST_NAMED = 12
 """Of more units than these a sentence gives the number, and names the first."""
@@ -26,9 +26,14 @@ def setting_text(task: str, shots: int) -> str:
     return f"{task}, {shots} {'shot' if shots == 1 else 'shots'}"
 
 
-def span_text(values: Sequence[float], form: str = "{:.0f}") -> str:
+def decimal_text(value: float) -> str:
+    """Return a number with two decimals; what rounds to 0 has no sign."""
+    return f"{round(value, 2) + 0.0:.2f}"
+
+
+def span_text(values: Sequence[float], form: Callable[[float], str] = "{:.0f}".format) -> str:
     """Return the lowest and the highest of some numbers: "66 to 100", or the only one."""
-    low, high = form.format(min(values)), form.format(max(values))
+    low, high = form(min(values)), form(max(values))
     return low if low == high else f"{low} to {high}"
 
 
