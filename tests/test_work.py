@@ -66,7 +66,7 @@ class Account:
     done: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
-    def progress(self, label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    def progress(self, stage: str, label: str, total: int, ablations: int) -> Iterator[Callable[[int], None]]:
         self.announced[label] = total
 
         def advance(operations: int) -> None:

@@ -179,24 +179,3 @@ def summary(folder: Path) -> dict[str, Any]:
 def total_seconds(record: Mapping[str, Any]) -> float:
     """Return how long a run's stages took together."""
     return float(round(sum(stage["seconds"] for stage in record["stages"].values()), 1))
-
-
-def status_of(folder: Path) -> dict[str, Any]:
-    """Return a run's state, finished stages, parts, best units so far and the planned time that is left."""
-    record = run_record(folder)
-    stages = {name: stage for name, stage in record.get("stages", {}).items() if stage["finished"]}
-    planned = {stage["experiment"]: stage["seconds"] for stage in record["plan"]["stages"]}
-    table = folder / "results.parquet"
-    results = read_table(table, "results") if table.is_file() else None
-    return {
-        "folder": str(folder),
-        "state": record["state"],
-        "started": record["started"],
-        "experiments": record["options"]["experiments"],
-        "finished": {name: stage["seconds"] for name, stage in stages.items()},
-        "parts": len(list((folder / "parts").glob("*.npz"))),
-        "seconds_left_planned": round(sum(time for name, time in planned.items() if name not in stages), 1),
-        "best_units": [] if results is None else top_units(results).to_dicts(),
-        "best_units_held_out": [] if results is None else held_out_tops(results).to_dicts(),
-        "warnings": record["warnings"],
-    }
