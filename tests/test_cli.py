@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from lowmem_icl.cli.app import app
 from lowmem_icl.cli.errors import reports_errors, reports_errors_and_continues
+from lowmem_icl.cli.evaluate import read_masks
 from lowmem_icl.cli.status import show_status
 from lowmem_icl.cli.terminal import Terminal, plain_console
 from lowmem_icl.errors import DoesNotFit, InputError
@@ -258,6 +259,30 @@ def test_mask_commands_print_names_as_they_are(tmp_path: Path) -> None:
         "jaccard": 1 / 3,
     }
     assert "0.333" in invoke("masks", "compare", left, right).stdout
+
+
+def test_evaluate_takes_the_masks_of_a_folder_and_of_a_run(tmp_path: Path) -> None:
+    left, right = write_masks(tmp_path / "run" / "masks")
+    (tmp_path / "run" / "run.json").write_text("{}")
+    (left.parent / "schema.json").write_text("{}")
+    for given in ([left.parent], [tmp_path / "run"], [left, right]):
+        assert list(read_masks(given)) == ["left", "right"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no mask files in that folder"):
+        read_masks([tmp_path / "empty"])
+
+
+def test_masks_are_compared_and_listed_within_80_columns(tmp_path: Path) -> None:
+    source = read_mask(PACKAGE.parent / "masks" / "demo" / "greedy-recall-16shot.json")
+    names = [f"gradient-ffns-{level}-present_participle-0shot" for level in (10, 20)]
+    paths = [tmp_path / f"{name}.json" for name in names]
+    for path, name in zip(paths, names, strict=True):
+        write_mask(path, replace(source, name=name))
+    for arguments in (["compare", *paths], ["list", tmp_path]):
+        told = CliRunner().invoke(app, ["masks", *map(str, arguments)], env={"COLUMNS": "80"}).stdout
+        assert max(map(len, told.splitlines())) <= 80
+        assert "…" not in told
+    assert all(name in invoke("masks", "compare", *paths).stdout for name in names)
 
 
 def test_names_that_are_not_utf8_are_printed_escaped(tmp_path: Path) -> None:

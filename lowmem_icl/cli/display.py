@@ -104,8 +104,9 @@ class RunDisplay:
             said.append(f"{texts.count(self._ablations)} ablations, {rate}/s")
         elif self._part_operations:
             said.append(f"{texts.count(self._part_operations / taken)} operations/s")
-        if self._label and self._label != self._stage:
-            said.append(self._label)
+        detail = self._label.removeprefix(self._stage).lstrip(", ")
+        if detail:
+            said.append(detail)
         return ", ".join(said)
 
     def _print_lines(self) -> None:

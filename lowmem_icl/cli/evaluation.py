@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,25 +22,24 @@ def show_evaluation(folder: Path, console: Console) -> None:
     accuracies = records.filter(pl.col("metric").is_in(ACCURACIES))
     drops = {_key(row): row for row in records.filter(pl.col("metric") == "acc_drop").to_dicts()}
     table = Table(
-        title=Text("accuracy and what each mask costs, with 95 % intervals", style="table.title"),
+        title=Text("accuracy, and what each mask costs, with 95 % intervals", style="table.title"),
         title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
     )
-    for name in ("task", "shots", "chance", "mask"):
-        table.add_column(name, justify="left" if name in ("task", "mask") else "right", overflow="fold")
+    table.add_column("mask", overflow="fold")
     for name in ("accuracy", "drop"):
         table.add_column(name, justify="right", no_wrap=True)
     for (task, shots), members in accuracies.group_by("task", "shots", maintain_order=True):
-        for number, row in enumerate(members.to_dicts()):
-            chance = "" if row["chance"] is None else f"{row['chance']:.3f}"
-            first = (Text(str(task)), str(shots), chance) if not number else ("", "", "")
+        chance = members["chance"][0]
+        said = "" if chance is None else f"chance {chance:.3f}"
+        table.add_row(Text(f"{task}, {shots} shots"), said, "")
+        for row in members.to_dicts():
             drop = drops.get(_key(row))
-            last = number == len(members) - 1
             table.add_row(
-                *first,
-                Text(str(row["mask"])),
+                Text(f"  {row['mask']}"),
                 _with_bounds(row, ""),
                 "" if drop is None else _with_bounds(drop, "+"),
-                end_section=last and len(members) > 1,
             )
     console.print(table)
     for line in (
@@ -55,5 +55,5 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _with_bounds(row: Mapping[str, Any], sign: str) -> str:
-    bounds = "" if row["low"] is None else f" [{row['low']:{sign}.2f}, {row['high']:{sign}.2f}]"
+    bounds = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
     return f"{row['value']:{sign}.3f}{bounds}"

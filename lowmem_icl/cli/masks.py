@@ -19,6 +19,7 @@ from lowmem_icl.errors import InputError
 from lowmem_icl.masks.files import NAME_PATTERN, MaskFile, masks_in, read_mask, write_mask
 from lowmem_icl.masks.mask import Mask, jaccard
 from lowmem_icl.options import did_you_mean
+from lowmem_icl.protocols import AGGREGATE
 
 masks_app = typer.Typer(
     cls=Commands,
@@ -75,7 +76,12 @@ def list_masks(
         typer.Argument(help="Folder of mask files, or a run folder.", metavar="FOLDER", show_default=True),
     ] = Path("masks"),
     task: Annotated[
-        str | None, typer.Option(help="Only masks made for this task.", metavar="TASK", show_default=False)
+        str | None,
+        typer.Option(
+            help="Only masks made for this task, or with aggregate those for several.",
+            metavar="TASK",
+            show_default=False,
+        ),
     ] = None,
     shots: Annotated[
         str | None, typer.Option(help="Only masks made at so many shots.", metavar="N", show_default=False)
@@ -109,6 +115,8 @@ def _only(masks: list[dict[str, Any]], flag: str, field: str, value: str) -> lis
 
     def values(mask: dict[str, Any]) -> list[str]:
         held = mask[field]
+        if field == "tasks" and len(held) > 1:
+            return [AGGREGATE]
         return [str(item) for item in (held if isinstance(held, list) else [held])]
 
     found = [mask for mask in masks if value in values(mask)]

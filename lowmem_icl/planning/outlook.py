@@ -32,7 +32,7 @@ class Outlook:
 
     @property
     def share(self) -> float:
-        """How much of the planned time is done, from 0 to 1."""
+        """How much of the planned time is done, from 0 to 1, which it reaches with the last stage."""
         total = sum(self._seconds.values())
         return self._planned_done() / total if total else 0.0
 

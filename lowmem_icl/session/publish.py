@@ -16,7 +16,7 @@ from lowmem_icl.session.folder import RunFolder
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import MaskResult, StageResult
 from lowmem_icl.system.time_limit import TimeIsUp, at_most
-from lowmem_icl.tables.schema import TABLES, empty_frame, write_table
+from lowmem_icl.tables.schema import TABLES, empty_frame, read_table, write_table
 
 SECONDS_BETWEEN_PAGES = 120.0
 SECONDS_TO_STOP = 5.0
@@ -67,12 +67,23 @@ class Publisher:
 
     def publish_stopped(self, announce: Callable[[str], None]) -> None:
         """Write what there is of a run that is being stopped, as far as a few seconds do; another stop ends
-        that at once.
+        that at once. Where an earlier session wrote more, that stays.
         """
+        if self._has_less_than_folder():
+            return
         announce("stopping: writing tables and page of what there is; another Ctrl-C stops at once")
         with suppress(TimeIsUp, OSError), at_most(SECONDS_TO_STOP):
             self._opened.finish("stopped")
             self.publish()
+
+    def _has_less_than_folder(self) -> bool:
+        """Tell whether the folder's table holds records that are not found again yet in this session."""
+        path = self._opened.path / "results.parquet"
+        if not path.is_file():
+            return False
+        there = read_table(path, "results").group_by("experiment").len().rows()
+        here = {name: len(result.results) for name, result in self.results.items()}
+        return any(here.get(name, 0) < count for name, count in there)
 
     def publish(self) -> None:
         """Write everything."""
