@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from lowmem_icl.cli.help import help_text
-from lowmem_icl.options import did_you_mean
+from lowmem_icl.options import did_you_mean, nearest
 
 PROGRAM = "lowmem-icl"
 CONTEXT_SETTINGS = {
@@ -78,10 +78,12 @@ def usage_message(error: Any) -> str:
     if param is not None:
         flag = param.opts[0] if param.param_type_name == "option" else param.metavar
         return f"{flag}: {error.message.removeprefix('Value error, ').rstrip('.')}{help_command}"
-    message = " ".join(error.format_message().split())
-    said, _, suggested = message.partition(". Did you mean ")
-    hint = f"; did you mean {suggested}" if suggested else help_command
-    return f"{where}{said[:1].lower()}{said[1:].rstrip('.')}{hint}"
+    # Some versions of typer suggest commands, others do not.
+    said = " ".join(error.format_message().split()).partition(". Did you mean ")[0].rstrip(".")
+    commands = getattr(command, "commands", {})
+    near = nearest(said.split("'")[1], commands, least_like=0.6) if commands and "'" in said else None
+    hint = f"; did you mean '{near}'?" if near else help_command
+    return f"{where}{said[:1].lower()}{said[1:]}{hint}"
 
 
 def command_of(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., Any]], Any]:

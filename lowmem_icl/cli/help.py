@@ -83,7 +83,7 @@ def _groups(command: Any, context: Any) -> dict[str, list[tuple[str, str]]]:
         if getattr(param, "hidden", False):
             continue
         is_argument = param.param_type_name == "argument"
-        title = "Arguments" if is_argument else str(param.rich_help_panel or "Other")
+        title = "Arguments" if is_argument else str(getattr(param, "rich_help_panel", None) or "Other")
         names = _argument(param) if is_argument else _option_names(param)
         groups.setdefault(title, []).append((names, _description(param)))
     order = ["Arguments", *(title for title in groups if title not in ("Arguments", "Other")), "Other"]

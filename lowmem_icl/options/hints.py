@@ -18,13 +18,13 @@ SYNONYMS = {
 LEAST_LIKE = 0.7
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def nearest(name: str, known: Iterable[str], *, least_like: float = LEAST_LIKE) -> str | None:
     """Return the known name that was probably meant; None where none is near."""
     names = list(known)
     if SYNONYMS.get(name.lower()) in names:
         return SYNONYMS[name.lower()]
     by_lower_case = {each.lower(): each for each in names}
-    close = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=LEAST_LIKE)
+    close = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=least_like)
     return by_lower_case[close[0]] if close else None
 
 
