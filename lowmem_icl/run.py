@@ -10,15 +10,15 @@ from typing import Any
 
 from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.experiments.order import run_stages
-from lowmem_icl.masks.files import MaskFile, check_fits
+from lowmem_icl.masks.files import MaskFile, check_fits, write_mask
 from lowmem_icl.masks.naming import check_names
 from lowmem_icl.model.int8 import slow_product_note
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.hours import Deadlines
 from lowmem_icl.planning.plan import Plan, StagePlan, check_memory, make_plan
-from lowmem_icl.report.headlines import headline
-from lowmem_icl.report.page import write_report
+from lowmem_icl.report.files import publish_run
+from lowmem_icl.report.first_results import first_result
 from lowmem_icl.session.folder import RunFolder, check_output, open_folder
 from lowmem_icl.session.identity import identity_of
 from lowmem_icl.session.prepare import Prepared, prepare, with_store
@@ -87,7 +87,10 @@ def run(
         plan = make_plan(prepared, hours=hours, finished=opened.parts.has)
         audience.show_plan(plan)
         opened.begin(options, prepared, plan.as_record())
-        publisher = Publisher(prepared, opened, [warning for warning in warnings if warning], _write_page)
+        for name, mask_file in (mask_files or {}).items():
+            # So the folder says by itself what was removed.
+            write_mask(folder / "masks" / f"{name}.json", mask_file)
+        publisher = Publisher(prepared, opened, [warning for warning in warnings if warning], publish_run)
         try:
             # Planning takes of the hours too.
             _run_stages(prepared, plan, Deadlines(plan, now), opened, publisher, audience)
@@ -101,10 +104,6 @@ def run(
         publisher.publish()
         opened.finish("out of time" if publisher.unfinished else "finished")
     return RunOutcome(folder, publisher.results, opened.record)
-
-
-def _write_page(folder: Path) -> None:
-    write_report([folder], folder / "report.html")
 
 
 def _run_stages(
@@ -150,7 +149,7 @@ def _run_stages(
                     deadlines.learn(stage.name, seconds)
                 opened.add_stage(stage.name, actuals)
                 publisher.write_record()
-                view.over(stage.name, seconds, result.unfinished or headline(stage.name, result.results))
+                view.over(stage.name, seconds, result.unfinished or first_result(stage.name, result.results))
             publisher.publish_if_due()
 
 

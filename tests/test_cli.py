@@ -335,7 +335,8 @@ def test_options_reach_a_command_checked(monkeypatch: pytest.MonkeyPatch, tmp_pa
         return SimpleNamespace(folder=tmp_path)
 
     monkeypatch.setattr("lowmem_icl.run.run", record)
-    monkeypatch.setattr("lowmem_icl.report.numbers.summary", lambda folder: {"folder": str(folder)})
+    monkeypatch.setattr("lowmem_icl.report.run_tables.read_run", lambda folder: folder)
+    monkeypatch.setattr("lowmem_icl.report.summary.run_summary", lambda folder: {"folder": str(folder)})
     config = tmp_path / "paper.toml"
     config.write_text("limit = 8\nrescore = true\nbos = true\nseed = 5\n")
     left, right = write_masks(tmp_path / "masks")

@@ -15,7 +15,7 @@ from lowmem_icl.cli.display import RunDisplay
 from lowmem_icl.options import EXPERIMENTS
 from lowmem_icl.planning.outlook import PRIOR_SECONDS, Outlook
 from lowmem_icl.planning.plan import Plan, StagePlan
-from lowmem_icl.report.headlines import headline
+from lowmem_icl.report.first_results import first_result
 from lowmem_icl.tables.schema import empty_frame, read_table
 
 
@@ -113,7 +113,7 @@ app()
 
 def test_every_stage_has_a_first_result_that_the_table_holds(small_run: Path) -> None:
     results = read_table(small_run / "results.parquet", "results")
-    found = {name: headline(name, results.filter(pl.col("experiment") == name)) for name in EXPERIMENTS}
+    found = {name: first_result(name, results.filter(pl.col("experiment") == name)) for name in EXPERIMENTS}
     accuracies = results.filter(
         (pl.col("experiment") == "evaluate")
         & (pl.col("metric") == "acc")
@@ -129,4 +129,4 @@ def test_every_stage_has_a_first_result_that_the_table_holds(small_run: Path) ->
     assert found["induction"].startswith("prefix matching is highest in L")
     assert found["overlap"].endswith("pairs of rankings")
     for name in EXPERIMENTS:
-        assert headline(name, empty_frame("results")) == ""
+        assert first_result(name, empty_frame("results")) == ""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_icl.report.page import SECTIONS
+from lowmem_icl.report.page.write import SECTIONS
 from lowmem_icl.tables.schema import TABLES
 
 ROOT = Path(__file__).parents[1]

@@ -1,5 +1,6 @@
 """A name is no markup, whatever it holds: on the page, in figures, in the terminal."""
 
+import re
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,13 @@ from typing import Any
 import polars as pl
 import pytest
 from rich.console import Console
-from test_report import by_task, drops, greedy_record, record, table
+from test_report import by_task, drops, greedy_record, record, run_of, table
 
 from lowmem_icl.cli.evaluation import show_evaluation
 from lowmem_icl.cli.status import show_status
 from lowmem_icl.cli.tables import show_summary
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.report import page
-from lowmem_icl.report.figures import STYLE
+from lowmem_icl.report.page.write import render, run_page
 from lowmem_icl.tables.schema import write_table
 
 HOSTILE = "<script>alert('[v2]')</script> [/b] $x$"
@@ -24,7 +24,7 @@ def hostile_results() -> pl.DataFrame:
     clean = {"experiment": "evaluate", "metric": "acc", "mask": "clean", "documents": 9, "stderr": 0.1}
     return table(
         *by_task({HOSTILE: 0.5, "_hidden": 0.6, AGGREGATE: 0.55}, **clean),
-        *by_task({HOSTILE: 0.4}, **(clean | {"mask": "[v2]"})),
+        *by_task({HOSTILE: 0.4}, **(clean | {"mask": "[v2]", "heads_removed": 1, "ffns_removed": 0})),
         *(greedy_record(HOSTILE, HOSTILE, 0.5, method) | {"heads_removed": 1, "ffns_removed": 0}
           for method in ("greedy", "gradient")),
         *drops("head", 0, 1, {HOSTILE: 1.0}),
@@ -35,19 +35,11 @@ def test_names_are_escaped_on_the_page() -> None:
     hostile = record(
         warnings=[f"warning of {HOSTILE}"], tasks=[{"task": HOSTILE}], command=f"run --tasks {HOSTILE}"
     )
-    text = page.render([page.run_report(hostile_results(), hostile)])
-    assert "<script" not in text
+    text = render(run_page(run_of(hostile_results(), hostile)))
+    scripts = re.findall(r"<script[^>]*>", text)
+    assert len(scripts) == 4, "three of data, one of code"
     assert text.count("&lt;script&gt;alert(") >= 4
     assert "[v2]" in text
-
-
-def test_figures_take_names_as_they_are() -> None:
-    report = page.run_report(hostile_results(), record())
-    figures = {figure.name: figure.svg for section in report.sections for figure in section.figures}
-    assert {"accuracy", "pruning", "ablation"} == set(figures)
-    assert "[/b] $x$" in figures["accuracy"], "no formula: the name stands in the SVG's comment as it is"
-    assert "_hidden" in figures["accuracy"], "in the legend, though it begins with an underscore"
-    assert not STYLE["text.parse_math"]
 
 
 def run_folder(folder: Path) -> Path:
@@ -67,9 +59,9 @@ def printed(show: Any, *arguments: Any) -> str:
 def test_names_are_printed_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = run_folder(tmp_path / "run [v2] [/b]")
     model = {"id": "org/[v2]", "weights": "int8", "layers": 2, "heads": 2}
-    monkeypatch.setattr("lowmem_icl.cli.tables.run_record", lambda folder: record(model=model))
+    monkeypatch.setattr("lowmem_icl.report.run_tables.run_record", lambda folder: record(model=model))
     summary = printed(show_summary, folder)
-    assert summary.count(HOSTILE) == 2
+    assert summary.count(HOSTILE) >= 2
     assert "org/[v2] in int8: accuracy by demonstrations" in summary
     assert str(folder) in summary
     evaluation = printed(show_evaluation, folder)
@@ -86,19 +78,3 @@ def test_names_are_printed_as_they_are(tmp_path: Path, monkeypatch: pytest.Monke
     assert "4 shots: L1F 2.00; mean 2.00, on documents that did not pick the units 1.50" in status
     assert "single values are picked and measured on the same documents" in status
     assert "warning: a [/b] warning :smile:" in status
-
-
-def test_figures_are_written_beside_their_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowmem_icl.report.page.run_record", lambda folder: record())
-    folders = [run_folder(tmp_path / name) for name in ("one", "two [v2]")]
-    page.write_report(folders, tmp_path / "page.html")
-    text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert text.count("<h1>demo in int8</h1>") == 2
-    written = [sorted(path.name for path in (folder / "figures").iterdir()) for folder in folders]
-    assert written == [["ablation.svg", "accuracy.svg", "pruning.svg"]] * 2
-    assert (folders[0] / "figures" / "accuracy.svg").read_text(encoding="utf-8") in text, (
-        "the same numbers, the same SVG"
-    )
-    assert (folders[0] / "figures" / "accuracy.svg").read_bytes() == (
-        folders[1] / "figures" / "accuracy.svg"
-    ).read_bytes()

@@ -53,4 +53,4 @@ def test_label_effects_are_drops_with_right_labels_minus_those_with_shuffled_one
         assert found.select(keys).equals(right.select(keys))
         np.testing.assert_allclose(found["value"], right["value"] - shuffled, atol=1e-9)
         assert set(found["documents"]) == {8}
-    assert "What the labels give to each unit" in (out / "report.html").read_text()
+    assert '"label_effect"' in (out / "report.html").read_text()

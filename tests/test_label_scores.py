@@ -20,7 +20,8 @@ from lowmem_icl.experiments.evaluate.measure import MaskScores, label_effect_rec
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.options import RunOptions
 from lowmem_icl.protocols import Labels
-from lowmem_icl.report.labels import COLUMNS, label_rows
+from lowmem_icl.report.page.section import number_text
+from lowmem_icl.report.page.sections.labels import COLUMNS, label_rows
 from lowmem_icl.session.prepare import prepare
 from lowmem_icl.tables.schema import RESULTS, read_table
 from lowmem_icl.tasks.documents import Document, TaskRows
@@ -201,8 +202,8 @@ def test_the_page_shows_labels_side_by_side(small_run: Path) -> None:
     records = evaluated(small_run)
     for task, _, measure, *values in rows:
         metric = {"accuracy": "acc", "gold log-probability": "gold_logprob"}[measure]
-        scores = [f"{value(records, task, metric, labels):.3f}" for labels in ("right", *CONTROLS)]
-        gains = [f"{value(records, task, f'{metric}_label_effect', labels):.3f}" for labels in CONTROLS]
+        scores = [number_text(value(records, task, metric, labels)) for labels in ("right", *CONTROLS)]
+        gains = [number_text(value(records, task, f"{metric}_label_effect", labels)) for labels in CONTROLS]
         assert [*values[:3], values[3], values[5]] == [*scores, *gains]
         assert all(" to " in values[index] for index in (4, 6))
 

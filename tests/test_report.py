@@ -1,18 +1,21 @@
-"""The page, its figures and its numbers, from tables made by hand."""
+"""The page's sections and the numbers for its script, from tables made by hand."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.report import ablation, agreement, curves, greedy, in_context, induction, page
 from lowmem_icl.report.losses import greedy_losses
 from lowmem_icl.report.numbers import mean_over_tasks, pruned, subject, top_units
+from lowmem_icl.report.page.payload import curves, grid_points
+from lowmem_icl.report.page.sections import agreement, induction, masks, method, pruning, units
+from lowmem_icl.report.page.write import run_page
+from lowmem_icl.report.run_tables import RunTables, judging_of
+from lowmem_icl.tables.mask_table import mask_table
 from lowmem_icl.tables.schema import RESULTS
+from lowmem_icl.tables.unit_table import unit_table
 
 Row = dict[str, Any]
 # Two tasks in domain, whose mean the tables hold, and one out of domain, far away from it.
@@ -38,11 +41,6 @@ def drops(kind: str, layer: int, head: int | None, values: Mapping[str, float], 
     return by_task(values, **(same | columns))
 
 
-def bar_heights(figure: Figure) -> list[float]:
-    """Return the heights of the bars in a figure's first panel, ascending."""
-    return sorted(bar.get_height() for bar in figure.axes[0].patches if isinstance(bar, Rectangle))
-
-
 def record(**more: Any) -> Row:
     """Return as much of a run.json as the page reads."""
     return {
@@ -61,6 +59,13 @@ def record(**more: Any) -> Row:
         "stages": {"evaluate": {"seconds": 1.5}},
         "warnings": [],
     } | more  # fmt: skip
+
+
+def run_of(results: pl.DataFrame, run: Mapping[str, Any] | None = None) -> RunTables:
+    """Return the tables of a run without mask files."""
+    run = record() if run is None else run
+    masks_frame = mask_table(results, {}, judging_of(run))
+    return RunTables(Path("run"), run, results, unit_table(results, masks_frame), masks_frame, {})
 
 
 def test_a_mean_is_the_tables_or_the_only_tasks() -> None:
@@ -83,69 +88,6 @@ def test_headline_units_leave_out_what_is_out_of_domain() -> None:
         ("ffn", 1, None, 3.5, None),
         ("head", 0, 1, 2.0, 0.01),
     ]
-    (finding,) = page.unit_findings(results)
-    assert "L1F (3.50), L0H1 (2.00*)" in finding
-
-
-def test_beside_the_costliest_units_stands_what_they_cost_on_documents_that_did_not_pick_them() -> None:
-    units = [
-        *drops("head", 0, 1, {"piqa": 3.0, AGGREGATE: 2.0}),
-        *drops("head", 0, 0, {"piqa": 3.0, AGGREGATE: 1.0}),
-        *drops("ffn", 0, None, {"piqa": 3.0, AGGREGATE: 3.0}),
-    ]
-    (unknown,) = page.unit_findings(table(*units))
-    assert "nats of gold log-probability: mean 2.00; single values are picked and measured on the" in unknown
-    same: Row = {"experiment": "ablate", "procedure": "top", "metric": "top_drop", "low": 0.5, "high": 1.25}
-    judged = table(
-        *units,
-        *by_task(VALUES, **same, count=3, kind="head"),
-        *by_task({"piqa": 7.0, AGGREGATE: 1.5}, **same, count=3),
-        *by_task({"piqa": 7.0, AGGREGATE: 9.0}, **same, count=5),
-    )
-    (known,) = page.unit_findings(judged)
-    assert "mean 2.00, on documents that did not pick the units 1.50 [0.50, 1.25]; single values" in known
-
-
-def test_ffn_bars_leave_out_what_is_out_of_domain() -> None:
-    bars = ablation.ffn_drops(table(*drops("ffn", 0, None, VALUES)))
-    figure = ablation.ffn_bars(bars)
-    assert figure is not None
-    assert bar_heights(figure) == [2.0]
-
-
-def test_in_context_effects_leave_out_what_is_out_of_domain() -> None:
-    effects = table(*drops("head", 1, 0, VALUES, metric="icl_effect", low=-1.0, high=1.0))
-    assert in_context.difference_rows(effects) == [["L1H0", "4", "2.000", "-1.000 to 1.000"]]
-
-
-def test_the_grid_leaves_out_what_is_out_of_domain() -> None:
-    same: Row = {
-        "experiment": "prune", "procedure": "curve-combined", "metric": "acc", "method": "combined",
-        "percent": 10, "heads_removed": 1, "ffns_removed": 0, "mask": "combined", "other_task": AGGREGATE,
-    }  # fmt: skip
-    points = curves.combined_points(table(*by_task({"piqa": 0.1, AGGREGATE: 0.2, "mathqa": 0.9}, **same)))
-    assert points["value"].to_list() == [0.2]
-    alone = curves.combined_points(table(*by_task({"piqa": 0.1, "mathqa": 0.9}, **same)))
-    assert alone["value"].to_list() == [0.1]
-
-
-def test_greedy_findings_are_of_the_mean_or_of_the_only_task() -> None:
-    def masks(values: Mapping[str, float]) -> pl.DataFrame:
-        return table(
-            *(
-                greedy_record(task, task, value, "greedy") | {"heads_removed": 3, "ffns_removed": 1}
-                for task, value in values.items()
-            )
-        )
-
-    (finding,) = page.greedy_findings(
-        masks({"piqa": 0.1, "copa": 0.3, AGGREGATE: 0.2, "mathqa": 0.9}), record()
-    )
-    assert finding == (
-        "At 4 shots 3 of 4 heads and 1 of 2 FFNs could be removed together, leaving a mean accuracy of 0.200."
-    )
-    (finding,) = page.greedy_findings(masks({"piqa": 0.1, "mathqa": 0.9}), record())
-    assert "an accuracy on piqa of 0.100" in finding
 
 
 def test_the_removal_of_induction_heads_is_told_of_the_mean() -> None:
@@ -178,7 +120,7 @@ def test_where_no_head_was_removed_nothing_is_told_of_it() -> None:
     scores = {"experiment": "induction", "procedure": "scores", "metric": "prefix_matching", "kind": "head"}
     results = table({**scores, "layer": 0, "head": 1, "value": 0.1})
     assert induction.removal_note(results) == []
-    section = induction.induction_section(results, record())
+    section = induction.induction_section(run_of(results))
     assert section is not None
     assert section.text == "No head reaches a prefix-matching score of 0.3."
 
@@ -215,7 +157,7 @@ def test_agreement_leaves_out_what_is_out_of_domain() -> None:
 
 def test_estimates_agree_with_exact_drops_as_the_mean_over_tasks_says() -> None:
     same = {"experiment": "ablate", "procedure": "agreement", "metric": "estimate_spearman"}
-    note = ablation.exactness_note(
+    note = units.exactness_note(
         table(
             *drops("head", 0, 0, VALUES),
             *drops("head", 0, 1, VALUES, exact=False, documents=32),
@@ -225,7 +167,7 @@ def test_estimates_agree_with_exact_drops_as_the_mean_over_tasks_says() -> None:
     )
     assert note.startswith("3 of 6 drops are exact, on 8 training documents per task;")
     assert "0.60 over all exact units, 0.20 over those drawn at random." in note
-    assert ablation.exactness_note(table(*drops("head", 0, 0, VALUES))) == (
+    assert units.exactness_note(table(*drops("head", 0, 0, VALUES))) == (
         "Every unit was ablated exactly, on 8 training documents per task."
     )
 
@@ -238,7 +180,7 @@ def test_estimates_are_compared_with_exact_drops_alone() -> None:
         *drops("head", 0, 0, {"piqa": 1.5}, **attribution),
         *drops("head", 0, 1, {"piqa": 0.7}, **attribution),
     )
-    assert ablation.compared_drops(results).select("value", "exact").rows() == [(1.5, 1.0)]
+    assert method.compared_drops(results).select("value", "exact").rows() == [(1.5, 1.0)]
 
 
 def greedy_record(task: str, mask_task: str, value: float, method: str, mask: str = "mask") -> Row:
@@ -260,20 +202,17 @@ def test_greedy_masks_are_told_by_their_columns() -> None:
         },
     )  # fmt: skip
     assert pruned(results).select("task", "value").rows() == [(AGGREGATE, 0.3), (tricky, 0.1)]
-    figure = greedy.pruning_bars(results)
-    assert figure is not None
-    assert bar_heights(figure) == [0.1, 0.3]
 
 
 def test_greedy_masks_stand_with_their_losses_and_what_is_certified() -> None:
-    def masks(method: str, **lost: float) -> list[Row]:
+    def searched(method: str, **lost: float) -> list[Row]:
         accuracy = greedy_record("piqa", "piqa", 0.8, method) | {"heads_removed": 3, "ffns_removed": 1}
         return [accuracy, accuracy | {"metric": "gold_prob_drop"} | lost]
 
     results = table(
-        *masks("greedy", value=0.05, low=0.03, high=0.07),
-        *masks("certified", value=0.001, low=-0.005, high=0.008),
-        *masks("random", value=0.02),
+        *searched("greedy", value=0.05, low=0.03, high=0.07),
+        *searched("certified", value=0.001, low=-0.005, high=0.008),
+        *searched("random", value=0.02),
     )
     tested = [
         {"task": "piqa", "shots": 4, "certified_units": 4},
@@ -284,13 +223,13 @@ def test_greedy_masks_stand_with_their_losses_and_what_is_certified() -> None:
     assert {mask.method: loss.verdict for mask, loss in losses.items()} == {
         "greedy": "fails", "certified": "holds", "random": "cannot tell"
     }  # fmt: skip
-    section = greedy.greedy_section(results, run)
+    section = masks.masks_section(run_of(results, run))
     assert section is not None
     assert "No mask is certified for copa at 4 shots." in section.text
-    cells = {row[2]: list(row[-3:]) for row in section.rows}
-    assert cells["greedy"] == ["0.050", "0.030 to 0.070", "fails"]
-    assert cells["certified"] == ["0.001", "-0.005 to 0.008", "holds"]
-    assert cells["random"] == ["0.020", "", "cannot tell"]
+    (row,) = section.data
+    assert (row.removed, row.greedy, row.compared) == ("3H 1F", "0.800", ["", "0.800"])
+    assert (row.loss, row.verdict, row.certified) == ("0.050 [0.030, 0.070]", "fails", "3H 1F")
+    assert row.command == "", "no file of it is in the folder"
 
 
 def curve_record(procedure: str, method: str, percent: int, value: float, **columns: Any) -> Row:
@@ -301,31 +240,8 @@ def curve_record(procedure: str, method: str, percent: int, value: float, **colu
     }  # fmt: skip
 
 
-def test_panels_of_curves_hold_the_curves_of_their_shot_count() -> None:
-    points = table(
-        *(curve_record("curve-heads", "gradient", percent, 0.9) for percent in (0, 10)),
-        *(curve_record("curve-heads", "gradient", percent, 0.8, other_task=AGGREGATE) for percent in (0, 10)),
-        *(
-            curve_record("cross-shot", "gradient", percent, 0.1, other_task="piqa", other_shots=16)
-            for percent in (10, 30)
-        ),
-        *(curve_record("random", "random", percent, 0.5) for percent in (0, 10)),
-        *(
-            curve_record("random", "random", percent, 0.2, seed=42, mask=f"random-{percent}")
-            for percent in (0, 10)
-        ),
-    )
-    figure = curves.pruning_curves(points, "head")
-    assert figure is not None
-    (axis,) = figure.axes
-    handles = axis.get_legend_handles_labels()[1]
-    assert sorted(handles) == ["own ranking", "random draws", "ranking of all tasks"]
-    drawn = [tuple(np.asarray(line.get_ydata()).tolist()) for line in axis.lines]
-    assert sorted(drawn) == [(0.5, 0.5), (0.8, 0.8), (0.9, 0.9)]
-
-
 def test_knees_stand_beside_what_they_cost() -> None:
-    rows = curves.knee_rows(
+    rows = pruning.knee_rows(
         table(
             curve_record("curve-heads", "gradient", 30, 30.0, metric="knee"),
             curve_record("curve-heads", "gradient", 30, 0.015, metric="knee_acc_drop", low=-0.01, high=0.03),
@@ -343,18 +259,57 @@ def test_a_better_mask_of_equal_size_is_named() -> None:
     def loss(task: str, method: str, value: float) -> Row:
         return {"task": task, "shots": 4, "method": method, "check_loss": value}
 
-    note = greedy.replacement_note(
+    note = masks.replacement_note(
         [
             loss("piqa", "greedy", 0.3), loss("piqa", "gradient", 0.1),
             loss("copa", "greedy", 0.1), loss("copa", "gradient", 0.3),
         ]
     )  # fmt: skip
     assert note.endswith("returned instead, for piqa at 4 shots.")
-    assert greedy.replacement_note([]) == ""
+    assert masks.replacement_note([]) == ""
 
 
-def test_a_run_without_numbers_has_a_page_without_sections() -> None:
-    assert not page.run_report(table(), record()).sections
+def test_curves_are_those_of_their_shot_count_by_what_is_removed() -> None:
+    def levels(procedure: str, method: str, value: float, **columns: Any) -> list[Row]:
+        removed = {0: 0, 10: 1, 20: 1}
+        return [
+            curve_record(procedure, method, percent, value, heads_removed=heads, ffns_removed=0, **columns)
+            for percent, heads in removed.items()
+        ]
+
+    results = table(
+        *levels("curve-heads", "gradient", 0.9),
+        *levels("curve-heads", "gradient", 0.8, other_task=AGGREGATE, other_shots=4),
+        *levels("cross-shot", "gradient", 0.1, other_task="piqa", other_shots=16),
+        *levels("random", "random", 0.5),
+        *levels("random", "random", 0.2, seed=42, mask="random-drawn"),
+        curve_record("curve-heads", "gradient", 20, 20.0, metric="knee"),
+    )
+    found = {curve["label"]: curve for curve in curves(results, "head", 4)}
+    assert set(found) == {"own ranking", "ranking of all tasks", "random"}
+    assert {label: curve["y"] for label, curve in found.items()} == {
+        "own ranking": [0.9, 0.9], "ranking of all tasks": [0.8, 0.8], "random": [0.5, 0.5]
+    }  # fmt: skip
+    assert found["own ranking"]["x"] == [0, 1], "two levels that remove one head are one point"
+    assert found["own ranking"]["knee"] == 1
+
+
+def test_the_grid_is_of_heads_and_ffns_together() -> None:
+    same: Row = {
+        "experiment": "prune", "procedure": "curve-combined", "metric": "acc", "method": "combined",
+        "percent": 10, "heads_removed": 1, "ffns_removed": 2, "mask": "combined", "other_task": AGGREGATE,
+    }  # fmt: skip
+    points = grid_points(table(*by_task({"piqa": 0.1, AGGREGATE: 0.2}, **same)))
+    removed = [(point["heads_removed"], point["ffns_removed"]) for point in points]
+    assert removed == [(1, 2), (1, 2)]
+    assert {point["task"]: point["value"] for point in points} == {"piqa": 0.1, AGGREGATE: 0.2}
+
+
+def test_a_run_without_numbers_has_a_page_that_says_how_it_was_made() -> None:
+    (section,) = run_page(run_of(table())).sections
+    assert section.title == "Method"
+    assert section.table is None
     reference = record(options=record()["options"] | {"protocol": "reference"})
-    (section,) = page.run_report(table(), reference).sections
-    assert section.title == "Protocol"
+    (section,) = run_page(run_of(table(), reference)).sections
+    assert section.table is not None
+    assert len(section.table.rows) > 5

@@ -82,11 +82,12 @@ def run(given: GivenOptions, quiet: QuietOption = False, as_json: JsonOption = F
     terminal.say(first_line(f"running {', '.join(options.experiments_in_order)} with", options))
     from lowmem_icl.cli.running import finish_or_find
     from lowmem_icl.cli.tables import show_summary
-    from lowmem_icl.report.numbers import summary
+    from lowmem_icl.report.run_tables import read_run
+    from lowmem_icl.report.summary import run_summary
 
     folder = finish_or_find(options, terminal)
     if as_json:
-        _print_json(summary(folder))
+        _print_json(run_summary(read_run(folder)))
     else:
         show_summary(folder, terminal.out)
 
@@ -240,11 +241,12 @@ def evaluate(
     terminal.say(first_line(f"evaluating under {under}:", options))
     from lowmem_icl.cli.evaluation import show_evaluation
     from lowmem_icl.cli.running import finish_or_find
-    from lowmem_icl.report.numbers import summary
+    from lowmem_icl.report.run_tables import read_run
+    from lowmem_icl.report.summary import run_summary
 
     folder = finish_or_find(with_folder(options, mask_files), terminal, mask_files)
     if as_json:
-        _print_json(summary(folder))
+        _print_json(run_summary(read_run(folder)))
     else:
         show_evaluation(folder, terminal.out)
 
@@ -356,14 +358,18 @@ def report(
         typer.Option(help="The page.", metavar="FILE", show_default="report.html in the only folder"),
     ] = None,
 ) -> None:
-    """Write the page of a run again, or one page of several runs."""
-    from lowmem_icl.report.page import write_report
+    """Write the page of a run again, or one page of several runs, and the tables of units and masks."""
+    from lowmem_icl.report.files import publish_run
+    from lowmem_icl.report.page.write import write_report
+    from lowmem_icl.report.run_tables import read_run
 
     if out is None and len(folders) > 1:
         raise InputError("--out: expected a file for the page of several runs; give --out PAGE.html")
-    page = out or folders[0] / "report.html"
-    write_report(folders, page)
-    typer.echo(str(page))
+    if out is None:
+        publish_run(folders[0])
+    else:
+        write_report([read_run(folder) for folder in folders], out)
+    typer.echo(str(out or folders[0] / "report.html"))
 
 
 app.add_typer(masks_app, name="masks")

@@ -17,9 +17,10 @@ from lowmem_icl.cli.errors import reports_errors
 from lowmem_icl.cli.parameters import JsonOption
 from lowmem_icl.errors import InputError
 from lowmem_icl.masks.files import NAME_PATTERN, MaskFile, masks_in, read_mask, write_mask
-from lowmem_icl.masks.mask import Mask, jaccard
+from lowmem_icl.masks.mask import Mask, all_ffns, all_heads, jaccard
 from lowmem_icl.options import did_you_mean
 from lowmem_icl.protocols import AGGREGATE
+from lowmem_icl.report.wording import units_text
 
 masks_app = typer.Typer(
     cls=Commands,
@@ -160,11 +161,18 @@ def show(path: OneFile) -> None:
     mask_file = read_mask(path)
     for name, value in _summary(path, mask_file).items():
         typer.echo(f"{name}: {value}")
+    typer.echo(f"kept: {_kept_text(mask_file)}")
     for layer in range(mask_file.model.layers - 1, -1, -1):
         removed = mask_file.mask.heads_in(layer)
         heads = "".join("x" if head in removed else "." for head in range(mask_file.model.heads))
         ffn = " FFN removed" if layer in mask_file.mask.ffns else ""
         typer.echo(f"L{layer:<3} {heads}{ffn}")
+
+
+def _kept_text(mask_file: MaskFile) -> str:
+    model, removed = mask_file.model, set(mask_file.mask.units())
+    units = [*all_heads(model.layers, model.heads), *all_ffns(model.layers)]
+    return units_text([str(unit) for unit in units if unit not in removed])
 
 
 @command_of(masks_app)

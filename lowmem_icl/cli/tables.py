@@ -9,35 +9,42 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lowmem_icl.report.above_chance import Settings, settings_of
+from lowmem_icl.report.circuits import kept_texts
+from lowmem_icl.report.findings import answer
+from lowmem_icl.report.headline import MATTERS, NONE_SIGNIFICANT, headline_text, headline_units
 from lowmem_icl.report.losses import AT_CHANCE, SearchMask, greedy_losses, searches_without_certificate
 from lowmem_icl.report.numbers import (
     PICKED,
-    STAR,
     accuracy,
-    held_out_text,
-    held_out_tops,
     induction_heads,
     pruned,
-    significance_mark,
-    top_units,
     total_seconds,
     unit_name,
 )
-from lowmem_icl.session.folder import run_record
-from lowmem_icl.tables.schema import read_table
+from lowmem_icl.report.run_tables import RunTables, read_run
+from lowmem_icl.report.wording import counts_text, setting_text
 
 MEANING = "what each number means, and when there is none: docs/numbers.md"
+CHANCE_MARK = "°"
 COMPARED_METHODS = ("gradient", "random")
-VERDICTS = {"cannot tell": "?", AT_CHANCE: "chance"}
+VERDICTS = {"holds": "yes", "fails": "no", "cannot tell": "?", AT_CHANCE: "chance"}
 """Of whether a tolerance is kept, as the table of searches has room for."""
 
 
 def show_summary(folder: Path, console: Console) -> None:
-    """Print a run's main numbers: accuracies, greedy masks, top units, where the rest is."""
-    record, results = run_record(folder), read_table(folder / "results.parquet", "results")
-    _print_accuracy(results, record, console)
-    _print_greedy(results, record, console)
-    _print_costliest(results, console)
+    """Print a run's answer, then its main numbers: accuracies, greedy masks, units, where the rest is."""
+    tables = read_run(folder)
+    results, record = tables.results, tables.record
+    found = answer(results, tables.units, tables.masks, record)
+    settings = settings_of(results, tables.masks)
+    for sentence in found.sentences:
+        console.print(Text(f"• {sentence}"))
+    facts = " · ".join(f"{chip.label}: {chip.value}" for chip in found.chips)
+    console.print(Text(f"{facts}\n"))
+    _print_accuracy(results, record, settings, console)
+    _print_greedy(tables, console)
+    _print_units(tables.units, settings, console)
     scored = ", ".join(
         f"{unit_name('head', row['layer'], row['head'])} {row['value']:.2f}"
         for row in induction_heads(results).iter_rows(named=True)
@@ -48,31 +55,30 @@ def show_summary(folder: Path, console: Console) -> None:
     _print_line(console, f"{total_seconds(record):.0f} s; tables, masks and report.html in {folder}")
 
 
-def _print_costliest(results: pl.DataFrame, console: Console) -> None:
-    costliest, held_out = top_units(results), held_out_tops(results).to_dicts()
-    for (shots,), members in costliest.group_by("shots", maintain_order=True):
-        units = members.to_dicts()
-        named = ", ".join(
-            f"{unit_name(unit['kind'], unit['layer'], unit['head'])} "
-            f"{unit['value']:.2f}{significance_mark(unit)}"
-            for unit in units
-        )
-        console.print(
-            f"costliest units alone at {shots} shots, nats of gold log-probability: {named}; "
-            f"{held_out_text(units, held_out)}"
-        )
-    if len(costliest):
-        console.print(f"{PICKED}; {STAR}")
+def _print_units(units: pl.DataFrame, settings: Settings, console: Console) -> None:
+    listed = headline_units(units, settings).to_dicts()
+    if not listed:
+        return
+    named = "; ".join(headline_text(unit) for unit in listed)
+    console.print(
+        f"units that matter alone in most settings above chance, median drop (lowest to highest) in nats of "
+        f"gold log-probability: {named}"
+    )
+    none = "" if listed[0]["matters"] else f"{NONE_SIGNIFICANT}; "
+    console.print(f"{none}{MATTERS}; {PICKED}")
 
 
-def _print_accuracy(results: pl.DataFrame, record: Mapping[str, Any], console: Console) -> None:
+def _print_accuracy(
+    results: pl.DataFrame, record: Mapping[str, Any], settings: Settings, console: Console
+) -> None:
     records = accuracy(results)
     if records.is_empty():
         return
     shots = sorted(set(records["shots"]))
     model = record["model"]
     table = _table(
-        f"{model['id']} in {model['weights']}: accuracy by demonstrations, with 95 % intervals",
+        f"{model['id']} in {model['weights']}: accuracy by demonstrations, with 95 % intervals"
+        + (f"; {CHANCE_MARK}: at chance" if settings.at_chance else ""),
         ("task", "chance", *(f"{n_shots}-shot" for n_shots in shots)),
     )
     for (task,), task_records in records.group_by("task", maintain_order=True):
@@ -81,7 +87,11 @@ def _print_accuracy(results: pl.DataFrame, record: Mapping[str, Any], console: C
         table.add_row(
             Text(str(task)),
             "" if chance is None else f"{chance:.3f}",
-            *(_accuracy_text(by_shots.get(n_shots)) for n_shots in shots),
+            *(
+                _accuracy_text(by_shots.get(n_shots))
+                + (CHANCE_MARK if (task, n_shots) in settings.at_chance else "")
+                for n_shots in shots
+            ),
         )
     console.print(table)
 
@@ -93,37 +103,48 @@ def _accuracy_text(row: Mapping[str, Any] | None) -> str:
     return f"{row['value']:.3f}{bounds}"
 
 
-def _print_greedy(results: pl.DataFrame, record: Mapping[str, Any], console: Console) -> None:
+def _print_greedy(tables: RunTables, console: Console) -> None:
+    results, record = tables.results, tables.record
     masks = pruned(results)
     searched = masks.filter(pl.col("method") == "greedy")
     if searched.is_empty():
         return
     losses = greedy_losses(results, record)
-    cells = {
-        (row["task"], row["shots"], row["method"]): f"{row['heads_removed']}H {row['ffns_removed']}F"
-        if row["method"] == "certified"
-        else f"{row['value']:.3f}"
+    values = {
+        (row["task"], row["shots"], row["method"]): f"{row['value']:.3f}"
         for row in masks.iter_rows(named=True)
     }
-    cells |= {(*search, "certified"): "none" for search in searches_without_certificate(record)}
+    kept = kept_texts(tables.masks, record["model"])
     table = _table(
-        "greedy pruning: heads (H) and FFNs (F) removed, how many of these are certified, accuracy compared "
-        f"with masks of equal size; kept: whether the tolerance of {record['options']['tolerance']:g} is "
-        "(?: the documents cannot tell; chance: there is nothing to keep)",
-        ("task", "shots", "removed", "certified", "kept", "greedy", *COMPARED_METHODS),
+        f"greedy pruning: what masks keep, whether the tolerance of {record['options']['tolerance']:g} "
+        "holds (?: the documents cannot tell; chance: there is nothing to keep), and accuracy, compared with "
+        "masks of equal size",
+        ("task", "shots", "kept", "holds", "greedy", *COMPARED_METHODS),
     )
+    table.columns[2].justify = "left"
     for row in searched.iter_rows(named=True):
         search = (row["task"], row["shots"])
         loss = losses.get(SearchMask(*search, "greedy"))
         table.add_row(
             Text(row["task"]),
             str(row["shots"]),
-            f"{row['heads_removed']}H {row['ffns_removed']}F",
-            cells.get((*search, "certified"), ""),
+            Text("" if loss is not None and loss.verdict == AT_CHANCE else kept.get(search, "")),
             "" if loss is None else VERDICTS.get(loss.verdict, loss.verdict),
-            *(cells.get((*search, method), "") for method in ("greedy", *COMPARED_METHODS)),
+            *(values.get((*search, method), "") for method in ("greedy", *COMPARED_METHODS)),
         )
     console.print(table)
+    _print_certified(masks, record, console)
+
+
+def _print_certified(masks: pl.DataFrame, record: Mapping[str, Any], console: Console) -> None:
+    """Print how much of the masks is certified, and where nothing is."""
+    found = [
+        f"{setting_text(row['task'], row['shots'])}: {counts_text(row['heads_removed'], row['ffns_removed'])}"
+        for row in masks.filter(pl.col("method") == "certified").iter_rows(named=True)
+    ]
+    found += [f"{setting_text(*search)}: none" for search in sorted(searches_without_certificate(record))]
+    if found:
+        console.print(Text(f"certified to be removable: {'; '.join(found)}"))
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:

@@ -1,16 +1,13 @@
-"""The main numbers of a run, for the page, the terminal and `--json`."""
+"""The main numbers of a run, for the page and the terminal."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from lowmem_icl.protocols import AGGREGATE, in_domain
-from lowmem_icl.session.folder import run_record
-from lowmem_icl.tables.schema import ACCURACIES, read_table
+from lowmem_icl.tables.schema import ACCURACIES
 
-"""A task's own accuracy goes by either name."""
 TOP_UNITS = 5
 SIGNIFICANT_Q = 0.05
 STAR = (
@@ -157,23 +154,6 @@ def unit_name(kind: str, layer: int, head: int | None) -> str:
 def significance_mark(unit: Mapping[str, Any]) -> str:
     """Return a star for a unit of `top_units` whose q-value is at most SIGNIFICANT_Q."""
     return "*" if unit["q_value"] is not None and unit["q_value"] <= SIGNIFICANT_Q else ""
-
-
-def summary(folder: Path) -> dict[str, Any]:
-    """Return the main numbers of a finished run as plain values."""
-    record, results = run_record(folder), read_table(folder / "results.parquet", "results")
-    return {
-        "folder": str(folder),
-        "model": record["model"]["id"],
-        "weights": record["model"]["weights"],
-        "accuracy": accuracy(results).to_dicts(),
-        "pruned": pruned(results).to_dicts(),
-        "top_units": top_units(results).to_dicts(),
-        "top_units_held_out": held_out_tops(results).to_dicts(),
-        "induction_heads": induction_heads(results).to_dicts(),
-        "warnings": record["warnings"],
-        "seconds": total_seconds(record),
-    }
 
 
 def total_seconds(record: Mapping[str, Any]) -> float:

@@ -136,6 +136,29 @@ def mean_of_estimates(members: Sequence[Interval]) -> Interval:
     return Interval(*(float(column[0]) for column in mean_of_intervals(Intervals(*columns))))
 
 
+def documents_for(stderr: float, count: int, distance: float) -> int:
+    """Return how many independent documents a mean needs so that its 95 % interval reaches no farther than
+    `distance`, from its standard error over `count` of them: as many as show a mean of that size to differ
+    from 0, on average every other time.
+
+    Student's interval: the least n with t · stderr · √(count / n) ≤ distance, t of n − 1 degrees of freedom;
+    at least 2.
+    """
+    spread = stderr * np.sqrt(count)
+    few, enough = 1, 2
+
+    def reaches_too_far(documents: int) -> bool:
+        quantile = scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, documents - 1)
+        return bool(quantile * spread / np.sqrt(documents) > distance)
+
+    while reaches_too_far(enough):
+        few, enough = enough, 2 * enough
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        few, enough = (middle, enough) if reaches_too_far(middle) else (few, middle)
+    return enough
+
+
 def effective_count(sizes: NDArray[np.int64]) -> float:
     """Return how many clusters of one size weigh as much as clusters of these sizes: (Σ size)² / Σ size²."""
     return float(sizes.sum() ** 2 / np.square(sizes).sum())

@@ -2,6 +2,7 @@
 
 import polars as pl
 
+from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.tables.schema import ACCURACIES
 
@@ -31,4 +32,20 @@ def settings_at_chance(clean: pl.DataFrame) -> frozenset[tuple[str, int]]:
         for row in clean.filter(pl.col("metric").is_in(ACCURACIES)).iter_rows(named=True)
         if (guess := guesses.get((row["task"], row["shots"]))) is not None
         and (row["low"] is None or row["low"] <= guess)
+    )
+
+
+def clean_records(results: pl.DataFrame) -> pl.DataFrame:
+    """Return what `settings_at_chance` needs of results.parquet: the clean model's accuracies and best
+    constant answers, as the evaluation has them; where nothing was evaluated, as other experiments do.
+    """
+    clean = results.filter(
+        (pl.col("mask") == CLEAN)
+        & pl.col("metric").is_in([*ACCURACIES, "majority"])
+        & (pl.col("labels").fill_null("right") == "right")
+    )
+    # Other experiments judge some of the documents, or all of them.
+    is_evaluated = pl.col("experiment") == "evaluate"
+    return clean.sort(~is_evaluated, -pl.col("documents"), maintain_order=True).unique(
+        ["task", "shots", "metric"], keep="first", maintain_order=True
     )

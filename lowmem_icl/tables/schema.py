@@ -1,4 +1,6 @@
-"""The three tables of a run folder: their columns, types and files.
+"""The tables of a run folder: their columns, types and files.
+
+Three are measured; `units` and `masks` are made of these again at any time, for people and other programs.
 
 results.parquet has one record per measured number. A column that does not apply to a number is null:
 `procedure` where an experiment has only one; `kind, layer, head` outside single units; `mask` outside masks
@@ -83,19 +85,101 @@ ANSWERS: dict[str, pl.DataType] = {
     "context_tokens": pl.Int32(),
     "truncated": pl.Boolean(),
 }
+UNIT_METRICS = {
+    "drop": "gold_logprob_drop",
+    "acc_drop": "acc_drop",
+    "gold_prob_drop": "gold_prob_drop",
+    "margin_drop": "margin_drop",
+    "icl_effect": "icl_effect",
+    "label_effect": "label_effect",
+}
+"""Columns of units.parquet and the metrics of results.parquet that they hold."""
+
+
+def unit_columns(column: str) -> dict[str, str]:
+    """Return the columns of units.parquet that hold a metric's bounds and q-value, by what they hold."""
+    prefix = "" if column == "drop" else f"{column}_"
+    return {name: f"{prefix}{name}" for name in ("low", "high", "q_value")}
+
+
+UNITS: dict[str, pl.DataType] = {
+    "task": pl.String(),
+    "shots": pl.Int32(),
+    "unit": pl.String(),
+    "kind": pl.String(),
+    "layer": pl.Int32(),
+    "head": pl.Int32(),
+    "drop": pl.Float64(),
+    "low": pl.Float64(),
+    "high": pl.Float64(),
+    "exact": pl.Boolean(),
+    "q_value": pl.Float64(),
+    "documents_hurt": pl.Int32(),
+    "documents_helped": pl.Int32(),
+    **{
+        name: pl.Float64()
+        for column in list(UNIT_METRICS)[1:]
+        for name in (column, *unit_columns(column).values())
+    },
+    "gradient": pl.Float64(),
+    "attribution": pl.Float64(),
+    "prefix_matching": pl.Float64(),
+    "copying": pl.Float64(),
+    "previous_token": pl.Float64(),
+    "rank": pl.Int32(),
+    "kept": pl.Boolean(),
+    "documents": pl.Int32(),
+}
+MASKS: dict[str, pl.DataType] = {
+    "mask": pl.String(),
+    "method": pl.String(),
+    "ablation": pl.String(),
+    "mask_task": pl.String(),
+    "mask_shots": pl.Int32(),
+    "same_as": pl.String(),
+    "experiment": pl.String(),
+    "procedure": pl.String(),
+    "task": pl.String(),
+    "shots": pl.Int32(),
+    "split": pl.String(),
+    "heads_removed": pl.Int32(),
+    "ffns_removed": pl.Int32(),
+    "removed": pl.List(pl.String()),
+    "kept": pl.List(pl.String()),
+    "metric": pl.String(),
+    "value": pl.Float64(),
+    "low": pl.Float64(),
+    "high": pl.Float64(),
+    "clean": pl.Float64(),
+    "clean_low": pl.Float64(),
+    "clean_high": pl.Float64(),
+    "chance": pl.Float64(),
+    "majority": pl.Float64(),
+    "objective": pl.String(),
+    "loss": pl.Float64(),
+    "loss_low": pl.Float64(),
+    "loss_high": pl.Float64(),
+    "verdict": pl.String(),
+    "at_chance": pl.Boolean(),
+    "documents": pl.Int32(),
+}
 ACCURACIES = ("acc", "em")
 """The metrics of results.parquet that are a task's accuracy."""
 TABLES = {"results": RESULTS, "effects": EFFECTS, "answers": ANSWERS}
+"""Those that stages measure."""
+DERIVED_TABLES = {"units": UNITS, "masks": MASKS}
+"""Those that are made of results.parquet and the masks."""
+_SCHEMAS = TABLES | DERIVED_TABLES
 
 
 def empty_frame(table: str) -> pl.DataFrame:
     """Return a table without records."""
-    return pl.DataFrame(schema=TABLES[table])
+    return pl.DataFrame(schema=_SCHEMAS[table])
 
 
 def write_table(frame: pl.DataFrame, table: str, path: Path) -> None:
     """Write a table with its name and schema version in the file's metadata."""
-    assert frame.schema == pl.Schema(TABLES[table]), f"the {table} table has another schema"
+    assert frame.schema == pl.Schema(_SCHEMAS[table]), f"the {table} table has another schema"
     metadata = {"lowmem_icl": json.dumps({"table": table, "schema_version": SCHEMA_VERSION})}
     with atomic_path(path) as temporary, temporary.open("wb") as opened:
         frame.write_parquet(opened, metadata=metadata)
@@ -117,7 +201,7 @@ def read_table(path: Path, table: str) -> pl.DataFrame:
             f"{version}; run the same command with another --out, or read it with the version that wrote it"
         )
     if stated != {"table": table, "schema_version": SCHEMA_VERSION} or frame.schema != pl.Schema(
-        TABLES[table]
+        _SCHEMAS[table]
     ):
         raise InputError(
             f"{path}: expected the {table} table of schema version {SCHEMA_VERSION}, got {stated}"

@@ -5,9 +5,9 @@ pick them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from lowmem_icl.session.result import task_fields
 from lowmem_icl.statistics.selection import top_mean
 from lowmem_icl.statistics.significance import SignCounts, q_values, sign_counts
 from lowmem_icl.tables.blocks import Block, unit_blocks
+from lowmem_icl.tables.unit_table import q_metric
 from lowmem_icl.tasks.loading import TaskRows
 
 TOP_COUNTS = (1, 3, 10)
@@ -27,8 +28,22 @@ LISTED_COUNTS = (3, 5)
 LARGEST_ROUNDING = 1e-4
 """Nats by which scores may differ from the reference's: a drop of no more counts as none."""
 
+COUNTED = "gold_logprob_drop"
+"""The metric whose documents that lose and gain are reported as numbers."""
+
 Values = NDArray[np.float64]
 Indices = NDArray[np.int64]
+
+
+class HasTask(Protocol):
+    """Something about one task at one shot count."""
+
+    @property
+    def task(self) -> TaskRows:
+        """The task's documents."""
+
+
+OfTask = TypeVar("OfTask", bound=HasTask)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +51,8 @@ class ExactDrops:
     """The exact drops of one task at one shot count: of its scored documents, for units [U] at these indices
     of all.
 
-    gold: of gold log-probability, [U, N]; accuracy: by scored unit, [U, S], with the clusters of these.
+    gold: of gold log-probability, [U, N]; accuracy: by scored unit, [U, S], with the clusters of these;
+    others: of more scores of documents, [U, N], by their names.
     """
 
     task: TaskRows
@@ -44,56 +60,99 @@ class ExactDrops:
     gold: Values
     accuracy: Values
     accuracy_clusters: list[str]
-
-    @property
-    def signs(self) -> SignCounts:
-        """How many clusters of documents lose without each unit, [U], and how many gain."""
-        differs = np.abs(self.gold) > LARGEST_ROUNDING
-        return sign_counts(np.where(differs, self.gold, 0.0), self.task.clusters)
+    others: Mapping[str, Values] = field(default_factory=dict)
 
     @property
     def has_clusters(self) -> bool:
         """Whether there are two clusters of documents, without which nothing can be claimed."""
         return len(set(self.task.clusters)) > 1
 
+    def signed(self) -> dict[str, "SignedUnits"]:
+        """Return how many clusters of documents lose and gain without each unit, by the drop's metric."""
+        lost = {"gold_logprob": self.gold, **self.others}
+        found = {name: differing_signs(values, self.task.clusters) for name, values in lost.items()}
+        found["acc"] = differing_signs(self.accuracy, self.accuracy_clusters)
+        fields = single_fields(self.task)
+        return {
+            f"{name}_drop": SignedUnits(self.task, self.indices, signs, fields)
+            for name, signs in found.items()
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class SignedUnits:
+    """How many clusters lose and gain without the units [U] at these indices of all, with the columns of
+    their records.
+    """
+
+    task: TaskRows
+    indices: Indices
+    signs: SignCounts
+    fields: Mapping[str, Any]
+
+
+def differing_signs(values: Values, clusters: Sequence[str]) -> SignCounts:
+    """Return how many clusters lose without each unit and how many gain, from drops [U, N]; what rounding may
+    make counts as neither.
+    """
+    return sign_counts(np.where(np.abs(values) > LARGEST_ROUNDING, values, 0.0), clusters)
+
 
 def claim_blocks(units: Sequence[Unit], drops: Sequence[ExactDrops]) -> list[Block]:
-    """Return blocks of documents_hurt, documents_helped and q_value: of every task and shot count, and of all
-    tasks together at each shot count.
+    """Return blocks of documents_hurt, documents_helped and q-values: of every task and shot count, and of
+    all tasks together at each shot count.
 
     The claim is that more documents are hurt than helped without the unit, or the reverse; a family of claims
     is all units of a task at a shot count (of all tasks: those that any task has, its documents added up), so
     that among the units with q ≤ 0.05 about one of twenty is no finding.
     """
+    signed = [own.signed() for own in drops]
+    metrics = list(dict.fromkeys(metric for of_task in signed for metric in of_task))
+    return [
+        block
+        for metric in metrics
+        for block in signed_blocks(units, [of_task.get(metric) for of_task in signed], metric)
+    ]
+
+
+def signed_blocks(units: Sequence[Unit], signed: Sequence[SignedUnits | None], metric: str) -> list[Block]:
+    """Return blocks of a metric's q-values, and of gold log-probability the counts, of every task that has it
+    and of all tasks together where each has.
+    """
     found: list[Block] = []
-    for own in drops:
-        found += _sign_blocks(units, own.indices, own.signs, single_fields(own.task))
-    for members in _by_shots(drops):
+    for own in signed:
+        if own is not None:
+            found += _sign_blocks(units, own, metric)
+    of_all = [own for own in signed if own is not None]
+    if len(of_all) < len(signed):
+        return found
+    for members in _by_shots(of_all):
         indices = reduce(np.union1d, [member.indices for member in members])
         added = np.zeros((2, len(indices)), dtype=np.int64)
         for member in members:
             added[:, np.searchsorted(indices, member.indices)] += np.array(member.signs)
-        fields = single_fields(members[0].task) | _aggregate_fields(members)
-        found += _sign_blocks(units, indices, SignCounts(*added), fields)
+        fields = dict(members[0].fields) | _aggregate_fields(members)
+        fields["documents"] = sum(member.fields["documents"] for member in members)
+        if "other_task" in fields:
+            fields["other_task"] = None
+        found += _sign_blocks(
+            units, SignedUnits(members[0].task, indices, SignCounts(*added), fields), metric
+        )
     return found
 
 
-def _sign_blocks(
-    units: Sequence[Unit], indices: Indices, signs: SignCounts, fields: Mapping[str, Any]
-) -> list[Block]:
-    """Return blocks of what is counted of the units at some indices, and of what can be claimed from that."""
-    if not len(indices):
+def _sign_blocks(units: Sequence[Unit], own: SignedUnits, metric: str) -> list[Block]:
+    """Return blocks of what is counted of some units, and of what can be claimed from that."""
+    if not len(own.indices):
         return []
-    columns: dict[str, NDArray[Any]] = {
-        "documents_hurt": signs.hurt,
-        "documents_helped": signs.helped,
-        "q_value": q_values(signs),
-    }
-    counted = [units[index] for index in indices]
+    columns: dict[str, NDArray[Any]] = {q_metric(metric): q_values(own.signs)}
+    if metric == COUNTED:
+        columns |= {"documents_hurt": own.signs.hurt, "documents_helped": own.signs.helped}
+    counted = [units[index] for index in own.indices]
     return [
         block
-        for metric, values in columns.items()
-        for block in unit_blocks(counted, {"value": values}, **fields, metric=metric)
+        for name, values in columns.items()
+        for block in unit_blocks(counted, {"value": values}, **own.fields, metric=name)
     ]
 
 
@@ -149,16 +208,16 @@ def listed_top_records(units: Sequence[Unit], drops: Sequence[ExactDrops]) -> It
                 )
 
 
-def _by_shots(members: Sequence[ExactDrops]) -> list[list[ExactDrops]]:
+def _by_shots(members: Sequence[OfTask]) -> list[list[OfTask]]:
     """Return, for each shot count that two tasks have, all that count in a mean over tasks."""
-    groups: dict[int, list[ExactDrops]] = {}
+    groups: dict[int, list[OfTask]] = {}
     for member in members:
         if in_domain(member.task.task):
             groups.setdefault(member.task.shots, []).append(member)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _aggregate_fields(members: Sequence[ExactDrops]) -> dict[str, Any]:
+def _aggregate_fields(members: Sequence[HasTask]) -> dict[str, Any]:
     splits = {member.task.split for member in members}
     return {
         "task": AGGREGATE,

@@ -3,14 +3,21 @@
 With demonstrations than without, and with right labels in these than with shuffled ones.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import numpy as np
 
-from lowmem_icl.experiments.ablate.claims import ExactDrops, Indices, Values
+from lowmem_icl.experiments.ablate.claims import (
+    ExactDrops,
+    Indices,
+    SignedUnits,
+    Values,
+    differing_signs,
+    signed_blocks,
+)
 from lowmem_icl.experiments.ablate.measure import single_fields
 from lowmem_icl.masks.mask import Unit
 from lowmem_icl.statistics.intervals import CHANGE_OF_CHANGES, MEAN, mean_intervals
@@ -69,31 +76,51 @@ def drop_differences(own: ExactDrops, other: ExactDrops) -> DropDifferences | No
 
 
 def in_context_blocks(units: Sequence[Unit], effects: Sequence[DropDifferences]) -> list[Block]:
-    """Return blocks of icl_effect (nats) and icl_effect_acc: drops with demonstrations minus without."""
-    found: list[Block] = []
-    for effect in effects:
-        compared_with = {"other_task": effect.task.task, "other_shots": 0, "other_method": "ablation"}
-        found += _blocks(units, effect, "icl_effect", {"procedure": "icl-effect"} | compared_with)
-    return found
+    """Return blocks of icl_effect (nats) and icl_effect_acc: drops with demonstrations minus without; with
+    their q-values.
+    """
+
+    def fields(task: TaskRows) -> dict[str, Any]:
+        compared_with = {"other_task": task.task, "other_shots": 0, "other_method": "ablation"}
+        return {"procedure": "icl-effect"} | compared_with
+
+    return _blocks(units, effects, "icl_effect", fields)
 
 
 def label_blocks(units: Sequence[Unit], effects: Sequence[DropDifferences]) -> list[Block]:
     """Return blocks of label_effect (nats) and label_effect_acc: drops with right labels minus those with
-    shuffled ones.
+    shuffled ones; with their q-values.
     """
-    fields = {"procedure": "label-effect", "labels": "shuffled"}
-    return [block for effect in effects for block in _blocks(units, effect, "label_effect", fields)]
+    return _blocks(
+        units, effects, "label_effect", lambda task: {"procedure": "label-effect", "labels": "shuffled"}
+    )
 
 
 def _blocks(
-    units: Sequence[Unit], effect: DropDifferences, metric: str, fields: Mapping[str, Any]
+    units: Sequence[Unit],
+    effects: Sequence[DropDifferences],
+    metric: str,
+    fields: Callable[[TaskRows], Mapping[str, Any]],
 ) -> list[Block]:
-    """Return blocks of a metric in nats and in accuracy, with clustered intervals."""
-    compared = [units[index] for index in effect.indices]
-    same = {**single_fields(effect.task), "documents": effect.gold.shape[1], **fields}
-    in_nats = mean_intervals(effect.gold, effect.clusters, MEAN)
-    in_accuracy = mean_intervals(effect.accuracy, effect.accuracy_clusters, CHANGE_OF_CHANGES)
+    """Return blocks of a metric in nats and in accuracy, with clustered intervals and q-values."""
+    found: list[Block] = []
+    in_nats: list[SignedUnits] = []
+    in_accuracy: list[SignedUnits] = []
+    for effect in effects:
+        compared = [units[index] for index in effect.indices]
+        same = {**single_fields(effect.task), "documents": effect.gold.shape[1], **fields(effect.task)}
+        nats = mean_intervals(effect.gold, effect.clusters, MEAN)
+        accuracy = mean_intervals(effect.accuracy, effect.accuracy_clusters, CHANGE_OF_CHANGES)
+        found += unit_blocks(compared, nats._asdict(), **same, metric=metric)
+        found += unit_blocks(compared, accuracy._asdict(), **same, metric=f"{metric}_acc")
+        for signed, values, clusters in (
+            (in_nats, effect.gold, effect.clusters),
+            (in_accuracy, effect.accuracy, effect.accuracy_clusters),
+        ):
+            signs = differing_signs(values, clusters)
+            signed.append(SignedUnits(effect.task, effect.indices, signs, same))
     return [
-        *unit_blocks(compared, in_nats._asdict(), **same, metric=metric),
-        *unit_blocks(compared, in_accuracy._asdict(), **same, metric=f"{metric}_acc"),
+        *found,
+        *signed_blocks(units, in_nats, metric),
+        *signed_blocks(units, in_accuracy, f"{metric}_acc"),
     ]

@@ -32,7 +32,7 @@ METHOD = "ablation"
 ICL_EFFECT = "icl_effect"
 UNIT_PROCEDURES = ("single", "icl-effect", "label-effect")
 # Of ablate's numbers about units, those whose aggregate counts all tasks' documents and is no mean.
-NOT_AVERAGED = ("q_value", "documents_hurt", "documents_helped")
+NOT_AVERAGED = r"q_value$|^documents_"
 
 
 def parts(prepared: Prepared, importance: ImportanceResult | None) -> list[SweepPart]:
@@ -117,7 +117,14 @@ def _removed(
         scored, scores = scored_so_far(task, swept, chunks)
         drops = measure.unit_drops(prepared.pack(scored), scores.logprobs, scores.greedy)
         gold = drops.by_document["gold_logprob"]
-        own = claims.ExactDrops(scored, selection.exact, gold, drops.accuracy, drops.accuracy_clusters)
+        others = {
+            name: drops.by_document[name]
+            for name in ("gold_prob", "margin")
+            if not np.isnan(drops.by_document[name]).any()
+        }
+        own = claims.ExactDrops(
+            scored, selection.exact, gold, drops.accuracy, drops.accuracy_clusters, others
+        )
         yield task, selection, _Removed(own, drops)
 
 
@@ -169,7 +176,7 @@ def _notes(prepared: Prepared) -> tuple[str, ...]:
 
 def _means(results: pl.DataFrame) -> pl.DataFrame:
     """Return the means over tasks of units' drops and their differences, and of how far estimates agree."""
-    is_unit_record = pl.col("procedure").is_in(UNIT_PROCEDURES) & ~pl.col("metric").is_in(NOT_AVERAGED)
+    is_unit_record = pl.col("procedure").is_in(UNIT_PROCEDURES) & ~pl.col("metric").str.contains(NOT_AVERAGED)
     per_task = results.filter(is_unit_record & (pl.col("task") != AGGREGATE)).with_columns(
         method=pl.lit(METHOD)
     )

@@ -4,6 +4,7 @@ documents.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import MaskResult, Rankings, StageResult, rankings_of
 from lowmem_icl.session.work import Part, Work
 from lowmem_icl.statistics.certificate import LEVEL
-from lowmem_icl.statistics.intervals import MEAN, mean_interval, mean_of_estimates
+from lowmem_icl.statistics.intervals import MEAN, documents_for, mean_interval, mean_of_estimates
 from lowmem_icl.tasks.documents import TaskRows
 
 INSTEAD = "the gradient ranking's mask of equal size, which lost less on the checking half"
@@ -118,7 +119,7 @@ def search_masks(work: Work, importance: ImportanceResult | None, ablate: StageR
         checked,
         [_of_setting(settings[name]) | tested.as_record() for name, tested in certificates.items()],
         (
-            *_unsettled(checked, options.tolerance),
+            *tolerance_note(checked, options.tolerance, max(len(task.documents) for task in prepared.train)),
             *certify.notes(prepared),
             *certify.empty_note(certificates),
         ),
@@ -191,11 +192,12 @@ def _check_of(prepared: Prepared, setting: Setting) -> Callable[[str, search.Ans
     """Return what turns the losses of the documents on the checking half, by method, into a record."""
     tasks = [prepared.train[index] for index in setting.tasks]
     clusters = [half_of(task, "check").clusters for task in tasks]
+    documents = sum(len(of_task) for of_task in clusters)
 
     def checked(method: str, losses: search.Answer) -> dict[str, Any]:
         lost, stderr = mean_loss(losses, clusters)
         named = {"method": method, "mask": setting.mask_name(method)}
-        return _of_setting(setting) | named | {"check_loss": lost, "stderr": stderr}
+        return _of_setting(setting) | named | {"check_loss": lost, "stderr": stderr, "documents": documents}
 
     return checked
 
@@ -213,17 +215,44 @@ def _of_setting(setting: Setting) -> dict[str, Any]:
     return {"task": setting.task, "shots": setting.shots}
 
 
-def _unsettled(checked: Sequence[Mapping[str, Any]], tolerance: float) -> list[str]:
-    """Return a warning where the tolerance is finer than the documents can tell, unknown errors included."""
+def tolerance_note(checked: Sequence[Mapping[str, Any]], tolerance: float, training: int) -> list[str]:
+    """Return a warning where the tolerance is finer than the documents can tell, with how many would.
+
+    checked: the records of `_check_of`; training: how many training documents a task has at most, half of
+    which check.
+    """
     searched = [check for check in checked if check["method"] == "greedy"]
-    errors = {
-        check["mask"]: 2 * check["stderr"] for check in searched if not tolerance >= 2 * check["stderr"]
-    }
-    if not errors:
+    coarse = [check for check in searched if not tolerance >= 2 * check["stderr"]]
+    if not coarse:
         return []
-    worst = max(errors, key=lambda name: (not np.isfinite(errors[name]), errors[name]))
-    size = f"at most {errors[worst]:.2g}" if np.isfinite(errors[worst]) else "unknown"
-    return [
-        f"prune: the tolerance {tolerance:g} is below two standard errors of the loss it is compared with "
-        f"for {len(errors)} of {len(searched)} masks ({size}, {worst}); a larger --train-limit settles it"
-    ]
+    known = [check for check in coarse if np.isfinite(check["stderr"])]
+    # Of a mean over tasks all tasks grow alike.
+    needed = {
+        check["mask"]: training
+        * documents_for(check["stderr"], check["documents"], tolerance)
+        / check["documents"]
+        for check in known
+    }
+    text = (
+        f"prune: a loss of {tolerance:g}, the tolerance, is less than the checking documents can see for "
+        f"{len(coarse)} of {len(searched)} masks"
+    )
+    if needed:
+        most = max(needed, key=lambda name: needed[name])
+        half = f"{rounded_up(median(needed.values())):,} for half of these and " if len(needed) > 1 else ""
+        text += (
+            f"; to see it takes about {half}{rounded_up(needed[most]):,} training documents per task "
+            f"(--train-limit; most for {most})"
+        )
+    if len(known) < len(coarse):
+        text += (
+            f"; for {len(coarse) - len(known)} nobody can say, since their documents share one prompt or one "
+            "set of demonstrations"
+        )
+    return [text]
+
+
+def rounded_up(number: float) -> int:
+    """Return a number of documents with two digits, rounded up."""
+    unit = 10 ** max(0, len(str(int(number))) - 2)
+    return int(-(-number // unit) * unit)

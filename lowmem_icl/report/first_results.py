@@ -9,11 +9,11 @@ from lowmem_icl.report.numbers import induction_heads, mean_over_tasks, pruned, 
 from lowmem_icl.tables.schema import ACCURACIES
 
 
-def headline(experiment: str, results: pl.DataFrame) -> str:
+def first_result(experiment: str, results: pl.DataFrame) -> str:
     """Return what an experiment found first, from its records of results.parquet; empty where it found
     nothing.
     """
-    make = HEADLINES.get(experiment)
+    make = FIRST_RESULTS.get(experiment)
     return "" if make is None or results.is_empty() else make(results)
 
 
@@ -98,7 +98,7 @@ def _overlap(results: pl.DataFrame) -> str:
     return f"{len(rows):,} pairs of rankings" if len(rows) else ""
 
 
-HEADLINES: dict[str, Callable[[pl.DataFrame], str]] = {
+FIRST_RESULTS: dict[str, Callable[[pl.DataFrame], str]] = {
     "evaluate": _evaluate,
     "importance": _importance,
     "ablate": _ablate,

@@ -7,7 +7,8 @@ import polars as pl
 
 from lowmem_icl.protocols import LABELS
 from lowmem_icl.report.numbers import clean_evaluation
-from lowmem_icl.report.section import Record, Section, interval_text, number_text
+from lowmem_icl.report.page.section import Section, Table, interval_text, number_text
+from lowmem_icl.report.run_tables import RunTables
 from lowmem_icl.tables.schema import ACCURACIES
 
 COLUMNS = (
@@ -24,10 +25,12 @@ TEXT = (
 Cells = Mapping[str, Mapping[str, Any]]
 
 
-def labels_section(results: pl.DataFrame, record: Record) -> Section | None:
+def labels_section(run: RunTables) -> Section | None:
     """Return every task's scores by labels and shot count; None where there are no controls."""
-    rows = label_rows(results)
-    return Section("What the labels give", TEXT, columns=COLUMNS, rows=rows) if rows else None
+    rows = label_rows(run.results)
+    if not rows:
+        return None
+    return Section("labels", "What the labels give", TEXT, table=Table(COLUMNS, rows))
 
 
 def label_rows(results: pl.DataFrame) -> list[list[str]]:

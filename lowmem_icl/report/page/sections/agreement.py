@@ -1,20 +1,21 @@
 """The page's section on how far rankings of heads agree between tasks and shot counts, and could agree."""
 
-from collections.abc import Sequence
-
-import numpy as np
 import polars as pl
-from matplotlib.figure import Figure
 
 from lowmem_icl.protocols import AGGREGATE, OUT_OF_DOMAIN_TASKS
-from lowmem_icl.report.figures import new_figure, page_figure, task_order
-from lowmem_icl.report.section import Record, Section, number_text
+from lowmem_icl.report.page.plots.matrices import matrix_plot
+from lowmem_icl.report.page.section import Section, Table, number_text
+from lowmem_icl.report.run_tables import RunTables
 
 COLUMNS = (
     "method", "shots", "against", "pairs", "Spearman, mean", "variance", "ceiling", "Kendall",
     "top 30 % in common", "Spearman of index vectors",
 )  # fmt: skip
 COMMON_PERCENT = 30
+CAPTION = (
+    "Gradient scores at the chosen shot count; tasks whose rankings agree stand side by side. 1: the same "
+    "order of heads; 0: unrelated."
+)
 TEXT = "Spearman's rank correlation of head scores between tasks, and between shot counts of a task."
 CEILING_NOTE = (
     " Ceiling: √(a·b) of the rankings' split-half reliabilities a and b, mean over pairs; two tasks' "
@@ -30,19 +31,17 @@ ORDER_NOTE = (
 PAIR = ("task", "shots", "method", "other_task", "other_shots", "other_method")
 
 
-def agreement_section(results: pl.DataFrame, record: Record) -> Section | None:
+def agreement_section(run: RunTables) -> Section | None:
     """Return the agreement of rankings; None where none were compared."""
-    overlap = results.filter(pl.col("experiment") == "overlap")
+    overlap = run.results.filter(pl.col("experiment") == "overlap")
     if overlap.is_empty():
         return None
     return Section(
+        "agreement",
         "Agreement between tasks",
         agreement_note(overlap),
-        page_figure(
-            "overlap", "Gradient scores. 1: the same order of heads; 0: unrelated.", overlap_matrix, overlap
-        ),
-        COLUMNS,
-        agreement_rows(overlap),
+        [matrix_plot("agreement", len(run.tasks), CAPTION, ("agreement-heads",))],
+        Table(COLUMNS, agreement_rows(overlap)),
     )
 
 
@@ -106,34 +105,3 @@ def compared_pairs(overlap: pl.DataFrame) -> pl.DataFrame:
 
 def _measure(records: pl.DataFrame, name: str) -> pl.DataFrame:
     return records.filter(pl.col("metric") == name).select(*PAIR, pl.col("value").alias(name))
-
-
-def overlap_matrix(overlap: pl.DataFrame, method: str = "gradient") -> Figure | None:
-    """Draw rank correlations of heads between tasks, a panel per shot count."""
-    records = overlap.filter(
-        (pl.col("metric") == "spearman")
-        & (pl.col("method") == method)
-        & (pl.col("other_method") == method)
-        & (pl.col("shots") == pl.col("other_shots"))
-    )
-    if records.is_empty():
-        return None
-    shots = sorted(set(records["shots"]))
-    names: Sequence[str] = task_order(sorted({*records["task"], *records["other_task"]}))
-    side = max(2.6, 0.42 * len(names) + 1)
-    figure, axes = new_figure(side * len(shots), side, 1, len(shots))
-    for column, n_shots in enumerate(shots):
-        grid = np.full((len(names), len(names)), np.nan)
-        np.fill_diagonal(grid, 1)
-        for record in records.filter(pl.col("shots") == n_shots).iter_rows(named=True):
-            left, right = names.index(record["task"]), names.index(record["other_task"])
-            grid[left, right] = grid[right, left] = record["value"]
-        axis = axes[0, column]
-        axis.imshow(grid, cmap="RdBu_r", vmin=-1, vmax=1)
-        for (y, x), value in np.ndenumerate(grid):
-            text = f"{value:.2f}" if np.isfinite(value) else ""
-            axis.text(x, y, text, ha="center", va="center", fontsize=6)
-        axis.set_title(f"{n_shots} shots", fontsize=9)
-        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-        axis.set_yticks(range(len(names)), names if column == 0 else [""] * len(names), fontsize=7)
-    return figure

@@ -1,0 +1,33 @@
+// What the reader has chosen. It stands in the address, so that a view can be sent to others.
+
+const state = { task: "", shots: 0, metric: "", significant: false, unit: null, sort: "value", ascending: false };
+const listeners = [];
+
+function readAddress(run) {
+  const asked = new URLSearchParams(location.hash.slice(1));
+  const shots = Number(asked.get("shots")), metrics = Object.keys(run.units.metrics);
+  const best = defaultSetting(run);
+  state.task = run.tasks.includes(asked.get("task")) ? asked.get("task") : best.task;
+  state.shots = asked.has("shots") && run.shots.includes(shots) ? shots : best.shots;
+  state.metric = metrics.includes(asked.get("metric")) ? asked.get("metric") : metrics[0] || "";
+  state.significant = asked.get("significant") === "1";
+  state.unit = asked.has("unit") ? unitIndex(run, asked.get("unit")) : null;
+}
+
+// The mean over tasks, else the first task, at the most demonstrations.
+function defaultSetting(run) {
+  return { task: run.start.task, shots: run.start.shots };
+}
+
+function writeAddress(run) {
+  const parts = new URLSearchParams({ task: state.task, shots: state.shots, metric: state.metric });
+  if (state.significant) parts.set("significant", "1");
+  if (state.unit !== null) parts.set("unit", unitName(run, state.unit));
+  history.replaceState(null, "", `#${parts}`);
+}
+
+function choose(run, changes) {
+  Object.assign(state, changes);
+  writeAddress(run);
+  for (const listener of listeners) listener(changes);
+}

@@ -1,0 +1,225 @@
+"""Several runs on one page: what changed from the first to each other, in numbers and on one map."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from lowmem_icl.masks.mask import jaccard
+from lowmem_icl.report.numbers import clean_accuracy, pruned
+from lowmem_icl.report.page.encoding import encode_bits, encode_halves
+from lowmem_icl.report.page.plots.maps import head_map
+from lowmem_icl.report.page.plots.style import palettes
+from lowmem_icl.report.page.section import Section, Table, interval_text, number_text
+from lowmem_icl.report.page.unit_arrays import METRICS, Grid, Values, linear_range
+from lowmem_icl.report.run_tables import RunTables
+from lowmem_icl.statistics.agreement import spearman
+
+ACCURACY_COLUMNS = ("task", "shots", "run", "accuracy", "95 %", "change", "95 %")
+UNIT_COLUMNS = (
+    "task",
+    "shots",
+    "run",
+    "rank correlation",
+    "top 10 in common",
+    "kept",
+    "kept in both",
+    "Jaccard",
+)
+MAP_TEXT = (
+    "Choose in the menu of metrics which run is shown, or what it has more than the first. Runs and "
+    "differences of one metric share one scale."
+)
+ATLAS_TEXT = "Every task at the chosen shot count: each run, and its difference from the first."
+CHANGE_TEXT = (
+    "Changes are from the first run; their bounds join those of both runs as if the documents were others, "
+    "so they are wide where the documents are the same."
+)
+COMPARED = ("gold_logprob_drop", "gold_prob_drop", "acc_drop", "gradient", "attribution")
+TOP = 10
+DROP = "gold_logprob_drop"
+
+
+def run_labels(runs: Sequence[RunTables]) -> list[str]:
+    """Return a name for each run: its model's, or its folder's where that would not tell them apart."""
+    models = [f"{run.record['model']['id']} {run.record['model']['weights']}" for run in runs]
+    if len(set(models)) == len(runs):
+        return models
+    folders = [run.folder.name for run in runs]
+    return folders if len(set(folders)) == len(runs) else [str(run.folder) for run in runs]
+
+
+def have_one_shape(runs: Sequence[RunTables]) -> bool:
+    """Tell whether all runs are of models with as many layers and heads."""
+    return len({(run.record["model"]["layers"], run.record["model"]["heads"]) for run in runs}) == 1
+
+
+def comparison_sections(runs: Sequence[RunTables]) -> list[Section]:
+    """Return the sections of the page of several runs."""
+    accuracy = Table(ACCURACY_COLUMNS, list(accuracy_rows(runs)), "accuracies and their changes")
+    sections = [
+        Section("accuracy", "Accuracy, run by run", CHANGE_TEXT, table=accuracy, meaning=("Intervals",))
+    ]
+    if have_one_shape(runs) and comparison_data(runs)["units"]["metrics"]:
+        model = runs[0].record["model"]
+        sections += [
+            Section(
+                "map", "Heads and FFNs, run by run", MAP_TEXT, [head_map(model["layers"], model["heads"])]
+            ),
+            Section("atlas-section", "Atlas", ATLAS_TEXT),
+            Section("units", "Units, ranked", "By the chosen metric at the chosen task and shots."),
+        ]
+    rows = list(unit_rows(runs))
+    if rows:
+        sections.append(
+            Section("changes", "Units and masks, run by run", table=Table(UNIT_COLUMNS, rows, "changes"))
+        )
+    return sections
+
+
+def common(runs: Sequence[RunTables]) -> list[tuple[str, int]]:
+    """Return the settings that all runs have, in the first's order."""
+    found = [(task, shots) for task in runs[0].tasks for shots in runs[0].shots]
+    return [
+        (task, shots)
+        for task, shots in found
+        if all(task in run.tasks and shots in run.shots for run in runs)
+    ]
+
+
+def accuracy_rows(runs: Sequence[RunTables]) -> Iterator[list[str]]:
+    """Yield formatted rows of ACCURACY_COLUMNS for the settings of the first run that others have too."""
+    tables = [
+        {(row["task"], row["shots"]): row for row in clean_accuracy(run.results).iter_rows(named=True)}
+        for run in runs
+    ]
+    for setting, first in tables[0].items():
+        for label, table in zip(run_labels(runs), tables, strict=True):
+            if setting not in table:
+                continue
+            row = table[setting]
+            yield [
+                setting[0], str(setting[1]), label, number_text(row["value"]),
+                interval_text(row["low"], row["high"]), *_change(first, row),
+            ]  # fmt: skip
+
+
+def _change(first: dict[str, Any], other: dict[str, Any]) -> tuple[str, str]:
+    if first is other:
+        return "", ""
+    return f"{other['value'] - first['value']:+.3f}", interval_text(*change_bounds(first, other))
+
+
+def change_bounds(first: dict[str, Any], other: dict[str, Any]) -> tuple[float | None, float | None]:
+    """Return bounds of other minus first from those of both, as of independent samples (Zou and
+    Donner 2008).
+    """
+    if None in (first["low"], first["high"], other["low"], other["high"]):
+        return None, None
+    change = other["value"] - first["value"]
+    below = math.hypot(other["value"] - other["low"], first["high"] - first["value"])
+    above = math.hypot(other["high"] - other["value"], first["value"] - first["low"])
+    return change - below, change + above
+
+
+def unit_rows(runs: Sequence[RunTables]) -> Iterator[list[str]]:
+    """Yield formatted rows of UNIT_COLUMNS: how each other run's units agree with the first's."""
+    if not have_one_shape(runs):
+        return
+    grid = _grid(runs)
+    drops = [_values(run, grid, DROP) for run in runs]
+    sizes = [_greedy_sizes(run) for run in runs]
+    for index, (task, shots) in enumerate((task, shots) for task in grid.tasks for shots in grid.shots):
+        for number, label in list(enumerate(run_labels(runs)))[1:]:
+            both = np.isfinite(drops[0][index]) & np.isfinite(drops[number][index])
+            left, right = drops[0][index][both], drops[number][index][both]
+            agreed = (
+                [number_text(spearman(left, right)), _top_in_common(left, right)] if both.any() else ["", ""]
+            )
+            masks = _mask_cells(runs[0], runs[number], (task, shots), sizes[0], sizes[number])
+            if any((*agreed, *masks)):
+                yield [task, str(shots), label, *agreed, *masks]
+
+
+def _top_in_common(left: Values, right: Values) -> str:
+    n = min(TOP, len(left))
+    tops = [set(np.argsort(-values, kind="stable")[:n].tolist()) for values in (left, right)]
+    return f"{len(tops[0] & tops[1])} of {n}"
+
+
+def _greedy_sizes(run: RunTables) -> dict[tuple[str, int], str]:
+    units = run.n_units("head"), run.n_units("ffn")
+    return {
+        (row["task"], row["shots"]): f"{units[0] - row['heads_removed']}H {units[1] - row['ffns_removed']}F"
+        for row in pruned(run.results).filter(pl.col("method") == "greedy").iter_rows(named=True)
+    }
+
+
+def _mask_cells(
+    first: RunTables, other: RunTables, setting: tuple[str, int], first_sizes: Any, other_sizes: Any
+) -> list[str]:
+    """Return what greedy masks keep before and after, how much of it in both, and their Jaccard index."""
+    sizes = [size[setting] for size in (first_sizes, other_sizes) if setting in size]
+    if len(sizes) < 2:
+        return ["", "", ""]
+    files = first.greedy_masks.get(setting), other.greedy_masks.get(setting)
+    if files[0] is None or files[1] is None:
+        return [" → ".join(sizes), "", ""]
+    left, right = files[0].mask, files[1].mask
+    return [" → ".join(sizes), str(first.kept(left | right)), number_text(jaccard(left, right))]
+
+
+def comparison_data(runs: Sequence[RunTables]) -> dict[str, Any]:
+    """Return the numbers of several runs of one shape as the page's script reads those of one."""
+    grid, labels = _grid(runs), run_labels(runs)
+    metrics: dict[str, Any] = {}
+    for name in COMPARED:
+        found = [_values(run, grid, name) for run in runs]
+        if not all(np.isfinite(values).any() for values in found):
+            continue
+        shown = dict(zip(labels, found, strict=True))
+        shown |= {
+            f"{label} less {labels[0]}": values - found[0]
+            for label, values in zip(labels[1:], found[1:], strict=True)
+        }
+        scale = np.concatenate(list(shown.values()))
+        for number, (label, values) in enumerate(shown.items()):
+            metrics[f"{name}.{number}"] = {
+                "label": f"{METRICS[name].label}: {label}", "short": label, "group": name,
+                "unit": METRICS[name].unit, "signed": True, "linear": linear_range(scale),
+                "largest": float(np.nanmax(np.abs(scale))), "values": encode_halves(values, 7).as_json(),
+            }  # fmt: skip
+    nothing, none = np.full(grid.shape, np.nan), np.zeros(grid.shape, dtype=np.bool_)
+    significant = np.any([_significant(run, grid) for run in runs], axis=0)
+    model = runs[0].record["model"]
+    return {
+        "model": {name: model.get(name) for name in ("id", "layers", "heads")},
+        "tasks": list(grid.tasks), "shots": list(grid.shots), "atChance": [],
+        "start": {"task": grid.tasks[-1], "shots": grid.shots[-1]}, "inductionScore": 1.0,
+        "units": {
+            "metrics": metrics, "scores": {}, "significant": encode_bits(significant).as_json(),
+            **{name: encode_halves(nothing).as_json() for name in ("low", "high", "q")},
+            **{name: encode_bits(none).as_json() for name in ("exact", "kept")},
+        },
+        "curves": {"head": [], "ffn": []}, "grid": [], "capacity": {}, "removal": [], "agreement": [],
+        "transfer": [], "masks": [], "palettes": palettes(),
+    }  # fmt: skip
+
+
+def _grid(runs: Sequence[RunTables]) -> Grid:
+    settings, model = common(runs), runs[0].record["model"]
+    tasks, shots = dict.fromkeys(task for task, _ in settings), dict.fromkeys(count for _, count in settings)
+    return Grid(list(tasks), list(shots), model["layers"], model["heads"])
+
+
+def _values(run: RunTables, grid: Grid, metric: str) -> Values:
+    records = run.results.filter(
+        (pl.col("metric") == metric) & pl.col("experiment").is_in(["ablate", "importance"])
+    )
+    return grid.values(records)
+
+
+def _significant(run: RunTables, grid: Grid) -> np.ndarray:
+    return np.nan_to_num(_values(run, grid, "q_value"), nan=1) <= 0.05

@@ -1,0 +1,203 @@
+"""All that the page's script draws, as one JSON value: small tables as lists, units as encoded arrays."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import polars as pl
+from scipy.cluster import hierarchy
+
+from lowmem_icl.masks.files import MaskFile
+from lowmem_icl.protocols import AGGREGATE
+from lowmem_icl.report.above_chance import settings_of
+from lowmem_icl.report.circuits import told_search
+from lowmem_icl.report.page.plots.induction import INDUCTION_SCORE
+from lowmem_icl.report.page.plots.style import BLUE, GREY, palettes
+from lowmem_icl.report.page.sections.pruning import CURVES, curve_points
+from lowmem_icl.report.page.unit_arrays import Grid, unit_arrays
+from lowmem_icl.report.run_tables import RunTables, Setting
+from lowmem_icl.tables.schema import ACCURACIES
+
+# Curves of another shot count's ranking are in the table alone; heads and FFNs together are a grid.
+UNDRAWN = ("cross-shot", "curve-combined")
+CAPACITIES = ("prefix_matching", "copying")
+Rows = list[dict[str, Any]]
+
+
+def payload(run: RunTables) -> dict[str, Any]:
+    """Return a run's numbers as the page's script reads them."""
+    model = run.record["model"]
+    grid = Grid(run.tasks, run.shots, model["layers"], model["heads"])
+    results = run.results
+    return {
+        "model": {
+            name: model.get(name) for name in ("id", "revision", "model_type", "layers", "heads", "digest")
+        },
+        "protocol": run.record["options"]["protocol"],
+        "version": run.record["versions"].get("lowmem_icl", ""),
+        "tasks": list(run.tasks),
+        "shots": list(run.shots),
+        "start": start(run),
+        "inductionScore": INDUCTION_SCORE,
+        "atChance": [[task, shots] for task, shots in sorted(run.at_chance)],
+        "units": unit_arrays(results, run.greedy_masks, grid),
+        "curves": {kind: curves(results, kind, run.n_units(kind)) for kind in ("head", "ffn")},
+        "grid": grid_points(results),
+        "capacity": {name: capacity(results, name) for name in CAPACITIES},
+        "removal": removal(results),
+        "agreement": agreement(results),
+        "transfer": transfer(results),
+        "masks": masks(run.greedy_masks),
+        "palettes": palettes(),
+    }
+
+
+def start(run: RunTables) -> dict[str, Any]:
+    """Return the setting that the page shows first: that of its first sentence, else the last."""
+    told = told_search(run.masks, settings_of(run.results, run.masks), run.record["model"])
+    task, shots = (run.tasks[-1], run.shots[-1]) if told is None else (told["task"], told["shots"])
+    return {"task": task, "shots": shots}
+
+
+def curves(results: pl.DataFrame, kind: str, n_units: int) -> Rows:
+    """Return the pruning curves of heads or FFNs: accuracy over the number of units removed.
+
+    A level that removes as much as another of its curve is one point with it.
+    """
+    points = curve_points(results).filter((pl.col("kind") == kind) & ~pl.col("procedure").is_in(UNDRAWN))
+    accuracies = points.filter(pl.col("metric").is_in(ACCURACIES))
+    # Single random draws have a mask, their mean and band have none.
+    drawn = accuracies.filter((pl.col("method") != "random") | pl.col("mask").is_null())
+    knees = {
+        (row["task"], row["shots"], row["method"], row["other_task"]): row["percent"]
+        for row in points.filter(pl.col("metric") == "knee").iter_rows(named=True)
+    }
+    keys = ["task", "shots", "method", "other_task", "other_shots"]
+    found = []
+    for group, curve in drawn.group_by(keys, maintain_order=True):
+        task, shots, method, other_task, other_shots = group
+        if other_shots is not None and other_shots != shots:
+            continue
+        curve = curve.with_columns(removed=pl.col("heads_removed") + pl.col("ffns_removed")).sort("percent")
+        levels = curve.unique("removed", keep="first", maintain_order=True)
+        label, colour, dash = _curve_style(str(method), other_task)
+        knee = knees.get((task, shots, method, other_task))
+        at_knee = curve.filter(pl.col("percent").eq_missing(knee))["removed"].to_list()
+        found.append({
+            "task": task, "shots": shots, "label": label, "colour": colour, "dash": dash,
+            "random": method == "random",
+            "x": levels["removed"].to_list(), "y": levels["value"].to_list(),
+            "low": levels["low"].to_list(), "high": levels["high"].to_list(),
+            "knee": at_knee[0] if at_knee else None,
+            "chance": next(iter(levels["chance"].drop_nulls()), None),
+            "units": n_units,
+        })  # fmt: skip
+    return found
+
+
+def _curve_style(method: str, other_task: str | None) -> tuple[str, str, str]:
+    if method == "random":
+        return "random", GREY, "-"
+    return CURVES.get((method, other_task is not None), (method, GREY, "-"))
+
+
+def grid_points(results: pl.DataFrame) -> Rows:
+    """Return accuracies with heads and FFNs removed together."""
+    points = curve_points(results).filter(
+        (pl.col("procedure") == "curve-combined") & pl.col("metric").is_in(ACCURACIES)
+    )
+    return points.select("task", "shots", "heads_removed", "ffns_removed", "value", "low", "high").to_dicts()
+
+
+def capacity(results: pl.DataFrame, name: str) -> Rows:
+    """Return curves of the induction score that is left, over the percentage of heads removed."""
+    records = results.filter(
+        (pl.col("metric") == "capacity_retained")
+        & (pl.col("other_method") == name)
+        & pl.col("percent").is_not_null()
+        & pl.col("method").is_in(["gradient", "random"])
+    ).sort("percent")
+    found = []
+    for (task, shots, method), curve in records.group_by("task", "shots", "method", maintain_order=True):
+        found.append({
+            "task": task, "shots": shots, "label": "gradient ranking" if method == "gradient" else "random",
+            "colour": BLUE if method == "gradient" else GREY, "dash": "-", "random": method == "random",
+            "x": curve["percent"].to_list(), "y": curve["value"].to_list(),
+            "low": curve["low"].to_list(), "high": curve["high"].to_list(),
+            "knee": None, "chance": None, "units": 100,
+        })  # fmt: skip
+    return found
+
+
+def removal(results: pl.DataFrame) -> Rows:
+    """Return accuracies clean, without induction heads and without random heads, with their bounds."""
+    records = results.filter(
+        (pl.col("experiment") == "induction")
+        & (pl.col("procedure") == "removal")
+        & pl.col("metric").is_in(ACCURACIES)
+        & (pl.col("method").is_null() | pl.col("method").is_in(["induction", "random-median"]))
+    )
+    columns = ("task", "shots", "value", "low", "high", "heads_removed", "documents")
+    return records.select(pl.col("method").fill_null("clean"), *columns).to_dicts()
+
+
+def agreement(results: pl.DataFrame, method: str = "gradient") -> Rows:
+    """Return rank correlations between tasks by shot count, with the order of tasks that puts alike ones
+    side by side.
+    """
+    pairs = results.filter(
+        (pl.col("metric") == "spearman")
+        & (pl.col("method") == method)
+        & (pl.col("other_method") == method)
+        & (pl.col("shots") == pl.col("other_shots"))
+        & (pl.col("task") != AGGREGATE)
+        & (pl.col("other_task") != AGGREGATE)
+    )
+    found = []
+    for (shots,), members in pairs.group_by("shots", maintain_order=True):
+        names = list(dict.fromkeys([*members["task"], *members["other_task"]]))
+        matrix = np.eye(len(names))
+        for row in members.iter_rows(named=True):
+            left, right = names.index(row["task"]), names.index(row["other_task"])
+            matrix[left, right] = matrix[right, left] = row["value"]
+        order = alike_side_by_side(matrix)
+        found.append({
+            "shots": shots,
+            "tasks": [names[index] for index in order],
+            "values": matrix[np.ix_(order, order)].round(4).tolist(),
+        })  # fmt: skip
+    return found
+
+
+def alike_side_by_side(matrix: np.ndarray) -> list[int]:
+    """Return an order of rows [N, N] of correlations by average-linkage clustering, leaves ordered."""
+    if len(matrix) < 3:
+        return list(range(len(matrix)))
+    distances = np.clip(1 - matrix, 0, 2)[np.triu_indices(len(matrix), 1)]
+    tree = hierarchy.linkage(distances, "average", optimal_ordering=True)
+    return [int(index) for index in hierarchy.leaves_list(tree)]
+
+
+def transfer(results: pl.DataFrame) -> Rows:
+    """Return accuracies of every task under the greedy masks of all others, with the clean ones."""
+    records = results.filter(
+        (pl.col("experiment") == "prune")
+        & (pl.col("procedure") == "greedy-transfer")
+        & pl.col("metric").is_in(ACCURACIES)
+    )
+    return records.select(
+        "shots",
+        "task",
+        "mask_task",
+        "value",
+        "low",
+        "high",
+        "chance",
+        "documents",
+        clean=pl.col("mask") == "clean",
+    ).to_dicts()
+
+
+def masks(greedy: Mapping[Setting, MaskFile]) -> Rows:
+    """Return the greedy masks' names and settings; their units are in the arrays."""
+    return [{"task": task, "shots": shots, "name": file.name} for (task, shots), file in greedy.items()]

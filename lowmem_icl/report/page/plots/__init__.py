@@ -1,0 +1,1 @@
+"""What the page draws: Bokeh figures whose sources its script fills."""

@@ -1,0 +1,110 @@
+"""The page's last section: how good estimates are, the protocol, versions, words, and how to cite."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import polars as pl
+
+from lowmem_icl.protocols import AGGREGATE, DIFFERENCES, REFERENCE
+from lowmem_icl.report.numbers import unit_drops
+from lowmem_icl.report.page.section import Record, Section, Table
+from lowmem_icl.report.run_tables import RunTables
+from lowmem_icl.statistics.agreement import spearman
+
+TEXT = "The reference protocol does what the paper's code does, so that its numbers can be compared."
+COLUMNS = ("what the code does", "plain bug", "done here")
+ESTIMATES = "ablate-estimates"
+WORDS = {
+    "head, FFN": "A unit: an attention head, L3H7 in layer 3, or the feed-forward network of a layer, L3F.",
+    "drop": "What the clean model has more than the model without a unit, on the same documents.",
+    "q": "The false discovery rate at which an effect is claimed, over all units of a task and shot count.",
+    "gradient": "The paper's first-order importance of a head or FFN.",
+    "attribution": "A first-order estimate of the drop, with its sign.",
+    "in-context effect": "The drop with demonstrations minus that without; near 0: for language in general.",
+    "label effect": "The drop with right labels in the demonstrations minus that with shuffled ones.",
+    "prefix matching": "How much attention goes to what followed the same token earlier: induction heads.",
+    "knee": "The last level of a pruning curve before the first that credibly costs more than one point.",
+    "greedy mask": "Units removed one by one as long as the loss keeps the tolerance.",
+}
+CITE = (
+    "Bansal et al., Rethinking the Role of Scale for In-Context Learning: An Interpretability-based Case "
+    "Study at 66 Billion Scale, ACL 2023 (the question and the scores)"
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the template of this section shows."""
+
+    command: str
+    origin: str
+    cite: str
+    words: Sequence[tuple[str, str]]
+    estimates: str
+    """The name of the figure of estimates against exact drops; empty where there is none."""
+
+
+def method_section(run: RunTables) -> Section:
+    """Return how the numbers were made."""
+    record = run.record
+    reference = record["options"]["protocol"] == REFERENCE.name
+    rows = [
+        [difference.sentence, _yes(difference.plain_bug), _yes(difference.imitated)]
+        for difference in DIFFERENCES
+    ]
+    data = Method(
+        record["command"],
+        origin(record),
+        f"lowmem-icl {record['versions'].get('lowmem_icl', '')}; {CITE}",
+        list(WORDS.items()),
+        ESTIMATES if len(compared_drops(run.results)) else "",
+    )
+    texts = [estimates_note(run.results), TEXT if reference else ""]
+    table = Table(COLUMNS, rows, "the paper's code") if reference else None
+    return Section("method", "Method", " ".join(text for text in texts if text), table=table, data=data)
+
+
+def compared_drops(results: pl.DataFrame) -> pl.DataFrame:
+    """Return attribution (`value`) and the exact drop (`exact`) of every task's units that have both."""
+    keys = ["task", "shots", "kind", "layer", "head"]
+    tasks = results.filter(pl.col("task") != AGGREGATE)
+    estimates = tasks.filter(pl.col("metric") == "attribution").select(*keys, "value")
+    exact = unit_drops(tasks).filter(pl.col("exact")).select(*keys, pl.col("value").alias("exact"))
+    return estimates.join(exact, on=keys, nulls_equal=True)
+
+
+def estimates_note(results: pl.DataFrame) -> str:
+    """Return how far first-order estimates rank units as exact drops do, heads and FFNs apart."""
+    both = compared_drops(results)
+    found = []
+    for kind, name in (("head", "heads"), ("ffn", "FFNs")):
+        units = both.filter(pl.col("kind") == kind)
+        if len(units) > 2:
+            rank = spearman(units["value"].to_numpy(), units["exact"].to_numpy())
+            found.append(f"{rank:.2f} for {name}")
+    if not found:
+        return ""
+    return f"Rank correlation of attribution and the exact drop, all tasks together: {', '.join(found)}."
+
+
+def origin(record: Record) -> str:
+    """Return when, where and with what a run was made."""
+    machine, options = record["machine"], record["options"]
+    device = f", {machine['cuda']}" if machine["cuda"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return (
+        f"{record['started']} on {machine['processor']}, {machine['threads']} threads{device}; {versions}; "
+        f"{_prompts(record['model'])}"
+        f"weights {record['model']['digest'][:12]}, protocol {options['protocol']}, seed {options['seed']}."
+    )
+
+
+def _prompts(model: Record) -> str:
+    """Say what was done to prompts and weights; nothing for runs that did not record it."""
+    said = [f"prompts: {model['prompts']['sentence']}"] if "prompts" in model else []
+    said += [f"weights dequantised from {model['quantisation']}"] if model.get("quantisation") else []
+    return "".join(f"{text}; " for text in said)
+
+
+def _yes(flag: bool) -> str:
+    return "yes" if flag else "no"

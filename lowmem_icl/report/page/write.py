@@ -1,0 +1,173 @@
+"""From run folders to one page: sections in their order, and the numbers and code of its script."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import bokeh
+import jinja2
+from bokeh.embed import json_item
+
+from lowmem_icl.report.findings import Chip, answer
+from lowmem_icl.report.page.comparison import common, comparison_data, comparison_sections, run_labels
+from lowmem_icl.report.page.encoding import encode_bytes
+from lowmem_icl.report.page.payload import payload
+from lowmem_icl.report.page.section import Section
+from lowmem_icl.report.page.sections.accuracy import accuracy_section
+from lowmem_icl.report.page.sections.agreement import agreement_section
+from lowmem_icl.report.page.sections.given_masks import given_masks_section
+from lowmem_icl.report.page.sections.induction import induction_section
+from lowmem_icl.report.page.sections.labels import labels_section
+from lowmem_icl.report.page.sections.masks import masks_section
+from lowmem_icl.report.page.sections.method import method_section
+from lowmem_icl.report.page.sections.pruning import pruning_section
+from lowmem_icl.report.page.sections.units import atlas_section, map_section, ranking_section
+from lowmem_icl.report.run_tables import RunTables
+from lowmem_icl.system.files import write_text_atomic
+
+MakeSection = Callable[[RunTables], Section | None]
+
+# With the headings of docs/numbers.md that say what their numbers mean.
+SECTIONS: dict[MakeSection, tuple[str, ...]] = {
+    map_section: ("Drops", "Stars", "Importance"),
+    atlas_section: (),
+    ranking_section: ("Costliest units", "Stars"),
+    accuracy_section: ("Accuracy and log-probability", "Intervals", "Means over tasks"),
+    labels_section: ("Labels",),
+    given_masks_section: ("Intervals",),
+    pruning_section: ("Curves and knees", "Random masks"),
+    masks_section: ("Greedy and certified masks",),
+    induction_section: ("Induction heads", "Random masks"),
+    agreement_section: ("Agreement of rankings",),
+    method_section: (),
+}
+SCRIPTS = ("data.js", "state.js", "map.js", "units.js", "curves.js", "main.js")
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the template shows: texts, sections, and the JSON and code for its script."""
+
+    title: str
+    lead: str
+    sentences: Sequence[str]
+    chips: Sequence[Chip]
+    notes: Sequence[str]
+    warnings: Sequence[str]
+    sections: Sequence[Section]
+    data: str
+    plot_items: str
+    library: str
+    script: str
+    style: str
+
+
+def write_report(runs: Sequence[RunTables], page: Path) -> None:
+    """Write the page of one run, or of several compared."""
+    write_text_atomic(page, render(run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)))
+
+
+def run_page(run: RunTables) -> Page:
+    """Return what the page says of a run."""
+    record, model = run.record, run.record["model"]
+    found = answer(run.results, run.units, run.masks, record)
+    sections = [
+        replace(section, meaning=headings)
+        for make, headings in SECTIONS.items()
+        if (section := make(run)) is not None
+    ]
+    return Page(
+        title=f"{model['id']} in {model['weights']}",
+        lead=_lead(run),
+        sentences=found.sentences,
+        chips=found.chips,
+        notes=found.notes,
+        warnings=record["warnings"],
+        sections=sections,
+        data=_json(payload(run)),
+        **_script_of(sections),
+    )
+
+
+def comparison_page(runs: Sequence[RunTables]) -> Page:
+    """Return the page of several runs: what changed from the first to each other."""
+    labels = run_labels(runs)
+    sections = comparison_sections(runs)
+    return Page(
+        title=f"{' and '.join(labels)}, compared",
+        lead=f"{len(common(runs))} tasks and shot counts in common; each run has a page of its own.",
+        sentences=[],
+        chips=[],
+        notes=[],
+        warnings=[
+            f"{label}: {warning}"
+            for label, run in zip(labels, runs, strict=True)
+            for warning in run.record["warnings"]
+        ],
+        sections=sections,
+        data=_json(comparison_data(runs)),
+        **_script_of(sections),
+    )
+
+
+def _script_of(sections: Sequence[Section]) -> dict[str, str]:
+    """Return what the page needs to draw its sections."""
+    plots = {plot.id: plot for section in sections for plot in section.plots}
+    return {
+        "plot_items": _json({name: json_item(plot.plot) for name, plot in plots.items()}),
+        "library": _library(),
+        "script": "\n".join(_asset(name) for name in SCRIPTS),
+        "style": _asset("page.css"),
+    }
+
+
+def _lead(run: RunTables) -> str:
+    model, tasks = (
+        run.record["model"],
+        [task for task in run.tasks if task != run.tasks[-1] or len(run.tasks) == 1],
+    )
+    return (
+        f"{model['layers']} layers of {model['heads']} heads and an FFN each; {len(tasks)} tasks; "
+        f"{', '.join(map(str, run.shots))} demonstrations. Accuracies are measured on the evaluation split; "
+        "importance and ablations, and what masks are chosen by, on the training split. Bounds are 95 % "
+        "intervals over documents."
+    )
+
+
+def render(page: Page) -> str:
+    """Return the page as HTML; every text in it is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lowmem_icl.report.page", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.jinja").render(page=page)
+
+
+def _json(value: Any) -> str:
+    """Return JSON that can stand in a script element whatever the names in it."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_plain)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _plain(value: Any) -> Any:
+    if value != value:
+        return None
+    raise TypeError(f"{type(value)} is no JSON")
+
+
+@cache
+def _library() -> str:
+    """Return Bokeh's script, deflated: the Python package brings it."""
+    path = Path(bokeh.__file__).parent / "server" / "static" / "js" / "bokeh.min.js"
+    return encode_bytes(path.read_bytes())
+
+
+@cache
+def _asset(name: str) -> str:
+    return (Path(__file__).parent / "assets" / name).read_text("utf-8")
