@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from lowmem_icl.model.int8 import slow_product_note
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.hours import Deadlines
-from lowmem_icl.planning.plan import Plan, check_memory, make_plan
+from lowmem_icl.planning.plan import Plan, StagePlan, check_memory, make_plan
 from lowmem_icl.report.files import publish_run
+from lowmem_icl.report.first_results import first_result
 from lowmem_icl.session.folder import RunFolder, check_output, open_folder
 from lowmem_icl.session.identity import identity_of
 from lowmem_icl.session.prepare import Prepared, prepare, with_store
@@ -26,18 +27,23 @@ from lowmem_icl.session.result import StageResult
 from lowmem_icl.session.run_form import StageActuals
 from lowmem_icl.session.work import Work
 from lowmem_icl.system.machine import device_in_use, resolved_device
-from lowmem_icl.system.progress import Progress, unseen
+from lowmem_icl.system.progress import Progress, RunView, unseen, unwatched
 
 logger = logging.getLogger("lowmem_icl")
 
 
 @dataclass(frozen=True)
 class Audience:
-    """Whom a run tells what it does: messages for people, progress, and its plan."""
+    """Whom a run tells what it does: messages for people, progress, its plan, and then its stages, by
+    plan and names.
+    """
 
     announce: Callable[[str], None] = lambda text: None
     progress: Progress = unseen
     show_plan: Callable[[Plan], None] = lambda plan: None
+    watch: Callable[[Plan, Sequence[str]], AbstractContextManager[RunView]] = lambda plan, experiments: (
+        unwatched()
+    )
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,8 @@ def run(
 
     With `mask_files` only `evaluate` runs, clean and under each of them. Tables and page are written at the
     end, and before that every two minutes or so. Raises InputError, DoesNotFit or InUse
-    before any long work; on Ctrl-C, and when --hours are over, what is finished stays.
+    before any long work; on Ctrl-C, and when --hours are over, what is finished stays and is in tables and
+    page.
     """
     started = time.monotonic()
     folder = check_output(options)
@@ -84,8 +91,13 @@ def run(
             # So the folder says by itself what was removed.
             write_mask(folder / "masks" / f"{name}.json", mask_file)
         publisher = Publisher(prepared, opened, [warning for warning in warnings if warning], publish_run)
-        # Planning takes of the hours too.
-        _run_stages(prepared, plan, Deadlines(plan, now), opened, publisher, audience)
+        try:
+            # Planning takes of the hours too.
+            _run_stages(prepared, plan, Deadlines(plan, now), opened, publisher, audience)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                publisher.publish_stopped(audience.announce)
+            raise
         for warning in publisher.warnings:
             logger.warning(warning)
             audience.announce(f"warning: {warning}")
@@ -105,6 +117,7 @@ def _run_stages(
     """Run the stages on the opened model, publishing what they find as they find it."""
     memory, planned = plan.memory, {stage.experiment: stage for stage in plan.stages}
     with ExitStack() as stack:
+        view = stack.enter_context(audience.watch(plan, prepared.options.experiments_in_order))
         device = resolved_device(prepared.options.device)
         stack.enter_context(device_in_use(device, prepared.options.device_memory))
         model = stack.enter_context(
@@ -122,7 +135,7 @@ def _run_stages(
             plan.limits,
             cache,
             opened.parts,
-            audience.progress,
+            view.part,
             wants_results=publisher.is_due,
             after_part=publisher.publish_if_due,
         )
@@ -131,19 +144,23 @@ def _run_stages(
             publisher.fold(stage.name, result)
             seconds, read_bytes = taken.by(stage.name)
             if is_over:
-                expected = planned.get(stage.name)
-                actuals = StageActuals(
-                    seconds=round(seconds, 2),
-                    planned_seconds=round(expected.seconds, 2) if expected else 0.0,
-                    read_bytes=read_bytes,
-                    planned_read_bytes=expected.read_bytes if expected else 0,
-                    finished=not result.unfinished,
-                )
+                actuals = _actuals(planned.get(stage.name), seconds, read_bytes, result)
                 if actuals.finished:
                     deadlines.learn(stage.name, seconds)
                 opened.add_stage(stage.name, actuals)
                 publisher.write_record()
+                view.over(stage.name, seconds, result.unfinished or first_result(stage.name, result.results))
             publisher.publish_if_due()
+
+
+def _actuals(planned: StagePlan | None, seconds: float, read_bytes: int, result: StageResult) -> StageActuals:
+    return StageActuals(
+        seconds=round(seconds, 2),
+        planned_seconds=round(planned.seconds, 2) if planned else 0.0,
+        read_bytes=read_bytes,
+        planned_read_bytes=planned.read_bytes if planned else 0,
+        finished=not result.unfinished,
+    )
 
 
 class _Taken:

@@ -23,6 +23,10 @@ for variable in (
     "HF_ENDPOINT",
 ):
     os.environ.pop(variable, None)
+# Options of the user's own.
+for variable in [name for name in os.environ if name.startswith("LOWMEM_ICL_")]:
+    if variable != "LOWMEM_ICL_SHARED":
+        del os.environ[variable]
 # pytest's own folders stay where it looks for them the next time.
 os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
 for variable, folder in {

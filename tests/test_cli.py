@@ -17,7 +17,8 @@ from typer.testing import CliRunner, Result
 
 from lowmem_icl.cli.app import app
 from lowmem_icl.cli.errors import reports_errors, reports_errors_and_continues
-from lowmem_icl.cli.tables import show_status
+from lowmem_icl.cli.evaluate import read_masks
+from lowmem_icl.cli.status import show_status
 from lowmem_icl.cli.terminal import Terminal, plain_console
 from lowmem_icl.errors import DoesNotFit, InputError
 from lowmem_icl.masks.files import MaskFile, MaskModel, read_mask, write_mask
@@ -25,7 +26,6 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.options import FLAGS, Group, RunOptions
 
 PACKAGE = Path(__file__).parents[1] / "lowmem_icl"
-COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 NAME = "[v2] a [/b] [bold] :smile: {x}"
 
 
@@ -104,29 +104,6 @@ def test_plan_takes_what_run_takes(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_help_is_grouped_and_short_and_teaches() -> None:
-    text = invoke("run", "--help").stdout
-    positions = [text.index(f"─ {group} ─") for group in Group]
-    assert positions == sorted(positions)
-    assert invoke("run", "-h").stdout == text
-    assert invoke("masks", "list", "-h").exit_code == 0
-    first = invoke("-h").stdout
-    assert first.index("Start here:") < first.index("Commands")
-    helps = [app.info.help, *(command.help for command in COMMANDS.values())]
-    lines = [line.strip() for text in helps for line in str(text).splitlines()]
-    examples = [line for line in lines if line.startswith("lowmem-icl")]
-    assert len(examples) >= 5
-    assert max(map(len, examples)) <= 78
-
-
-def test_examples_in_the_help_are_ones_that_the_commands_take() -> None:
-    for name, command in COMMANDS.items():
-        for line in str(command.help).splitlines():
-            words = line.split()
-            if words[:2] == ["lowmem-icl", name]:
-                command.make_context(name, words[2:])
-
-
 def test_a_bad_option_is_refused_before_anything_heavy_is_imported() -> None:
     code = (
         "import sys\nfrom lowmem_icl.cli.app import app\n"
@@ -193,7 +170,7 @@ def test_only_the_terminal_makes_consoles() -> None:
 
 
 def test_names_are_never_markup_in_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    unit = {"shots": 0, "kind": "ffn", "layer": 1, "head": None, "value": 1.0}
+    unit = {"shots": 0, "kind": "ffn", "layer": 1, "head": None, "value": 1.0, "q_value": None}
     state = {
         "folder": NAME,
         "state": "running",
@@ -204,10 +181,16 @@ def test_names_are_never_markup_in_tables(capsys: pytest.CaptureFixture[str]) ->
     }
     show_status(
         state
-        | {"seconds_left_planned": 1.0, "best_units": [unit], "best_units_held_out": [], "warnings": [NAME]},
+        | {
+            "seconds_left": 1.0,
+            "page": True,
+            "best_units": [unit],
+            "best_units_held_out": [],
+            "warnings": [NAME],
+        },
         plain_console(),
     )
-    assert capsys.readouterr().out.count(NAME) == 3
+    assert capsys.readouterr().out.count(NAME) == 4
 
 
 def test_names_are_never_markup_in_prompts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,7 +246,7 @@ def test_mask_commands_print_names_as_they_are(tmp_path: Path) -> None:
     folder = tmp_path / "[v2] masks [b-c]"
     left, right = write_masks(folder)
     listed = invoke("masks", "list", folder)
-    assert listed.stdout.count(NAME) == 4, listed.output
+    assert listed.stdout.count(NAME) == 3, listed.output
     assert invoke("masks", "show", left).stdout.count(NAME) == 2
     assert "[v2] masks [b-c]" in invoke("masks", "show", left).stdout
     (pair,) = json.loads(invoke("masks", "compare", left, right, "--json").stdout)
@@ -276,6 +259,30 @@ def test_mask_commands_print_names_as_they_are(tmp_path: Path) -> None:
         "jaccard": 1 / 3,
     }
     assert "0.333" in invoke("masks", "compare", left, right).stdout
+
+
+def test_evaluate_takes_the_masks_of_a_folder_and_of_a_run(tmp_path: Path) -> None:
+    left, right = write_masks(tmp_path / "run" / "masks")
+    (tmp_path / "run" / "run.json").write_text("{}")
+    (left.parent / "schema.json").write_text("{}")
+    for given in ([left.parent], [tmp_path / "run"], [left, right]):
+        assert list(read_masks(given)) == ["left", "right"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no mask files in that folder"):
+        read_masks([tmp_path / "empty"])
+
+
+def test_masks_are_compared_and_listed_within_80_columns(tmp_path: Path) -> None:
+    source = read_mask(PACKAGE.parent / "masks" / "demo" / "greedy-recall-16shot.json")
+    names = [f"gradient-ffns-{level}-present_participle-0shot" for level in (10, 20)]
+    paths = [tmp_path / f"{name}.json" for name in names]
+    for path, name in zip(paths, names, strict=True):
+        write_mask(path, replace(source, name=name))
+    for arguments in (["compare", *paths], ["list", tmp_path]):
+        told = CliRunner().invoke(app, ["masks", *map(str, arguments)], env={"COLUMNS": "80"}).stdout
+        assert max(map(len, told.splitlines())) <= 80
+        assert "…" not in told
+    assert all(name in invoke("masks", "compare", *paths).stdout for name in names)
 
 
 def test_names_that_are_not_utf8_are_printed_escaped(tmp_path: Path) -> None:
@@ -328,6 +335,7 @@ def test_options_reach_a_command_checked(monkeypatch: pytest.MonkeyPatch, tmp_pa
         return SimpleNamespace(folder=tmp_path)
 
     monkeypatch.setattr("lowmem_icl.run.run", record)
+    monkeypatch.setattr("lowmem_icl.report.run_tables.read_run", lambda folder: folder)
     monkeypatch.setattr("lowmem_icl.report.summary.run_summary", lambda folder: {"folder": str(folder)})
     config = tmp_path / "paper.toml"
     config.write_text("limit = 8\nrescore = true\nbos = true\nseed = 5\n")

@@ -18,7 +18,7 @@ from lowmem_icl.masks.files import MaskModel
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.memory import plan_memory
-from lowmem_icl.report.numbers import status_of
+from lowmem_icl.report.status import status_of
 from lowmem_icl.session.folder import RunFolder, check_output, open_folder, run_record
 from lowmem_icl.session.identity import Identity, default_folder, identity_of, run_folder
 from lowmem_icl.session.run_form import StageActuals

@@ -216,7 +216,7 @@ def test_conversion_writes_a_store_that_names_the_quantisation(tmp_path: Path) -
     outside = load_file(store.folder / NON_LAYER)
     assert torch.equal(outside["model.embed_tokens.weight"], expected["model.embed_tokens.weight"])
     again = invoke("convert", path, "--store-dir", tmp_path / "stores", "--weights", "float32")
-    assert (again.stdout, again.stderr) == (done.stdout, "")
+    assert (again.stdout, again.stderr) == (done.stdout, f"converting {path} in float32 …\n")
 
 
 def llama_cpps_divisors(base: float, width: int, factor: float) -> torch.Tensor:

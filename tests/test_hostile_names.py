@@ -10,7 +10,9 @@ import pytest
 from rich.console import Console
 from test_report import by_task, drops, greedy_record, record, run_of, table
 
-from lowmem_icl.cli.tables import show_evaluation, show_status, show_summary
+from lowmem_icl.cli.evaluation import show_evaluation
+from lowmem_icl.cli.status import show_status
+from lowmem_icl.cli.tables import show_summary
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.page.write import render, run_page
 from lowmem_icl.tables.schema import write_table
@@ -67,12 +69,12 @@ def test_names_are_printed_as_they_are(tmp_path: Path, monkeypatch: pytest.Monke
     assert "[v2]" in evaluation
     state = {
         "folder": "runs/[v2]", "state": "stopped", "started": "now", "parts": 1, "experiments": ["evaluate"],
-        "finished": {}, "seconds_left_planned": 2.0, "warnings": ["a [/b] warning :smile:"],
-        "best_units": [{"kind": "ffn", "layer": 1, "head": None, "shots": 4, "value": 2.0}],
+        "finished": {}, "seconds_left": 2.0, "page": False, "warnings": ["a [/b] warning :smile:"],
+        "best_units": [{"kind": "ffn", "layer": 1, "head": None, "shots": 4, "value": 2.0, "q_value": None}],
         "best_units_held_out": [{"shots": 4, "count": 1, "value": 1.5, "low": None, "high": None}],
     }  # fmt: skip
     status = printed(show_status, state)
     assert "folder: runs/[v2]" in status
-    assert "4 shots: mean 2.00, on documents that did not pick the units 1.50" in status
+    assert "4 shots: L1F 2.00; mean 2.00, on documents that did not pick the units 1.50" in status
     assert "single values are picked and measured on the same documents" in status
     assert "warning: a [/b] warning :smile:" in status

@@ -5,7 +5,18 @@ from pathlib import Path
 import pytest
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.options import FLAGS, Group, RunOptions, default_text, flag_name, form_of, run_options
+from lowmem_icl.options import (
+    FLAGS,
+    Group,
+    RunOptions,
+    default_text,
+    environment_options,
+    flag_name,
+    form_of,
+    run_options,
+    shell_command,
+    variable_name,
+)
 from lowmem_icl.options.defaults import PRESETS
 
 BAD = {
@@ -61,7 +72,10 @@ def test_a_bad_value_is_refused_in_the_same_words_on_the_command_line_and_in_a_f
     told = refusal({name: value})
     assert told.startswith(f"{flag_name(name)}: expected ")
     assert expected in told
-    assert f"got {value!r}; correct it or leave it out (default: {default_text(name)})" in told
+    got = {"shots": "-1"}.get(name, value)
+    remedy = "did you mean 'int8'?" if name == "weights" else "correct it or leave it out"
+    assert f"got {got!r}; {remedy}" in told
+    assert name == "weights" or f"(default: {default_text(name)})" in told
     config = tmp_path / "run.toml"
     config.write_text(f"{name.replace('_', '-')} = '{value}'\n")
     assert refusal({}, config) == told.replace(":", f" in {config}:", 1)
@@ -100,7 +114,7 @@ def test_a_file_serves_commands_that_take_fewer_options_but_holds_no_others(tmp_
     )
     config.write_text("limit = \n")
     assert "cannot be read as TOML" in refusal({}, config)
-    assert "cannot be read as TOML" in refusal({}, tmp_path / "none.toml")
+    assert "none.toml: cannot be read (No such file or directory)" in refusal({}, tmp_path / "none.toml")
 
 
 def test_the_digest_is_of_what_results_depend_on() -> None:
@@ -137,3 +151,51 @@ def test_a_preset_is_the_options_that_it_sets() -> None:
     assert RunOptions().digest != spelled_out.digest
     with pytest.raises(InputError, match="--preset: expected night, got 'day'"):
         run_options({"preset": "day"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("experiments", "evaluate,abalte", "got 'abalte'; did you mean 'ablate'?"),
+        ("device", "gpu", "got 'gpu'; did you mean 'cuda'?"),
+        ("weights", "bf16", "did you mean 'bfloat16'?"),
+        ("memory", "6", "a unit is missing: did you mean 6GB?"),
+        ("shots", "0,a", "got 'a'; correct it"),
+    ],
+)
+def test_a_bad_value_names_what_was_probably_meant(name: str, value: str, hint: str) -> None:
+    assert hint in refusal({name: value})
+
+
+def test_sizes_in_a_file_need_a_unit_too_unless_they_are_bytes(tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text("memory = 6\n")
+    assert refusal({}, config).startswith(f"--memory in {config}: expected a size")
+    assert "a unit is missing: did you mean 6GB?" in refusal({}, config)
+    config.write_text("memory = 6_000_000_000\n")
+    assert run_options({}, config).memory == 6 * 10**9
+
+
+def test_flags_stand_before_the_environment_and_that_before_a_file(tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text("limit = 1\ntrain-limit = 1\nseed = 1\n")
+    environment = environment_options({"LOWMEM_ICL_LIMIT": "2", "LOWMEM_ICL_SEED": "2", "LOWMEM_ICL_BOS": ""})
+    options = run_options({"limit": "3"}, config, environment)
+    assert (options.limit, options.seed, options.train_limit, options.bos) == (3, 2, 1, None)
+    assert options.identity_values == RunOptions(limit=3, seed=2, train_limit=1).identity_values
+    with pytest.raises(InputError, match=r"^LOWMEM_ICL_LIMIT: expected a whole number"):
+        run_options({}, config, {"limit": "x"})
+    assert run_options({}, None, {"limit": "x"}, known=("seed",)).limit is None
+
+
+def test_every_option_has_a_variable_and_a_mistyped_one_is_refused() -> None:
+    values = environment_options({variable_name(name): "x" for name in FLAGS})
+    assert values == dict.fromkeys(FLAGS, "x")
+    with pytest.raises(InputError, match=r"LOWMEM_ICL_LIMTI: .*did you mean 'LOWMEM_ICL_LIMIT'"):
+        environment_options({"LOWMEM_ICL_LIMTI": "3"})
+    assert environment_options({"LOWMEM_ICL_SHARED": "/somewhere", "LIMIT": "3"}) == {}
+
+
+def test_a_command_is_told_with_the_variables_that_give_it_options() -> None:
+    told = shell_command(["lowmem-icl", "run"], {"LOWMEM_ICL_OUT": "my runs", "HOME": "/root"})
+    assert told == "LOWMEM_ICL_OUT='my runs' lowmem-icl run"

@@ -142,6 +142,31 @@ def test_planning_converts_nothing(tmp_path: Path) -> None:
     assert plan["rates"]["disk_bytes_per_second"] > 0
 
 
+def test_a_plan_counts_what_people_count_and_adds_up(tmp_path: Path) -> None:
+    asked = ("--tasks", "recall,knowledge", "--shots", "0,4", "--limit", 16, "--train-limit", 8)
+    arguments = ("plan", *asked, "--store-dir", tmp_path, "--certify-limit", 0)
+    amounts = {
+        stage["experiment"]: stage["amount"]
+        for stage in json.loads(invoke(*arguments, "--json").stdout)["stages"]
+    }
+    settings, units = 4, 4 * 8 + 4
+    assert amounts["ablate"]["documents"] == settings * 8
+    assert amounts["ablate"]["ablations"] == settings * 8 * units
+    # Right labels; shuffled and foreign ones where there are demonstrations.
+    assert amounts["evaluate"]["documents"] == settings * 16 + 2 * 2 * 16
+    assert amounts["evaluate"]["ablations"] == 0
+    assert amounts["importance"]["tokens"] > 0
+    table = invoke(*arguments).stdout.split("plan", 1)[1].split("ablation:")[0]
+    assert max(map(len, table.splitlines())) <= 80
+    assert "…" not in table
+    assert table.split()[:7] == [
+        "experiment",
+        *("documents", "tokens", "ablations", "operations", "read", "expected"),
+    ]
+    (total,) = [line for line in table.splitlines() if line.strip().startswith("all ")]
+    assert total.split()[1].startswith("~"), "searches are rough"
+
+
 HOUR = 3600.0
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -270,6 +271,34 @@ def test_masks_are_files_that_evaluate_takes_back(small_run: Path, stores: Path,
     assert again["value"].item() == mask.scores["after"]["gold_logprob"], (
         "int8: bitwise the same in another run"
     )
+    check_drops(tmp_path / "again", mask.name)
+    shown = invoke(
+        "evaluate", "--mask", path, "--tasks", "recall,knowledge", "--shots", "0,4", "--limit", 16,
+        "--store-dir", stores, "--out", tmp_path / "again",
+    )  # fmt: skip
+    assert "finished on " in shown.stderr
+    assert max(map(len, shown.stdout.splitlines()[:8])) <= 80
+    assert shown.stdout.count(mask.name) == shown.stdout.count("  clean ") >= 4
+    assert "chance 0.250" in shown.stdout
+
+
+def check_drops(folder: Path, mask: str) -> None:
+    """A mask's drops are means of paired differences, which the answers give too."""
+    results = read_table(folder / "results.parquet", "results")
+    drops = results.filter((pl.col("metric") == "acc_drop") & (pl.col("task") != "aggregate"))
+    assert len(drops) == 4
+    answers = read_table(folder / "answers.parquet", "answers")
+    right = (
+        answers.sort("logprob", descending=True)
+        .group_by("task", "shots", "mask", "document", maintain_order=True)
+        .agg(pl.col("gold").first().cast(pl.Float64))
+    )
+    clean, masked = (right.filter(pl.col("mask") == name) for name in ("clean", mask))
+    paired = clean.join(masked, on=["task", "shots", "document"])
+    for row in drops.iter_rows(named=True):
+        of_setting = paired.filter((pl.col("task") == row["task"]) & (pl.col("shots") == row["shots"]))
+        assert row["value"] == pytest.approx((of_setting["gold"] - of_setting["gold_right"]).mean())
+        assert row["low"] is None or row["low"] <= row["value"] <= row["high"]
 
 
 def test_int8_answers_are_bitwise_the_same_alone_and_with_others(
@@ -294,12 +323,15 @@ def test_continuing_changes_nothing_and_makes_nothing_again(
     before = {name: (copy / f"{name}.parquet").read_bytes() for name in ("results", "effects", "answers")}
     for part in [*(copy / "parts").glob("ablate*"), *(copy / "parts").glob("prune-0000[3-9]*")]:
         part.unlink()
+    (copy / "report.html").unlink()
     result = run_small(copy, stores, "--masks-dir", small_run.parent / "masks")
     assert result.exit_code == 0, result.output
     assert {name: (copy / f"{name}.parquet").read_bytes() for name in before} == before
     parts = json.loads((copy / "run.json").read_text())["parts"]
     assert parts["reused"] > 0
     assert parts["made"] >= 2
+    # Else it is finished, and nothing is opened.
+    (copy / "report.html").unlink()
     result = run_small(copy, stores, "--masks-dir", small_run.parent / "masks")
     assert json.loads((copy / "run.json").read_text())["parts"]["made"] == 0
     assert len(json.loads((copy / "run.json").read_text())["sessions"]) == 3
@@ -309,7 +341,7 @@ def test_a_stopped_run_says_so_and_goes_on(small_run: Path, stores: Path, tmp_pa
     out = tmp_path / "stopped"
     shutil.copytree(small_run, out)
     # As if stopped earlier too: head scores are there, which take long and are not what this is about.
-    for path in [*(out / "parts").iterdir(), *out.glob("*.parquet")]:
+    for path in [*(out / "parts").iterdir(), *out.glob("*.parquet"), out / "report.html"]:
         if not path.name.startswith("induction"):
             path.unlink()
     command = [*PROCESS, "run", *SMALL, "--store-dir", str(stores), "--out", str(out), "--quiet"]
@@ -324,6 +356,9 @@ def test_a_stopped_run_says_so_and_goes_on(small_run: Path, stores: Path, tmp_pa
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "finished parts are kept" in error
+    assert set(read_table(out / "results.parquet", "results")["experiment"]) >= {"evaluate", "ablate"}
+    assert (out / "report.html").is_file(), "what there is was written on the way out"
+    assert invoke("status", out).stdout.splitlines()[1].startswith("state: stopped")
     assert run_small(out, stores).exit_code == 0
     ours, whole = (read_table(folder / "results.parquet", "results") for folder in (out, small_run))
     assert ours.equals(whole)
@@ -383,9 +418,28 @@ def test_masks_are_listed_compared_combined_and_exported(small_run: Path, tmp_pa
     assert invoke("masks", "combine", one, other, "--out", combined).exit_code == 0
     assert read_mask(combined).mask == read_mask(one).mask | read_mask(other).mask
     assert invoke("masks", "combine", one, other, "--out", combined).exit_code == 2
+    assert [line["name"] for line in listed_masks(small_run, "--task", "recall", "--method", "greedy")] == [
+        "greedy-recall-0shot",
+        "greedy-recall-4shot",
+    ]
+    assert {tuple(line["shots"]) for line in listed_masks(folder, "--shots", 4)} == {(4,)}
+    (greedy,) = (line for line in listed if line["name"] == one.stem)
+    scores = read_mask(one).scores
+    assert (greedy["accuracy_before"], greedy["accuracy_after"]) == (
+        scores["before"]["acc"],
+        scores["after"]["acc"],
+    )
+    assert "did you mean 'greedy'?" in invoke("masks", "list", folder, "--method", "gredy").stderr
+    together = listed_masks(folder, "--task", "aggregate", "--method", "greedy")
+    assert {Path(line["file"]) for line in together} == set(folder.glob("greedy-aggregate-*.json"))
     units = invoke("masks", "export", one).stdout.split()
     assert units == [str(unit) for unit in read_mask(one).mask.units()]
     assert invoke("masks", "show", small_run / "run.json").exit_code == 2
+
+
+def listed_masks(folder: Path, *filters: object) -> list[dict[str, Any]]:
+    listed: list[dict[str, Any]] = json.loads(invoke("masks", "list", folder, *filters, "--json").stdout)
+    return listed
 
 
 def test_the_page_is_whole_and_escapes_what_it_shows(small_run: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import StreamedModel
+from lowmem_icl.planning.amounts import held_by
 from lowmem_icl.rows import PackedRows, stem_of
 from lowmem_icl.session.parts import Parts
 from lowmem_icl.session.work import (
@@ -66,7 +67,7 @@ class Account:
     done: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
-    def progress(self, label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    def progress(self, stage: str, label: str, total: int, ablations: int) -> Iterator[Callable[[int], None]]:
         self.announced[label] = total
 
         def advance(operations: int) -> None:
@@ -135,6 +136,28 @@ def test_a_part_takes_what_it_costs(int8_store: Store, tmp_path: Path, part: Par
         arrays_of(work, part)
         assert account.done == account.announced == {part.label: operations(cost, int8_store.skeleton)}
         assert work.model.read_bytes == pytest.approx(cost.layers_read * int8_store.layer_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("alive", [60_000, 10_000_000])
+def test_what_a_plan_expects_to_be_kept_is_no_less_than_what_is(
+    int8_store: Store, tmp_path: Path, alive: int
+) -> None:
+    limits = replace(NARROW, alive_bytes=alive)
+    with work_of(int8_store, tmp_path, limits=limits) as work:
+        cache: Any = work.cache
+        most = [0]
+        keep = cache.keep
+
+        def kept(*arguments: Any) -> None:
+            keep(*arguments)
+            most[0] = max(most[0], cache._held_bytes + cache._written_bytes)
+
+        cache.keep = kept
+        work.sweep(SWEEP)
+        held = held_by([SWEEP], work.prepared, limits)
+        expected = held.cache_bytes + held.spill_bytes
+        assert most[0] <= expected <= 2 * most[0]
+        assert (expected == 0) == (alive > NARROW.alive_bytes), "where one wave does nothing is kept"
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)

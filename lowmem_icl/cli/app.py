@@ -11,7 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from lowmem_icl import __version__
+from lowmem_icl.cli.commands import CONTEXT_SETTINGS, command_of
+from lowmem_icl.cli.commands import Group as Commands
 from lowmem_icl.cli.errors import reports_errors, reports_errors_and_continues
+from lowmem_icl.cli.first_line import first_line
 from lowmem_icl.cli.masks import masks_app
 from lowmem_icl.cli.parameters import (
     ALL_OPTIONS,
@@ -28,19 +31,17 @@ from lowmem_icl.options import Group
 from lowmem_icl.protocols import LABELS
 
 app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
+    cls=Commands,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="""[bold]Start here:[/bold]  lowmem-icl run
+    rich_markup_mode=None,
+    context_settings=CONTEXT_SETTINGS,
+    help="""Start here:  lowmem-icl run
 
     Which attention heads and FFNs does in-context learning need? This answers
-    it for a small bundled model: no network, under three minutes.
-    The same for a real model; `plan` says beforehand what `run` would take:
+    it for a small bundled model: no network, under three minutes. The same for
+    a real model; `plan` says beforehand what `run` would take:
 
     lowmem-icl plan --model facebook/opt-1.3b --tasks piqa,copa --limit 64
-
     lowmem-icl run  --model facebook/opt-1.3b --tasks piqa,copa --limit 64""",
 )
 
@@ -64,7 +65,7 @@ def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 
-@app.command()
+@command_of(app)
 @reports_errors_and_continues
 @takes(*ALL_OPTIONS)
 def run(given: GivenOptions, quiet: QuietOption = False, as_json: JsonOption = False) -> None:
@@ -75,22 +76,23 @@ def run(given: GivenOptions, quiet: QuietOption = False, as_json: JsonOption = F
     lowmem-icl run --model facebook/opt-1.3b --tasks piqa,copa --limit 64
     """
     options = given.checked()
-    from lowmem_icl.cli.audience import audience_of
-    from lowmem_icl.cli.tables import show_summary
     from lowmem_icl.cli.terminal import Terminal
-    from lowmem_icl.report.run_tables import read_run
-    from lowmem_icl.report.summary import run_summary
-    from lowmem_icl.run import run as run_everything
 
     terminal = Terminal(quiet)
-    outcome = run_everything(options, audience_of(terminal))
+    terminal.say(first_line(f"running {', '.join(options.experiments_in_order)} with", options))
+    from lowmem_icl.cli.running import finish_or_find
+    from lowmem_icl.cli.tables import show_summary
+    from lowmem_icl.report.run_tables import read_run
+    from lowmem_icl.report.summary import run_summary
+
+    folder = finish_or_find(options, terminal)
     if as_json:
-        _print_json(run_summary(read_run(outcome.folder)))
+        _print_json(run_summary(read_run(folder)))
     else:
-        show_summary(outcome.folder, terminal.out)
+        show_summary(folder, terminal.out)
 
 
-@app.command()
+@command_of(app)
 @reports_errors
 @takes(*ALL_OPTIONS)
 def plan(
@@ -119,6 +121,7 @@ def plan(
     from lowmem_icl.system.allocator import without_collection
 
     terminal = Terminal(quiet)
+    terminal.say(first_line("planning a run with", options))
     with without_collection():
         from lowmem_icl.cli.plan import plan_with_advice, show_plan
 
@@ -129,7 +132,7 @@ def plan(
         show_plan(planned, terminal.out)
 
 
-@app.command()
+@command_of(app)
 @reports_errors
 @takes(*MEASURE_OPTIONS)
 def measure(
@@ -146,10 +149,12 @@ def measure(
     lowmem-icl measure --model facebook/opt-1.3b --out machine.json
     """
     options = given.checked()
-    from lowmem_icl.cli.measure import measure_machine, show_machine
     from lowmem_icl.cli.terminal import Terminal
 
     terminal = Terminal(quiet)
+    terminal.say(first_line("measuring this machine with", options))
+    from lowmem_icl.cli.measure import measure_machine, show_machine
+
     machine = measure_machine(options, out, terminal)
     if as_json:
         _print_json(machine.model_dump())
@@ -157,7 +162,7 @@ def measure(
         show_machine(machine, terminal)
 
 
-@app.command()
+@command_of(app)
 @reports_errors_and_continues
 @takes("revision", "weights", "store_dir")
 def convert(
@@ -166,11 +171,13 @@ def convert(
         str,
         typer.Argument(
             help="Checkpoint folder, .gguf file, gemma3-270m, smollm2 or a model's id on the hub.",
+            metavar="SOURCE",
             show_default=False,
         ),
     ],
     store: Annotated[
-        Path | None, typer.Argument(help="Folder of the store.", show_default="in --store-dir")
+        Path | None,
+        typer.Argument(help="Folder of the store.", metavar="STORE", show_default="in --store-dir"),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="SOURCE is a store: compare every byte with its digest.")
@@ -191,23 +198,31 @@ def convert(
     lowmem-icl convert facebook/opt-66b --delete-shards
     """
     options = given.checked(model=source)
-    from lowmem_icl.cli.convert import convert_model, verify_files
     from lowmem_icl.cli.terminal import Terminal
 
     terminal = Terminal(quiet)
+    terminal.say(first_line("verifying" if verify else "converting", options))
+    from lowmem_icl.cli.convert import convert_model, verify_files
+
     if verify:
         verify_files(Path(source), terminal)
     else:
         convert_model(options, store, terminal, delete_shards=delete_shards)
 
 
-@app.command()
+@command_of(app)
 @reports_errors_and_continues
 @takes(*EVALUATE_OPTIONS)
 def evaluate(
     given: GivenOptions,
     mask: Annotated[
-        list[Path], typer.Option("--mask", help="Mask file; can be given several times.", show_default=False)
+        list[Path],
+        typer.Option(
+            "--mask",
+            help="Mask file, or a folder of them; can be given several times.",
+            metavar="PATH",
+            show_default=False,
+        ),
     ],
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -218,34 +233,40 @@ def evaluate(
     """
     options = given.checked(experiments=("evaluate",), labels=("right",))
     from lowmem_icl.cli.evaluate import read_masks, with_folder
+    from lowmem_icl.cli.terminal import Terminal
 
     mask_files = read_masks(mask)
-    from lowmem_icl.cli.audience import audience_of
-    from lowmem_icl.cli.tables import show_evaluation
-    from lowmem_icl.cli.terminal import Terminal
+    terminal = Terminal(quiet)
+    under = "1 mask" if len(mask_files) == 1 else f"{len(mask_files)} masks"
+    terminal.say(first_line(f"evaluating under {under}:", options))
+    from lowmem_icl.cli.evaluation import show_evaluation
+    from lowmem_icl.cli.running import finish_or_find
     from lowmem_icl.report.run_tables import read_run
     from lowmem_icl.report.summary import run_summary
-    from lowmem_icl.run import run as run_everything
 
-    terminal = Terminal(quiet)
-    outcome = run_everything(with_folder(options, mask_files), audience_of(terminal), mask_files)
+    folder = finish_or_find(with_folder(options, mask_files), terminal, mask_files)
     if as_json:
-        _print_json(run_summary(read_run(outcome.folder)))
+        _print_json(run_summary(read_run(folder)))
     else:
-        show_evaluation(outcome.folder, terminal.out)
+        show_evaluation(folder, terminal.out)
 
 
-@app.command()
+@command_of(app)
 @reports_errors
 @takes("data_dir")
 def tasks(given: GivenOptions, as_json: JsonOption = False) -> None:
-    """List the known tasks, their metrics, and their sizes where their rows are available."""
+    """List the known tasks, their metrics, and their sizes where their rows are available.
+
+    lowmem-icl tasks --data-dir rows
+    """
     from rich.table import Table
 
     from lowmem_icl.cli.terminal import plain_console
-    from lowmem_icl.tasks.listing import known_tasks
+    from lowmem_icl.tasks.listing import check_data_dir, known_tasks
 
-    listed = known_tasks(given.checked().data_dir)
+    data_dir = given.checked().data_dir
+    check_data_dir(data_dir)
+    listed = known_tasks(data_dir)
     if as_json:
         _print_json(listed)
         return
@@ -256,7 +277,7 @@ def tasks(given: GivenOptions, as_json: JsonOption = False) -> None:
     plain_console().print(table)
 
 
-@app.command()
+@command_of(app)
 @reports_errors
 @takes(*PROMPT_OPTIONS)
 def prompts(
@@ -264,7 +285,9 @@ def prompts(
     task: Annotated[
         str,
         typer.Argument(
-            help="A task's name, lm-eval:NAME, or a path to JSON lines or pairs.", show_default=False
+            help="A task's name, lm-eval:NAME, or a path to JSON lines or pairs.",
+            metavar="TASK",
+            show_default=False,
         ),
     ],
     shots: Annotated[
@@ -278,37 +301,46 @@ def prompts(
         typer.Option(
             help=f"Whose answers demonstrations show: {', '.join(LABELS[:-1])} or {LABELS[-1]}.",
             metavar="NAME",
+            autocompletion=lambda incomplete: [name for name in LABELS if name.startswith(incomplete)],
             rich_help_panel=Group.TASKS,
         ),
     ] = "right",
-    count: Annotated[int, typer.Option(help="How many documents to show.", metavar="N", min=1)] = 2,
+    count: Annotated[str, typer.Option(help="How many documents to show.", metavar="N")] = "2",
     as_json: JsonOption = False,
 ) -> None:
     """Show the exact texts and tokens of a task's first documents, as the model gets them.
 
     lowmem-icl prompts wsc --model facebook/opt-1.3b --shots 1
     """
+    if not (count.isdecimal() and int(count)):
+        raise InputError(f"--count: expected a whole number of at least 1, got '{count}'; correct it")
     options = given.checked(tasks=(task,), shots=shots, labels=tuple(dict.fromkeys(("right", labels))))
-    from lowmem_icl.cli.prompts import prompt_entries, show_prompts
-    from lowmem_icl.cli.terminal import plain_console
+    from lowmem_icl.cli.terminal import Terminal
 
-    entries = prompt_entries(options, count, options.labels[-1])
+    terminal = Terminal()
+    terminal.say(first_line(f"prompts of {task} for", options))
+    from lowmem_icl.cli.prompts import prompt_entries, show_prompts
+
+    entries = prompt_entries(options, int(count), options.labels[-1])
     if as_json:
         _print_json(entries)
     else:
-        show_prompts(entries, plain_console())
+        show_prompts(entries, terminal.out)
 
 
-@app.command()
+@command_of(app)
 @reports_errors
 def status(
-    folder: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Run folder.", metavar="FOLDER", show_default=False)],
     as_json: JsonOption = False,
 ) -> None:
-    """Show how far a run has got: its stages, finished parts and warnings."""
-    from lowmem_icl.cli.tables import show_status
+    """Show how far a run has got: whether it is at work, its stages, the time left, the best units so far.
+
+    lowmem-icl status runs/demo-1ba4e60239fc
+    """
+    from lowmem_icl.cli.status import show_status
     from lowmem_icl.cli.terminal import plain_console
-    from lowmem_icl.report.numbers import status_of
+    from lowmem_icl.report.status import status_of
 
     state = status_of(folder)
     if as_json:
@@ -317,12 +349,13 @@ def status(
         show_status(state, plain_console())
 
 
-@app.command()
+@command_of(app)
 @reports_errors
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
+    folders: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="FOLDER", show_default=False)],
     out: Annotated[
-        Path | None, typer.Option(help="The page.", show_default="report.html in the only folder")
+        Path | None,
+        typer.Option(help="The page.", metavar="FILE", show_default="report.html in the only folder"),
     ] = None,
     figures: Annotated[
         str | None,

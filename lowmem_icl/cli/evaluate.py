@@ -1,23 +1,36 @@
 """`lowmem-icl evaluate`: the mask files that were given, and the folder of a run under them."""
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.masks.files import MaskFile, read_mask
+from lowmem_icl.masks.files import MaskFile, masks_in, read_mask
 from lowmem_icl.options import RunOptions
 
 
 def read_masks(paths: Sequence[Path]) -> dict[str, MaskFile]:
-    """Return mask files by their names; raise InputError where two have one name."""
+    """Return mask files by their names, of a folder all that it holds; raise InputError where two have one
+    name or a folder holds none.
+    """
     mask_files: dict[str, MaskFile] = {}
-    for path in paths:
+    for path in itertools.chain.from_iterable(map(_mask_paths, paths)):
         mask_file = read_mask(path)
         if mask_file.name in mask_files:
             raise InputError(f"--mask {path}: another mask is named '{mask_file.name}' too; rename one")
         mask_files[mask_file.name] = mask_file
     return mask_files
+
+
+def _mask_paths(path: Path) -> list[Path]:
+    """Return a file, or the mask files of a folder."""
+    if not path.is_dir():
+        return [path]
+    found = masks_in(path)
+    if not found:
+        raise InputError(f"--mask {path}: no mask files in that folder; give another")
+    return found
 
 
 def with_folder(options: RunOptions, mask_files: Mapping[str, MaskFile]) -> RunOptions:

@@ -3,8 +3,7 @@
 import json
 import operator
 import re
-from collections.abc import Callable
-from enum import StrEnum
+from collections.abc import Callable, Mapping
 from functools import reduce
 from itertools import combinations
 from pathlib import Path
@@ -12,35 +11,32 @@ from typing import Annotated, Any
 
 import typer
 
+from lowmem_icl.cli.commands import Group as Commands
+from lowmem_icl.cli.commands import command_of
 from lowmem_icl.cli.errors import reports_errors
 from lowmem_icl.cli.parameters import JsonOption
 from lowmem_icl.errors import InputError
-from lowmem_icl.masks.files import NAME_PATTERN, MaskFile, read_mask, write_mask
+from lowmem_icl.masks.files import NAME_PATTERN, MaskFile, masks_in, read_mask, write_mask
 from lowmem_icl.masks.mask import Mask, all_ffns, all_heads, jaccard
+from lowmem_icl.options import did_you_mean
+from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.wording import units_text
 
 masks_app = typer.Typer(
-    no_args_is_help=True,
+    cls=Commands,
+    rich_markup_mode=None,
     help="List, show, compare, combine and export mask files.",
     pretty_exceptions_enable=False,
 )
 
-OneFile = Annotated[Path, typer.Argument(help="Mask file.", show_default=False)]
-Files = Annotated[list[Path], typer.Argument(help="Mask files.", show_default=False)]
+OneFile = Annotated[Path, typer.Argument(help="Mask file.", metavar="FILE", show_default=False)]
+Files = Annotated[list[Path], typer.Argument(help="Mask files.", metavar="FILE", show_default=False)]
 
 
-class Operation(StrEnum):
-    """Ways to make one mask of several."""
-
-    union = "union"
-    intersection = "intersection"
-    difference = "difference"
-
-
-OPERATIONS: dict[Operation, Callable[[Mask, Mask], Mask]] = {
-    Operation.union: operator.or_,
-    Operation.intersection: operator.and_,
-    Operation.difference: operator.sub,
+OPERATIONS: dict[str, Callable[[Mask, Mask], Mask]] = {
+    "union": operator.or_,
+    "intersection": operator.and_,
+    "difference": operator.sub,
 }
 
 
@@ -57,37 +53,108 @@ def _summary(path: Path, mask_file: MaskFile) -> dict[str, Any]:
         "ffns_removed": len(mask_file.mask.ffns),
         "model_ffns": model.layers,
         "model": model.id,
+        **_accuracies(mask_file.scores),
     }
 
 
-@masks_app.command("list")
+def _accuracies(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the accuracy without and with a mask, null where its file does not say, and the verdict."""
+    sides = {"before": scores.get("acc_clean"), "after": scores.get("acc")}
+    for side in sides:
+        if isinstance(told := scores.get(side), dict):
+            sides[side] = next((told[metric] for metric in ("acc", "em") if metric in told), None)
+    known = {
+        f"accuracy_{side}": value if isinstance(value, int | float) else None for side, value in sides.items()
+    }
+    return known | {"verdict": scores.get("verdict")}
+
+
+@command_of(masks_app, "list")
 @reports_errors
 def list_masks(
-    folder: Annotated[Path, typer.Argument(help="Folder of mask files.")] = Path("masks"),
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Folder of mask files, or a run folder.", metavar="FOLDER", show_default=True),
+    ] = Path("masks"),
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Only masks made for this task, or with aggregate those for several.",
+            metavar="TASK",
+            show_default=False,
+        ),
+    ] = None,
+    shots: Annotated[
+        str | None, typer.Option(help="Only masks made at so many shots.", metavar="N", show_default=False)
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Only masks made in this way.", metavar="NAME", show_default=False)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the masks of a folder."""
+    """List the masks of a folder: what they remove, what for, and the accuracy they leave.
+
+    lowmem-icl masks list runs/demo-1ba4e60239fc --method greedy --task recall
+    """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give one that holds mask files")
-    paths = sorted(path for path in folder.glob("*.json") if path.name != "schema.json")
-    masks = [_summary(path, read_mask(path)) for path in paths]
+    masks = [_summary(path, read_mask(path)) for path in masks_in(folder)]
+    if not masks:
+        raise InputError(f"{folder} holds no mask files; give another folder")
+    wanted = {"--task": ("tasks", task), "--shots": ("shots", shots), "--method": ("method", method)}
+    for flag, (field, value) in wanted.items():
+        if value is not None:
+            masks = _only(masks, flag, field, value)
     if as_json:
         typer.echo(json.dumps(masks, indent=1))
-        return
+    else:
+        _show_list(masks)
+
+
+def _only(masks: list[dict[str, Any]], flag: str, field: str, value: str) -> list[dict[str, Any]]:
+    """Return the masks with a value; raise InputError where none has it."""
+
+    def values(mask: dict[str, Any]) -> list[str]:
+        held = mask[field]
+        if field == "tasks" and len(held) > 1:
+            return [AGGREGATE]
+        return [str(item) for item in (held if isinstance(held, list) else [held])]
+
+    found = [mask for mask in masks if value in values(mask)]
+    if not found:
+        known = list(dict.fromkeys(each for mask in masks for each in values(mask)))
+        hint = did_you_mean(value, known) or f"; expected one of {', '.join(known)}"
+        raise InputError(f"{flag}: no mask has '{value}'{hint}")
+    return found
+
+
+def _show_list(masks: list[dict[str, Any]]) -> None:
     rows = [
         (
             mask["name"],
             mask["method"],
-            f"{mask['heads_removed']}/{mask['model_heads']}",
-            f"{mask['ffns_removed']}/{mask['model_ffns']}",
-            mask["model"],
+            ",".join(mask["tasks"]) if len(mask["tasks"]) < 3 else f"{len(mask['tasks'])} tasks",
+            ",".join(map(str, mask["shots"])),
+            f"{mask['heads_removed']}H {mask['ffns_removed']}F",
+            _score(mask),
         )
         for mask in masks
     ]
-    _print_table(("name", "method", "heads removed", "FFNs removed", "model"), rows)
+    _print_table(("name", "method", "task", "shots", "removed", "accuracy"), rows)
+    for model, mask in {mask["model"]: mask for mask in masks}.items():
+        heads, ffns = mask["model_heads"], mask["model_ffns"]
+        count = sum(each["model"] == model for each in masks)
+        typer.echo(f"{count} masks of {model}, which has {heads} heads (H) and {ffns} FFNs (F)")
 
 
-@masks_app.command()
+def _score(mask: Mapping[str, Any]) -> str:
+    before, after = mask["accuracy_before"], mask["accuracy_after"]
+    if after is None:
+        return ""
+    return f"{after:.3f}" if before is None else f"{before:.3f} → {after:.3f}"
+
+
+@command_of(masks_app)
 @reports_errors
 def show(path: OneFile) -> None:
     """Draw a mask: a line per layer, x for a removed head, and whether the FFN is removed."""
@@ -108,10 +175,13 @@ def _kept_text(mask_file: MaskFile) -> str:
     return units_text([str(unit) for unit in units if unit not in removed])
 
 
-@masks_app.command()
+@command_of(masks_app)
 @reports_errors
 def compare(paths: Files, as_json: JsonOption = False) -> None:
-    """Compare every pair: units in both, in one only, and their Jaccard index."""
+    """Compare every pair: units removed in both, in one only, and their Jaccard index.
+
+    lowmem-icl masks compare masks/demo/greedy-re*-16shot.json
+    """
     if len(paths) < 2:
         raise InputError(f"masks compare: expected two files or more, got {len(paths)}; add another")
     pairs = [
@@ -128,22 +198,42 @@ def compare(paths: Files, as_json: JsonOption = False) -> None:
     if as_json:
         typer.echo(json.dumps(pairs, indent=1))
         return
-    rows = [(*list(pair.values())[:-1], f"{pair['jaccard']:.3f}") for pair in pairs]
-    _print_table(("left", "right", "in both", "only left", "only right", "Jaccard"), rows)
+    rows = [
+        (
+            f"{pair['left']}\n{pair['right']}",
+            f"{pair['both']}",
+            f"{pair['only_left']}\n{pair['only_right']}",
+            f"{pair['jaccard']:.3f}",
+        )
+        for pair in pairs
+    ]
+    _print_table(("masks", "in both", "in one only", "Jaccard"), rows)
 
 
-@masks_app.command()
+@command_of(masks_app)
 @reports_errors
 def combine(
     paths: Files,
     out: Annotated[
-        Path, typer.Option(help="File of the new mask; its stem is the name.", show_default=False)
+        Path,
+        typer.Option(help="File of the new mask; its stem is the name.", metavar="FILE", show_default=False),
     ],
     operation: Annotated[
-        Operation, typer.Option(help="Removed in any, in all, or in the first only.")
-    ] = Operation.union,
+        str,
+        typer.Option(
+            help="union, intersection or difference: removed in any, in all, or in the first only.",
+            metavar="NAME",
+            autocompletion=lambda incomplete: [name for name in OPERATIONS if name.startswith(incomplete)],
+        ),
+    ] = "union",
 ) -> None:
-    """Make one mask of several for the same shape of model."""
+    """Make one mask of several for the same shape of model.
+
+    lowmem-icl masks combine one.json two.json --out both.json
+    """
+    if operation not in OPERATIONS:
+        hint = did_you_mean(operation, OPERATIONS)
+        raise InputError(f"--operation: expected one of {', '.join(OPERATIONS)}, got '{operation}'{hint}")
     if out.suffix != ".json" or not re.fullmatch(NAME_PATTERN, out.stem):
         raise InputError(
             f"--out {out}: expected NAME.json, NAME of at most 200 letters, digits and . _ + - and beginning "
@@ -158,12 +248,12 @@ def combine(
                 f"masks combine: {path} and {paths[0]} are for models of different shapes; leave one out"
             )
     mask = reduce(OPERATIONS[operation], [mask_file.mask for mask_file in masks])
-    made = {"method": str(operation), "from": [mask_file.name for mask_file in masks]}
+    made = {"method": operation, "from": [mask_file.name for mask_file in masks]}
     write_mask(out, MaskFile(out.stem, mask, masks[0].model, made))
     typer.echo(f"{out}: {len(mask.heads)} heads and {len(mask.ffns)} FFNs removed")
 
 
-@masks_app.command()
+@command_of(masks_app)
 @reports_errors
 def export(
     path: OneFile,
@@ -181,13 +271,16 @@ def export(
 
 
 def _print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    """Print a table; names and tasks are folded where they are long, numbers never."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from lowmem_icl.cli.terminal import plain_console
 
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        is_name = column in ("name", "masks", "task", "method")
+        table.add_column(column, overflow="fold", no_wrap=not is_name, justify="left" if is_name else "right")
     for row in rows:
         table.add_row(*map(str, row))
     plain_console().print(table)

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
+from lowmem_icl.cli.completion import completion_of
 from lowmem_icl.options import (
+    COMMAND_VARIABLES,
     FLAGS,
     Group,
     RunOptions,
     default_text,
+    environment_options,
     flag_name,
     form_of,
     names_of,
@@ -35,7 +37,12 @@ PROMPT_OPTIONS = (
 
 QuietOption = Annotated[
     bool,
-    typer.Option("--quiet", help="No progress and no messages on stderr.", rich_help_panel=Group.OUTPUT),
+    typer.Option(
+        "--quiet",
+        help="No progress and no messages on stderr.",
+        envvar=COMMAND_VARIABLES["quiet"],
+        rich_help_panel=Group.OUTPUT,
+    ),
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel=Group.OUTPUT)
@@ -43,8 +50,10 @@ JsonOption = Annotated[
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
-        help="TOML file with any of a run's options; the command line wins.",
+        help="TOML file with any of a run's options; the environment (LOWMEM_ICL_LIMIT for --limit) and the "
+        "command line win.",
         metavar="FILE",
+        envvar=COMMAND_VARIABLES["config"],
         rich_help_panel=Group.OUTPUT,
     ),
 ]
@@ -59,7 +68,9 @@ class GivenOptions:
 
     def checked(self, **settled: Any) -> RunOptions:
         """Return the options, checked and completed; `settled` are those that the command itself decides."""
-        return run_options({**self.flags, **settled}, self.config, known=tuple(self.flags))
+        return run_options(
+            {**self.flags, **settled}, self.config, environment_options(), known=tuple(self.flags)
+        )
 
 
 def takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -100,6 +111,7 @@ def _parameter(name: str) -> inspect.Parameter:
         help=_help(name),
         metavar=form.placeholder or None,
         show_default=False,
+        autocompletion=None if switch else completion_of(name),
         rich_help_panel=FLAGS[name].group,
     )
     kind = bool if switch else str
@@ -107,9 +119,9 @@ def _parameter(name: str) -> inspect.Parameter:
 
 
 def _help(name: str) -> str:
-    """Return an option's help with its choices and its default, in typer's markup."""
+    """Return an option's help with its choices and its default."""
     form, text, default = form_of(name), FLAGS[name].help, default_text(name)
-    if len(form.choices) > 1:
+    if len(form.choices) > 1 and form.placeholder in ("LIST", "NAME"):
         choices = f"{', '.join(form.choices[:-1])} or {form.choices[-1]}"
         text += f" {'Any of' if form.placeholder == 'LIST' else 'One of'} {choices}."
-    return escape(text) + (f" [dim]{escape(f'[default: {default}]')}[/dim]" if default else "")
+    return text + (f" [default: {default}]" if default else "")

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -11,6 +12,7 @@ from rich.text import Text
 from lowmem_icl.cli.terminal import Terminal, count, duration, size
 from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.advice import advice
+from lowmem_icl.planning.amounts import Amount
 from lowmem_icl.planning.fitting import exact_that_fits
 from lowmem_icl.planning.machine_file import read_machine
 from lowmem_icl.planning.plan import Advice, Plan, StagePlan, make_plan
@@ -34,29 +36,31 @@ def plan_with_advice(options: RunOptions, machine: Path | None, terminal: Termin
 
 def show_plan(plan: Plan, console: Console) -> None:
     """Print what a run will hold, read and compute, and what was measured of this machine."""
-    memory, rates = plan.memory, plan.rates
+    memory, rates, held = plan.memory, plan.rates, plan.held
     layer_seconds = rates.attention_seconds + rates.projection_seconds + rates.ffn_seconds
     where = f"measured on {plan.machine}" if plan.machine else "measured here"
     if plan.rates_age_seconds:
         where += f" {duration(plan.rates_age_seconds)} ago"
+    spill = f"{size(held.spill_bytes)} of activations for a while" if held.spill_bytes else "no activations"
     lines = [
         f"on disk: store {size(plan.store_bytes)}"
         + (f", made first from {size(plan.convert_bytes)}" if plan.convert_bytes else "")
-        + f"; activations that memory cannot hold, at most {size(memory.spill_bytes)}",
-        f"memory {size(memory.allowance_bytes)}"
-        + (f", on the device {size(memory.device_bytes)}" if memory.device_bytes else "")
-        + f": embeddings {size(memory.non_layer_bytes)}"
-        + ("" if memory.tables_in_memory else " (their tables are read from disk)")
-        + ", "
-        f"layers in use {size(memory.streaming_bytes)}, working space {size(memory.working_bytes)}, "
-        f"layers kept {size(memory.resident_bytes)}, residuals {size(memory.alive_bytes)}, "
-        f"their cache {size(memory.cache_bytes)}",
+        + f"; {spill}",
+        f"in memory: {_in_memory(plan)} of {size(memory.allowance_bytes)} allowed"
+        + (f" and {size(memory.device_bytes)} on the device" if memory.device_bytes else "")
+        + ("" if memory.tables_in_memory else "; tables of embeddings are read from disk"),
         f"{where}: {size(rates.disk_bytes_per_second)}/s from disk, "
         f"{1 / layer_seconds:,.0f} tokens/s through a layer, "
         f"{1 / rates.answer_seconds:,.0f}/s through the vocabulary",
     ]
     console.print("\n".join(lines), soft_wrap=True)
-    console.print(plan_table(plan))
+    if plan.stages:
+        console.print(plan_table(plan))
+        console.print("ablation: a document scored without a unit or mask", soft_wrap=True)
+        for reached in filter(None, map(_reached, plan.stages)):
+            console.print(reached, soft_wrap=True)
+    else:
+        console.print("nothing is left to compute")
     if plan.exact_that_fits is not None:
         console.print(
             f"all of it fits {plan.hours:.3g} hours with --exact {plan.exact_that_fits}"
@@ -76,27 +80,60 @@ def _advice_text(advice: Advice) -> str:
     return f"{advice.options} would save {', '.join(saved)}"
 
 
+def _in_memory(plan: Plan) -> str:
+    """Return what is expected to lie in memory, in all and in its parts."""
+    memory, held = plan.memory, plan.held
+    parts = {
+        "embeddings": memory.non_layer_bytes,
+        "layers": memory.streaming_bytes + memory.resident_bytes,
+        "working space": memory.working_bytes,
+        "residuals": held.alive_bytes + held.cache_bytes,
+    }
+    named = ", ".join(f"{name} {size(amount)}" for name, amount in parts.items())
+    return f"about {size(sum(parts.values()))} ({named})"
+
+
 def plan_table(plan: Plan) -> Table:
-    """Return the plan's experiments as a table."""
+    """Return the plan's experiments as a table, with a line for all together."""
     hours = "" if plan.hours is None else f" for {plan.hours:.3g} hours"
-    table = Table(title=f"plan{hours}", title_justify="left")
-    for column in ("experiment", "operations", "layers read", "from disk", "expected"):
-        table.add_column(column, justify="left" if column == "experiment" else "right")
-    for stage in plan.stages:
-        about = "~" if stage.rough else ""
-        table.add_row(
-            stage.experiment,
-            f"{about}{count(stage.operations)}",
-            f"{about}{count(stage.layers_read)}",
-            size(stage.read_bytes),
-            f"{about}{_expected(stage)}",
+    table = Table(title=f"plan{hours}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("experiment", "documents", "tokens", "ablations", "operations", "read", "expected"):
+        table.add_column(
+            column, justify="left" if column == "experiment" else "right", no_wrap=column != "expected"
         )
+    for stage in plan.stages:
+        table.add_row(*_row(stage), end_section=stage is plan.stages[-1])
+    total = replace(
+        plan.stages[0],
+        experiment="all",
+        operations=sum(stage.operations for stage in plan.stages),
+        read_bytes=sum(stage.read_bytes for stage in plan.stages),
+        seconds=sum(stage.seconds for stage in plan.stages),
+        rough=any(stage.rough for stage in plan.stages),
+        amount=sum((stage.amount for stage in plan.stages), start=Amount()),
+    )
+    table.add_row(*_row(total))
     return table
 
 
-def _expected(stage: StagePlan) -> str:
+def _row(stage: StagePlan) -> tuple[str, ...]:
+    about = "~" if stage.rough else ""
+    amount = stage.amount
+    return (
+        stage.experiment,
+        *(
+            f"{about}{count(value)}" if value else ""
+            for value in (amount.documents, amount.tokens, amount.ablations, stage.operations)
+        ),
+        size(stage.read_bytes),
+        f"{about}{duration(stage.seconds)}",
+    )
+
+
+def _reached(stage: StagePlan) -> str:
+    """Return how far a stage gets within the hours; empty where it is finished in them."""
     if stage.postponed:
-        return f"{duration(stage.seconds)}: once the ablations are done"
+        return f"{stage.experiment}: waits until the ablations are done"
     if stage.documents is not None:
-        return f"{duration(stage.seconds)}: {stage.documents} documents per task"
-    return duration(stage.seconds)
+        return f"{stage.experiment}: {stage.documents} documents per task in that time"
+    return ""

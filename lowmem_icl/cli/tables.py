@@ -17,16 +17,13 @@ from lowmem_icl.report.losses import AT_CHANCE, SearchMask, greedy_losses, searc
 from lowmem_icl.report.numbers import (
     PICKED,
     accuracy,
-    held_out_text,
     induction_heads,
     pruned,
     total_seconds,
     unit_name,
-    with_right_labels,
 )
 from lowmem_icl.report.run_tables import RunTables, read_run
 from lowmem_icl.report.wording import counts_text, setting_text
-from lowmem_icl.tables.schema import ACCURACIES, read_table
 
 MEANING = "what each number means, and when there is none: docs/numbers.md"
 CHANCE_MARK = "°"
@@ -148,48 +145,6 @@ def _print_certified(masks: pl.DataFrame, record: Mapping[str, Any], console: Co
     found += [f"{setting_text(*search)}: none" for search in sorted(searches_without_certificate(record))]
     if found:
         console.print(Text(f"certified to be removable: {'; '.join(found)}"))
-
-
-def show_evaluation(folder: Path, console: Console) -> None:
-    """Print accuracies clean and under every mask."""
-    results = read_table(folder / "results.parquet", "results")
-    records = results.filter(
-        (pl.col("experiment") == "evaluate") & with_right_labels() & pl.col("metric").is_in(ACCURACIES)
-    )
-    masks = list(dict.fromkeys(records["mask"]))
-    table = Table("task", "shots")
-    for mask in masks:
-        table.add_column(Text(str(mask)))
-    for (task, shots), members in records.group_by("task", "shots", maintain_order=True):
-        by_mask = dict(zip(members["mask"], members["value"], strict=True))
-        values = (f"{by_mask[mask]:.3f}" if mask in by_mask else "" for mask in masks)
-        table.add_row(Text(str(task)), str(shots), *values)
-    console.print(table)
-    _print_line(console, MEANING)
-    _print_line(console, f"tables in {folder}")
-
-
-def show_status(state: Mapping[str, Any], console: Console) -> None:
-    """Print what `status_of` returns."""
-    for name in ("folder", "state", "started", "parts"):
-        _print_line(console, f"{name}: {state[name]}")
-    for name in state["experiments"]:
-        seconds = state["finished"].get(name)
-        _print_line(
-            console, f"  {name}: " + ("not finished" if seconds is None else f"finished in {seconds:.1f} s")
-        )
-    if state["state"] != "finished":
-        _print_line(console, f"planned time left: {state['seconds_left_planned']:.0f} s")
-    for unit in state["best_units"]:
-        name = unit_name(unit["kind"], unit["layer"], unit["head"])
-        _print_line(console, f"  {unit['shots']} shots: {name} {unit['value']:.3f} nats")
-    for shots in dict.fromkeys(unit["shots"] for unit in state["best_units"]):
-        units = [unit for unit in state["best_units"] if unit["shots"] == shots]
-        _print_line(console, f"  {shots} shots: {held_out_text(units, state['best_units_held_out'])}")
-    if state["best_units"]:
-        _print_line(console, f"  {PICKED}")
-    for warning in state["warnings"]:
-        _print_line(console, f"warning: {warning}")
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:

@@ -29,6 +29,7 @@ from lowmem_icl.model.families.catalogue import family_of
 from lowmem_icl.model.families.family import Family
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store, Weights, is_store, open_store
+from lowmem_icl.options import nearest
 from lowmem_icl.system.files import existing_folder
 from lowmem_icl.system.progress import Progress, unseen
 
@@ -141,12 +142,23 @@ def _locate_on_hub(model: str, revision: str | None, weights: Weights, store_dir
         # Neither the hub nor its cache: a store made earlier will do, if there is no doubt which.
         existing = _only_store(store_dir, model, weights)
         if existing is None or revision is not None:
+            _refuse_misspelt(model)
             raise
         return ModelLocation(model, open_store(existing).manifest.source.revision, None, existing)
     assert isinstance(checkpoint.shards, HubShards)
     commit = checkpoint.shards.commit
     folder = store_dir / f"{name}-{_eight_digits([model, commit])}-{weights}"
     return ModelLocation(model, commit, checkpoint, folder)
+
+
+def _refuse_misspelt(model: str) -> None:
+    """Raise InputError for a name that is nearly one of a model that needs no hub."""
+    near = nearest(model, (DEMO, *PACKAGED_MODELS))
+    if near is not None:
+        raise InputError(
+            f"--model: '{model}' is not a local folder and could not be fetched from the hub; did you mean "
+            f"'{near}'?"
+        )
 
 
 def _eight_digits(identity: Any) -> str:

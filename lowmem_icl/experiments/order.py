@@ -104,7 +104,7 @@ def run_stages(work: Work, deadlines: Mapping[str, float]) -> Iterator[tuple[Sta
             latest = replace(latest, unfinished=sentence)
         else:
             try:
-                timed = replace(work, deadline=deadlines.get(stage.name, float("inf")))
+                timed = replace(work, deadline=deadlines.get(stage.name, float("inf")), stage=stage.name)
                 for latest in stage.run(timed, **stage.given(results)):
                     # Also where it is cut: later stages go on with what there is.
                     results[stage.name] = latest
@@ -128,7 +128,7 @@ def _early(
     for stage in STAGES:
         asked = stage.name in work.prepared.options.experiments
         if asked and stage.early is not None and stage.early_after == over.name:
-            timed = replace(work, deadline=deadlines.get(stage.name, float("inf")))
+            timed = replace(work, deadline=deadlines.get(stage.name, float("inf")), stage=stage.name)
             try:
                 for result in stage.early(timed, results[over.name]):
                     yield stage, result

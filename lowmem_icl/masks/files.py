@@ -3,6 +3,7 @@
 The file's form is described in masks/README.md and by the JSON Schema `MASK_SCHEMA`.
 """
 
+import itertools
 import json
 import re
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.system.files import write_text_atomic
 
 MASK_FORMAT = "lowmem-icl-mask/1"
+# JSON that stands beside masks.
+NO_MASKS = ("schema.json", "run.json", "summary.json")
 LARGEST_FILE_BYTES = 16 << 20
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,199}$"
 
@@ -146,6 +149,22 @@ def read_mask(path: Path) -> MaskFile:
         made=content.made.model_dump(exclude_unset=True),
         scores=content.scores,
         extra=dict(content.model_extra or {}),
+    )
+
+
+def masks_in(folder: Path) -> list[Path]:
+    """Return the mask files of a folder in the order of their names; where it holds none itself, those of its
+    folder `masks` (it may be a run's), and else those of its folders.
+    """
+
+    def directly(place: Path) -> list[Path]:
+        return sorted(path for path in place.glob("*.json") if path.name not in NO_MASKS)
+
+    below = sorted(path for path in folder.iterdir() if path.is_dir())
+    return (
+        directly(folder)
+        or directly(folder / "masks")
+        or list(itertools.chain.from_iterable(map(directly, below)))
     )
 
 

@@ -1,11 +1,19 @@
-"""The options of a run: every option once, checked in one way, whether given by a flag or in a TOML file.
+"""The options of a run: every option once, checked in one way, whether given by a flag, in the environment or
+in a TOML file.
 
 `fields` holds the options, `run_options` checks them together and fills in what is not given, `defaults` has
 what some are by model, `flags` how they are called and described, `forms` what values they take, in checks
-and in words; `reading` merges and checks what was given.
+and in words, `hints` what a wrong name may have meant; `environment` reads variables, `reading` merges and
+checks what was given.
 """
 
 from lowmem_icl.options.defaults import DEMO, PACKAGED_MODEL_NAMES
+from lowmem_icl.options.environment import (
+    COMMAND_VARIABLES,
+    environment_options,
+    shell_command,
+    variable_name,
+)
 from lowmem_icl.options.fields import (
     CURVES,
     DEFAULT_CURVES,
@@ -19,10 +27,12 @@ from lowmem_icl.options.fields import (
 )
 from lowmem_icl.options.flags import default_text, flag_name, form_of, names_of
 from lowmem_icl.options.forms import Form, parse_size
+from lowmem_icl.options.hints import did_you_mean, nearest
 from lowmem_icl.options.reading import read_config, run_options
 from lowmem_icl.options.run_options import RunOptions
 
 __all__ = [
+    "COMMAND_VARIABLES",
     "CURVES",
     "DEFAULT_CURVES",
     "DEFAULT_EXACT",
@@ -37,10 +47,15 @@ __all__ = [
     "Group",
     "RunOptions",
     "default_text",
+    "did_you_mean",
+    "environment_options",
     "flag_name",
     "form_of",
     "names_of",
+    "nearest",
     "parse_size",
     "read_config",
     "run_options",
+    "shell_command",
+    "variable_name",
 ]

@@ -11,6 +11,9 @@ from pydantic.fields import FieldInfo
 SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
               "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
+# Nobody gives so few bytes: gigabytes are meant.
+LEAST_WITHOUT_UNIT = 10**6
+
 
 @dataclass(frozen=True)
 class Form:
@@ -29,9 +32,12 @@ def parse_size(value: Any) -> Any:
     digits = text.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ ")
     unit = text[len(digits) :].strip()
     try:
-        return int(float(digits) * SIZE_UNITS[unit])
+        size = int(float(digits) * SIZE_UNITS[unit])
     except (KeyError, OverflowError) as error:
         raise ValueError("not a size") from error
+    if not unit and size < LEAST_WITHOUT_UNIT:
+        raise ValueError("a unit is missing")
+    return size
 
 
 def _split_list(value: Any) -> Any:
@@ -56,7 +62,9 @@ def _parse_path(value: Any) -> Any:
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0), Form("SIZE", "a size such as 6GB or 500MiB")]
 AnyPath = Annotated[Path, BeforeValidator(_parse_path), Form("PATH", "a path")]
 Device = Annotated[
-    str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), Form("DEVICE", "auto, cpu, cuda or cuda:N")
+    str,
+    Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"),
+    Form("DEVICE", "auto, cpu, cuda or cuda:N", ("auto", "cpu", "cuda")),
 ]
 Count = Annotated[int, Field(ge=1)]
 SmallCount = Annotated[int, Field(ge=1, le=1000)]
@@ -80,9 +88,8 @@ def describe_form(annotation: Any, metadata: list[Any]) -> Form:
         return Form("NAME", f"one of {', '.join(arguments)}", arguments)
     if origin is tuple:
         item = describe_form(arguments[0], [])
-        return Form(
-            "LIST", f"a comma-separated list without repeats, each item {item.expected}", item.choices
-        )
+        expected = f"a comma-separated list without repeats, each item {item.expected}"
+        return Form("LIST", expected, item.choices)
     if annotation is bool:
         return Form("", "true or false")
     return Form("TEXT", "a text") if annotation is str else _number_form(annotation, metadata)

@@ -1,6 +1,7 @@
-"""From flags, a TOML file and the defaults to checked options, and from what is wrong to a sentence."""
+"""From flags, the environment, a TOML file and the defaults to checked options, and from what is wrong to a
+sentence.
+"""
 
-import difflib
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from lowmem_icl.errors import InputError
+from lowmem_icl.options.environment import variable_name
 from lowmem_icl.options.fields import FLAGS
 from lowmem_icl.options.flags import default_text, flag_name, form_of
+from lowmem_icl.options.forms import LEAST_WITHOUT_UNIT
+from lowmem_icl.options.hints import did_you_mean
 from lowmem_icl.options.run_options import RunOptions
 
 
@@ -21,30 +25,43 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"--config {path}: cannot be read ({error.strerror}); give a TOML file") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"--config {path}: cannot be read as TOML ({error}); give another file") from error
     for key in content:
         if key.replace("-", "_") not in FLAGS:
-            near = difflib.get_close_matches(
-                key.replace("_", "-"), [name.replace("_", "-") for name in FLAGS], 1
-            )
-            hint = f"; did you mean '{near[0]}'?" if near else "; `lowmem-icl run --help` lists them"
+            hint = did_you_mean(key.replace("_", "-"), [name.replace("_", "-") for name in FLAGS])
+            hint = hint or "; `lowmem-icl run --help` lists them"
             raise InputError(f"--config {path}: '{key}' is not an option of a run{hint}")
-    return {key.replace("-", "_"): value for key, value in content.items()}
+    return {key.replace("-", "_"): _with_unit(key, value) for key, value in content.items()}
+
+
+def _with_unit(key: str, value: Any) -> Any:
+    """Return a number of bytes as a text, which is refused where a unit seems to be missing."""
+    is_size = form_of(key.replace("-", "_")).placeholder == "SIZE"
+    return str(value) if is_size and type(value) is int else value
 
 
 def run_options(
-    flags: Mapping[str, Any], config: Path | None = None, *, known: Collection[str] = tuple(FLAGS)
+    flags: Mapping[str, Any],
+    config: Path | None = None,
+    environment: Mapping[str, Any] | None = None,
+    *,
+    known: Collection[str] = tuple(FLAGS),
 ) -> RunOptions:
-    """Return checked options: those of flags, else of a TOML file, else the defaults.
+    """Return checked options: those of flags, else of the environment, else of a TOML file, else the
+    defaults.
 
-    Flags that are None were not given. known: the options that a command takes; others in the file are for
-    other commands. Raises InputError naming the first bad option, what was expected, what was got and what
-    to do.
+    Flags that are None were not given. known: the options that a command takes; others in the file or the
+    environment are for other commands. Raises InputError naming the first bad option, where it stands, what
+    was expected, what was got and what to do.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     configured = {} if config is None else read_config(config)
-    merged = {name: value for name, value in configured.items() if name in known} | given
+    surrounding = {} if environment is None else environment
+    merged = {name: value for name, value in (configured | dict(surrounding)).items() if name in known}
+    merged |= given
     try:
         return RunOptions.model_validate(merged)
     except ValidationError as error:
@@ -52,9 +69,28 @@ def run_options(
         if not first["loc"]:
             raise InputError(first["msg"].removeprefix("Value error, ")) from error
         name = str(first["loc"][0])
-        source = "" if name in given else f" in {config}"
-        default = f" (default: {default_text(name)})" if default_text(name) else ""
-        raise InputError(
-            f"{flag_name(name)}{source}: expected {form_of(name).expected}, got {merged[name]!r}; "
-            f"correct it or leave it out{default}"
-        ) from error
+        where = flag_name(name)
+        if name not in given and name in surrounding:
+            where = variable_name(name)
+        elif name not in given and name in configured:
+            where = f"{flag_name(name)} in {config}"
+        value = first["input"] if len(first["loc"]) > 1 else merged[name]
+        raise InputError(f"{where}: {_refusal(name, value)}") from error
+
+
+def _refusal(name: str, value: Any) -> str:
+    """Return what an option expects, what it got, the item of a list where that is wrong, and what to do."""
+    form = form_of(name)
+    said = f"expected {form.expected}, got {value!r}"
+    if form.placeholder == "SIZE" and _lacks_unit(value):
+        return f"{said}; a unit is missing: did you mean {str(value).strip()}GB?"
+    hint = did_you_mean(str(value), form.choices)
+    default = f" (default: {default_text(name)})" if default_text(name) else ""
+    return said + (hint or f"; correct it or leave it out{default}")
+
+
+def _lacks_unit(value: Any) -> bool:
+    try:
+        return 0 < float(value) < LEAST_WITHOUT_UNIT
+    except (TypeError, ValueError):
+        return False

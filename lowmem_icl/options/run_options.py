@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import model_validator
 
 from lowmem_icl.options.defaults import PRESETS, Defaults, defaults_of
-from lowmem_icl.options.fields import DEFAULT_EXACT, FLAGS, RunFields
+from lowmem_icl.options.fields import DEFAULT_EXACT, EXPERIMENTS, FLAGS, Experiment, RunFields
 from lowmem_icl.protocols import PROTOCOLS, Labels, Protocol
 
 
@@ -49,6 +49,11 @@ class RunOptions(RunFields):
     def defaults(self) -> Defaults:
         """What its model's runs take where the options do not say."""
         return defaults_of(self.model)
+
+    @property
+    def experiments_in_order(self) -> tuple[Experiment, ...]:
+        """The experiments asked for, in the order in which they are done."""
+        return tuple(name for name in EXPERIMENTS if name in self.experiments)
 
     @property
     def resolved_exact(self) -> int:

@@ -2,6 +2,7 @@
 hours there are.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.experiments.order import STAGES, Share
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import resident_layers
+from lowmem_icl.planning.amounts import NOTHING, NOTHING_HELD, Amount, Held, amount_of, held_by
 from lowmem_icl.planning.costs import StageWork, largest_sweeps, planned_work, row_lengths, work_left
 from lowmem_icl.planning.kept_rates import Measurement, kept_or_measured, rates_key
 from lowmem_icl.planning.machine_file import MachineFile
@@ -36,7 +38,8 @@ class StagePlan:
 
     `rough`: how much it takes depends on what it finds. `documents`: how many documents per task are reached
     in time, where the experiment is cut by --hours; `postponed`: it waits for ablations that are not expected
-    to be finished; `early_seconds`: what of it is done before the ablations.
+    to be finished; `early_seconds`: what of it is done before the ablations; `amount`: how many documents are
+    scored, with their tokens, and how many times one is without a unit or mask.
     """
 
     experiment: str
@@ -48,6 +51,7 @@ class StagePlan:
     documents: int | None = None
     postponed: bool = False
     early_seconds: float = 0.0
+    amount: Amount = NOTHING
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,9 @@ class Plan:
 
     `convert_bytes`: what is still to be read to make the store, 0 where it is there. `wave_tokens`: the bound
     of a wave. `notes`: what there is to say of experiments beforehand. `machine`: what machine it is for
-    where not for this one; `rates_age_seconds`: how long ago this one was measured, 0 where just now;
-    `advice`: what would save most; `exact_that_fits`: how many units per task and shot count may be ablated
-    exactly within the hours, None where that was not asked.
+    where not for this one; `rates_age_seconds`: how long ago this one was measured, 0 where just now; `held`:
+    the residuals that are expected to be held at most; `advice`: what would save most; `exact_that_fits`: how
+    many units per task and shot count may be ablated exactly within the hours, None where that was not asked.
     """
 
     memory: MemoryPlan
@@ -86,6 +90,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     machine: str = ""
     rates_age_seconds: float = 0.0
+    held: Held = NOTHING_HELD
     advice: tuple[Advice, ...] = ()
     exact_that_fits: int | None = None
 
@@ -164,7 +169,9 @@ def make_plan(
         *(note for work in planned for note in work.stage.notes(prepared)),
     )
     plan = Plan(memory, store.size_bytes, to_convert, rates, wave_tokens, tuple(stages), notes=notes)
-    plan = replace(plan, rates_age_seconds=age_seconds)
+    parts = itertools.chain.from_iterable(work.parts for work in planned)
+    held = held_by(parts, prepared, memory.limits(wave_tokens))
+    plan = replace(plan, rates_age_seconds=age_seconds, held=held)
     if machine is not None:
         plan = replace(plan, machine=str(machine.machine.get("processor") or "another machine"))
     return plan if hours is None else within_hours(plan, hours, chunks)
@@ -201,10 +208,11 @@ class Counting:
 
     def stage(self, work: StageWork) -> tuple[StagePlan, list["Chunk"]]:
         """Return a stage's plan, and the documents and seconds of each of its sweeps."""
-        store, cost, early_seconds = self._prepared.store, SweepCost(), 0.0
+        store, cost, early_seconds, amount = self._prepared.store, SweepCost(), 0.0, Amount()
         chunks: list[Chunk] = []
         for part, part_cost in work.costs(self._prepared, self._limits, self._resident):
             cost += part_cost
+            amount += amount_of(part, self._prepared)
             if work.stage.is_early(self._prepared, part):
                 early_seconds += self.seconds(part_cost)
             if isinstance(part, SweepPart):
@@ -222,6 +230,7 @@ class Counting:
             seconds=self.seconds(cost),
             rough=work.stage.rough,
             early_seconds=early_seconds,
+            amount=amount,
         )
         return plan, chunks
 

@@ -1,14 +1,12 @@
 """The main numbers of a run, for the page and the terminal."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from lowmem_icl.protocols import AGGREGATE, in_domain
-from lowmem_icl.session.folder import run_record
-from lowmem_icl.tables.schema import ACCURACIES, read_table
+from lowmem_icl.tables.schema import ACCURACIES
 
 TOP_UNITS = 5
 SIGNIFICANT_Q = 0.05
@@ -161,24 +159,3 @@ def significance_mark(unit: Mapping[str, Any]) -> str:
 def total_seconds(record: Mapping[str, Any]) -> float:
     """Return how long a run's stages took together."""
     return float(round(sum(stage["seconds"] for stage in record["stages"].values()), 1))
-
-
-def status_of(folder: Path) -> dict[str, Any]:
-    """Return a run's state, finished stages, parts, best units so far and the planned time that is left."""
-    record = run_record(folder)
-    stages = {name: stage for name, stage in record.get("stages", {}).items() if stage["finished"]}
-    planned = {stage["experiment"]: stage["seconds"] for stage in record["plan"]["stages"]}
-    table = folder / "results.parquet"
-    results = read_table(table, "results") if table.is_file() else None
-    return {
-        "folder": str(folder),
-        "state": record["state"],
-        "started": record["started"],
-        "experiments": record["options"]["experiments"],
-        "finished": {name: stage["seconds"] for name, stage in stages.items()},
-        "parts": len(list((folder / "parts").glob("*.npz"))),
-        "seconds_left_planned": round(sum(time for name, time in planned.items() if name not in stages), 1),
-        "best_units": [] if results is None else top_units(results).to_dicts(),
-        "best_units_held_out": [] if results is None else held_out_tops(results).to_dicts(),
-        "warnings": record["warnings"],
-    }

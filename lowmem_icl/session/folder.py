@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import platform
-import shlex
 import shutil
 import sys
 import time
@@ -14,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from lowmem_icl import __version__
 from lowmem_icl.errors import InputError, InUse
-from lowmem_icl.options import RunOptions
+from lowmem_icl.options import RunOptions, shell_command
 from lowmem_icl.session.identity import Identity, run_folder
 from lowmem_icl.session.parts import Parts
 from lowmem_icl.session.run_form import RUN_FORMAT, RunRecord, StageActuals, State
@@ -35,6 +34,8 @@ logger = logging.getLogger("lowmem_icl")
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 LOG_FILE = "run.log"
+TRIES_TO_LOCK = 3
+SECONDS_BETWEEN_TRIES = 0.05
 PACKAGES = ("torch", "transformers", "bitsandbytes", "optimum", "accelerate", "lm_eval", "polars", "numpy")
 
 
@@ -144,7 +145,7 @@ class RunFolder:
             "finished": None,
             "state": "running",
             "error": None,
-            "command": shlex.join(["lowmem-icl", *sys.argv[1:]]),
+            "command": shell_command(["lowmem-icl", *sys.argv[1:]]),
             "versions": _versions(),
             "machine": describe_machine(resolved_device(options.device)),
             "plan": dict(plan),
@@ -230,6 +231,31 @@ def open_folder(
                 opened.finish("finished")
 
 
+def is_in_use(folder: Path) -> bool:
+    """Tell whether a process holds a run's folder."""
+    try:
+        with (folder / LOCK_FILE).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        # No lock file, or a disk without locks, where no run can be.
+        return False
+    return False
+
+
+def _take(lock: IO[str]) -> None:
+    """Lock a file, or raise BlockingIOError: who only looks whether it is in use holds it for a moment."""
+    for _ in range(TRIES_TO_LOCK):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(SECONDS_BETWEEN_TRIES)
+        else:
+            return
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process, making it where it is not there yet."""
@@ -240,7 +266,7 @@ def _locked(folder: Path) -> Iterator[None]:
         raise InputError(f"--out {folder}: {error.strerror}; choose another folder") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(lock)
         except BlockingIOError as error:
             raise InUse(
                 f"{folder} is in use by another process; wait for it or choose another --out"
@@ -260,7 +286,7 @@ def _logged(folder: Path) -> Iterator[None]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    logger.info("started: %s", shlex.join(["lowmem-icl", *sys.argv[1:]]))
+    logger.info("started: %s", shell_command(["lowmem-icl", *sys.argv[1:]]))
     try:
         yield
         logger.info("finished")

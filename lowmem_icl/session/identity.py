@@ -75,15 +75,20 @@ def identity_of(
     options: RunOptions, device: str, weights_digest: str, tasks_digest: str, masks: Mapping[str, Mask]
 ) -> Identity:
     """Return a run's identity; device: the resolved one's type; masks: those given to `evaluate`, by name."""
-    units = {name: [str(unit) for unit in mask.units()] for name, mask in masks.items()}
     return Identity(
         options=options.identity_values,
         device=device,
         weights=weights_digest,
         tasks=tasks_digest,
-        masks=hashlib.sha256(json.dumps(units).encode()).hexdigest(),
+        masks=masks_digest(masks),
         version=__version__,
     )
+
+
+def masks_digest(masks: Mapping[str, Mask]) -> str:
+    """Return SHA-256 over masks, by name."""
+    units = {name: [str(unit) for unit in mask.units()] for name, mask in masks.items()}
+    return hashlib.sha256(json.dumps(units).encode()).hexdigest()
 
 
 def run_folder(options: RunOptions) -> Path:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from lowmem_icl.conversion.locate import ModelLocation, ensure_store, load_tokenizer, locate, plan_store
-from lowmem_icl.errors import InputError
 from lowmem_icl.masks.files import MaskModel
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import check_names
@@ -35,6 +34,7 @@ from lowmem_icl.system.progress import Progress, unseen
 from lowmem_icl.tasks.catalogue import DEMO_TASKS, LEARNT_PAIR_TASKS, PAPER_TASKS, expanded
 from lowmem_icl.tasks.document_sizes import estimated_rows
 from lowmem_icl.tasks.documents import TaskRows
+from lowmem_icl.tasks.listing import check_data_dir
 from lowmem_icl.tasks.loading import OpenTask, open_task
 from lowmem_icl.tasks.packing import (
     PackedTask,
@@ -191,15 +191,8 @@ def task_names(options: RunOptions) -> tuple[str, ...]:
 
 def open_tasks(options: RunOptions) -> list[OpenTask]:
     """Load every task's definition and rows."""
-    _check_data_dir(options)
+    check_data_dir(options.data_dir)
     return [open_task(name, options.data_dir) for name in task_names(options)]
-
-
-def _check_data_dir(options: RunOptions) -> None:
-    if options.data_dir is not None and not options.data_dir.is_dir():
-        raise InputError(
-            f"--data-dir {options.data_dir} does not exist; give the folder that holds <task>/*.jsonl"
-        )
 
 
 @dataclass(frozen=True)
@@ -239,7 +232,7 @@ class _Basis:
     @cached_property
     def rows_digests(self) -> dict[str, str]:
         """Digests of the rows of all tasks; what comes from the hub is loaded for that."""
-        _check_data_dir(self.options)
+        check_data_dir(self.options.data_dir)
         folder = self.options.data_dir
         return {
             name: rows_digest(name, folder) or open_task(name, folder).rows_digest

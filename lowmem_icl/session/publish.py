@@ -4,6 +4,7 @@ import datetime
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import polars as pl
@@ -14,9 +15,11 @@ from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.session.folder import RunFolder
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import MaskResult, StageResult
-from lowmem_icl.tables.schema import TABLES, write_table
+from lowmem_icl.system.time_limit import TimeIsUp, at_most
+from lowmem_icl.tables.schema import TABLES, empty_frame, read_table, write_table
 
 SECONDS_BETWEEN_PAGES = 120.0
+SECONDS_TO_STOP = 5.0
 # Pages take at most one part in so many of a run's time.
 LEAST_TIMES_WRITING = 20
 
@@ -62,14 +65,33 @@ class Publisher:
         fields = {name: value for result in self.results.values() for name, value in result.record.items()}
         self._opened.write_record(warnings=self.warnings, fields=fields)
 
+    def publish_stopped(self, announce: Callable[[str], None]) -> None:
+        """Write what there is of a run that is being stopped, as far as a few seconds do; another stop ends
+        that at once. Where an earlier session wrote more, that stays.
+        """
+        if self._has_less_than_folder():
+            return
+        announce("stopping: writing tables and page of what there is; another Ctrl-C stops at once")
+        with suppress(TimeIsUp, OSError), at_most(SECONDS_TO_STOP):
+            self._opened.finish("stopped")
+            self.publish()
+
+    def _has_less_than_folder(self) -> bool:
+        """Tell whether the folder's table holds records that are not found again yet in this session."""
+        path = self._opened.path / "results.parquet"
+        if not path.is_file():
+            return False
+        there = read_table(path, "results").group_by("experiment").len().rows()
+        here = {name: len(result.results) for name, result in self.results.items()}
+        return any(here.get(name, 0) < count for name, count in there)
+
     def publish(self) -> None:
         """Write everything."""
         began = time.monotonic()
         folder, options = self._opened.path, self._prepared.options
         for table in TABLES:
             frames = [getattr(result, table) for result in self.results.values()]
-            if frames:
-                write_table(pl.concat(frames), table, folder / f"{table}.parquet")
+            write_table(pl.concat(frames or [empty_frame(table)]), table, folder / f"{table}.parquet")
         for made in itertools.chain.from_iterable(result.masks for result in self.results.values()):
             mask_file = self._mask_file(made)
             for target in (folder / "masks", *([options.masks_dir] if options.masks_dir else [])):

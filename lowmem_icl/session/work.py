@@ -25,7 +25,7 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.session.parts import SECONDS_BETWEEN_DRAFTS, Draft, Parts
 from lowmem_icl.session.prepare import Prepared
-from lowmem_icl.system.progress import Advance, Progress
+from lowmem_icl.system.progress import Advance, PartProgress
 from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.packing import PackedTask
 
@@ -62,6 +62,11 @@ class SweepPart:
     documents_before: int = 0
     documents: int = 0
     times: float = 1
+
+    @property
+    def ablations(self) -> int:
+        """How many times a document is scored without a unit or mask."""
+        return sum(len(job.task.documents[job.documents]) * sum(map(bool, job.masks)) for job in self.jobs)
 
     def cost(self, prepared: Prepared, limits: SweepLimits, resident: Resident) -> SweepCost:
         """Return what the sweep takes; layers that are `resident` are not read."""
@@ -124,7 +129,7 @@ class Work:
 
     `deadline`: the time by `clock` at which the stage must stop. `wants_results`: whether anybody would look
     at what there is before a stage is over; it costs seconds to compute. `after_part`: called whenever a part
-    is there.
+    is there. `stage`: whose parts these are.
     """
 
     prepared: Prepared
@@ -132,11 +137,12 @@ class Work:
     limits: SweepLimits
     cache: CleanCache
     parts: Parts
-    progress: Progress
+    progress: PartProgress
     deadline: float = float("inf")
     clock: Callable[[], float] = time.monotonic
     wants_results: Callable[[], bool] = lambda: True
     after_part: Callable[[], None] = lambda: None
+    stage: str = ""
 
     def check_time(self) -> None:
         """Raise OutOfTime where the stage's time is over."""
@@ -155,7 +161,7 @@ class Work:
             draft.resume(lambda: _by_job(scores))
             skeleton = self.prepared.skeleton
             cost = sweep_cost(jobs, skeleton.width, skeleton.layers, self.limits, cached=part.cached)
-            with self._counted(part.label, cost) as advance:
+            with self._counted(part.label, cost, part.ablations) as advance:
                 sweep(self._setup(advance, draft), jobs, scores, keep_clean=part.keep_clean)
             return _by_job(scores)
 
@@ -216,8 +222,8 @@ class Work:
         self.after_part()
         return arrays
 
-    def _counted(self, label: str, cost: SweepCost) -> Any:
-        return self.progress(label, operations(cost, self.prepared.skeleton), "operations")
+    def _counted(self, label: str, cost: SweepCost, ablations: int = 0) -> Any:
+        return self.progress(self.stage, label, operations(cost, self.prepared.skeleton), ablations)
 
     def _setup(self, advance: Advance, draft: Draft) -> PassSetup:
         def after_step() -> None:

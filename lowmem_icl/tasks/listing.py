@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from lowmem_icl.errors import InputError
 from lowmem_icl.protocols import OUT_OF_DOMAIN_TASKS
 from lowmem_icl.tasks.catalogue import (
     DEMO_TASKS,
@@ -22,6 +23,12 @@ ORIGINS = {
     "paper": PAPER_TASKS,
     "out of domain": OUT_OF_DOMAIN_TASKS,
 }
+
+
+def check_data_dir(data_dir: Path | None) -> None:
+    """Raise InputError where --data-dir names no folder."""
+    if data_dir is not None and not data_dir.is_dir():
+        raise InputError(f"--data-dir {data_dir} does not exist; give the folder that holds <task>/*.jsonl")
 
 
 def known_tasks(data_dir: Path | None) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """Where a task's rows and definition come from: our YAML, the demo's, lm-eval's registry, a user's file."""
 
-import difflib
 import hashlib
 import logging
 import warnings
@@ -19,6 +18,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import env as template_environment
 
 from lowmem_icl.errors import InputError
+from lowmem_icl.options import did_you_mean
 from lowmem_icl.tasks.catalogue import (
     COLLECTIONS,
     HARNESS_PREFIX,
@@ -77,12 +77,11 @@ def load_members(name: str, data_dir: Path | None) -> list[ConfigurableTask]:
         return [_own_pairs(Path(name))]
     if name not in KNOWN_TASKS:
         known = (*KNOWN_TASKS, *COLLECTIONS)
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
-        raise InputError(
-            f"--tasks: unknown task '{name}'; {hint}expected one of {', '.join(known)}, "
-            f"{HARNESS_PREFIX}NAME or a path to {ROWS_SUFFIX} or {PAIRS_SUFFIX}"
+        hint = did_you_mean(name, known) or (
+            f"; expected one of {', '.join(known)}, {HARNESS_PREFIX}NAME or a path to {ROWS_SUFFIX} or "
+            f"{PAIRS_SUFFIX}"
         )
+        raise InputError(f"--tasks: unknown task '{name}'{hint}")
     folder = bundled_folder(name) or data_dir
     loaded = []
     for member in member_names(name):
@@ -176,8 +175,7 @@ def _from_harness(name: str) -> ConfigurableTask:
     wanted = name.removeprefix(HARNESS_PREFIX)
     manager = TaskManager()
     if wanted not in manager.task_index:
-        close = difflib.get_close_matches(wanted, manager.all_tasks, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
+        hint = did_you_mean(wanted, manager.all_tasks)
         raise InputError(f"--tasks: lm-eval knows no task '{wanted}'{hint}")
     entry = manager.task_index[wanted].cfg or {}
     if "group" in entry:

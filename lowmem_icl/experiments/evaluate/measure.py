@@ -83,6 +83,27 @@ def label_effect_records(
     yield base | {"metric": "gold_logprob_label_effect"} | interval._asdict()
 
 
+def mask_drop_records(task: TaskRows, clean: MaskScores, under: MaskScores) -> Iterator[Block]:
+    """Yield what a mask costs: scores of the clean run minus scores under the mask, of the same documents.
+
+    Intervals are over the paired differences, clustered; documents that are right only together count once in
+    `acc_drop`.
+    """
+    base = task_fields(task) | {
+        "mask": under.name,
+        "heads_removed": len(under.mask.heads),
+        "ffns_removed": len(under.mask.ffns),
+        "exact": True,
+    }
+    scores = document_scores(task, clean.logprobs, clean.greedy)
+    masked = document_scores(task, under.logprobs, under.greedy)
+    accuracy, clusters = unit_accuracy(task, scores["acc"])
+    lost = accuracy - unit_accuracy(task, masked["acc"])[0]
+    yield base | {"metric": "acc_drop"} | mean_interval(lost, clusters, CHANGE)._asdict()
+    lost = scores["gold_logprob"] - masked["gold_logprob"]
+    yield base | {"metric": "gold_logprob_drop"} | mean_interval(lost, task.clusters, MEAN)._asdict()
+
+
 def single_cluster_notes(tasks: Sequence[TaskRows]) -> Iterator[str]:
     """Yield a sentence for every task whose documents are all one cluster: nothing of it has an interval."""
     for task in tasks:

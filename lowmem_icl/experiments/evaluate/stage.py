@@ -77,6 +77,8 @@ def _evaluated(
         for index, (name, mask) in enumerate(named.items()):
             under = MaskScores(name, mask, score.logprobs[index], score.greedy[index])
             found += measure.evaluation_records(packed, under)
+            if name != CLEAN:
+                found += measure.mask_drop_records(task, _clean(score), under)
             answers.append(measure.answer_columns(packed, name, score.logprobs[index]))
     return found, answers
 

@@ -1,0 +1,28 @@
+"""A run from the command line: done, or found finished, which is said without opening anything again."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from lowmem_icl.cli.terminal import Terminal
+from lowmem_icl.masks.files import MaskFile
+from lowmem_icl.options import RunOptions
+from lowmem_icl.session.finished import finished_record
+from lowmem_icl.session.identity import run_folder
+
+
+def finish_or_find(
+    options: RunOptions, terminal: Terminal, mask_files: Mapping[str, MaskFile] | None = None
+) -> Path:
+    """Run what the options ask for, unless that is finished already; return the run's folder."""
+    masks = {name: mask_file.mask for name, mask_file in (mask_files or {}).items()}
+    record = finished_record(options, masks)
+    if record is not None:
+        folder = run_folder(options)
+        date, time = record["finished"][:10], record["finished"][11:16]
+        terminal.say(f"finished on {date} at {time} UTC; tables, masks and report.html in {folder}")
+        return folder
+    # Imports torch and transformers.
+    from lowmem_icl.cli.audience import audience_of
+    from lowmem_icl.run import run
+
+    return run(options, audience_of(terminal), mask_files).folder

@@ -1,0 +1,136 @@
+"""What commands say of themselves, and of being called wrongly: whole words, 80 columns, one line."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from lowmem_icl.cli.app import app
+from lowmem_icl.options import FLAGS, Group, form_of
+
+GROUP: Any = typer.main.get_command(app)
+MASKS = [("masks", name) for name in GROUP.commands["masks"].commands]
+COMMANDS = [(), *((name,) for name in GROUP.commands), *MASKS]
+EXAMPLE = re.compile(r"^ +(lowmem-icl .*)$", re.MULTILINE)
+
+
+def invoke(*arguments: object, columns: int = 80) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": str(columns)})
+
+
+def command_at(path: tuple[str, ...]) -> Any:
+    command = GROUP
+    for name in path:
+        command = command.commands[name]
+    return command
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_help_fits_80_columns_in_whole_words(path: tuple[str, ...]) -> None:
+    result = invoke(*path, "-h")
+    assert result.exit_code == 0
+    assert result.stdout == invoke(*path, "--help").stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    # Nothing is cut, and no placeholder is Python's own.
+    assert not re.search(r"…|<\w|\bNone\b|list\[", result.stdout)
+    # The same words, wherever lines end.
+    wide = invoke(*path, "-h", columns=200).stdout
+    assert result.stdout.split() == wide.split()
+    for param in command_at(path).params:
+        if param.param_type_name == "argument" or not param.is_flag:
+            assert param.metavar, f"{param.name} has no placeholder"
+
+
+def examples() -> Iterator[tuple[tuple[str, ...], str]]:
+    for path in COMMANDS:
+        for example in EXAMPLE.findall(invoke(*path, "-h").stdout):
+            yield path, example
+
+
+def test_examples_stand_whole_and_are_ones_that_the_commands_take() -> None:
+    found = list(examples())
+    assert len(found) >= 8
+    for path, example in found:
+        words = example.split()[1:]
+        command, depth = GROUP, 0
+        while getattr(command, "commands", None):
+            command, depth = command.commands[words[depth]], depth + 1
+        command.make_context(words[depth - 1], words[depth:])
+        assert example in str(command_at(path).help)
+
+
+def test_the_help_starts_where_people_start_and_groups_the_options() -> None:
+    assert invoke("-h").stdout.startswith("Start here:  lowmem-icl run\n")
+    text = invoke("run", "-h").stdout
+    positions = [text.index(f"\n{group}\n") for group in Group]
+    assert positions == sorted(positions)
+    empty = invoke()
+    assert (empty.exit_code, empty.stdout) == (2, invoke("-h").stdout)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("rnu", "no such command 'rnu'; did you mean 'run'?"),
+        ("masks shwo", "masks: no such command 'shwo'; did you mean 'show'?"),
+        ("run --limti 3", "run: there is no option --limti; did you mean '--limit'?"),
+        ("run --zzz", "run: there is no option --zzz; `lowmem-icl run --help` lists"),
+        ("run --memory", "--memory: expected a value after it"),
+        ("run more", "run: got unexpected extra argument"),
+        ("evaluate", "evaluate: expected --mask PATH (Mask file"),
+        ("status", "status: expected FOLDER (Run folder)"),
+        ("masks combine a b --out c --operation unoin", "--operation: expected one of union"),
+        ("prompts recall --count 0", "--count: expected a whole number of at least 1, got '0'"),
+        ("prompts recall --labels shufled", "got 'shufled'; did you mean 'shuffled'?"),
+        ("tasks --data-dir /none", "--data-dir /none does not exist"),
+        ("prompts recal", "--tasks: unknown task 'recal'; did you mean 'recall'?"),
+        ("prompts recall --model dmoe", "did you mean 'demo'?"),
+    ],
+)
+def test_what_is_called_wrongly_is_one_line_that_says_what_to_do(words: str, told: str) -> None:
+    result = invoke(*words.split())
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) <= 2
+    assert result.stderr.splitlines()[-1].startswith("lowmem-icl: ")
+    assert told in result.stderr
+
+
+def test_underscores_do_for_dashes_in_flags_but_not_in_values() -> None:
+    assert "'a_b'" in invoke("run", "--data_dir", "x", "--curve_limit", "a_b").stderr
+    assert "--curve-limit: expected" in invoke("run", "--curve_limit=a_b").stderr
+
+
+def completed(words: str, count: int) -> list[str]:
+    environment = {
+        "_LOWMEM_ICL_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"lowmem-icl {words}",
+        "COMP_CWORD": str(count),
+    }
+    code = (
+        "import sys\nfrom lowmem_icl.cli.app import app\n"
+        "try: app(prog_name='lowmem-icl')\n"
+        "finally: assert not {'torch', 'transformers', 'lm_eval', 'polars'} & set(sys.modules)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.stderr == ""
+    return told.stdout.split()
+
+
+def test_shells_complete_commands_flags_and_names() -> None:
+    assert completed("ev", 1) == ["evaluate"]
+    assert completed("run --weights ", 3) == list(form_of("weights").choices)
+    assert completed("run --tasks recall,rep", 3) == ["recall,repeat"]
+    assert set(completed("run --", 2)) >= {f"--{name.replace('_', '-')}" for name in FLAGS}
