@@ -18,7 +18,7 @@ from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.hours import Deadlines
 from lowmem_icl.planning.plan import Plan, StagePlan, check_memory, make_plan
 from lowmem_icl.report.files import publish_run
-from lowmem_icl.report.first_results import first_result
+from lowmem_icl.report.findings.first_results import first_result
 from lowmem_icl.session.folder import RunFolder, check_output, open_folder
 from lowmem_icl.session.identity import identity_of
 from lowmem_icl.session.prepare import Prepared, prepare, with_store

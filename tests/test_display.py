@@ -15,7 +15,7 @@ from lowmem_icl.cli.display import RunDisplay
 from lowmem_icl.options import EXPERIMENTS
 from lowmem_icl.planning.outlook import PRIOR_SECONDS, Outlook
 from lowmem_icl.planning.plan import Plan, StagePlan
-from lowmem_icl.report.first_results import first_result
+from lowmem_icl.report.findings.first_results import first_result
 from lowmem_icl.tables.schema import empty_frame, read_table
 
 

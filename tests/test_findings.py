@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from lowmem_icl.masks.files import MaskFile, MaskModel
 from lowmem_icl.masks.mask import Mask, all_ffns, all_heads
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.report.above_chance import mean_above_chance, settings_of
-from lowmem_icl.report.findings import Answer, answer
-from lowmem_icl.report.headline import headline_units
-from lowmem_icl.report.wording import MOST_NAMED, listed, span_text, units_text
+from lowmem_icl.report.findings.above_chance import mean_above_chance, settings_of
+from lowmem_icl.report.findings.answer import Answer, answer
+from lowmem_icl.report.findings.headline import headline_units
+from lowmem_icl.report.findings.wording import MOST_NAMED, listed, span_text, units_text
 from lowmem_icl.tables.blocks import frame
 from lowmem_icl.tables.mask_table import Judging, mask_table
 from lowmem_icl.tables.unit_table import unit_table

@@ -283,9 +283,9 @@ def test_curves_are_those_of_their_shot_count_by_what_is_removed() -> None:
         *levels("cross-shot", "gradient", 0.1, other_task="piqa", other_shots=16),
         *levels("random", "random", 0.5),
         *levels("random", "random", 0.2, seed=42, mask="random-drawn"),
-        curve_record("curve-heads", "gradient", 20, 20.0, metric="knee"),
+        curve_record("curve-heads", "gradient", 20, 20.0, metric="knee", heads_removed=1),
     )
-    found = {curve["label"]: curve for curve in curves(results, "head", 4)}
+    found = {curve["label"]: curve for curve in curves(results, "head", record()["model"])}
     assert set(found) == {"own ranking", "ranking of all tasks", "random"}
     assert {label: curve["y"] for label, curve in found.items()} == {
         "own ranking": [0.9, 0.9], "ranking of all tasks": [0.8, 0.8], "random": [0.5, 0.5]
@@ -299,7 +299,7 @@ def test_the_grid_is_of_heads_and_ffns_together() -> None:
         "experiment": "prune", "procedure": "curve-combined", "metric": "acc", "method": "combined",
         "percent": 10, "heads_removed": 1, "ffns_removed": 2, "mask": "combined", "other_task": AGGREGATE,
     }  # fmt: skip
-    points = grid_points(table(*by_task({"piqa": 0.1, AGGREGATE: 0.2}, **same)))
+    points = grid_points(table(*by_task({"piqa": 0.1, AGGREGATE: 0.2}, **same)), record()["model"])
     removed = [(point["heads_removed"], point["ffns_removed"]) for point in points]
     assert removed == [(1, 2), (1, 2)]
     assert {point["task"]: point["value"] for point in points} == {"piqa": 0.1, AGGREGATE: 0.2}

@@ -20,7 +20,7 @@ from lowmem_icl.masks.files import NAME_PATTERN, MaskFile, masks_in, read_mask, 
 from lowmem_icl.masks.mask import Mask, all_ffns, all_heads, jaccard
 from lowmem_icl.options import did_you_mean
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.report.wording import units_text
+from lowmem_icl.report.findings.wording import units_text
 
 masks_app = typer.Typer(
     cls=Commands,

@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowmem_icl.report.above_chance import Settings, settings_of
-from lowmem_icl.report.circuits import kept_texts
-from lowmem_icl.report.findings import answer
-from lowmem_icl.report.headline import MATTERS, NONE_SIGNIFICANT, headline_text, headline_units
+from lowmem_icl.report.findings.above_chance import Settings, settings_of
+from lowmem_icl.report.findings.answer import answer
+from lowmem_icl.report.findings.circuits import kept_texts
+from lowmem_icl.report.findings.headline import MATTERS, NONE_SIGNIFICANT, headline_text, headline_units
+from lowmem_icl.report.findings.wording import counts_text, setting_text
 from lowmem_icl.report.losses import AT_CHANCE, SearchMask, greedy_losses, searches_without_certificate
 from lowmem_icl.report.numbers import (
     PICKED,
@@ -23,7 +24,6 @@ from lowmem_icl.report.numbers import (
     unit_name,
 )
 from lowmem_icl.report.run_tables import RunTables, read_run
-from lowmem_icl.report.wording import counts_text, setting_text
 
 MEANING = "what each number means, and when there is none: docs/numbers.md"
 CHANCE_MARK = "°"

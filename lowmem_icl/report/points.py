@@ -1,5 +1,6 @@
 """Points of pruning curves, by what is removed and not by the level that asked for it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
@@ -10,7 +11,7 @@ REMOVED = ("heads_removed", "ffns_removed")
 KNEES = ("knee", "knee_certain", "knee_acc_drop")
 
 
-def curve_points(results: pl.DataFrame, model: dict[str, Any]) -> pl.DataFrame:
+def curve_points(results: pl.DataFrame, model: Mapping[str, Any]) -> pl.DataFrame:
     """Return the points of all pruning curves, every set of removed units of a curve once, by how much is
     removed.
 
@@ -44,7 +45,7 @@ def curve_points(results: pl.DataFrame, model: dict[str, Any]) -> pl.DataFrame:
     )
 
 
-def knee_share(knee: dict[str, Any], model: dict[str, Any]) -> float:
+def knee_share(knee: Mapping[str, Any], model: Mapping[str, Any]) -> float:
     """Return how much is removed at a knee, a record of results.parquet, in per cent of its kind's units."""
     if knee["kind"] == "ffn":
         return float(100 * knee["ffns_removed"] / model["layers"])

@@ -3,9 +3,9 @@
 from dataclasses import asdict
 from typing import Any
 
-from lowmem_icl.report.above_chance import settings_of
-from lowmem_icl.report.findings import answer
-from lowmem_icl.report.headline import headline_units
+from lowmem_icl.report.findings.above_chance import settings_of
+from lowmem_icl.report.findings.answer import answer
+from lowmem_icl.report.findings.headline import headline_units
 from lowmem_icl.report.numbers import (
     accuracy,
     held_out_tops,

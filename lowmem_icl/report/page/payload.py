@@ -9,17 +9,19 @@ from scipy.cluster import hierarchy
 
 from lowmem_icl.masks.files import MaskFile
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.report.above_chance import settings_of
-from lowmem_icl.report.circuits import told_search
+from lowmem_icl.report.findings.above_chance import settings_of
+from lowmem_icl.report.findings.circuits import told_search
 from lowmem_icl.report.page.plots.induction import INDUCTION_SCORE
 from lowmem_icl.report.page.plots.style import BLUE, GREY, palettes
-from lowmem_icl.report.page.sections.pruning import CURVES, curve_points
+from lowmem_icl.report.page.sections.pruning import CURVES
 from lowmem_icl.report.page.unit_arrays import Grid, unit_arrays
+from lowmem_icl.report.points import curve_points
 from lowmem_icl.report.run_tables import RunTables, Setting
 from lowmem_icl.tables.schema import ACCURACIES
 
 # Curves of another shot count's ranking are in the table alone; heads and FFNs together are a grid.
 UNDRAWN = ("cross-shot", "curve-combined")
+CURVE_KEYS = ("task", "shots", "method", "other_task")
 CAPACITIES = ("prefix_matching", "copying")
 Rows = list[dict[str, Any]]
 
@@ -41,8 +43,8 @@ def payload(run: RunTables) -> dict[str, Any]:
         "inductionScore": INDUCTION_SCORE,
         "atChance": [[task, shots] for task, shots in sorted(run.at_chance)],
         "units": unit_arrays(results, run.greedy_masks, grid),
-        "curves": {kind: curves(results, kind, run.n_units(kind)) for kind in ("head", "ffn")},
-        "grid": grid_points(results),
+        "curves": {kind: curves(results, kind, model) for kind in ("head", "ffn")},
+        "grid": grid_points(results, model),
         "capacity": {name: capacity(results, name) for name in CAPACITIES},
         "removal": removal(results),
         "agreement": agreement(results),
@@ -59,40 +61,40 @@ def start(run: RunTables) -> dict[str, Any]:
     return {"task": task, "shots": shots}
 
 
-def curves(results: pl.DataFrame, kind: str, n_units: int) -> Rows:
-    """Return the pruning curves of heads or FFNs: accuracy over the number of units removed.
-
-    A level that removes as much as another of its curve is one point with it.
-    """
-    points = curve_points(results).filter((pl.col("kind") == kind) & ~pl.col("procedure").is_in(UNDRAWN))
-    accuracies = points.filter(pl.col("metric").is_in(ACCURACIES))
+def curves(results: pl.DataFrame, kind: str, model: Mapping[str, Any]) -> Rows:
+    """Return the pruning curves of heads or FFNs: accuracy over the number of units removed."""
+    points = curve_points(results, model).filter(
+        (pl.col("kind") == kind) & ~pl.col("procedure").is_in(UNDRAWN) & pl.col("metric").is_in(ACCURACIES)
+    )
     # Single random draws have a mask, their mean and band have none.
-    drawn = accuracies.filter((pl.col("method") != "random") | pl.col("mask").is_null())
-    knees = {
-        (row["task"], row["shots"], row["method"], row["other_task"]): row["percent"]
-        for row in points.filter(pl.col("metric") == "knee").iter_rows(named=True)
-    }
-    keys = ["task", "shots", "method", "other_task", "other_shots"]
+    drawn = points.filter((pl.col("method") != "random") | pl.col("mask").is_null()).with_columns(
+        removed=pl.col("heads_removed").fill_null(0) + pl.col("ffns_removed").fill_null(0)
+    )
+    knees = _knees(results.filter(pl.col("kind") == kind))
     found = []
-    for group, curve in drawn.group_by(keys, maintain_order=True):
+    for group, curve in drawn.group_by(*CURVE_KEYS, "other_shots", maintain_order=True):
         task, shots, method, other_task, other_shots = group
         if other_shots is not None and other_shots != shots:
             continue
-        curve = curve.with_columns(removed=pl.col("heads_removed") + pl.col("ffns_removed")).sort("percent")
-        levels = curve.unique("removed", keep="first", maintain_order=True)
+        curve = curve.sort("removed")
         label, colour, dash = _curve_style(str(method), other_task)
-        knee = knees.get((task, shots, method, other_task))
-        at_knee = curve.filter(pl.col("percent").eq_missing(knee))["removed"].to_list()
         found.append({
             "task": task, "shots": shots, "label": label, "colour": colour, "dash": dash,
             "random": method == "random",
-            "x": levels["removed"].to_list(), "y": levels["value"].to_list(),
-            "low": levels["low"].to_list(), "high": levels["high"].to_list(),
-            "knee": at_knee[0] if at_knee else None,
-            "chance": next(iter(levels["chance"].drop_nulls()), None),
-            "units": n_units,
+            "x": curve["removed"].to_list(), "y": curve["value"].to_list(),
+            "low": curve["low"].to_list(), "high": curve["high"].to_list(),
+            "knee": knees.get((task, shots, method, other_task)),
+            "chance": next(iter(curve["chance"].drop_nulls()), None),
+            "units": model["layers"] * (model["heads"] if kind == "head" else 1),
         })  # fmt: skip
     return found
+
+
+def _knees(results: pl.DataFrame) -> dict[tuple[Any, ...], int]:
+    """Return how many units are removed at the knee of every curve."""
+    knees = results.filter((pl.col("experiment") == "prune") & (pl.col("metric") == "knee"))
+    removed = pl.col("heads_removed").fill_null(0) + pl.col("ffns_removed").fill_null(0)
+    return {tuple(keys): count for *keys, count in knees.select(*CURVE_KEYS, removed).iter_rows()}
 
 
 def _curve_style(method: str, other_task: str | None) -> tuple[str, str, str]:
@@ -101,9 +103,9 @@ def _curve_style(method: str, other_task: str | None) -> tuple[str, str, str]:
     return CURVES.get((method, other_task is not None), (method, GREY, "-"))
 
 
-def grid_points(results: pl.DataFrame) -> Rows:
+def grid_points(results: pl.DataFrame, model: Mapping[str, Any]) -> Rows:
     """Return accuracies with heads and FFNs removed together."""
-    points = curve_points(results).filter(
+    points = curve_points(results, model).filter(
         (pl.col("procedure") == "curve-combined") & pl.col("metric").is_in(ACCURACIES)
     )
     return points.select("task", "shots", "heads_removed", "ffns_removed", "value", "low", "high").to_dicts()

@@ -11,7 +11,7 @@ import bokeh
 import jinja2
 from bokeh.embed import json_item
 
-from lowmem_icl.report.findings import Chip, answer
+from lowmem_icl.report.findings.answer import Chip, answer
 from lowmem_icl.report.page.comparison import common, comparison_data, comparison_sections, run_labels
 from lowmem_icl.report.page.encoding import encode_bytes
 from lowmem_icl.report.page.payload import payload

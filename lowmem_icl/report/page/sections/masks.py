@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowmem_icl.report.circuits import kept_texts
+from lowmem_icl.report.findings.circuits import kept_texts
 from lowmem_icl.report.losses import SearchMask, greedy_losses, searches_without_certificate
 from lowmem_icl.report.numbers import clean_accuracy, pruned
 from lowmem_icl.report.page.plots.matrices import matrix_plot

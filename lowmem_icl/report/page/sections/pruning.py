@@ -47,7 +47,7 @@ KINDS = {"head": "heads", "ffn": "FFNs"}
 
 def pruning_section(run: RunTables) -> Section | None:
     """Return the pruning curves and their knees; None where there are none."""
-    points = curve_points(run.results)
+    points = curve_records(run.results)
     if points.is_empty():
         return None
     plots = [
@@ -64,7 +64,7 @@ def pruning_section(run: RunTables) -> Section | None:
     return Section("pruning", "Pruning curves", TEXT, plots, table)
 
 
-def curve_points(results: pl.DataFrame) -> pl.DataFrame:
+def curve_records(results: pl.DataFrame) -> pl.DataFrame:
     """Return the records of pruning curves: those of the prune experiment at a percentage."""
     return results.filter((pl.col("experiment") == "prune") & pl.col("percent").is_not_null())
 

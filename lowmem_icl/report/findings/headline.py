@@ -6,9 +6,9 @@ from typing import Any
 import polars as pl
 
 from lowmem_icl.protocols import AGGREGATE, in_domain
-from lowmem_icl.report.above_chance import Settings
+from lowmem_icl.report.findings.above_chance import Settings
+from lowmem_icl.report.findings.wording import decimal_text, share_of_settings, span_text, units_text
 from lowmem_icl.report.numbers import SIGNIFICANT_Q
-from lowmem_icl.report.wording import decimal_text, share_of_settings, span_text, units_text
 
 HEADLINE_UNITS = 5
 MATTERS = (

@@ -7,13 +7,13 @@ from typing import Any, Literal
 import polars as pl
 
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.report.above_chance import Settings, settings_of
-from lowmem_icl.report.circuits import circuit_sentence, removable_sentence
-from lowmem_icl.report.given_masks import given_mask_sentences
-from lowmem_icl.report.headline import MATTERS, units_sentence
+from lowmem_icl.report.findings.above_chance import Settings, settings_of
+from lowmem_icl.report.findings.circuits import circuit_sentence, removable_sentence
+from lowmem_icl.report.findings.given_masks import given_mask_sentences
+from lowmem_icl.report.findings.headline import MATTERS, units_sentence
+from lowmem_icl.report.findings.removal import removal_sentence
+from lowmem_icl.report.findings.wording import listed, setting_text, span_text
 from lowmem_icl.report.numbers import clean_accuracy
-from lowmem_icl.report.removal import removal_sentence
-from lowmem_icl.report.wording import listed, setting_text, span_text
 
 Level = Literal["plain", "warning"]
 Record = Mapping[str, Any]

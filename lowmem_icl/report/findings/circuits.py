@@ -6,8 +6,8 @@ from typing import Any
 import polars as pl
 
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.report.above_chance import Settings
-from lowmem_icl.report.wording import (
+from lowmem_icl.report.findings.above_chance import Settings
+from lowmem_icl.report.findings.wording import (
     FIRST_NAMED,
     MOST_NAMED,
     bounds_text,

@@ -7,8 +7,8 @@ import numpy as np
 import polars as pl
 
 from lowmem_icl.protocols import AGGREGATE, in_domain
-from lowmem_icl.report.above_chance import Settings, mean_above_chance
-from lowmem_icl.report.wording import MOST_NAMED, bounds_text, listed, units_text
+from lowmem_icl.report.findings.above_chance import Settings, mean_above_chance
+from lowmem_icl.report.findings.wording import MOST_NAMED, bounds_text, listed, units_text
 from lowmem_icl.statistics.bands import prediction_band
 from lowmem_icl.tables.schema import ACCURACIES
 

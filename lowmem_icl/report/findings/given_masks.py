@@ -5,8 +5,8 @@ from typing import Any
 import polars as pl
 
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.report.above_chance import Settings
-from lowmem_icl.report.wording import bounds_text, counts_text, setting_text
+from lowmem_icl.report.findings.above_chance import Settings
+from lowmem_icl.report.findings.wording import bounds_text, counts_text, setting_text
 
 
 def given_mask_sentences(masks: pl.DataFrame, settings: Settings, most: int) -> list[str]:

@@ -1,0 +1,1 @@
+"""What is said of a run in words: the answer first, and what it rests on."""
