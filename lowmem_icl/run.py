@@ -24,7 +24,7 @@ from lowmem_icl.session.identity import identity_of
 from lowmem_icl.session.prepare import Prepared, prepare, with_store
 from lowmem_icl.session.publish import Publisher
 from lowmem_icl.session.result import StageResult
-from lowmem_icl.session.run_form import StageActuals
+from lowmem_icl.session.run_form import StageActuals, State
 from lowmem_icl.session.work import Work
 from lowmem_icl.system.machine import device_in_use, resolved_device
 from lowmem_icl.system.progress import Progress, RunView, unseen, unwatched
@@ -90,7 +90,7 @@ def run(
         for name, mask_file in (mask_files or {}).items():
             # So the folder says by itself what was removed.
             write_mask(folder / "masks" / f"{name}.json", mask_file)
-        publisher = Publisher(prepared, opened, [warning for warning in warnings if warning], publish_run)
+        publisher = Publisher(prepared, opened, [warning for warning in warnings if warning], _write_page)
         try:
             # Planning takes of the hours too.
             _run_stages(prepared, plan, Deadlines(plan, now), opened, publisher, audience)
@@ -101,9 +101,15 @@ def run(
         for warning in publisher.warnings:
             logger.warning(warning)
             audience.announce(f"warning: {warning}")
-        publisher.publish()
-        opened.finish("out of time" if publisher.unfinished else "finished")
+        state: State = "out of time" if publisher.unfinished else "finished"
+        publisher.publish(state)
+        opened.finish(state)
     return RunOutcome(folder, publisher.results, opened.record)
+
+
+def _write_page(folder: Path, ends_as: State | None) -> None:
+    # Figures take longer than the page.
+    publish_run(folder, ends_as=ends_as, with_figures=ends_as is not None)
 
 
 def _run_stages(

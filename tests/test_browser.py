@@ -18,6 +18,7 @@ from synthetic_run import SyntheticRun
 
 from lowmem_icl.masks.files import read_mask
 from lowmem_icl.protocols import AGGREGATE
+from lowmem_icl.report.files import publish_run
 from lowmem_icl.report.page.write import write_report
 from lowmem_icl.report.run_tables import read_run
 from lowmem_icl.tables.schema import read_table
@@ -92,7 +93,7 @@ def demo_page(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """The page of a run of the demo, beside a copy of its folder."""
     folder = tmp_path_factory.mktemp("page") / "demo"
     shutil.copytree(small_run, folder)
-    write_report([read_run(folder)], folder / "report.html")
+    publish_run(folder)
     return folder / "report.html"
 
 
@@ -100,7 +101,7 @@ def demo_page(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def large_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page of OPT-66B's size: 64 layers of 72 heads, 14 tasks, 3 shot counts."""
     folder = SyntheticRun().write(tmp_path_factory.mktemp("page") / "large")
-    write_report([read_run(folder)], folder / "report.html")
+    publish_run(folder)
     return folder / "report.html"
 
 
@@ -120,6 +121,9 @@ def test_the_answer_is_there_before_any_script_has_run(windows: Any, large_page:
     window.page.goto(large_page.as_uri())
     assert window.page.locator("h1").inner_text().startswith("facebook/opt-66b")
     assert window.page.locator("#accuracy table").count() == 1
+    images = window.page.locator("figure img")
+    assert images.count() >= 8
+    assert all(images.nth(index).is_visible() for index in range(images.count()))
 
 
 def close(text: str, value: float) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -109,7 +110,8 @@ def test_masks_and_rankings_of_all_tasks_leave_out_what_is_out_of_domain(
 ) -> None:
     """A mask made for all tasks says which these are, and how many documents it was made from."""
     prepared, found = run_with_lambada.prepared, run_with_lambada.found
-    publisher = Publisher(prepared, SimpleNamespace(path=tmp_path), [], lambda folder: None)  # type: ignore[arg-type]
+    opened: Any = SimpleNamespace(path=tmp_path)
+    publisher = Publisher(prepared, opened, [], lambda folder, ends_as: None)
     shared = [made for made in found["prune"].masks if made.task == "aggregate"]
     assert {made.method for made in shared} >= {"greedy", "gradient", "ablation", "combined"}
     for made in shared:

@@ -7,6 +7,7 @@ import pytest
 
 from lowmem_icl.session.publish import SECONDS_BETWEEN_PAGES, Publisher
 from lowmem_icl.session.result import StageResult
+from lowmem_icl.session.run_form import State
 
 
 class Counted(Publisher):
@@ -15,7 +16,7 @@ class Counted(Publisher):
     pages = 0
     seconds = 0.0
 
-    def publish(self) -> None:
+    def publish(self, ends_as: State | None = None) -> None:
         self.pages += 1
         self._is_published(time.monotonic() - self.seconds)
 
@@ -30,7 +31,7 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_what_was_found_early_is_shown_while_a_long_stage_goes_on(seconds: list[float]) -> None:
     nothing: Any = None
-    publisher = Counted(nothing, nothing, [], lambda folder: None)
+    publisher = Counted(nothing, nothing, [], lambda folder, ends_as: None)
     seconds[0] = SECONDS_BETWEEN_PAGES + 1
     publisher.publish_if_due()
     assert publisher.pages == 0, "there is nothing to show"
@@ -51,7 +52,7 @@ def test_what_was_found_early_is_shown_while_a_long_stage_goes_on(seconds: list[
 
 def test_pages_that_take_long_are_written_less_often(seconds: list[float]) -> None:
     nothing: Any = None
-    publisher = Counted(nothing, nothing, [], lambda folder: None)
+    publisher = Counted(nothing, nothing, [], lambda folder, ends_as: None)
     publisher.seconds = SECONDS_BETWEEN_PAGES / 10
     publisher.publish()
     for times, pages in ((1.0, 1), (0.9, 1), (1.0, 2)):

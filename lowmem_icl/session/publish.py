@@ -15,6 +15,7 @@ from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.session.folder import RunFolder
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import MaskResult, StageResult
+from lowmem_icl.session.run_form import State
 from lowmem_icl.system.time_limit import TimeIsUp, at_most
 from lowmem_icl.tables.schema import TABLES, empty_frame, read_table, write_table
 
@@ -27,7 +28,7 @@ LEAST_TIMES_WRITING = 20
 class Publisher:
     """Folds the stages' results, the newest of each, and writes them into the run folder.
 
-    `write_page` is given the folder once its tables are there.
+    `write_page` is given the folder once its tables are there, and how the run ends; None while it goes on.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Publisher:
         prepared: Prepared,
         opened: RunFolder,
         warnings: Sequence[str],
-        write_page: Callable[[Path], None],
+        write_page: Callable[[Path, State | None], None],
     ) -> None:
         self._prepared, self._opened, self._write_page = prepared, opened, write_page
         self._warnings = list(warnings)
@@ -85,8 +86,8 @@ class Publisher:
         here = {name: len(result.results) for name, result in self.results.items()}
         return any(here.get(name, 0) < count for name, count in there)
 
-    def publish(self) -> None:
-        """Write everything."""
+    def publish(self, ends_as: State | None = None) -> None:
+        """Write everything; `ends_as`: the state that the run is about to end in."""
         began = time.monotonic()
         folder, options = self._opened.path, self._prepared.options
         for table in TABLES:
@@ -97,7 +98,7 @@ class Publisher:
             for target in (folder / "masks", *([options.masks_dir] if options.masks_dir else [])):
                 write_mask(target / f"{made.name}.json", mask_file)
         self.write_record()
-        self._write_page(folder)
+        self._write_page(folder, ends_as)
         self._is_published(began)
 
     def _is_published(self, began: float) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from lowmem_icl.errors import InputError
 from lowmem_icl.masks.naming import task_slug
@@ -19,6 +20,7 @@ from lowmem_icl.report.run_tables import RunTables
 from lowmem_icl.system.files import atomic_path
 
 FORMATS = ("svg", "pdf", "png")
+SMALL_DPI, SMALL_COLOURS = 110, 32
 NARROWEST, WIDEST = 3.0, 10.0
 """In inches."""
 CREATOR = "lowmem-icl"
@@ -83,20 +85,45 @@ def write_figures(run: RunTables, files: FigureFiles = FigureFiles()) -> list[Pa
     naming one that is like it.
     """
     check_tasks(files.tasks, run)
-    figures = run.folder / "figures"
     written: list[Path] = []
     with figure_style():
         for name, task, width in product(FIGURES, files.tasks, files.widths):
             figure = FIGURES[name].draw(run.results, run.record, Asked(width, task))
-            if figure is None:
-                continue
-            for extension in files.formats:
-                path = figures / f"{file_stem(name, width, task)}.{extension}"
-                with atomic_path(path) as temporary:
-                    temporary.write_bytes(encoded(figure, extension, FIGURES[name].caption))
-                written.append(path)
-    _remove_old(figures)
+            if figure is not None:
+                stem = file_stem(name, width, task)
+                written += [_write(run, figure, name, f"{stem}.{extension}") for extension in files.formats]
+    _remove_old(run.folder / "figures")
     return written
+
+
+def write_page_figures(run: RunTables) -> dict[str, bytes]:
+    """Write the figures that every run has, as SVG of a page's width; return them by name as small PNG
+    images, for readers of the page without JavaScript.
+    """
+    images = {}
+    with figure_style():
+        for name, kind in FIGURES.items():
+            figure = kind.draw(run.results, run.record, Asked())
+            if figure is not None:
+                _write(run, figure, name, f"{name}.svg")
+                images[name] = small_image(figure)
+    _remove_old(run.folder / "figures")
+    return images
+
+
+def _write(run: RunTables, figure: Figure, name: str, file_name: str) -> Path:
+    path = run.folder / "figures" / file_name
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(encoded(figure, path.suffix[1:], FIGURES[name].caption))
+    return path
+
+
+def small_image(figure: Figure) -> bytes:
+    """Return a figure as a PNG of few pixels and colours."""
+    content, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(content, format="png", dpi=SMALL_DPI)
+    Image.open(content).convert("RGB").quantize(SMALL_COLOURS).save(small, "png", optimize=True)
+    return small.getvalue()
 
 
 def check_tasks(tasks: Sequence[str | None], run: RunTables) -> None:

@@ -1,10 +1,12 @@
 """From run folders to one page: sections in their order, and the numbers and code of its script."""
 
+import base64
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import bokeh
@@ -44,6 +46,8 @@ SECTIONS: dict[MakeSection, tuple[str, ...]] = {
     agreement_section: ("Agreement of rankings",),
     method_section: (),
 }
+MOST_IMAGE_BYTES = 700_000
+NO_IMAGES: Mapping[str, bytes] = MappingProxyType({})
 SCRIPTS = ("data.js", "state.js", "map.js", "units.js", "curves.js", "main.js")
 
 
@@ -58,6 +62,8 @@ class Page:
     notes: Sequence[str]
     warnings: Sequence[str]
     sections: Sequence[Section]
+    images: Mapping[str, str]
+    """What stands in a plot's place without JavaScript: data URLs by the names of figures."""
     data: str
     plot_items: str
     library: str
@@ -65,12 +71,16 @@ class Page:
     style: str
 
 
-def write_report(runs: Sequence[RunTables], page: Path) -> None:
-    """Write the page of one run, or of several compared."""
-    write_text_atomic(page, render(run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)))
+def write_report(runs: Sequence[RunTables], page: Path, images: Mapping[str, bytes] = NO_IMAGES) -> None:
+    """Write the page of one run, or of several compared.
+
+    images: figures by name as PNG, for readers without JavaScript; of too heavy ones the last are left out.
+    """
+    whole = run_page(runs[0], images) if len(runs) == 1 else comparison_page(runs)
+    write_text_atomic(page, render(whole))
 
 
-def run_page(run: RunTables) -> Page:
+def run_page(run: RunTables, images: Mapping[str, bytes] = NO_IMAGES) -> Page:
     """Return what the page says of a run."""
     record, model = run.record, run.record["model"]
     found = answer(run.results, run.units, run.masks, record)
@@ -87,9 +97,20 @@ def run_page(run: RunTables) -> Page:
         notes=found.notes,
         warnings=record["warnings"],
         sections=sections,
+        images=embedded(images),
         data=_json(payload(run)),
         **_script_of(sections),
     )
+
+
+def embedded(images: Mapping[str, bytes]) -> dict[str, str]:
+    """Return images as data URLs, the first ones up to MOST_IMAGE_BYTES in all."""
+    found, left = {}, MOST_IMAGE_BYTES
+    for name, content in images.items():
+        left -= len(content)
+        if left >= 0:
+            found[name] = "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+    return found
 
 
 def comparison_page(runs: Sequence[RunTables]) -> Page:
@@ -108,6 +129,7 @@ def comparison_page(runs: Sequence[RunTables]) -> Page:
             for warning in run.record["warnings"]
         ],
         sections=sections,
+        images={},
         data=_json(comparison_data(runs)),
         **_script_of(sections),
     )
