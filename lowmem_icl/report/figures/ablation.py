@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.figures.layout import (
+    TALLEST,
     Asked,
     PanelSize,
     Record,
@@ -21,12 +22,12 @@ from lowmem_icl.report.figures.layout import (
 )
 from lowmem_icl.report.figures.maps import shape_of
 from lowmem_icl.report.figures.rows import bounds_of, dot_key, line_key, marker_key
-from lowmem_icl.report.figures.scales import SymLog, number
+from lowmem_icl.report.figures.scales import SymLog
 from lowmem_icl.report.figures.style import BLUE, GREY, LINE, RED, shot_colours
 from lowmem_icl.report.numbers import unit_drops
 from lowmem_icl.statistics.agreement import spearman
 
-DROP = "drop of gold log-probability, nats"
+DROP = "gold log-probability lost, nats"
 KINDS = {"head": ("heads", BLUE, "o"), "ffn": ("FFNs", RED, "^")}
 MOST_DOTS = 24
 """Layers up to which every FFN has a dot and a bar; beyond, lines have bands."""
@@ -90,8 +91,8 @@ def ablate_estimates(results: pl.DataFrame, record: Record, asked: Asked) -> Fig
     shots = shots_of(both)
     across = min(len(shots), max(1, int((asked.width - 0.5) / 1.35)))
     down = -(-len(shots) // across)
-    side = min(2.4, (asked.width - 0.6) / across - 0.1)
-    figure = new_figure(asked.width, down * (side + (0.44 if side < NARROW else 0.32)) + 0.25)
+    side = min(2.4, (asked.width - 0.6) / across - 0.1, (TALLEST - 0.6) / down - 0.44)
+    figure = new_figure(asked.width, down * (side + (0.44 if side < NARROW else 0.34)) + 0.32)
     axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
     scale = SymLog.of(both.select("value", "exact").to_numpy())
     for place, (axis, n_shots) in enumerate(zip(axes, shots, strict=False)):
@@ -129,5 +130,5 @@ def _rank_texts(panel: pl.DataFrame) -> list[str]:
         units = panel.filter(pl.col("kind") == kind)
         rank = spearman(units["value"].to_numpy(), units["exact"].to_numpy()) if len(units) > 2 else np.nan
         if np.isfinite(rank):
-            found.append(f"{name} ρ {number(round(rank, 2) + 0.0)}")
+            found.append(f"{name} ρ {round(rank, 2) + 0.0:.2f}".replace("-", "−"))
     return found

@@ -10,7 +10,15 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.report.figures.layout import Asked, Record, key_above, new_figure, shots_of, shots_text
+from lowmem_icl.report.figures.layout import (
+    TALLEST,
+    Asked,
+    Record,
+    key_above,
+    new_figure,
+    shots_of,
+    shots_text,
+)
 from lowmem_icl.report.figures.matrices import value_size, value_text, write_values
 from lowmem_icl.report.figures.names import short_names, text_width
 from lowmem_icl.report.figures.rows import TaskRows, dot_key, tick_key
@@ -18,6 +26,8 @@ from lowmem_icl.report.figures.scales import number
 from lowmem_icl.report.figures.style import BLACK, LINE, NORMAL, PALE, SMALL, shot_colours
 
 METHOD = "gradient"
+TITLE_INCHES = 1.1
+"""What the title of a matrix needs."""
 NAME_INCHES = 0.8
 """The longest name of a task beside a matrix."""
 Matrix = NDArray[np.float64]
@@ -71,9 +81,9 @@ def _matrices(pairs: pl.DataFrame, asked: Asked) -> Figure:
     pitch = SMALL * 1.25 / 72
     longest = max(map(text_width, names))
     room = asked.width - longest - 0.55
-    across = max(1, min(len(shots), int(room / (max(0.8, pitch * len(tasks)) + 0.1))))
+    across = max(1, min(len(shots), int(room / (max(TITLE_INCHES, pitch * len(tasks)) + 0.1))))
     down = -(-len(shots) // across)
-    side = min(room / across - 0.1, 2.3)
+    side = min(room / across - 0.1, 2.3, (TALLEST - 1) / down - 0.34)
     figure = new_figure(asked.width, down * (side + 0.34) + longest + 0.12)
     axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
     size = value_size(np.concatenate(grids), side / len(tasks), side / len(tasks))

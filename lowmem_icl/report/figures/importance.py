@@ -9,14 +9,18 @@ from lowmem_icl.report.figures.maps import head_maps
 
 def importance_heads(results: pl.DataFrame, record: Record, asked: Asked) -> Figure | None:
     """Draw the gradient scores of heads."""
-    gradients = results.filter((pl.col("experiment") == "importance") & (pl.col("metric") == "gradient"))
+    is_gradient = (pl.col("experiment") == "importance") & (pl.col("metric") == "gradient")
+    gradients = results.filter(is_gradient)
     return head_maps(gradients, record, asked, "gradient importance")
 
 
 def ablate_heads(results: pl.DataFrame, record: Record, asked: Asked) -> Figure | None:
     """Draw what removing each head alone costs."""
     return head_maps(
-        _ablated(results, "gold_logprob_drop"), record, asked, "drop of gold log-probability, nats"
+        _ablated(results, "gold_logprob_drop"),
+        record,
+        asked,
+        "gold log-probability lost without the head, nats",
     )
 
 

@@ -14,7 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.report.figures.names import LEADING, short_names, text_width
+from lowmem_icl.report.figures.names import LEADING, broken, short_names, text_width
 from lowmem_icl.report.figures.style import NORMAL, SMALL
 
 Record = Mapping[str, Any]
@@ -90,6 +90,11 @@ def shots_text(shots: int) -> str:
     return f"{shots} shot" if shots == 1 else f"{shots} shots"
 
 
+def shots_title(shots: int, inches: float) -> str:
+    """Return a shot count as the title of a panel of a width: in words, or a number alone."""
+    return shots_text(shots) if inches > 0.55 else str(shots)
+
+
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure of exactly this size in inches, whose layout keeps texts apart."""
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -123,7 +128,7 @@ def task_panels(asked: Asked, tasks: Sequence[str], shots: Sequence[int], size: 
             axis = figure.add_subplot(grid[row, block * (count + 1) + place])
             lines = [names[task]] if place == 0 else []
             if count > 1 and row == 0:
-                lines.append(shots_text(n_shots) if width > 0.55 else str(n_shots))
+                lines.append(shots_title(n_shots, width))
             axis.set_title("\n".join(lines))
             is_lowest = number + across >= len(tasks)
             axis.tick_params(labelleft=block + place == 0, labelbottom=is_lowest)
@@ -205,6 +210,8 @@ def grow(figure: Figure, inches: float) -> None:
 
 
 def axis_labels(figure: Figure, across: str, up: str) -> None:
-    """Name the axes of all panels once."""
+    """Name the axes of all panels once; a name beside low panels is broken into lines."""
+    # The name is centred on a figure that a key may still make higher, and must end below that.
+    room = figure.get_size_inches()[1] - KEY
     figure.supxlabel(across)
-    figure.supylabel(up)
+    figure.supylabel("\n".join(broken(up, room, NORMAL)))

@@ -69,7 +69,7 @@ class MapScale:
         bar.set_ticks(marks, labels=[number(mark) for mark in marks])
         bar.minorticks_off()
         bar.ax.tick_params(length=1.5, pad=1)
-        bar.set_label(label, labelpad=2)
+        bar.set_label(label, loc="left", labelpad=2)
         bar.ax.spines["outline"].set_linewidth(LINE / 2)
         grow(figure, 0.42)
 

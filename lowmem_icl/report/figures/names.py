@@ -59,6 +59,18 @@ def _shortened(text: str, inches: float, size: float) -> str:
     return text[:1] + ELLIPSIS
 
 
+def broken(text: str, inches: float, size: float = SMALL) -> list[str]:
+    """Return a text in lines of so many inches, broken between words."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and text_width(longer, size) <= inches:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
 def moved_apart(positions: Sequence[float], distance: float, low: float, high: float) -> list[float]:
     """Return positions at least a distance apart within bounds, in their order, each moved little.
 

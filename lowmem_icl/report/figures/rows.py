@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.report.figures.layout import new_figure, share_ticks, shots_text
+from lowmem_icl.report.figures.layout import new_figure, share_ticks, shots_title
 from lowmem_icl.report.figures.names import short_names
 from lowmem_icl.report.figures.scales import number
 from lowmem_icl.report.figures.style import GREY, LINE, PALE, SMALL
@@ -59,7 +59,7 @@ class TaskRows:
             self.set_up(axis, panel_width)
             axis.tick_params(labelleft=place == 0)
             if shots:
-                axis.set_title(shots_text(shots[place]))
+                axis.set_title(shots_title(shots[place], panel_width))
         return RowPanels(figure, dict(zip(shots or (None,), axes, strict=True)), panel_width)
 
     def set_up(self, axis: Axes, panel_width: float) -> None:
