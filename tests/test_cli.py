@@ -8,8 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import pytest
 import typer
@@ -330,20 +329,18 @@ def test_mask_commands_report_errors_as_all_commands_do(tmp_path: Path) -> None:
 def test_options_reach_a_command_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[RunOptions] = []
 
-    def record(options: RunOptions, *_: Any, **__: Any) -> SimpleNamespace:
+    def record(options: RunOptions, *_: Any, **__: Any) -> NoReturn:
         seen.append(options)
-        return SimpleNamespace(folder=tmp_path)
+        raise DoesNotFit("enough seen")
 
     monkeypatch.setattr("lowmem_icl.run.run", record)
-    monkeypatch.setattr("lowmem_icl.report.run_tables.read_run", lambda folder: folder)
-    monkeypatch.setattr("lowmem_icl.report.summary.run_summary", lambda folder: {"folder": str(folder)})
     config = tmp_path / "paper.toml"
     config.write_text("limit = 8\nrescore = true\nbos = true\nseed = 5\n")
     left, right = write_masks(tmp_path / "masks")
     arguments = ["--mask", left, "--mask", right, "--config", config, "--no-bos"]
     result = invoke("evaluate", *arguments, "--json")
-    assert result.exit_code == 0, result.output
-    assert invoke("evaluate", *arguments, "--out", tmp_path / "own", "--json").exit_code == 0
+    assert result.exit_code == DoesNotFit.exit_code, result.output
+    assert "enough seen" in invoke("evaluate", *arguments, "--out", tmp_path / "own", "--json").stderr
     default, named = seen
     assert default.out is not None
     assert default.out.name.startswith("evaluate-demo-")

@@ -140,7 +140,12 @@ def _show_list(masks: list[dict[str, Any]]) -> None:
         )
         for mask in masks
     ]
-    _print_table(("name", "method", "task", "shots", "removed", "accuracy"), rows)
+    columns = ("name", "method", "task", "shots", "removed", "accuracy")
+    # Of a long name every column counts.
+    shown = [number for number, cells in enumerate(zip(*rows, strict=True)) if any(cells)]
+    _print_table(
+        tuple(columns[number] for number in shown), [tuple(row[number] for number in shown) for row in rows]
+    )
     for model, mask in {mask["model"]: mask for mask in masks}.items():
         heads, ffns = mask["model_heads"], mask["model_ffns"]
         count = sum(each["model"] == model for each in masks)
