@@ -59,6 +59,26 @@ def evaluation_records(task: PackedTask, under: MaskScores) -> Iterator[Block]:
         yield base | {"metric": "top_answer_share", "value": share}
 
 
+def drop_records(task: PackedTask, clean: MaskScores, under: MaskScores) -> Iterator[Block]:
+    """Yield what a task loses under a mask, clean minus masked on the same documents: acc_drop,
+    gold_logprob_drop and gold_prob_drop with intervals over the paired differences, clustered.
+    """
+    base = task_fields(task.task) | {
+        "mask": under.name,
+        "heads_removed": len(under.mask.heads),
+        "ffns_removed": len(under.mask.ffns),
+        "exact": True,
+    }
+    whole = document_scores(task.task, clean.logprobs, clean.greedy)
+    left = document_scores(task.task, under.logprobs, under.greedy)
+    accuracy, clusters = unit_accuracy(task.task, whole["acc"])
+    lost = accuracy - unit_accuracy(task.task, left["acc"])[0]
+    yield base | {"metric": "acc_drop"} | mean_interval(lost, clusters, CHANGE)._asdict()
+    for name in ("gold_logprob", "gold_prob"):
+        interval = mean_interval(whole[name] - left[name], task.task.clusters, MEAN)
+        yield base | {"metric": f"{name}_drop"} | interval._asdict()
+
+
 def label_effect_records(
     right: TaskRows, control: TaskRows, with_right: MaskScores, with_control: MaskScores
 ) -> Iterator[Block]:

@@ -77,6 +77,8 @@ def _evaluated(
         for index, (name, mask) in enumerate(named.items()):
             under = MaskScores(name, mask, score.logprobs[index], score.greedy[index])
             found += measure.evaluation_records(packed, under)
+            if index:
+                found += measure.drop_records(packed, _clean(score), under)
             answers.append(measure.answer_columns(packed, name, score.logprobs[index]))
     return found, answers
 
