@@ -280,6 +280,16 @@ def test_masks_are_files_that_evaluate_takes_back(small_run: Path, stores: Path,
     assert max(map(len, shown.stdout.splitlines()[:8])) <= 80
     assert shown.stdout.count(mask.name) == shown.stdout.count("  clean ") >= 4
     assert "chance 0.250" in shown.stdout
+    # The folder says by itself what was removed, and what that costs, as the search's own record does.
+    assert read_mask(tmp_path / "again" / "masks" / path.name).mask == mask.mask
+    judged = read_table(tmp_path / "again" / "masks.parquet", "masks")
+    own = judged.row(0, named=True)
+    assert (own["mask"], own["mask_task"], own["task"], own["shots"]) == (mask.name, "recall", "recall", 4)
+    assert own["loss"] == pytest.approx(mask.scores["loss"], abs=1e-12)
+    assert own["verdict"] == mask.scores["verdict"]
+    assert len(own["removed"]) == len(mask.mask)
+    said = json.loads((tmp_path / "again" / "summary.json").read_text(encoding="utf-8"))["answer"]
+    assert all(mask.name in sentence or "at chance" in sentence for sentence in said["sentences"])
 
 
 def check_drops(folder: Path, mask: str) -> None:
@@ -299,6 +309,46 @@ def check_drops(folder: Path, mask: str) -> None:
         of_setting = paired.filter((pl.col("task") == row["task"]) & (pl.col("shots") == row["shots"]))
         assert row["value"] == pytest.approx((of_setting["gold"] - of_setting["gold_right"]).mean())
         assert row["low"] is None or row["low"] <= row["value"] <= row["high"]
+
+
+def test_the_tables_of_units_and_masks_hold_what_the_results_say(small_run: Path) -> None:
+    results, units, masks = (
+        read_table(small_run / f"{name}.parquet", name) for name in ("results", "units", "masks")
+    )
+    keys = ["task", "shots", "kind", "layer", "head"]
+    for column, metric in {
+        "drop": "gold_logprob_drop", "margin_drop": "margin_drop", "acc_drop_q_value": "acc_drop_q_value",
+        "icl_effect_low": "icl_effect",
+    }.items():  # fmt: skip
+        own = results.filter((pl.col("experiment") == "ablate") & (pl.col("metric") == metric))
+        bound = "low" if column.endswith("_low") else "value"
+        both = own.join(units, on=keys, nulls_equal=True, suffix="_unit")
+        assert len(both) == len(own) > 0
+        assert (both[bound] == both[column]).all()
+    # Every unit of every setting once: 2 tasks and their mean at 2 shot counts, 32 heads and 4 FFNs.
+    assert len(units) == units.select(keys).n_unique() == 3 * 2 * 36
+    assert units.group_by("task", "shots").agg(pl.col("rank").max())["rank"].to_list() == [36] * 6
+    for row in masks.filter(pl.col("removed").is_not_null()).iter_rows(named=True):
+        mask = read_mask(small_run / "masks" / f"{row['mask']}.json").mask
+        assert row["removed"] == [str(unit) for unit in mask.units()]
+        assert (len(mask.heads), len(mask.ffns)) == (row["heads_removed"], row["ffns_removed"])
+    greedy = masks.filter((pl.col("method") == "greedy") & (pl.col("mask_task") == pl.col("task")))
+    for row in greedy.iter_rows(named=True):
+        of_setting = units.filter((pl.col("task") == row["task"]) & (pl.col("shots") == row["shots"]))
+        assert set(of_setting.filter("kept")["unit"]) == set(row["kept"])
+    assert {path.stem for path in (small_run / "masks").glob("*.json")} == set(masks["mask"])
+
+
+def test_intervals_of_proportions_have_width_and_stay_within_their_bounds(small_run: Path) -> None:
+    results = read_table(small_run / "results.parquet", "results")
+    known = results.filter(
+        pl.col("metric").is_in(["acc", "gold_prob"]) & pl.col("low").is_not_null()
+        & pl.col("method").ne_missing("random") & pl.col("method").ne_missing("random-median")
+    )  # fmt: skip
+    assert known.filter((pl.col("low") < 0) | (pl.col("high") > 1)).is_empty()
+    at_the_ends = known.filter((pl.col("metric") == "acc") & pl.col("value").is_in([0.0, 1.0]))
+    assert len(at_the_ends)
+    assert (at_the_ends["high"] - at_the_ends["low"] > 0).all()
 
 
 def test_int8_answers_are_bitwise_the_same_alone_and_with_others(

@@ -21,6 +21,8 @@ SETTING = ("task", "shots")
 JUDGED = ("experiment", "procedure", "mask", *SETTING)
 # Procedures that name masks and judge none.
 NO_JUDGEMENT = ("capacity", "important-heads", "scores")
+# Of random draws, under the draws' name: no mask.
+MEDIAN = "random-median"
 UNIT_LISTS = {name: MASKS[name] for name in ("mask", "same_as", "removed", "kept")}
 # What files say, in columns of their own until it is known whether the tables say it.
 MADE = {
@@ -55,6 +57,7 @@ def mask_table(results: pl.DataFrame, files: Mapping[str, MaskFile], judging: Ju
         pl.col("mask").is_not_null()
         & pl.col("experiment").is_in(["evaluate", "prune", "induction"])
         & ~pl.col("procedure").is_in(NO_JUDGEMENT).fill_null(value=False)
+        & pl.col("method").ne_missing(MEDIAN)
     )
     accuracy = judged.filter(pl.col("metric").is_in(ACCURACIES) & _right_labels())
     records = accuracy.filter(pl.col("mask") != CLEAN).unique(JUDGED, keep="first", maintain_order=True)
@@ -76,7 +79,7 @@ def mask_table(results: pl.DataFrame, files: Mapping[str, MaskFile], judging: Ju
         .join(_chance(results), on=SETTING, how="left", maintain_order="left")
         .with_columns(pl.col("ablation").fill_null("zero"), objective=_if_lost(pl.lit(judging.objective)))
     )
-    ordered = _with_files(_own_first(records), files, judging)
+    ordered = _with_files(records, files, judging)
     verdicts = [
         None if loss is None else verdict(low, high, judging.tolerance)
         for loss, low, high in ordered.select("loss", "loss_low", "loss_high").iter_rows()
@@ -150,6 +153,7 @@ def _with_files(records: pl.DataFrame, files: Mapping[str, MaskFile], judging: J
     joined = records.join(said, on="mask", how="left", maintain_order="left").with_columns(
         pl.coalesce(name, f"file_{name}").alias(name) for name in ("method", "mask_task", "mask_shots")
     )
+    joined = _own_first(joined)
     is_own = (pl.col("task") == pl.col("mask_task")) & (pl.col("shots") == pl.col("mask_shots"))
     clean = pl.when(pl.col("metric") == "em").then("file_em").otherwise("file_acc")
     is_first = pl.col("mask").is_first_distinct()

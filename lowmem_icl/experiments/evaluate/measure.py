@@ -59,6 +59,26 @@ def evaluation_records(task: PackedTask, under: MaskScores) -> Iterator[Block]:
         yield base | {"metric": "top_answer_share", "value": share}
 
 
+def drop_records(task: PackedTask, clean: MaskScores, under: MaskScores) -> Iterator[Block]:
+    """Yield what a task loses under a mask, clean minus masked on the same documents: acc_drop,
+    gold_logprob_drop and gold_prob_drop with intervals over the paired differences, clustered.
+    """
+    base = task_fields(task.task) | {
+        "mask": under.name,
+        "heads_removed": len(under.mask.heads),
+        "ffns_removed": len(under.mask.ffns),
+        "exact": True,
+    }
+    whole = document_scores(task.task, clean.logprobs, clean.greedy)
+    left = document_scores(task.task, under.logprobs, under.greedy)
+    accuracy, clusters = unit_accuracy(task.task, whole["acc"])
+    lost = accuracy - unit_accuracy(task.task, left["acc"])[0]
+    yield base | {"metric": "acc_drop"} | mean_interval(lost, clusters, CHANGE)._asdict()
+    for name in ("gold_logprob", "gold_prob"):
+        interval = mean_interval(whole[name] - left[name], task.task.clusters, MEAN)
+        yield base | {"metric": f"{name}_drop"} | interval._asdict()
+
+
 def label_effect_records(
     right: TaskRows, control: TaskRows, with_right: MaskScores, with_control: MaskScores
 ) -> Iterator[Block]:
@@ -81,27 +101,6 @@ def label_effect_records(
     gained = scores["gold_logprob"] - others["gold_logprob"]
     interval = mean_interval(gained, right.clusters, MEAN)
     yield base | {"metric": "gold_logprob_label_effect"} | interval._asdict()
-
-
-def mask_drop_records(task: TaskRows, clean: MaskScores, under: MaskScores) -> Iterator[Block]:
-    """Yield what a mask costs: scores of the clean run minus scores under the mask, of the same documents.
-
-    Intervals are over the paired differences, clustered; documents that are right only together count once in
-    `acc_drop`.
-    """
-    base = task_fields(task) | {
-        "mask": under.name,
-        "heads_removed": len(under.mask.heads),
-        "ffns_removed": len(under.mask.ffns),
-        "exact": True,
-    }
-    scores = document_scores(task, clean.logprobs, clean.greedy)
-    masked = document_scores(task, under.logprobs, under.greedy)
-    accuracy, clusters = unit_accuracy(task, scores["acc"])
-    lost = accuracy - unit_accuracy(task, masked["acc"])[0]
-    yield base | {"metric": "acc_drop"} | mean_interval(lost, clusters, CHANGE)._asdict()
-    lost = scores["gold_logprob"] - masked["gold_logprob"]
-    yield base | {"metric": "gold_logprob_drop"} | mean_interval(lost, task.clusters, MEAN)._asdict()
 
 
 def single_cluster_notes(tasks: Sequence[TaskRows]) -> Iterator[str]:

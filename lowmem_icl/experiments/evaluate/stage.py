@@ -78,7 +78,7 @@ def _evaluated(
             under = MaskScores(name, mask, score.logprobs[index], score.greedy[index])
             found += measure.evaluation_records(packed, under)
             if name != CLEAN:
-                found += measure.mask_drop_records(task, _clean(score), under)
+                found += measure.drop_records(packed, _clean(score), under)
             answers.append(measure.answer_columns(packed, name, score.logprobs[index]))
     return found, answers
 
