@@ -47,7 +47,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "curve_limit": 16,
         "curve_levels": "half",
         "curves": ("heads", "ffns", "random"),
-        "random_draws": 1,
     }
 }
 """What options are by preset, where they are not given."""
