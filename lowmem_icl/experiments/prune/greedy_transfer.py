@@ -2,7 +2,7 @@
 shot count, on the documents that curves are judged on.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import polars as pl
 
@@ -13,12 +13,13 @@ from lowmem_icl.experiments.prune import measure
 from lowmem_icl.experiments.prune.judging import mask_fields
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import CLEAN
-from lowmem_icl.protocols import AGGREGATE
+from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import MaskResult, stamp
 from lowmem_icl.session.work import SweepPart, Work, scores_by_task, sweep_in_chunks
 from lowmem_icl.tables import blocks
 from lowmem_icl.tables.schema import empty_frame
+from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.packing import PackedTask
 
 PART = "prune-transfer"
@@ -30,41 +31,50 @@ Masks = Sequence[Mask]
 def expected_parts(prepared: Prepared) -> list[SweepPart]:
     """Return the sweeps as if no two tasks had the same mask and every mask began in the first layer."""
     stand_in = Mask(ffns=frozenset([0]))
-    counts = [task.shots for task in prepared.curves]
-    return _parts(prepared, {shots: [Mask(), *[stand_in] * counts.count(shots)] for shots in counts})
+    made = [MaskResult("", stand_in, "greedy", task.task, task.shots, 0) for task in prepared.curves]
+    return _parts(prepared, [[Mask(), *[stand_in] * len(_masks_for(made, task))] for task in prepared.curves])
 
 
-def _parts(prepared: Prepared, masks: Mapping[int, Masks]) -> list[SweepPart]:
-    """Return the sweeps of all tasks under the masks of their shot count; none of a single task."""
+def _masks_for(made: Sequence[MaskResult], task: TaskRows) -> list[MaskResult]:
+    """Return the greedy masks that a task is judged under: its own, and those of all tasks but the ones that
+    are out of domain, by which no other is pruned.
+    """
+    return [
+        mask
+        for mask in made
+        if mask.method == "greedy"
+        and mask.task != AGGREGATE
+        and mask.shots == task.shots
+        and (mask.task == task.task or in_domain(mask.task))
+    ]
+
+
+def _parts(prepared: Prepared, masks: Sequence[Masks]) -> list[SweepPart]:
+    """Return the sweeps of all tasks under each one's masks; none of a single task."""
     tasks = prepared.curves
     if len({task.task for task in tasks}) < 2:
         return []
-    return sweep_in_chunks(PART, LABEL, tasks, [masks[task.shots] for task in tasks], CHUNK)
+    return sweep_in_chunks(PART, LABEL, tasks, masks, CHUNK)
 
 
 def transferred(work: Work, made: Sequence[MaskResult]) -> pl.DataFrame:
-    """Return the evaluation of every task, clean and under the greedy masks of all tasks, its own among them;
+    """Return the evaluation of every task, clean and under the greedy masks of the tasks, its own among them;
     empty for a single task.
 
     made: all masks of the searches. Masks that remove the same are swept once. There are no means over tasks:
     a mask's mean would hold the task that it was made for.
     """
     prepared = work.prepared
-    greedy = [mask for mask in made if mask.method == "greedy" and mask.task != AGGREGATE]
-    by_shots = {
-        shots: [mask for mask in greedy if mask.shots == shots] for shots in prepared.options.resolved_shots
-    }
-    swept = {
-        shots: tuple(dict.fromkeys([Mask(), *(mask.mask for mask in masks)]))
-        for shots, masks in by_shots.items()
-    }
+    tasks = prepared.curves
+    greedy = [_masks_for(made, task) for task in tasks]
+    swept = [tuple(dict.fromkeys([Mask(), *(mask.mask for mask in masks)])) for masks in greedy]
     parts = _parts(prepared, swept)
     if not parts:
         return empty_frame("results")
-    scores = scores_by_task(prepared.curves, parts, [work.sweep(part) for part in parts])
+    scores = scores_by_task(tasks, parts, [work.sweep(part) for part in parts])
     found: list[blocks.Block] = []
-    for task, score in zip(prepared.curves, scores, strict=True):
-        found += _records(prepared.pack(task), score, by_shots[task.shots], swept[task.shots])
+    for task, score, masks, of_masks in zip(tasks, scores, greedy, swept, strict=True):
+        found += _records(prepared.pack(task), score, masks, of_masks)
     return blocks.frame("results", found, stamp(prepared, "prune") | {"procedure": "greedy-transfer"})
 
 
