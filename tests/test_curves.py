@@ -33,6 +33,7 @@ from lowmem_icl.experiments.prune.points import (
 from lowmem_icl.masks.files import read_mask
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.rankings import RankingKey, removed_count, with_ties_broken
+from lowmem_icl.statistics.bands import LEAST_DRAWS
 from lowmem_icl.statistics.intervals import CHANGE, mean_intervals
 from lowmem_icl.tables.schema import read_table
 
@@ -109,9 +110,12 @@ def test_random_draws_are_nested_the_same_for_all_and_as_many_as_asked() -> None
     points = points_of("random")
     assert points == points_of("random", own=TaskShots("b", 5))
     assert {point.seed for point in points} == {42, 43, 44}
+    assert {point.percent for point in points} == {0, 30, 60, 90}
     for seed in (42, 43, 44):
         masks = [p.mask for p in points if p.seed == seed and p.kind == "head"]
         assert all(len(one - other) == 0 for one, other in itertools.pairwise(masks))
+    half = CurveOptions(("random",), SHOTS, random_draws=3, seed=42, levels=LEVELS_BY_NAME["half"])
+    assert {point.percent for point in curve_points(OWN, half, rankings())} == {0, 50}
 
 
 def test_a_curve_whose_ranking_is_missing_is_left_out() -> None:
@@ -226,6 +230,9 @@ def test_the_control_has_a_mean_and_a_band_for_the_next_draw() -> None:
     assert (band["low"], band["high"]) == pytest.approx((0.5 - reach, 0.5 + reach))
     (wide,) = control_records([mean], [draw | {"value": 3 * draw["value"] - 1} for draw in draws])
     assert (wide["low"], wide["high"]) == (0, 1)
+    (few,) = control_records([mean], draws[: LEAST_DRAWS - 1])
+    assert np.isnan([few["low"], few["high"]]).all()
+    assert np.isfinite(few["stderr"])
     (single,) = control_records([mean], draws[:1])
     assert np.isnan([single["stderr"], single["low"], single["high"]]).all()
 
@@ -259,6 +266,7 @@ def test_every_curve_is_there_with_all_its_levels(paper_run: Path) -> None:
     assert levels["gradient", "head"] == levels["rescored", "head"] == levels["ablation", "ffn"] == every
     assert levels["gradient-highest", "head"] == levels["gradient-lowest", "head"] == {10, 30, 50, 70, 90}
     assert levels["combined", None] == set(range(0, 80, 10))
+    assert levels["random", "head"] == levels["random", "ffn"] == {0, 30, 60, 90}
     donors = curves.filter(pl.col("method") == "gradient-highest")
     assert (donors["task"] != donors["other_task"]).all()
     other_shots = curves.filter((pl.col("method") == "gradient") & (pl.col("other_shots") != pl.col("shots")))
@@ -300,7 +308,7 @@ def test_a_point_is_what_an_evaluation_of_its_mask_says(
 
 def test_the_controls_error_counts_documents_and_draws(paper_run: Path) -> None:
     rows = read_table(paper_run / "run" / "results.parquet", "results").filter(
-        (pl.col("procedure") == "random") & (pl.col("metric") == "gold_prob") & (pl.col("percent") == 50)
+        (pl.col("procedure") == "random") & (pl.col("metric") == "gold_prob") & (pl.col("percent") == 60)
         & (pl.col("task") == "recall") & (pl.col("kind") == "head") & (pl.col("shots") == 4)
     )  # fmt: skip
     draws, mean = (rows.filter(pl.col("mask").is_not_null()), rows.filter(pl.col("mask").is_null()))

@@ -18,6 +18,7 @@ from lowmem_icl.options import (
     variable_name,
 )
 from lowmem_icl.options.defaults import PRESETS
+from lowmem_icl.statistics.bands import LEAST_DRAWS
 
 BAD = {
     "limit": ("0", "a whole number of at least 1"),
@@ -57,7 +58,7 @@ def test_every_option_says_what_it_is_and_groups_stand_together() -> None:
 
 def test_defaults_are_read_from_the_fields() -> None:
     assert default_text("weights") == "int8"
-    assert default_text("curves") == "heads,ffns"
+    assert default_text("curves") == "heads,ffns,random"
     assert default_text("tolerance") == "0.01"
     assert default_text("rescore") == ""
     assert form_of("weights").choices == ("int8", "bfloat16", "float32")
@@ -140,7 +141,8 @@ def test_limits_are_resolved_in_turn() -> None:
 def test_what_is_given_stands_before_a_preset() -> None:
     night = RunOptions(preset="night")
     assert (night.demonstrations, night.search, night.exact) == ("shared", "nested", 28)
-    assert night.curves == ("heads", "ffns", "random")
+    assert night.curves == RunOptions().curves == ("heads", "ffns", "random")
+    assert night.random_draws >= LEAST_DRAWS, "fewer have no band"
     given = RunOptions(preset="night", exact=100, certify_limit=5)
     assert (given.exact, given.certify_limit, given.demonstrations) == (100, 5, "shared")
 

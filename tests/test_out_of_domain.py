@@ -93,7 +93,9 @@ def test_a_task_out_of_domain_is_pruned_by_its_own_ranking_and_prunes_no_other(
 ) -> None:
     prune = run_with_lambada.results.filter(pl.col("experiment") == "prune")
     assert not set(prune.filter(pl.col("task") != "lambada")["mask_task"]) & {"lambada"}
-    own = {"curve-heads", "curve-ffns", "cross-shot", "rescored", "greedy"}
+    elsewhere = prune.filter((pl.col("procedure") == "greedy-transfer") & (pl.col("task") == "lambada"))
+    assert set(elsewhere["mask_task"]) == {None, "lambada", "recall", "knowledge"}
+    own = {"curve-heads", "curve-ffns", "cross-shot", "rescored", "greedy", "greedy-transfer"}
     assert set(prune.filter(pl.col("mask_task") == "lambada")["procedure"]) <= own
     assert not len(prune.filter((pl.col("procedure") == "transfer") & (pl.col("task") == "lambada")))
     means = prune.filter(pl.col("task") == "aggregate")

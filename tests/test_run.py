@@ -81,7 +81,7 @@ def test_every_number_says_its_procedure_its_labels_and_how_units_were_removed(s
         "evaluate": {None},
         "importance": {None},
         "ablate": {"single", "top", "icl-effect"},
-        "prune": {"curve-heads", "curve-ffns", "greedy"},
+        "prune": {"curve-heads", "curve-ffns", "random", "greedy", "greedy-transfer"},
         "induction": {"scores", "capacity", "important-heads", "removal"},
         "overlap": {"pair", "reliability", "cross-shot"},
     }
@@ -101,11 +101,15 @@ def test_nothing_need_be_parsed_out_of_a_masks_name(small_run: Path) -> None:
     results = read_table(small_run / "results.parquet", "results")
     prune = results.filter(pl.col("experiment") == "prune")
     fields = ("procedure", "method", "kind", "percent", "mask_task", "mask_shots", "mask")
-    removing = prune.filter(pl.col("mask").is_not_null() & (pl.col("mask") != "clean"))
+    named = prune.filter(pl.col("mask").is_not_null() & (pl.col("mask") != "clean"))
+    removing, drawn = (
+        named.filter((pl.col("procedure") == "random") == is_drawn) for is_drawn in (False, True)
+    )
     rows = removing.select(fields).unique().to_dicts()
-    assert {row["procedure"] for row in rows} == {"curve-heads", "curve-ffns", "greedy"}
+    kinds = {"curve-heads": "heads", "curve-ffns": "ffns", "greedy": None, "greedy-transfer": None}
+    assert {row["procedure"] for row in rows} == set(kinds)
     for row in rows:
-        kind = {"curve-heads": "heads", "curve-ffns": "ffns", "greedy": None}[row["procedure"]]
+        kind = kinds[row["procedure"]]
         level = f"-{kind}-{row['percent']}" if kind else ""
         assert (row["percent"] is None) == (kind is None)
         assert row["mask"] == f"{row['method']}{level}-{row['mask_task']}-{row['mask_shots']}shot"
@@ -114,10 +118,13 @@ def test_nothing_need_be_parsed_out_of_a_masks_name(small_run: Path) -> None:
         assert made["tasks"] == (
             ["recall", "knowledge"] if row["mask_task"] == "aggregate" else [row["mask_task"]]
         )
+    for row in drawn.iter_rows(named=True):
+        seed = results.filter(pl.col("experiment") == "evaluate")["seed"][0]
+        assert row["mask"] == f"random-{row['kind']}s-{row['percent']}-draw{row['seed'] - seed}"
     # The clean run was made from nothing; tasks that each prune by their own ranking have no one mask.
     clean = prune.filter(pl.col("mask") == "clean")
     assert clean["mask_task"].null_count() == clean["mask_shots"].null_count() == len(clean) > 0
-    own = prune.filter(pl.col("mask").is_null())
+    own = prune.filter(pl.col("mask").is_null() & (pl.col("procedure") != "random"))
     assert set(own["task"]) == {"aggregate"}
     assert set(own["mask_task"]) == {None}
     assert (own["mask_shots"] == own["shots"]).all()
@@ -132,6 +139,7 @@ def test_nothing_need_be_parsed_out_of_a_masks_name(small_run: Path) -> None:
     assert set(results.filter(pl.col("percent").is_not_null())["procedure"]) == {
         "curve-heads",
         "curve-ffns",
+        "random",
         "capacity",
         "pair",
     }

@@ -46,8 +46,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "certify_limit": 0,
         "curve_limit": 16,
         "curve_levels": "half",
-        "curves": ("heads", "ffns", "random"),
-        "random_draws": 1,
     }
 }
 """What options are by preset, where they are not given."""

@@ -28,7 +28,7 @@ EXPERIMENTS: tuple[Experiment, ...] = get_args(Experiment)
 Curve = Literal["heads", "ffns", "combined", "transfer", "cross-shot", "random"]
 CURVES: tuple[Curve, ...] = get_args(Curve)
 Copying = Literal["norm", "softmax", "bias"]
-DEFAULT_CURVES: tuple[Curve, ...] = ("heads", "ffns")
+DEFAULT_CURVES: tuple[Curve, ...] = ("heads", "ffns", "random")
 DEFAULT_EXACT = 500
 
 
@@ -258,7 +258,10 @@ class RunFields(BaseModel):
             "At which percentages curves are measured: 0, 10, 20 to 90; or half of these: 0, 10, 30 to 90.",
         ),
     ] = "all"
-    random_draws: Annotated[SmallCount, Flag(Group.EXPERIMENTS, "Draws for the random curves.")] = 10
+    random_draws: Annotated[
+        SmallCount,
+        Flag(Group.EXPERIMENTS, "Draws for the random curves, at every third level; 5 or more have a band."),
+    ] = 5
     rescore: Annotated[
         bool,
         Flag(

@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 from cells import Cell, Values, cell, check, markdown
 
-from lowmem_icl.statistics.bands import prediction_band
+from lowmem_icl.statistics.bands import LEAST_DRAWS, prediction_band
 from lowmem_icl.statistics.intervals import (
     CHANGE,
     CHANGE_OF_CHANGES,
@@ -239,17 +239,19 @@ def f1_of(pairs: list[Any]) -> float:
 
 
 def random_bands(form: Form, rng: np.random.Generator) -> Iterator[Cell]:
-    """The band of 10 random masks, which is to hold the next one."""
-    draws = {
-        "normal": rng.normal(size=(form.samples, 11)),
-        "accuracies near 0.25": rng.binomial(64, 0.25, (form.samples, 11)) / 64,
-        "accuracies near 1": rng.binomial(64, 0.98, (form.samples, 11)) / 64,
-        "skewed": rng.exponential(size=(form.samples, 11)),
-        "of few kinds": 0.3 + 0.5 * correct(rng, 0.3, (form.samples, 11)),
-    }
-    for name, values in draws.items():
-        bounds = np.array([prediction_band(row[:10]) for row in values])
-        yield cell(f"band of 10 random masks, {name}", bounds[:, 0], bounds[:, 1], values[:, 10])
+    """The band of 10 random masks, and of as few as have one, which is to hold the next one."""
+    for count in (10, LEAST_DRAWS):
+        shape = (form.samples, count + 1)
+        draws = {
+            "normal": rng.normal(size=shape),
+            "accuracies near 0.25": rng.binomial(64, 0.25, shape) / 64,
+            "accuracies near 1": rng.binomial(64, 0.98, shape) / 64,
+            "skewed": rng.exponential(size=shape),
+            "of few kinds": 0.3 + 0.5 * correct(rng, 0.3, shape),
+        }
+        for name, values in draws.items():
+            low, high = np.array([prediction_band(row[:count]) for row in values]).T
+            yield cell(f"band of {count} random masks, {name}", low, high, values[:, count])
 
 
 Grid = Callable[[Form, np.random.Generator], Iterator[Cell]]

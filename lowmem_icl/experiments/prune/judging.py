@@ -17,13 +17,12 @@ from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.options import RunOptions
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.session.prepare import Prepared
-from lowmem_icl.session.result import MaskResult, stamp, task_fields
+from lowmem_icl.session.result import MaskResult, stamp
 from lowmem_icl.session.work import SweepPart, Work, scores_by_task, sweep_in_chunks
 from lowmem_icl.statistics.certificate import verdict
 from lowmem_icl.tables import blocks
 from lowmem_icl.tables.aggregate import over_tasks
 from lowmem_icl.tables.guessing import settings_at_chance
-from lowmem_icl.tasks.packing import PackedTask
 
 Record = Mapping[str, Any]
 
@@ -128,39 +127,27 @@ def _mask_records(work: Work, made: Sequence[MaskResult], clean: Sequence[Scores
     scores = _scores(work, judging_parts(prepared, made))
     for task, whole, score in zip(prepared.evaluate, clean, scores, strict=True):
         packed, masks = prepared.pack(task), _masks_for(made, task.task, task.shots)
-        lost = _drops(packed, whole, score, prepared.options.objective)
+        unpruned = measure.scores_under_masks(packed, whole.logprobs[:1], whole.greedy[:1])
+        pruned = measure.scores_under_masks(packed, score.logprobs, score.greedy)
+        lost = measure.drop_records(packed, unpruned, pruned)
         for index, mask in enumerate(masks):
             under = evaluation.MaskScores(mask.name, mask.mask, score.logprobs[index], score.greedy[index])
-            records = [*evaluation.evaluation_records(packed, under), lost[index] | _removed_fields(mask)]
-            found += [{**record, **_mask_fields(mask)} for record in records]
-    results = blocks.frame("results", found, stamp(prepared, "prune"))
+            of_objective = lost[index][f"{prepared.options.objective}_drop"]
+            records = [*evaluation.evaluation_records(packed, under), of_objective]
+            found += [{**record, **mask_fields(mask)} for record in records]
+    results = blocks.frame("results", found, stamp(prepared, "prune") | {"procedure": "greedy"})
     shared = results.filter(pl.col("mask").is_in([mask.name for mask in made if mask.task == AGGREGATE]))
     return pl.concat([results, over_tasks(shared)])
 
 
-def _drops(task: PackedTask, clean: Scores, masked: Scores, objective: str) -> list[dict[str, Any]]:
-    """Return what a task loses of the objective under each mask, paired by document, as records."""
-    under = measure.scores_under_masks(task, masked.logprobs, masked.greedy)
-    whole = measure.scores_under_masks(task, clean.logprobs[:1], clean.greedy[:1])
-    lost = measure.drop_intervals(task, whole, under)[f"{objective}_drop"]
-    base = task_fields(task.task) | {"metric": f"{objective}_drop", "exact": True}
-    return [base | {name: float(value) for name, value in zip(lost._fields, values, strict=True)}
-            for values in zip(*lost, strict=True)]  # fmt: skip
-
-
-def _removed_fields(mask: MaskResult) -> dict[str, Any]:
+def mask_fields(mask: MaskResult) -> dict[str, Any]:
+    """Return the columns that tell a search's mask from others."""
     return {
         "mask": mask.name,
-        "heads_removed": len(mask.mask.heads),
-        "ffns_removed": len(mask.mask.ffns),
-    }
-
-
-def _mask_fields(mask: MaskResult) -> dict[str, Any]:
-    return {
-        "procedure": "greedy",
         "method": mask.method,
         "mask_task": mask.task,
         "mask_shots": mask.shots,
+        "heads_removed": len(mask.mask.heads),
+        "ffns_removed": len(mask.mask.ffns),
         "seed": mask.seed,
     }

@@ -97,6 +97,24 @@ def drop_intervals(
     return lost
 
 
+def drop_records(
+    task: PackedTask, clean: ScoresUnderMasks, pruned: ScoresUnderMasks
+) -> list[dict[str, dict[str, Any]]]:
+    """Return what a task loses under each mask, paired with the clean run, as records by the drop's
+    metric.
+    """
+    lost, base = drop_intervals(task, clean, pruned), task_fields(task.task) | {"exact": True}
+    return [
+        {
+            metric: base
+            | {"metric": metric}
+            | {name: float(column[index]) for name, column in intervals._asdict().items()}
+            for metric, intervals in lost.items()
+        }
+        for index in range(len(pruned.accuracy))
+    ]
+
+
 def point_fields(own: TaskShots, point: CurvePoint) -> dict[str, Any]:
     """Return the columns that tell a curve's point of a task from others."""
     donor = point.donor
@@ -218,7 +236,7 @@ def control_records(means: Sequence[Record], records: Sequence[Record]) -> Recor
 
     means: those of `control_means`; records: those of the draws among them. `stderr` is the mean's and counts
     both sources, draws and documents, added as squares, which is rather too much: the draws' spread holds
-    some of the documents' as well. `low, high` are the band's, not the mean's; NaN for a single draw.
+    some of the documents' as well. `low, high` are the band's, not the mean's; NaN where draws are too few.
     """
     draws: dict[tuple[Any, ...], list[float]] = {}
     for record in records:

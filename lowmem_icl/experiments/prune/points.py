@@ -23,6 +23,8 @@ TRANSFER_LEVELS = (10, 30, 50, 70, 90)
 LEVELS_BY_NAME = {"all": LEVELS, "half": (0, *TRANSFER_LEVELS)}
 GRID_HEADS = tuple(range(0, 80, 10))
 GRID_FFNS = tuple(range(0, 60, 10))
+EVERY_RANDOM_LEVEL = 3
+"""A draw at all levels would cost as much as a curve, and a band takes several draws."""
 # Pruned by the ranking of the task that agrees most, or least, with one's own.
 TRANSFERS = ("gradient-highest", "gradient-lowest")
 
@@ -86,7 +88,7 @@ class CurveRankings:
 @dataclass(frozen=True)
 class CurveOptions:
     """Which curves are drawn (heads, ffns, combined, transfer, cross-shot, random), at which shot counts, how
-    many draws, and at which levels those of heads and FFNs and the draws are measured.
+    many draws, and at which levels those of heads and FFNs are measured; draws are at every third of these.
     """
 
     curves: tuple[str, ...]
@@ -197,14 +199,14 @@ def transfer_donors(own: TaskShots, rankings: CurveRankings) -> dict[str, str]:
 
 def _random(rankings: CurveRankings, options: CurveOptions) -> Iterator[CurvePoint]:
     """Yield the random control: nested draws of heads and of FFNs, the same ones for all tasks and shot
-    counts.
+    counts, at every third level.
     """
     layers, heads = next(iter(rankings.heads.values())).shape
     kinds: tuple[tuple[Kind, int], ...] = (("head", layers * heads), ("ffn", layers))
     for draw in range(options.random_draws):
         seed = options.seed + draw
         for kind, n_units in kinds:
-            for percent in options.levels:
+            for percent in options.levels[::EVERY_RANDOM_LEVEL]:
                 removed = removed_count(percent, n_units)
                 n_heads, n_ffns = (removed, 0) if kind == "head" else (0, removed)
                 # One permutation per seed: its levels are nested, as those of a ranking are.

@@ -1,13 +1,14 @@
-"""The prune stage: curves by rankings, then greedy searches."""
+"""The prune stage: curves by rankings, then greedy searches, then their masks on other tasks."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import polars as pl
 
 from lowmem_icl.experiments.ablate.sweeps import units_of
 from lowmem_icl.experiments.evaluate import stage as evaluate
 from lowmem_icl.experiments.importance.stage import ImportanceResult
-from lowmem_icl.experiments.prune import certify, curves, greedy
+from lowmem_icl.experiments.prune import certify, curves, greedy, greedy_transfer
 from lowmem_icl.experiments.prune.judging import clean_evaluation
 from lowmem_icl.experiments.prune.settings import effort_of, search_plan
 from lowmem_icl.session.prepare import Prepared
@@ -21,6 +22,7 @@ def parts(prepared: Prepared, importance: ImportanceResult | None, ablate: Stage
         *evaluate.clean_parts(prepared, {}),
         *curves.parts(prepared, _curve_rankings(prepared, importance, ablate)),
         *greedy.parts(prepared),
+        *greedy_transfer.expected_parts(prepared),
     ]
 
 
@@ -64,16 +66,22 @@ def _curve_rankings(
 
 
 def run(work: Work, importance: ImportanceResult | None, ablate: StageResult | None) -> Iterator[StageResult]:
-    """Prune by rankings and by greedy search; yields when the curves are there, which come first."""
+    """Prune by rankings and by greedy search; yields when the curves are there, which come first, when the
+    searches have ended, and when their masks are judged on other tasks.
+    """
     rankings = _curve_rankings(work.prepared, importance, ablate)
     clean = clean_evaluation(work)
     curved = curves.run(work, rankings, clean)
     yield curved
     searched = greedy.run(work, importance, ablate, clean)
-    yield StageResult(
+    found = StageResult(
         results=pl.concat([curved.results, searched.results]),
         effects=pl.concat([curved.effects, searched.effects]),
         masks=curved.masks + searched.masks,
         warnings=curved.warnings + searched.warnings,
         record=searched.record,
     )
+    yield found
+    elsewhere = greedy_transfer.transferred(work, searched.masks)
+    if len(elsewhere):
+        yield replace(found, results=pl.concat([found.results, elsewhere]))
