@@ -152,6 +152,7 @@ class SyntheticRun:
                 value = 0.5 + (self._accuracy(setting) - 0.5) * (1 - percent / 100) ** speed
                 found.append(point | _around("acc", value + float(rng.normal(0, 0.01)), 0.06))
             knee = base | {"procedure": f"curve-{kind}s", "method": ranking, "percent": 60, "mask": None}
+            knee["heads_removed" if kind == "head" else "ffns_removed"] = n_units * 60 // 100
             found.append(knee | {"metric": "knee", "value": 60.0})
             found.append(knee | {"metric": "knee_certain", "value": 40.0})
             found.append(knee | _around("knee_acc_drop", 0.01, 0.02))

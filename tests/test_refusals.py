@@ -13,6 +13,8 @@ def test_a_folder_in_use_is_left_alone(small_run: Path, stores: Path, tmp_path: 
     import fcntl
 
     shutil.copytree(small_run, tmp_path / "copy")
+    # Of a finished run nothing would be opened.
+    (tmp_path / "copy" / "results.parquet").unlink()
     with (tmp_path / "copy" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = run_small(tmp_path / "copy", stores)

@@ -5,6 +5,8 @@ from typing import Any
 
 import polars as pl
 
+from lowmem_icl.masks.naming import CLEAN
+
 # Of one curve of one metric; a single random draw is a curve, and so is the mean of all.
 CURVE = ("procedure", "task", "shots", "method", "kind", "other_task", "other_shots", "metric", "seed")
 REMOVED = ("heads_removed", "ffns_removed")
@@ -28,7 +30,9 @@ def curve_points(results: pl.DataFrame, model: Mapping[str, Any]) -> pl.DataFram
             & pl.col("percent").is_not_null()
             & ~pl.col("metric").is_in(KNEES)
         )
-        .with_columns(is_draw=pl.col("mask").is_not_null())
+        .with_columns(
+            is_draw=(pl.col("mask") != CLEAN).fill_null(value=False) & (pl.col("method") == "random")
+        )
         .sort("percent", maintain_order=True)
         .unique([*CURVE, "is_draw", *REMOVED], keep="first", maintain_order=True)
         .drop("is_draw")
