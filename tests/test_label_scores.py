@@ -197,11 +197,11 @@ def test_the_page_shows_labels_side_by_side(small_run: Path) -> None:
     assert [row[:3] for row in rows] == [
         [task, "4", measure]
         for task in ("recall", "knowledge", "aggregate")
-        for measure in ("accuracy", "gold log-probability")
+        for measure in ("accuracy", "log-probability")
     ]
     records = evaluated(small_run)
     for task, _, measure, *values in rows:
-        metric = {"accuracy": "acc", "gold log-probability": "gold_logprob"}[measure]
+        metric = {"accuracy": "acc", "log-probability": "gold_logprob"}[measure]
         scores = [number_text(value(records, task, metric, labels)) for labels in ("right", *CONTROLS)]
         gains = [number_text(value(records, task, f"{metric}_label_effect", labels)) for labels in CONTROLS]
         assert [*values[:3], values[3], values[5]] == [*scores, *gains]

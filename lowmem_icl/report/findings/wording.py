@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from lowmem_icl.protocols import AGGREGATE
+
 MOST_NAMED = 12
 """Of more units than these a sentence gives the number, and names the first."""
 FIRST_NAMED = 5
@@ -19,6 +21,11 @@ def units_text(units: Sequence[str]) -> str:
 def counts_text(heads: int, ffns: int) -> str:
     """Return numbers of heads and FFNs: "12 heads and 1 FFN"."""
     return f"{heads:,} {'head' if heads == 1 else 'heads'} and {ffns:,} {'FFN' if ffns == 1 else 'FFNs'}"
+
+
+def task_text(task: str) -> str:
+    """Return a task as people read it: `aggregate` is the mean over tasks."""
+    return "mean over tasks" if task == AGGREGATE else task
 
 
 def setting_text(task: str, shots: int) -> str:

@@ -8,6 +8,7 @@ import polars as pl
 from scipy.cluster import hierarchy
 
 from lowmem_icl.masks.files import MaskFile
+from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.findings.above_chance import settings_of
 from lowmem_icl.report.findings.circuits import told_search
@@ -66,8 +67,9 @@ def curves(results: pl.DataFrame, kind: str, model: Mapping[str, Any]) -> Rows:
     points = curve_points(results, model).filter(
         (pl.col("kind") == kind) & ~pl.col("procedure").is_in(UNDRAWN) & pl.col("metric").is_in(ACCURACIES)
     )
-    # Single random draws have a mask, their mean and band have none.
-    drawn = points.filter((pl.col("method") != "random") | pl.col("mask").is_null()).with_columns(
+    # Single random draws have a mask, their mean and band have none but where nothing is removed.
+    is_drawn = (pl.col("method") != "random") | pl.col("mask").is_null() | (pl.col("mask") == CLEAN)
+    drawn = points.filter(is_drawn).with_columns(
         removed=pl.col("heads_removed").fill_null(0) + pl.col("ffns_removed").fill_null(0)
     )
     knees = _knees(results.filter(pl.col("kind") == kind))

@@ -14,6 +14,7 @@ import jinja2
 from bokeh.embed import json_item
 
 from lowmem_icl.report.findings.answer import Chip, answer
+from lowmem_icl.report.findings.wording import task_text
 from lowmem_icl.report.page.comparison import common, comparison_data, comparison_sections, run_labels
 from lowmem_icl.report.page.encoding import encode_bytes
 from lowmem_icl.report.page.payload import payload
@@ -168,6 +169,7 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["task_text"] = task_text
     return environment.get_template("page.html.jinja").render(page=page)
 
 

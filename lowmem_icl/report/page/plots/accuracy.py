@@ -7,6 +7,7 @@ import polars as pl
 from bokeh.models import ColumnDataSource, FactorRange, Range1d, Whisker
 
 from lowmem_icl.protocols import AGGREGATE
+from lowmem_icl.report.findings.wording import task_text
 from lowmem_icl.report.page.plots.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, PagePlot, new_plot
 
 SHOT_COLOURS = (SKY, BLUE, ORANGE, RED, PINK, GREEN)
@@ -22,7 +23,7 @@ def accuracy_plot(accuracy: pl.DataFrame) -> PagePlot:
 
     accuracy: as `report.numbers.accuracy` returns it, with `at_chance`.
     """
-    tasks = list(dict.fromkeys(accuracy["task"]))
+    tasks = [task_text(task) for task in dict.fromkeys(accuracy["task"])]
     shots = sorted(set(accuracy["shots"]))
     plot = new_plot("accuracy", height=80 + len(tasks) * max(28, 15 * len(shots)), tooltips=TOOLTIP,
                     y_range=FactorRange(*reversed(tasks)), x_range=Range1d(0, 1.02),
@@ -63,7 +64,7 @@ def _dots(rows: pl.DataFrame, offset: float) -> ColumnDataSource:
         **columns,
         "low": rows["low"].fill_null(rows["value"]).to_list(),
         "high": rows["high"].fill_null(rows["value"]).to_list(),
-        "y": [(task, offset) for task in rows["task"]],
+        "y": [(task_text(task), offset) for task in rows["task"]],
         "filled": [0.0 if at_chance else 1.0 for at_chance in rows["at_chance"]],
         "text": texts,
     })  # fmt: skip
@@ -90,8 +91,8 @@ def shots_plot(accuracy: pl.DataFrame) -> PagePlot | None:
             rows["shots"].to_list(), rows["value"].to_list(), line_color=colour, line_width=3 if mean else 1.8
         )
         plot.scatter(rows["shots"].to_list(), rows["value"].to_list(), size=5, color=colour)
-        plot.text([rows["shots"][-1]], [y], [task], x_offset=8, text_baseline="middle", text_color=colour,
-                  text_font_size="12px")  # fmt: skip
+        plot.text([rows["shots"][-1]], [y], [task_text(task)], x_offset=8, text_baseline="middle",
+                  text_color=colour, text_font_size="12px")  # fmt: skip
     return PagePlot(
         "plot-shots", plot, "Shot counts at their true distances; the thick line is the mean over tasks."
     )

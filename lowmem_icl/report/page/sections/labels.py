@@ -15,7 +15,7 @@ COLUMNS = (
     "task", "shots", "measure", *LABELS,
     "right − shuffled", "95 %", "right − foreign", "95 %",
 )  # fmt: skip
-MEASURES = {"acc": "accuracy", "gold_logprob": "gold log-probability"}
+MEASURES = {"acc": "accuracy", "gold_logprob": "log-probability"}
 TEXT = (
     "The same documents after the same demonstrations, whose answers are their own (right), exchanged among "
     "them (shuffled) or those of other documents (foreign); differences are paired. A task whose accuracy "

@@ -3,7 +3,8 @@
 import polars as pl
 
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.report.numbers import PICKED, STAR, mean_over_tasks, unit_drops
+from lowmem_icl.report.findings.headline import NONE_SIGNIFICANT
+from lowmem_icl.report.numbers import PICKED, SIGNIFICANT_Q, STAR, mean_over_tasks, unit_drops
 from lowmem_icl.report.page.plots.maps import head_map
 from lowmem_icl.report.page.section import Section
 from lowmem_icl.report.page.unit_arrays import METRICS
@@ -38,7 +39,9 @@ def ranking_section(run: RunTables) -> Section | None:
     """Return the place of the ranked units; None where there are no numbers of single units."""
     if not has_units(run):
         return None
-    text = f"By the chosen metric at the chosen task and shots: {PICKED}. {STAR}."
+    q_values = run.units["q_value"].fill_null(1).to_numpy()
+    claimed = STAR if (q_values <= SIGNIFICANT_Q).any() else NONE_SIGNIFICANT
+    text = f"By the chosen metric at the chosen task and shots: {PICKED}; {claimed}."
     return Section("units", "Units, ranked", text)
 
 
