@@ -56,9 +56,13 @@ def payload(run: RunTables) -> dict[str, Any]:
 
 
 def start(run: RunTables) -> dict[str, Any]:
-    """Return the setting that the page shows first: that of its first sentence, else the last."""
+    """Return the setting that the page shows first: of its first sentence, else the last above chance."""
     told = told_search(run.masks, settings_of(run.results, run.masks), run.record["model"])
-    task, shots = (run.tasks[-1], run.shots[-1]) if told is None else (told["task"], told["shots"])
+    if told is not None:
+        return {"task": told["task"], "shots": told["shots"]}
+    settings = [(task, shots) for task in run.tasks for shots in run.shots]
+    above = [setting for setting in settings if setting not in run.at_chance]
+    task, shots = (above or settings)[-1]
     return {"task": task, "shots": shots}
 
 

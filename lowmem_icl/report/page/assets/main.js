@@ -58,6 +58,10 @@ function makeBar(run) {
   fields.task.append(...run.tasks.map((task) => option(task, taskName(task))));
   fields.shots.append(...run.shots.map((shots) => option(shots, String(shots))));
   fields.metric.append(...Object.entries(run.units.metrics).map(([name, { label }]) => option(name, label)));
+  // What a run has not measured cannot be chosen.
+  const hasUnits = Object.keys(run.units.metrics).length > 0, hasMore = [run.curves.head, run.curves.ffn, run.removal, run.agreement].some((rows) => rows.length);
+  for (const name of ["metric", "significant", "unit"]) fields[name].closest("label").hidden = !hasUnits;
+  bar.hidden = !hasUnits && !hasMore;
   const show = () => {
     fields.task.value = state.task; fields.shots.value = state.shots; fields.metric.value = state.metric; fields.significant.checked = state.significant;
     if (document.activeElement !== fields.unit) fields.unit.value = state.unit === null ? "" : unitName(run, state.unit);
