@@ -6,9 +6,10 @@ const inkOn = (hex) => {
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.3 ? "#1b1f24" : "#ffffff";
 };
 
-// Moved apart to at least the gap, none above the top: up first, then down from the top.
-function spread(places, gap, top) {
+// Moved apart to at least the gap, none below the bottom or above the top: up first, then down from the top.
+function spread(places, gap, bottom, top) {
   const order = [...places.keys()].sort((a, b) => places[a] - places[b]), moved = [...places];
+  if (order.length) moved[order[0]] = Math.max(moved[order[0]], bottom);
   for (let i = 1; i < order.length; i++) moved[order[i]] = Math.max(moved[order[i]], moved[order[i - 1]] + gap);
   for (let i = order.length - 1, limit = top; i >= 0; i--, limit = moved[order[i + 1]] - gap) moved[order[i]] = Math.min(moved[order[i]], limit);
   return moved;
@@ -33,9 +34,9 @@ function drawCurves(name, curves, { unit, height }) {
   const knees = own.filter((c) => c.knee !== null).map((c) => ({ x: c.knee, y: c.y[c.x.indexOf(c.knee)], colour: c.colour })).filter((k) => k.y !== undefined);
   fill(`${name}-marks`, { x: knees.map((k) => k.x), y: knees.map((k) => k.y), colour: knees.map((k) => k.colour) });
   const last = (values) => values[values.length - 1] ?? 0, labelled = front.filter((c) => c.x.length);
-  fill(`${name}-labels`, { x: labelled.map((c) => last(c.x)), y: spread(labelled.map((c) => last(c.y)), 17 / height, 0.98), text: labelled.map((c) => c.label), colour: labelled.map((c) => c.colour) });
+  fill(`${name}-labels`, { x: labelled.map((c) => last(c.x)), y: spread(labelled.map((c) => last(c.y)), 17 / height, 0.05, 0.98), text: labelled.map((c) => c.label), colour: labelled.map((c) => c.colour) });
   const plot = source(name), reach = Math.max(1e-9, ...atShots.flatMap((c) => c.x));
-  if (plot) { plot.x_range.start = -0.02 * reach; plot.x_range.end = reach * (plot.inner_width > 420 ? 1.35 : 1.6); }
+  if (plot) { plot.x_range.start = -0.02 * reach; plot.x_range.end = reach * (plot.inner_width > 420 ? 1.35 : 1.6); plot.below.forEach((axis) => { axis.bounds = [0, reach]; }); }
   const chance = front.map((c) => c.chance).find((v) => v !== null && v !== undefined), far = Math.max(0, ...front.flatMap((c) => c.x));
   fill(`${name}-level`, chance === undefined ? { xs: [], ys: [] } : { xs: [[0, far]], ys: [[chance, chance]] });
 }
@@ -64,14 +65,16 @@ function drawScores(run) {
 function drawRemoval(run) {
   const plot = source("removal");
   if (!plot) return;
-  const rows = run.removal.filter((row) => row.shots === state.shots), tasks = [...new Set(rows.map((row) => row.task))];
+  const rows = run.removal.filter((row) => row.shots === state.shots).map((row) => ({ ...row, task: taskName(row.task) })), tasks = [...new Set(rows.map((row) => row.task))];
   plot.y_range.factors = tasks.slice().reverse();
+  const ends = rows.flatMap((row) => [row.value, row.low ?? row.value, row.high ?? row.value]), from = Math.min(0, ...ends), to = Math.max(0.05, ...ends);
+  plot.x_range.start = from - 0.04 * (to - from); plot.x_range.end = to + 0.04 * (to - from);
   const part = (method, words) => {
     const own = rows.filter((row) => row.method === method);
     return { task: own.map((r) => r.task), value: own.map((r) => r.value), low: own.map((r) => r.low ?? r.value), high: own.map((r) => r.high ?? r.value),
-      text: own.map((r) => `${words.replace("N", r.heads_removed)}: ${shown(r.value)}${shownInterval(r.low, r.high)}`) };
+      text: own.map((r) => `${words.replace("N", r.heads_removed)}: ${shown(r.value)} lost${shownInterval(r.low, r.high)}, ${r.documents} documents`) };
   };
-  fill("removal-clean", part("clean", "clean")); fill("removal-induction", part("induction", "without N induction heads"));
+  fill("removal-induction", part("induction", "without N induction heads"));
   fill("removal-random", part("random-median", "without N random heads, median"));
 }
 
@@ -93,6 +96,8 @@ function drawAgreement(run) {
   if (!found) { drawMatrix(run, "agreement", [], [], [], (v) => v, "signed"); return; }
   const cells = found.tasks.flatMap((row, i) => found.tasks.map((column, j) => ({ row, column, value: found.values[i][j], text: `rank correlation ${shown(found.values[i][j])} at ${shotsText(found.shots)}` })));
   drawMatrix(run, "agreement", found.tasks, found.tasks, cells, (value) => value, "signed");
+  const axis = source("agreement")?.below.find((each) => "axis_label" in each);
+  if (axis) axis.axis_label = found.ceiling === null ? "" : `ceiling ${shown(found.ceiling, 2)}`;
 }
 
 function drawGrid(run) {
