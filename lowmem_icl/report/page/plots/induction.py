@@ -13,7 +13,8 @@ SCATTER_CAPTION = (
 )
 REMOVAL_CAPTION = (
     "Accuracy lost without the induction heads (red) and without as many other heads of the same layers "
-    "(grey: median, and where the next draw lies at 95 %), each paired with the clean model on the same documents."
+    "(grey: median, and where the next draw lies at 95 %), each paired with the clean model on the same "
+    "documents."
 )
 
 
@@ -32,8 +33,8 @@ def score_plot() -> PagePlot:
 
 def removal_plot(tasks: int) -> PagePlot:
     """Return the plot of what is lost without induction heads; its sources are `removal-*`."""
-    plot = new_plot("removal", height=70 + 24 * tasks, y_range=FactorRange(), x_range=Range1d(0, 1), tooltips=TOOLTIP,
-                    x_axis_label="accuracy lost")  # fmt: skip
+    plot = new_plot("removal", height=70 + 24 * tasks, y_range=FactorRange(), x_range=Range1d(0, 1),
+                    tooltips=TOOLTIP, x_axis_label="accuracy lost")  # fmt: skip
     plot.ygrid.visible = False
     plot.add_layout(Span(location=0, dimension="height", line_color=GREY, line_width=1))
     band = empty_source("removal-random", "task", "value", "low", "high", "text")
