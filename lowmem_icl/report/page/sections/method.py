@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from lowmem_icl.protocols import AGGREGATE, DIFFERENCES, REFERENCE
-from lowmem_icl.report.numbers import unit_drops
+from lowmem_icl.protocols import DIFFERENCES, REFERENCE
+from lowmem_icl.report.numbers import compared_drops
 from lowmem_icl.report.page.section import Record, Section, Table
 from lowmem_icl.report.run_tables import RunTables
 from lowmem_icl.statistics.agreement import spearman
@@ -62,15 +62,6 @@ def method_section(run: RunTables) -> Section:
     texts = [estimates_note(run.results), TEXT if reference else ""]
     table = Table(COLUMNS, rows, "the paper's code") if reference else None
     return Section("method", "Method", " ".join(text for text in texts if text), table=table, data=data)
-
-
-def compared_drops(results: pl.DataFrame) -> pl.DataFrame:
-    """Return attribution (`value`) and the exact drop (`exact`) of every task's units that have both."""
-    keys = ["task", "shots", "kind", "layer", "head"]
-    tasks = results.filter(pl.col("task") != AGGREGATE)
-    estimates = tasks.filter(pl.col("metric") == "attribution").select(*keys, "value")
-    exact = unit_drops(tasks).filter(pl.col("exact")).select(*keys, pl.col("value").alias("exact"))
-    return estimates.join(exact, on=keys, nulls_equal=True)
 
 
 def estimates_note(results: pl.DataFrame) -> str:
