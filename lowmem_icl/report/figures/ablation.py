@@ -23,7 +23,7 @@ from lowmem_icl.report.figures.maps import shape_of
 from lowmem_icl.report.figures.rows import bounds_of, dot_key, line_key, marker_key
 from lowmem_icl.report.figures.scales import SymLog
 from lowmem_icl.report.figures.style import BLUE, GREY, LINE, RED, shot_colours
-from lowmem_icl.report.numbers import compared_drops
+from lowmem_icl.report.numbers import compared_drops, unit_drops
 from lowmem_icl.statistics.agreement import spearman
 
 DROP = "gold log-probability lost, nats"
