@@ -37,8 +37,6 @@ def payload(run: RunTables) -> dict[str, Any]:
         "model": {
             name: model.get(name) for name in ("id", "revision", "model_type", "layers", "heads", "digest")
         },
-        "protocol": run.record["options"]["protocol"],
-        "version": run.record["versions"].get("lowmem_icl", ""),
         "tasks": list(run.tasks),
         "shots": list(run.shots),
         "start": start(run),
@@ -218,5 +216,8 @@ def transfer(results: pl.DataFrame) -> Rows:
 
 
 def masks(greedy: Mapping[Setting, MaskFile]) -> Rows:
-    """Return the greedy masks' names and settings; their units are in the arrays."""
-    return [{"task": task, "shots": shots, "name": file.name} for (task, shots), file in greedy.items()]
+    """Return what the greedy masks' files say but their units, which are in the arrays."""
+    return [
+        {"task": task, "shots": shots, "name": file.name, "made": file.made, "scores": file.scores}
+        for (task, shots), file in greedy.items()
+    ]
