@@ -9,6 +9,7 @@ from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.tables.schema import ACCURACIES
 
 TOP_UNITS = 5
+INDUCTION_SCORE = 0.3
 SIGNIFICANT_Q = 0.05
 STAR = (
     "*: more documents are hurt than helped without the unit, or the reverse, at a false discovery rate of "
@@ -153,6 +154,12 @@ def induction_heads(results: pl.DataFrame, n: int = TOP_UNITS) -> pl.DataFrame:
         .sort("value", "layer", "head", descending=[True, False, False])
         .head(n)
     )
+
+
+def induction_head_count(results: pl.DataFrame) -> int:
+    """Return how many heads reach the prefix-matching score of an induction head; 0 where none was scored."""
+    scored = results.filter((pl.col("experiment") == "induction") & (pl.col("metric") == "prefix_matching"))
+    return int((scored["value"] >= INDUCTION_SCORE).sum())
 
 
 def unit_name(kind: str, layer: int, head: int | None) -> str:

@@ -63,7 +63,7 @@ def _sentences(
             f"The clean model is at chance in {_all_text(len(settings.every))}: it does no better than "
             "guessing, so there is nothing that a mask could keep, and removing units shows nothing."
         ]
-    given = given_mask_sentences(masks, settings, MOST_SENTENCES)
+    given = given_mask_sentences(results, masks, settings, MOST_SENTENCES)
     if given:
         return given
     found = [
