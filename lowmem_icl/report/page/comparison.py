@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 
 from lowmem_icl.masks.mask import jaccard
+from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.report.numbers import clean_accuracy, pruned
 from lowmem_icl.report.page.encoding import encode_bits, encode_halves
 from lowmem_icl.report.page.plots.maps import head_map
@@ -80,13 +81,21 @@ def comparison_sections(runs: Sequence[RunTables]) -> list[Section]:
 
 
 def common(runs: Sequence[RunTables]) -> list[tuple[str, int]]:
-    """Return the settings that all runs have, in the first's order."""
+    """Return the settings that all runs have, in the first's order; means over tasks only where all runs' are
+    of the same tasks.
+    """
     found = [(task, shots) for task in runs[0].tasks for shots in runs[0].shots]
     return [
         (task, shots)
         for task, shots in found
         if all(task in run.tasks and shots in run.shots for run in runs)
+        and (task != AGGREGATE or _have_one_mean(runs))
     ]
+
+
+def _have_one_mean(runs: Sequence[RunTables]) -> bool:
+    members = [{task for task in run.tasks if task != AGGREGATE and in_domain(task)} for run in runs]
+    return all(tasks == members[0] for tasks in members)
 
 
 def accuracy_rows(runs: Sequence[RunTables]) -> Iterator[list[str]]:
@@ -96,6 +105,10 @@ def accuracy_rows(runs: Sequence[RunTables]) -> Iterator[list[str]]:
         for run in runs
     ]
     for setting, first in tables[0].items():
+        if setting[0] == AGGREGATE and not _have_one_mean(runs):
+            continue
+        if not any(setting in table for table in tables[1:]):
+            continue
         for label, table in zip(run_labels(runs), tables, strict=True):
             if setting not in table:
                 continue
@@ -172,8 +185,33 @@ def _mask_cells(
 
 
 def comparison_data(runs: Sequence[RunTables]) -> dict[str, Any]:
-    """Return the numbers of several runs of one shape as the page's script reads those of one."""
-    grid, labels = _grid(runs), run_labels(runs)
+    """Return the numbers of several runs as the page's script reads those of one; of models of different
+    shapes there is no unit in both.
+    """
+    grid = _grid(runs)
+    nothing, significant = np.full(grid.shape, np.nan), np.zeros(grid.shape, dtype=np.bool_)
+    none, metrics = np.zeros(grid.shape, dtype=np.bool_), {}
+    if have_one_shape(runs):
+        metrics = _compared_metrics(runs, grid)
+        significant = np.any([_significant(run, grid) for run in runs], axis=0)
+    model = runs[0].record["model"]
+    return {
+        "model": {name: model.get(name) for name in ("id", "layers", "heads")},
+        "tasks": list(grid.tasks), "shots": list(grid.shots), "atChance": [],
+        "start": {"task": grid.tasks[-1], "shots": grid.shots[-1]}, "inductionScore": 1.0,
+        "units": {
+            "metrics": metrics, "scores": {}, "significant": encode_bits(significant).as_json(),
+            **{name: encode_halves(nothing).as_json() for name in ("low", "high", "q")},
+            **{name: encode_bits(none).as_json() for name in ("exact", "kept")},
+        },
+        "curves": {"head": [], "ffn": []}, "grid": [], "capacity": {}, "removal": [], "agreement": [],
+        "transfer": [], "masks": [], "palettes": palettes(),
+    }  # fmt: skip
+
+
+def _compared_metrics(runs: Sequence[RunTables], grid: Grid) -> dict[str, Any]:
+    """Return every metric that all runs have, of each run and as differences from the first."""
+    labels = run_labels(runs)
     metrics: dict[str, Any] = {}
     for name in COMPARED:
         found = [_values(run, grid, name) for run in runs]
@@ -191,21 +229,7 @@ def comparison_data(runs: Sequence[RunTables]) -> dict[str, Any]:
                 "unit": METRICS[name].unit, "signed": True, "linear": linear_range(scale),
                 "largest": float(np.nanmax(np.abs(scale))), "values": encode_halves(values, 7).as_json(),
             }  # fmt: skip
-    nothing, none = np.full(grid.shape, np.nan), np.zeros(grid.shape, dtype=np.bool_)
-    significant = np.any([_significant(run, grid) for run in runs], axis=0)
-    model = runs[0].record["model"]
-    return {
-        "model": {name: model.get(name) for name in ("id", "layers", "heads")},
-        "tasks": list(grid.tasks), "shots": list(grid.shots), "atChance": [],
-        "start": {"task": grid.tasks[-1], "shots": grid.shots[-1]}, "inductionScore": 1.0,
-        "units": {
-            "metrics": metrics, "scores": {}, "significant": encode_bits(significant).as_json(),
-            **{name: encode_halves(nothing).as_json() for name in ("low", "high", "q")},
-            **{name: encode_bits(none).as_json() for name in ("exact", "kept")},
-        },
-        "curves": {"head": [], "ffn": []}, "grid": [], "capacity": {}, "removal": [], "agreement": [],
-        "transfer": [], "masks": [], "palettes": palettes(),
-    }  # fmt: skip
+    return metrics
 
 
 def _grid(runs: Sequence[RunTables]) -> Grid:
