@@ -1,5 +1,6 @@
 """The page's sections and the numbers for its script, from tables made by hand."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import polars as pl
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.losses import greedy_losses
 from lowmem_icl.report.numbers import mean_over_tasks, pruned, subject, top_units
+from lowmem_icl.report.page.payload import agreement as agreement_matrices
 from lowmem_icl.report.page.payload import curves, grid_points
 from lowmem_icl.report.page.sections import agreement, induction, masks, method, pruning, units
 from lowmem_icl.report.page.write import run_page
@@ -153,6 +155,20 @@ def test_agreement_leaves_out_what_is_out_of_domain() -> None:
         ["gradient", "4", "other tasks", "1", "0.500", "", "0.250", "0.400", "0.700", ""],
         ["gradient", "4", "itself at 16 shots", "1", "0.800", "", "", "", "", ""],
     ]
+
+
+def test_an_unknown_agreement_is_no_number() -> None:
+    pairs = [("piqa", "copa", 0.5), ("piqa", "rte", 0.9)]
+    results = table(*(
+        {"experiment": "overlap", "metric": "spearman", "method": "gradient", "other_method": "gradient",
+         "task": left, "other_task": right, "shots": 4, "other_shots": 4, "value": value}
+        for left, right, value in pairs
+    ))  # fmt: skip
+    (matrix,) = agreement_matrices(results)
+    values = dict(zip(matrix["tasks"], matrix["values"], strict=True))
+    unknown = values["copa"][matrix["tasks"].index("rte")]
+    assert math.isnan(unknown)
+    assert values["rte"][matrix["tasks"].index("piqa")] == 0.9
 
 
 def test_estimates_agree_with_exact_drops_as_the_mean_over_tasks_says() -> None:
@@ -303,6 +319,12 @@ def test_the_grid_is_of_heads_and_ffns_together() -> None:
     removed = [(point["heads_removed"], point["ffns_removed"]) for point in points]
     assert removed == [(1, 2), (1, 2)]
     assert {point["task"]: point["value"] for point in points} == {"piqa": 0.1, AGGREGATE: 0.2}
+
+
+def test_a_page_counts_the_tasks_of_runs_with_and_without_a_mean() -> None:
+    own = [{"task": "piqa"}, {"task": "mathqa"}]
+    for results, tasks in ((table(), own), (table(*by_task({AGGREGATE: 0.5}, metric="acc")), own)):
+        assert "; 2 tasks; 4 demonstrations" in run_page(run_of(results, record(tasks=tasks))).lead
 
 
 def test_a_run_without_numbers_has_a_page_that_says_how_it_was_made() -> None:
