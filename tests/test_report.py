@@ -1,12 +1,17 @@
 """The page's sections and the numbers for its script, from tables made by hand."""
 
+import itertools
 import math
+import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from lowmem_icl.masks.files import MaskFile, MaskModel
+from lowmem_icl.masks.mask import Mask
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.losses import greedy_losses
 from lowmem_icl.report.numbers import mean_over_tasks, pruned, subject, top_units
@@ -246,6 +251,27 @@ def test_greedy_masks_stand_with_their_losses_and_what_is_certified() -> None:
     assert (row.removed, row.greedy, row.compared) == ("3H 1F", "0.800", ["", "0.800"])
     assert (row.loss, row.verdict, row.certified) == ("0.050 [0.030, 0.070]", "fails", "3H 1F")
     assert row.command == "", "no file of it is in the folder"
+
+
+def test_the_command_judges_a_mask_on_what_the_run_was_judged_on() -> None:
+    rows = [greedy_record(task, task, 0.8, "greedy") for task in ("my task.jsonl", AGGREGATE)]
+    same = {"heads_removed": 0, "ffns_removed": 0}
+    results = table(*({**row, **same, "mask": f"greedy-{number}"} for number, row in enumerate(rows)))
+    options = {
+        "model": "st/o'neill", "tasks": ["/rows/my task.jsonl", "copa"], "data_dir": "/rows", "limit": 16,
+        "protocol": "corrected", "seed": 7, "bos": False, "revision": None, "weights": "int8",
+    }  # fmt: skip
+    run = run_of(results, record(tasks=[{"task": "my task.jsonl"}], options=record()["options"] | options))
+    model = MaskModel(id="demo", model_type="opt", layers=2, heads=2, digest="0")
+    files = {name: MaskFile(name, Mask(), model, {}) for name in ("greedy-0", "greedy-1")}
+    commands = [shlex.split(row.command) for row in masks.mask_rows(replace(run, mask_files=files))]
+    own, mean = [dict(itertools.pairwise(words)) for words in commands]
+    assert (own["--tasks"], mean["--tasks"]) == ("/rows/my task.jsonl", "/rows/my task.jsonl,copa")
+    assert (own["--model"], own["--data-dir"], own["--limit"], own["--shots"], own["--seed"]) == (
+        "st/o'neill", "/rows", "16", "4", "7"
+    )  # fmt: skip
+    assert "--no-bos" in commands[0]
+    assert not {"--protocol", "--revision", "--weights"} & set(commands[0]), "what is by default"
 
 
 def curve_record(procedure: str, method: str, percent: int, value: float, **columns: Any) -> Row:
