@@ -6,7 +6,7 @@ import polars as pl
 
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.findings.above_chance import Settings
-from lowmem_icl.report.findings.wording import bounds_text, counts_text, setting_text
+from lowmem_icl.report.findings.wording import bounds_text, counts_text, setting_text, span_text
 
 
 def given_mask_sentences(masks: pl.DataFrame, settings: Settings, most: int) -> list[str]:
@@ -37,6 +37,8 @@ def _sentence(rows: list[dict[str, Any]]) -> str:
             f"{removed}: {setting_text(first['task'], first['shots'])} {first['value']:.3f}{bounds}{clean}."
         )
     compared = [row for row in rows if row["clean"] is not None]
+    if not compared:
+        return f"{removed}: accuracy {span_text([row['value'] for row in rows], '{:.3f}'.format)}."
     worst = min(compared, key=lambda row: row["value"] - row["clean"])
     best = max(compared, key=lambda row: row["value"] - row["clean"])
     return (
