@@ -18,6 +18,7 @@ from lowmem_icl.report.page.write import write_report
 from lowmem_icl.report.run_tables import read_run
 
 LOADS = 3
+PICTURE_WIDTH, PICTURE_HEIGHT = 1200, 1180
 FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
 NOW = "performance.now()"
 CHANGE = """() => {
@@ -44,18 +45,31 @@ def measured(browser: Any, page: Path) -> dict[str, float]:
     return found
 
 
+def take_picture(browser: Any, page: Path, picture: Path) -> None:
+    """Write a picture of the top of a page."""
+    window = browser.new_page(viewport={"width": PICTURE_WIDTH, "height": PICTURE_HEIGHT})
+    window.goto(page.as_uri())
+    window.wait_for_selector("html[data-ready]", state="attached")
+    window.screenshot(path=picture)
+    window.close()
+
+
 def main() -> None:
     """Measure the pages of the folders given."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="+", type=Path, help="run folders")
-    folders = parser.parse_args().folders
+    parser.add_argument("--picture", type=Path, help="PNG for a picture of the first page")
+    given = parser.parse_args()
+    folders = given.folders
     print(f"{'folder':<30} {'MB':>6} {'nodes':>6} {'first paint':>12} {'ready':>8} {'change':>8}")
     with opened_browser() as browser, tempfile.TemporaryDirectory() as temporary:
         for number, folder in enumerate(folders):
             page = Path(temporary) / f"{number}.html"
             write_report([read_run(folder)], page)
+            if given.picture is not None and number == 0:
+                take_picture(browser, page, given.picture)
             loads = [measured(browser, page) for _ in range(LOADS)]
             best = {name: min(load[name] for load in loads) for name in loads[0]}
             print(

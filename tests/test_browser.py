@@ -316,3 +316,5 @@ def test_several_runs_are_compared(windows: Any, demo_page: Path, tmp_path: Path
     assert "less" in window.page.locator("select[name=metric] option:checked").inner_text()
     values = window.page.locator("#unit-rows td:nth-child(3)").all_inner_texts()
     assert set(values) == {"0"}, "a run differs from itself by nothing"
+    narrow = windows(width=390).open(tmp_path / "both.html")
+    assert narrow.page.evaluate("document.documentElement.scrollWidth") <= 390

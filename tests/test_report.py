@@ -14,10 +14,10 @@ from lowmem_icl.masks.files import MaskFile, MaskModel
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.losses import greedy_losses
-from lowmem_icl.report.numbers import mean_over_tasks, pruned, subject, top_units
+from lowmem_icl.report.numbers import compared_drops, mean_over_tasks, pruned, subject, top_units
 from lowmem_icl.report.page.payload import agreement as agreement_matrices
 from lowmem_icl.report.page.payload import curves, grid_points
-from lowmem_icl.report.page.sections import agreement, induction, masks, method, pruning, units
+from lowmem_icl.report.page.sections import agreement, induction, masks, pruning, units
 from lowmem_icl.report.page.write import run_page
 from lowmem_icl.report.run_tables import RunTables, judging_of
 from lowmem_icl.tables.mask_table import mask_table
@@ -201,7 +201,7 @@ def test_estimates_are_compared_with_exact_drops_alone() -> None:
         *drops("head", 0, 0, {"piqa": 1.5}, **attribution),
         *drops("head", 0, 1, {"piqa": 0.7}, **attribution),
     )
-    assert method.compared_drops(results).select("value", "exact").rows() == [(1.5, 1.0)]
+    assert compared_drops(results).select("value", "exact").rows() == [(1.5, 1.0)]
 
 
 def greedy_record(task: str, mask_task: str, value: float, method: str, mask: str = "mask") -> Row:

@@ -94,6 +94,15 @@ def unit_drops(results: pl.DataFrame) -> pl.DataFrame:
     return results.filter((pl.col("experiment") == "ablate") & (pl.col("metric") == "gold_logprob_drop"))
 
 
+def compared_drops(results: pl.DataFrame) -> pl.DataFrame:
+    """Return attribution (`value`) and the exact drop (`exact`) of every task's units that have both."""
+    keys = ["task", "shots", "kind", "layer", "head"]
+    tasks = results.filter(pl.col("task") != AGGREGATE)
+    estimates = tasks.filter(pl.col("metric") == "attribution").select(*keys, "value")
+    exact = unit_drops(tasks).filter(pl.col("exact")).select(*keys, pl.col("value").alias("exact"))
+    return estimates.join(exact, on=keys, nulls_equal=True)
+
+
 def top_units(results: pl.DataFrame, n: int = TOP_UNITS) -> pl.DataFrame:
     """Return the n units per shot count that cost most when removed alone, mean over tasks.
 

@@ -14,6 +14,7 @@ from lowmem_icl.report.findings.above_chance import settings_of
 from lowmem_icl.report.findings.circuits import told_search
 from lowmem_icl.report.page.plots.induction import INDUCTION_SCORE
 from lowmem_icl.report.page.plots.style import BLUE, GREY, palettes
+from lowmem_icl.report.page.sections.agreement import compared_pairs
 from lowmem_icl.report.page.sections.pruning import CURVES
 from lowmem_icl.report.page.unit_arrays import Grid, unit_arrays
 from lowmem_icl.report.points import curve_points
@@ -36,8 +37,6 @@ def payload(run: RunTables) -> dict[str, Any]:
         "model": {
             name: model.get(name) for name in ("id", "revision", "model_type", "layers", "heads", "digest")
         },
-        "protocol": run.record["options"]["protocol"],
-        "version": run.record["versions"].get("lowmem_icl", ""),
         "tasks": list(run.tasks),
         "shots": list(run.shots),
         "start": start(run),
@@ -138,20 +137,24 @@ def capacity(results: pl.DataFrame, name: str) -> Rows:
 
 
 def removal(results: pl.DataFrame) -> Rows:
-    """Return accuracies clean, without induction heads and without random heads, with their bounds."""
+    """Return the accuracy lost without induction heads and without random heads, paired, with bounds.
+
+    Losses and not accuracies: random draws are judged on fewer documents than the clean model.
+    """
     records = results.filter(
         (pl.col("experiment") == "induction")
         & (pl.col("procedure") == "removal")
-        & pl.col("metric").is_in(ACCURACIES)
-        & (pl.col("method").is_null() | pl.col("method").is_in(["induction", "random-median"]))
+        & (pl.col("metric") == "acc_drop")
+        & pl.col("method").is_in(["induction", "random-median"])
     )
-    columns = ("task", "shots", "value", "low", "high", "heads_removed", "documents")
-    return records.select(pl.col("method").fill_null("clean"), *columns).to_dicts()
+    return records.select(
+        "method", "task", "shots", "value", "low", "high", "heads_removed", "documents"
+    ).to_dicts()
 
 
 def agreement(results: pl.DataFrame, method: str = "gradient") -> Rows:
     """Return rank correlations between tasks by shot count, NaN where one is unknown, with the order of tasks
-    that puts alike ones side by side.
+    that puts alike ones side by side, and the mean ceiling of their pairs.
     """
     pairs = results.filter(
         (pl.col("metric") == "spearman")
@@ -161,6 +164,11 @@ def agreement(results: pl.DataFrame, method: str = "gradient") -> Rows:
         & (pl.col("task") != AGGREGATE)
         & (pl.col("other_task") != AGGREGATE)
     )
+    compared = compared_pairs(
+        results.filter((pl.col("experiment") == "overlap") & (pl.col("method") == method))
+    )
+    same_shots = compared.filter(pl.col("shots") == pl.col("other_shots"))
+    ceilings = same_shots.group_by("shots").agg(pl.col("ceiling").mean())
     found = []
     for (shots,), members in pairs.group_by("shots", maintain_order=True):
         names = list(dict.fromkeys([*members["task"], *members["other_task"]]))
@@ -170,8 +178,9 @@ def agreement(results: pl.DataFrame, method: str = "gradient") -> Rows:
             left, right = names.index(row["task"]), names.index(row["other_task"])
             matrix[left, right] = matrix[right, left] = row["value"]
         order = alike_side_by_side(matrix)
+        ceiling = next(iter(ceilings.filter(pl.col("shots") == shots)["ceiling"]), None)
         found.append({
-            "shots": shots,
+            "shots": shots, "ceiling": ceiling,
             "tasks": [names[index] for index in order],
             "values": matrix[np.ix_(order, order)].round(4).tolist(),
         })  # fmt: skip
@@ -210,5 +219,8 @@ def transfer(results: pl.DataFrame) -> Rows:
 
 
 def masks(greedy: Mapping[Setting, MaskFile]) -> Rows:
-    """Return the greedy masks' names and settings; their units are in the arrays."""
-    return [{"task": task, "shots": shots, "name": file.name} for (task, shots), file in greedy.items()]
+    """Return what the greedy masks' files say but their units, which are in the arrays."""
+    return [
+        {"task": task, "shots": shots, "name": file.name, "made": file.made, "scores": file.scores}
+        for (task, shots), file in greedy.items()
+    ]

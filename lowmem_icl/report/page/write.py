@@ -86,7 +86,7 @@ def write_report(runs: Sequence[RunTables], page: Path, images: Mapping[str, byt
 
 def run_page(run: RunTables, images: Mapping[str, bytes] = NO_IMAGES) -> Page:
     """Return what the page says of a run."""
-    record, model = run.record, run.record["model"]
+    record = run.record
     found = answer(run.results, run.units, run.masks, record)
     sections = [
         replace(section, meaning=headings)
@@ -94,7 +94,7 @@ def run_page(run: RunTables, images: Mapping[str, bytes] = NO_IMAGES) -> Page:
         if (section := make(run)) is not None
     ]
     return Page(
-        title=f"{model['id']} in {model['weights']}",
+        title=_title(run),
         lead=_lead(run),
         sentences=found.sentences,
         chips=found.chips,
@@ -134,7 +134,11 @@ def comparison_page(runs: Sequence[RunTables]) -> Page:
         title=f"{' and '.join(labels)}, compared",
         lead=f"{len(settings)} {'setting' if len(settings) == 1 else 'settings'} (tasks at shot counts) in "
         "common; each run has a page of its own.",
-        sentences=[],
+        sentences=[
+            f"{label}: {sentence}"
+            for label, run in zip(labels, runs, strict=True)
+            for sentence in answer(run.results, run.units, run.masks, run.record).sentences[:1]
+        ],
         chips=[],
         notes=[],
         warnings=[
@@ -158,6 +162,14 @@ def _script_of(sections: Sequence[Section]) -> dict[str, str]:
         "script": "\n".join(_asset(name) for name in SCRIPTS),
         "style": _asset("page.css"),
     }
+
+
+def _title(run: RunTables) -> str:
+    model = run.record["model"]
+    name = f"{model['id']} in {model['weights']}"
+    if given_masks_section(run) is not None:
+        return f"{name}: what masks cost"
+    return f"{name}: which heads and FFNs does in-context learning need?"
 
 
 def _lead(run: RunTables) -> str:

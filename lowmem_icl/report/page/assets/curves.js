@@ -1,14 +1,14 @@
 // Curves, dots and matrices: what the chosen task and shot count show of the run's small tables.
 
-const DASHES = { "-": [], "--": [6, 4] };
 const inkOn = (hex) => {
   const [r, g, b] = [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16) / 255).map((v) => (v <= 0.04 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.3 ? "#1b1f24" : "#ffffff";
 };
 
-// Moved apart to at least the gap, none above the top: up first, then down from the top.
-function spread(places, gap, top) {
+// Moved apart to at least the gap, none below the bottom or above the top: up first, then down from the top.
+function spread(places, gap, bottom, top) {
   const order = [...places.keys()].sort((a, b) => places[a] - places[b]), moved = [...places];
+  if (order.length) moved[order[0]] = Math.max(moved[order[0]], bottom);
   for (let i = 1; i < order.length; i++) moved[order[i]] = Math.max(moved[order[i]], moved[order[i - 1]] + gap);
   for (let i = order.length - 1, limit = top; i >= 0; i--, limit = moved[order[i + 1]] - gap) moved[order[i]] = Math.min(moved[order[i]], limit);
   return moved;
@@ -22,20 +22,21 @@ function drawCurves(name, curves, { unit, height }) {
   const filled = (values, fallback) => values.map((v, i) => (v === null ? fallback[i] : v));
   fill(`${name}-band`, random ? { x: random.x, low: filled(random.low, random.y), high: filled(random.high, random.y) } : { x: [], low: [], high: [] });
   fill(`${name}-behind`, { xs: behind.map((c) => c.x), ys: behind.map((c) => c.y) });
-  const front = random ? [...own, random] : own;
-  fill(`${name}-lines`, { xs: front.map((c) => c.x), ys: front.map((c) => c.y), colour: front.map((c) => c.colour), dash: front.map((c) => c.dash) });
+  // Of curves that cover each other the task's own is wide, others are narrow and above it.
+  const front = [...(random ? [random] : []), ...own], width = (curve) => (curve.label === "own ranking" ? 4 : 1.8);
+  fill(`${name}-lines`, { xs: front.map((c) => c.x), ys: front.map((c) => c.y), colour: front.map((c) => onTheme(c.colour)), width: front.map(width) });
   const points = { x: [], y: [], low: [], high: [], colour: [], label: [], text: [] };
   for (const curve of own) curve.x.forEach((x, i) => {
-    points.x.push(x); points.y.push(curve.y[i]); points.low.push(curve.low[i] ?? curve.y[i]); points.high.push(curve.high[i] ?? curve.y[i]); points.colour.push(curve.colour);
+    points.x.push(x); points.y.push(curve.y[i]); points.low.push(curve.low[i] ?? curve.y[i]); points.high.push(curve.high[i] ?? curve.y[i]); points.colour.push(onTheme(curve.colour));
     points.label.push(`${taskName(state.task)}, ${shotsText(state.shots)}, ${curve.label}`); points.text.push(`${shown(x)} of ${curve.units} ${unit}: ${shown(curve.y[i])}${shownInterval(curve.low[i], curve.high[i])}`);
   });
   fill(`${name}-points`, points);
-  const knees = own.filter((c) => c.knee !== null).map((c) => ({ x: c.knee, y: c.y[c.x.indexOf(c.knee)], colour: c.colour })).filter((k) => k.y !== undefined);
+  const knees = own.filter((c) => c.knee !== null).map((c) => ({ x: c.knee, y: c.y[c.x.indexOf(c.knee)], colour: onTheme(c.colour) })).filter((k) => k.y !== undefined);
   fill(`${name}-marks`, { x: knees.map((k) => k.x), y: knees.map((k) => k.y), colour: knees.map((k) => k.colour) });
   const last = (values) => values[values.length - 1] ?? 0, labelled = front.filter((c) => c.x.length);
-  fill(`${name}-labels`, { x: labelled.map((c) => last(c.x)), y: spread(labelled.map((c) => last(c.y)), 17 / height, 0.98), text: labelled.map((c) => c.label), colour: labelled.map((c) => c.colour) });
+  fill(`${name}-labels`, { x: labelled.map((c) => last(c.x)), y: spread(labelled.map((c) => last(c.y)), 17 / height, 0.05, 0.98), text: labelled.map((c) => c.label), colour: labelled.map((c) => onTheme(c.colour)) });
   const plot = source(name), reach = Math.max(1e-9, ...atShots.flatMap((c) => c.x));
-  if (plot) { plot.x_range.start = -0.02 * reach; plot.x_range.end = reach * (plot.inner_width > 420 ? 1.35 : 1.6); }
+  if (plot) { plot.x_range.start = -0.02 * reach; plot.x_range.end = reach * (plot.inner_width > 420 ? 1.35 : 1.6); plot.below.forEach((axis) => { axis.bounds = [0, reach]; }); }
   const chance = front.map((c) => c.chance).find((v) => v !== null && v !== undefined), far = Math.max(0, ...front.flatMap((c) => c.x));
   fill(`${name}-level`, chance === undefined ? { xs: [], ys: [] } : { xs: [[0, far]], ys: [[chance, chance]] });
 }
@@ -64,14 +65,16 @@ function drawScores(run) {
 function drawRemoval(run) {
   const plot = source("removal");
   if (!plot) return;
-  const rows = run.removal.filter((row) => row.shots === state.shots), tasks = [...new Set(rows.map((row) => row.task))];
+  const rows = run.removal.filter((row) => row.shots === state.shots).map((row) => ({ ...row, task: taskName(row.task) })), tasks = [...new Set(rows.map((row) => row.task))];
   plot.y_range.factors = tasks.slice().reverse();
+  const ends = rows.flatMap((row) => [row.value, row.low ?? row.value, row.high ?? row.value]), from = Math.min(0, ...ends), to = Math.max(0.05, ...ends);
+  plot.x_range.start = from - 0.04 * (to - from); plot.x_range.end = to + 0.04 * (to - from);
   const part = (method, words) => {
     const own = rows.filter((row) => row.method === method);
     return { task: own.map((r) => r.task), value: own.map((r) => r.value), low: own.map((r) => r.low ?? r.value), high: own.map((r) => r.high ?? r.value),
-      text: own.map((r) => `${words.replace("N", r.heads_removed)}: ${shown(r.value)}${shownInterval(r.low, r.high)}`) };
+      text: own.map((r) => `${words.replace("N", r.heads_removed)}: ${shown(r.value)} lost${shownInterval(r.low, r.high)}, ${r.documents} documents`) };
   };
-  fill("removal-clean", part("clean", "clean")); fill("removal-induction", part("induction", "without N induction heads"));
+  fill("removal-induction", part("induction", "without N induction heads"));
   fill("removal-random", part("random-median", "without N random heads, median"));
 }
 
@@ -93,6 +96,8 @@ function drawAgreement(run) {
   if (!found) { drawMatrix(run, "agreement", [], [], [], (v) => v, "signed"); return; }
   const cells = found.tasks.flatMap((row, i) => found.tasks.map((column, j) => ({ row, column, value: found.values[i][j], text: `rank correlation ${shown(found.values[i][j])} at ${shotsText(found.shots)}` })));
   drawMatrix(run, "agreement", found.tasks, found.tasks, cells, (value) => value, "signed");
+  const axis = source("agreement")?.below.find((each) => "axis_label" in each);
+  if (axis) axis.axis_label = found.ceiling === null ? "" : `ceiling ${shown(found.ceiling, 2)}`;
 }
 
 function drawGrid(run) {
@@ -108,5 +113,5 @@ function drawTransfer(run) {
   const cells = rows.filter((row) => !row.clean).map((row) => ({ row: row.mask_task, column: row.task, value: row.value - (clean.get(row.task)?.value ?? NaN),
     text: `${row.task} under the mask of ${row.mask_task}: ${shown(row.value)}${shownInterval(row.low, row.high)}, clean ${shown(clean.get(row.task)?.value)}, ${row.documents} documents` }));
   const masks = run.tasks.filter((task) => cells.some((cell) => cell.row === task));
-  drawMatrix(run, "transfer", masks, tasks, cells, (value) => Math.max(-1, Math.min(1, -value * 2)), "signed");
+  drawMatrix(run, "transfer", masks, tasks, cells, (value) => Math.max(-1, Math.min(1, -value)), "signed");
 }

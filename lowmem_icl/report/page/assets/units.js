@@ -97,8 +97,7 @@ function maskFile(run, task, shots) {
     const layer = Math.floor(unit / (heads + 1));
     if (isFfn(run, unit)) removed.ffns.push(layer); else (removed.heads[layer] ??= []).push(unit % (heads + 1));
   }
-  const made = { method: "greedy", tasks: [task], shots: [shots], protocol: run.protocol, version: run.version };
-  return JSON.stringify({ format: "lowmem-icl-mask/1", name: mask.name, ablation: "zero", model: { id, revision, model_type, layers, heads, digest }, removed, made, scores: {} }, null, 1) + "\n";
+  return JSON.stringify({ format: "lowmem-icl-mask/1", name: mask.name, ablation: "zero", model: { id, revision, model_type, layers, heads, digest }, removed, made: mask.made, scores: mask.scores }, null, 1) + "\n";
 }
 
 function makeMasks(run) {

@@ -12,8 +12,9 @@ SCATTER_CAPTION = (
     "the line heads count as induction heads."
 )
 REMOVAL_CAPTION = (
-    "Accuracy of the clean model (ring), without the induction heads (red) and without as many other heads "
-    "of the same layers (grey: median and band of random draws)."
+    "Accuracy lost without the induction heads (red) and without as many other heads of the same layers "
+    "(grey: median, and where the next draw lies at 95 %), each paired with the clean model on the same "
+    "documents."
 )
 
 
@@ -31,27 +32,18 @@ def score_plot() -> PagePlot:
 
 
 def removal_plot(tasks: int) -> PagePlot:
-    """Return the plot of accuracies without induction heads; the sources are `removal-*`."""
-    plot = new_plot("removal", height=70 + 24 * tasks, y_range=FactorRange(), x_range=Range1d(0, 1.02),
-                    x_axis_label="accuracy", tooltips=TOOLTIP)  # fmt: skip
+    """Return the plot of what is lost without induction heads; its sources are `removal-*`."""
+    plot = new_plot("removal", height=70 + 24 * tasks, y_range=FactorRange(), x_range=Range1d(0, 1),
+                    tooltips=TOOLTIP, x_axis_label="accuracy lost")  # fmt: skip
     plot.ygrid.visible = False
+    plot.add_layout(Span(location=0, dimension="height", line_color=GREY, line_width=1))
     band = empty_source("removal-random", "task", "value", "low", "high", "text")
-    plot.hbar(
-        "task",
-        left="low",
-        right="high",
-        height=0.5,
-        source=band,
-        fill_color=GREY,
-        fill_alpha=0.3,
-        line_color=None,
-    )
+    plot.hbar("task", left="low", right="high", height=0.5, source=band, fill_color=GREY, fill_alpha=0.3,
+              line_color=None)  # fmt: skip
     random = plot.scatter("value", "task", marker="dash", angle=1.5708, size=12, source=band, color=GREY)
-    clean = plot.scatter("value", "task", size=9, fill_color=None, line_width=1.8, line_color=BLUE,
-                         source=empty_source("removal-clean", "task", "value", "text"))  # fmt: skip
     without = empty_source("removal-induction", "task", "value", "low", "high", "text")
     plot.add_layout(Whisker(base="task", lower="low", upper="high", dimension="width", source=without,
                             line_color=RED, upper_head=None, lower_head=None))  # fmt: skip
     removed = plot.scatter("value", "task", size=8, source=without, color=RED)
-    plot.tools[0].renderers = [clean, removed, random]
+    plot.tools[0].renderers = [removed, random]
     return PagePlot("plot-removal", plot, REMOVAL_CAPTION, ("induction-removal",))

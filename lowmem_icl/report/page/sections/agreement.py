@@ -14,7 +14,8 @@ COLUMNS = (
 COMMON_PERCENT = 30
 CAPTION = (
     "Gradient scores at the chosen shot count; tasks whose rankings agree stand side by side. 1: the same "
-    "order of heads; 0: unrelated."
+    "order of heads; 0: unrelated. Ceiling: the most that rankings as noisy as these "
+    "could agree, mean over pairs."
 )
 TEXT = "Spearman's rank correlation of head scores between tasks, and between shot counts of a task."
 CEILING_NOTE = (

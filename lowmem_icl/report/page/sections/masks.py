@@ -15,6 +15,7 @@ from lowmem_icl.report.page.plots.matrices import matrix_plot
 from lowmem_icl.report.page.section import Record, Section, interval_text, number_text
 from lowmem_icl.report.run_tables import RunTables, Setting
 
+AXES = ("task judged", "mask of")
 COMPARED = ("gradient", "random")
 # Options that say on what a mask is judged, where they are not the defaults.
 REPEATED = (
@@ -22,8 +23,9 @@ REPEATED = (
     "protocol", "bos", "seed",
 )  # fmt: skip
 TRANSFER_CAPTION = (
-    "Rows: whose mask; columns: the task judged, on its first evaluation documents. The number is the "
-    "accuracy gained (+) or lost (−) against the clean model; on the diagonal a mask meets its own task."
+    "Greedy masks (rows) on every task (columns) at the chosen shot count, on the first documents that "
+    "curves are judged on, so that the diagonal may differ from the table. The number is the accuracy gained "
+    "or lost (-) against the clean model; its interval stands where the pointer is."
 )
 
 
@@ -64,7 +66,7 @@ def masks_section(run: RunTables) -> Section | None:
         "of it is."
         + replacement_note(run.record.get("greedy", []))
         + certificate_note(run.record),
-        [matrix_plot("transfer", len(run.tasks), TRANSFER_CAPTION)] if transferred else [],
+        [matrix_plot("transfer", len(run.tasks), TRANSFER_CAPTION, (), AXES)] if transferred else [],
         data=list(mask_rows(run)),
     )  # fmt: skip
 
@@ -110,7 +112,7 @@ def _in_brackets(low: float | None, high: float | None) -> str:
 
 def _command(run: RunTables, setting: Setting) -> str:
     """Return the command that judges a mask as the run did: on the same documents of the same model."""
-    path, options = run.folder / "masks" / f"{run.greedy_masks[setting].name}.json", run.record["options"]
+    path, options = f"{run.greedy_masks[setting].name}.json", run.record["options"]
     task, shots = setting
     named = options.get("tasks") or ()
     if task != AGGREGATE:
