@@ -21,7 +21,7 @@ from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.files import publish_run
 from lowmem_icl.report.page.write import MOST_IMAGE_BYTES, write_report
 from lowmem_icl.report.run_tables import read_run
-from lowmem_icl.tables.schema import read_table
+from lowmem_icl.tables.schema import read_table, write_table
 
 HEAVIEST_PAGE_BYTES = 5_000_000
 MOST_NODES = 5_000
@@ -292,6 +292,24 @@ def test_names_do_nothing(windows: Any, tmp_path: Path) -> None:
         window.page.mouse.move(box["x"] + box["width"] * step / 20, box["y"] + box["height"] * 0.3)
     assert window.page.evaluate("window.hacked") is None
     assert window.page.locator("td", has_text=HOSTILE).count() > 0
+
+
+def test_a_metric_that_is_0_everywhere_and_unknown_agreement_draw(windows: Any, tmp_path: Path) -> None:
+    folder = SyntheticRun(layers=2, heads=3, tasks=("copa", "wic", "rte"), shots=(0, 4)).write(
+        tmp_path / "run"
+    )
+    results = read_table(folder / "results.parquet", "results")
+    is_unknown = (
+        (pl.col("metric") == "spearman") & (pl.col("other_task") == "rte") & (pl.col("task") == "copa")
+    )
+    value = pl.when(pl.col("metric") == "gold_prob_drop").then(0.0).otherwise("value")
+    write_table(results.filter(~is_unknown).with_columns(value=value), "results", folder / "results.parquet")
+    write_report([read_run(folder)], folder / "report.html")
+    window = windows().open(folder / "report.html")
+    window.page.locator("select[name=metric]").select_option("gold_prob_drop")
+    assert set(window.page.locator("#unit-rows td:nth-child(3)").all_inner_texts()) == {"0"}
+    cells = window.page.evaluate("source('agreement-cells').data.value.length")
+    assert cells == 3 + 2 * 2, "the diagonal, and the two pairs that are known"
 
 
 def test_several_runs_are_compared(windows: Any, demo_page: Path, tmp_path: Path) -> None:

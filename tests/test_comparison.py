@@ -1,12 +1,15 @@
 """Several runs on one page: what may be compared, and how far a change can be trusted."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from synthetic_run import SyntheticRun
 from test_report import by_task, drops, record, run_of, table
 
+from lowmem_icl.errors import InputError
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.page.comparison import (
     accuracy_rows,
@@ -17,7 +20,8 @@ from lowmem_icl.report.page.comparison import (
     have_one_shape,
     run_labels,
 )
-from lowmem_icl.report.run_tables import RunTables
+from lowmem_icl.report.page.write import comparison_page
+from lowmem_icl.report.run_tables import RunTables, read_run
 
 CLEAN: dict[str, Any] = {"experiment": "evaluate", "metric": "acc", "mask": "clean", "low": 0.4, "high": 0.8}
 
@@ -73,3 +77,26 @@ def test_maps_show_every_run_and_what_it_has_more_than_the_first() -> None:
     metrics = comparison_data([run("a", {"piqa": 0.5}), run("b", {"piqa": 0.75})])["units"]["metrics"]
     assert [metric["short"] for metric in metrics.values()] == ["a", "b", "b less a"]
     assert len({(metric["linear"], metric["largest"]) for metric in metrics.values()}) == 1, "one scale"
+
+
+def runs_of(folder: Path, *sizes: dict[str, Any]) -> Sequence[RunTables]:
+    """Return small runs of these sizes."""
+    same: dict[str, Any] = {"layers": 2, "heads": 3, "shots": (0, 4)}
+    return [
+        read_run(SyntheticRun(**(same | size)).write(folder / f"run{number}"))
+        for number, size in enumerate(sizes)
+    ]
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_of_models_of_other_shapes_accuracies_are_compared_and_no_units(tmp_path: Path, layers: int) -> None:
+    runs = runs_of(tmp_path, {"tasks": ("copa", "wic")}, {"tasks": ("copa", "wic"), "layers": layers})
+    page = comparison_page(runs)
+    assert [section.id for section in page.sections] == ["accuracy", "runs"]
+    assert comparison_data(runs)["units"]["metrics"] == {}
+
+
+def test_runs_without_a_common_setting_are_refused_by_name(tmp_path: Path) -> None:
+    runs = runs_of(tmp_path, {"tasks": ("copa", "wic")}, {"tasks": ("rte", "boolq")})
+    with pytest.raises(InputError, match=r"in common, got none in .*run0, .*run1; give others"):
+        comparison_page(runs)

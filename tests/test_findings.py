@@ -23,7 +23,6 @@ from lowmem_icl.report.findings.wording import MOST_NAMED, listed, span_text, un
 from lowmem_icl.report.numbers import INDUCTION_SCORE
 from lowmem_icl.report.page.plots.induction import INDUCTION_SCORE as PAGE_SCORE
 from lowmem_icl.report.page.sections.induction import removal_note
-from lowmem_icl.statistics.bands import LEAST_DRAWS
 from lowmem_icl.tables.blocks import frame
 from lowmem_icl.tables.mask_table import Judging, mask_table
 from lowmem_icl.tables.unit_table import unit_table
@@ -84,6 +83,7 @@ def answer_of(rows: list[Row], masks: Mapping[str, Mask] | None = None, **option
 HOLDS, FAILS, UNTOLD = (0.001, -0.01, 0.005), (0.05, 0.02, 0.08), (0.008, -0.01, 0.02)
 KEPT = removed_but((0, 0), (1, 3), ffns=(0,))
 REMOVED = {"heads_removed": 14, "ffns_removed": 1}
+DRAWS = [f"induction-random-{number}" for number in range(5)]
 
 
 def test_the_smallest_circuit_is_told_by_name_beside_clean_and_random() -> None:
@@ -180,6 +180,18 @@ def test_where_everything_is_at_chance_that_is_the_only_sentence() -> None:
     assert "1 of 1" in {chip.value for chip in found.chips}
 
 
+def test_where_nothing_was_evaluated_nobody_knows_what_is_at_chance() -> None:
+    drop = {
+        "experiment": "ablate", "procedure": "single", "metric": "gold_logprob_drop", "method": "ablation",
+        "task": "recall", "shots": 4, "kind": "head", "layer": 0, "head": 1, "value": 0.5, "exact": True,
+    }  # fmt: skip
+    found = answer_of([drop])
+    assert ("settings at chance", "0 of 1, 1 unknown", "warning") in {
+        (chip.label, chip.value, chip.level) for chip in found.chips
+    }
+    assert any("was not evaluated" in note for note in found.notes)
+
+
 def test_what_is_at_chance_has_no_part_in_any_sentence() -> None:
     rows = [
         *clean("recall", 0.9, 0.8, 0.95), *clean("copa", 0.55, 0.45, 0.65),
@@ -199,13 +211,11 @@ def test_what_is_at_chance_has_no_part_in_any_sentence() -> None:
 
 
 def removal(task: str, before: float, after: float, random: float, shots: int = 4) -> list[Row]:
-    """Two induction heads removed, and as many draws of others as a band needs."""
+    """Two induction heads removed, and five draws of as many others."""
     base = {"experiment": "induction", "procedure": "removal", "task": task, "shots": shots, "documents": 9}
     out = base | {"method": "induction", "mask": "induction-heads", "heads_removed": 2, "ffns_removed": 0}
     draws = [
-        base
-        | {"method": "random", "mask": f"induction-random-{number}", "metric": "acc_drop", "value": random}
-        for number in range(1, LEAST_DRAWS + 1)
+        base | {"method": "random", "mask": name, "metric": "acc_drop", "value": random} for name in DRAWS
     ]
     return [
         base | {"mask": "clean", "metric": "acc", "value": before},
@@ -246,8 +256,9 @@ def test_induction_heads_stand_beside_random_heads_of_equal_number() -> None:
     assert INDUCTION_SCORE == HEAD_SCORE == PAGE_SCORE
     no_more = answer_of([*clean("recall", 0.9, 0.8, 0.95), *removal("recall", 0.9, 0.875, 0.125)])
     assert no_more.sentences[0].endswith("so they cost no more than random heads may.")
-    few = [row for row in rows if row.get("mask") != "induction-random-1"]
-    assert answer_of(few, heads).sentences[0].endswith("cost 0.125 (too few draws for a band).")
+    for left_out, text in ((4, "cost 0.125 (one draw)."), (3, "cost 0.125 (too few draws for a band).")):
+        few = answer_of([row for row in rows if row.get("mask") not in DRAWS[:left_out]], heads)
+        assert few.sentences[0].endswith(text)
     alone = [row for row in rows if row.get("method") != "random"]
     assert (
         answer_of(alone, heads)

@@ -107,6 +107,6 @@ def _random_text(mean: pl.DataFrame, median: Row | None) -> str:
     heads = "a random head" if count == 1 else f"{count} random heads"
     text = f"; {heads} of the same layers cost {middle:.3f}"
     if low is None or high is None or np.isnan(high):
-        return f"{text} (too few draws for a band)."
+        return f"{text} ({'one draw' if len(draws) == 1 else 'too few draws for a band'})."
     beyond = "" if without["value"] > high else "; so they cost no more than random heads may"
     return f"{text} (95 % of draws: {low:.3f} to {high:.3f}){beyond}."

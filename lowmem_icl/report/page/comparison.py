@@ -186,8 +186,33 @@ def _mask_cells(
 
 
 def comparison_data(runs: Sequence[RunTables]) -> dict[str, Any]:
-    """Return the numbers of several runs of one shape as the page's script reads those of one."""
-    grid, labels = _grid(runs), run_labels(runs)
+    """Return the numbers of several runs as the page's script reads those of one; of models of different
+    shapes there is no unit in both.
+    """
+    grid = _grid(runs)
+    nothing, significant = np.full(grid.shape, np.nan), np.zeros(grid.shape, dtype=np.bool_)
+    none, metrics = np.zeros(grid.shape, dtype=np.bool_), {}
+    if have_one_shape(runs):
+        metrics = _compared_metrics(runs, grid)
+        significant = np.any([_significant(run, grid) for run in runs], axis=0)
+    model = runs[0].record["model"]
+    return {
+        "model": {name: model.get(name) for name in ("id", "layers", "heads")},
+        "tasks": list(grid.tasks), "shots": list(grid.shots), "atChance": [],
+        "start": {"task": grid.tasks[-1], "shots": grid.shots[-1]}, "inductionScore": 1.0,
+        "units": {
+            "metrics": metrics, "scores": {}, "significant": encode_bits(significant).as_json(),
+            **{name: encode_halves(nothing).as_json() for name in ("low", "high", "q")},
+            **{name: encode_bits(none).as_json() for name in ("exact", "kept")},
+        },
+        "curves": {"head": [], "ffn": []}, "grid": [], "capacity": {}, "removal": [], "agreement": [],
+        "transfer": [], "masks": [], "palettes": palettes(),
+    }  # fmt: skip
+
+
+def _compared_metrics(runs: Sequence[RunTables], grid: Grid) -> dict[str, Any]:
+    """Return every metric that all runs have, of each run and as differences from the first."""
+    labels = run_labels(runs)
     metrics: dict[str, Any] = {}
     for name in COMPARED:
         found = [_values(run, grid, name) for run in runs]
@@ -205,21 +230,7 @@ def comparison_data(runs: Sequence[RunTables]) -> dict[str, Any]:
                 "unit": METRICS[name].unit, "signed": True, "linear": linear_range(scale),
                 "largest": float(np.nanmax(np.abs(scale))), "values": encode_halves(values, 7).as_json(),
             }  # fmt: skip
-    nothing, none = np.full(grid.shape, np.nan), np.zeros(grid.shape, dtype=np.bool_)
-    significant = np.any([_significant(run, grid) for run in runs], axis=0)
-    model = runs[0].record["model"]
-    return {
-        "model": {name: model.get(name) for name in ("id", "layers", "heads")},
-        "tasks": list(grid.tasks), "shots": list(grid.shots), "atChance": [],
-        "start": {"task": grid.tasks[-1], "shots": grid.shots[-1]}, "inductionScore": 1.0,
-        "units": {
-            "metrics": metrics, "scores": {}, "significant": encode_bits(significant).as_json(),
-            **{name: encode_halves(nothing).as_json() for name in ("low", "high", "q")},
-            **{name: encode_bits(none).as_json() for name in ("exact", "kept")},
-        },
-        "curves": {"head": [], "ffn": []}, "grid": [], "capacity": {}, "removal": [], "agreement": [],
-        "transfer": [], "masks": [], "palettes": palettes(),
-    }  # fmt: skip
+    return metrics
 
 
 def _grid(runs: Sequence[RunTables]) -> Grid:

@@ -78,9 +78,9 @@ function drawRemoval(run) {
   fill("removal-random", part("random-median", "without N random heads, median"));
 }
 
-// cells: {row, column, value, text}; the colour is `scaled`, from -1 to 1.
-function drawMatrix(run, name, rows, columns, cells, scaled, kind) {
-  const plot = source(name);
+// measured: {row, column, value, text}; the colour is `scaled`, from -1 to 1. Cells without a value stay empty.
+function drawMatrix(run, name, rows, columns, measured, scaled, kind) {
+  const plot = source(name), cells = measured.filter((cell) => cell.value !== null && !Number.isNaN(cell.value));
   if (!plot) return;
   plot.x_range.factors = columns; plot.y_range.factors = rows.slice().reverse();
   const palette = run.palettes[kind][theme()], mapper = source(`${name}-mapper`);

@@ -105,7 +105,7 @@ function drawCard(run) {
   card.replaceChildren(
     element("h3", {}, unitName(run, unit)),
     element("p", {}, describeUnit(run, unit, ranks(valuesAt(run, state.metric))).join("; ")),
-    element("p", { class: "soft" }, `${metric.label}, ${metric.unit}; *: q ≤ 0.05`),
+    element("p", { class: "soft" }, `${metric.label}, ${metric.unit}; *: q ≤ 0.05 of the drop of gold log-probability`),
     element("div", { class: "scroll" }, element("table", {}, head, ...rows)),
     element("p", { class: "soft" }, keepersText(run, keepers)));
 }

@@ -44,7 +44,10 @@ def ranking_section(run: RunTables) -> Section | None:
         return None
     q_values = run.units["q_value"].fill_null(1).to_numpy()
     claimed = STAR if (q_values <= SIGNIFICANT_Q).any() else NONE_SIGNIFICANT
-    text = f"By the chosen metric at the chosen task and shots: {PICKED}; {claimed}. {STARS_ARE_COUNTS}"
+    text = (
+        f"By the chosen metric at the chosen task and shots: {PICKED}; {claimed}. {STARS_ARE_COUNTS} The "
+        "page holds two or three digits of every number; units.parquet has them all."
+    )
     return Section("units", "Units, ranked", text)
 
 
