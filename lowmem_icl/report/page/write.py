@@ -79,7 +79,7 @@ class Page:
 def write_report(runs: Sequence[RunTables], page: Path, images: Mapping[str, bytes] = NO_IMAGES) -> None:
     """Write the page of one run, or of several compared.
 
-    images: figures by name as PNG or SVG, for readers without JavaScript; of too heavy ones the last are left out.
+    images: figures by name as PNG or SVG, for readers without JavaScript; if heavy the last are left out.
     """
     whole = run_page(runs[0], images) if len(runs) == 1 else comparison_page(runs)
     write_text_atomic(page, render(whole))
