@@ -331,10 +331,12 @@ def test_given_masks_are_told_beside_the_clean_model() -> None:
     assert answer_of(one, {"own": KEPT}).sentences == (
         "own (14 heads and 1 FFN removed): recall, 4 shots 0.875 [0.875, 0.875], clean 0.900.",
     )
+    alike = answer_of([*one, *clean("copa", 0.9, 0.8, 0.95), given("copa", 0.875)], {"own": KEPT})
+    assert alike.sentences[0].endswith("in each of 2 settings above chance accuracy changes by -0.025.")
     two = [*one, *clean("copa", 0.8, 0.7, 0.9), given("copa", 0.5), given("copa", 0.5, "same")]
     assert answer_of(two, {"own": KEPT, "same": KEPT}).sentences == (
         "own (14 heads and 1 FFN removed): in 2 settings above chance accuracy goes from 0.900 to 0.875 "
-        "(recall, 4 shots) at best to 0.800 to 0.500 (copa, 4 shots) at worst.",
+        "(recall, 4 shots) at best, from 0.800 to 0.500 (copa, 4 shots) at worst.",
         "same (14 heads and 1 FFN removed, the same as own): copa, 4 shots 0.500 [0.500, 0.500], clean "
         "0.800.",
     )

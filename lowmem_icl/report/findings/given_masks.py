@@ -41,10 +41,11 @@ def _sentence(rows: list[dict[str, Any]]) -> str:
         return f"{removed}: accuracy {span_text([row['value'] for row in rows], '{:.3f}'.format)}."
     worst = min(compared, key=lambda row: row["value"] - row["clean"])
     best = max(compared, key=lambda row: row["value"] - row["clean"])
-    return (
-        f"{removed}: in {len(compared)} settings above chance accuracy goes from "
-        f"{_change(best)} at best to {_change(worst)} at worst."
-    )
+    where = f"{len(compared)} settings above chance accuracy"
+    if best is worst:
+        change = round(best["value"] - best["clean"], 3) + 0.0
+        return f"{removed}: in each of {where} changes by {change:+.3f}."
+    return f"{removed}: in {where} goes from {_change(best)} at best, from {_change(worst)} at worst."
 
 
 def _change(row: dict[str, Any]) -> str:
