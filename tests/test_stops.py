@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 from commands import invoke, run_small
 
+from lowmem_icl.report.run_tables import read_run
 from lowmem_icl.report.status import status_of
 from lowmem_icl.session import publish
 from lowmem_icl.session.publish import Publisher
@@ -69,7 +70,7 @@ def test_other_options_are_refused_whether_or_not_a_run_is_finished(copy: Path, 
 
 def test_status_tells_a_run_at_work_from_one_that_was_cut_off(copy: Path) -> None:
     set_state(copy, "running")
-    assert status_of(copy)["state"] == "cut off"
+    assert status_of(copy)["state"] == read_run(copy).record["state"] == "cut off"
     assert "its process ended without a word" in invoke("status", copy).stdout
     with (copy / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -47,10 +47,3 @@ def curve_points(results: pl.DataFrame, model: Mapping[str, Any]) -> pl.DataFram
             .then("ffns_share")
         )
     )
-
-
-def knee_share(knee: Mapping[str, Any], model: Mapping[str, Any]) -> float:
-    """Return how much is removed at a knee, a record of results.parquet, in per cent of its kind's units."""
-    if knee["kind"] == "ffn":
-        return float(100 * knee["ffns_removed"] / model["layers"])
-    return float(100 * knee["heads_removed"] / (model["layers"] * model["heads"]))

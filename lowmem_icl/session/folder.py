@@ -249,6 +249,14 @@ def is_in_use(folder: Path) -> bool:
     return False
 
 
+def state_of(folder: Path, record: Mapping[str, Any]) -> State:
+    """Return a run's state: what its record says, or that it was cut off, where that says that it is at work
+    and nobody holds its lock.
+    """
+    state: State = record["state"]
+    return "cut off" if state == "running" and not is_in_use(folder) else state
+
+
 def _take(lock: IO[str]) -> None:
     """Lock a file, or raise BlockingIOError: who only looks whether it is in use holds it for a moment."""
     for _ in range(TRIES_TO_LOCK):

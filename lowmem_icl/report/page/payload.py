@@ -82,9 +82,9 @@ def curves(results: pl.DataFrame, kind: str, model: Mapping[str, Any]) -> Rows:
         if other_shots is not None and other_shots != shots:
             continue
         curve = curve.sort("removed")
-        label, colour, dash = _curve_style(str(method), other_task)
+        label, colour = _curve_style(str(method), other_task)
         found.append({
-            "task": task, "shots": shots, "label": label, "colour": colour, "dash": dash,
+            "task": task, "shots": shots, "label": label, "colour": colour,
             "random": method == "random",
             "x": curve["removed"].to_list(), "y": curve["value"].to_list(),
             "low": curve["low"].to_list(), "high": curve["high"].to_list(),
@@ -102,10 +102,10 @@ def _knees(results: pl.DataFrame) -> dict[tuple[Any, ...], int]:
     return {tuple(keys): count for *keys, count in knees.select(*CURVE_KEYS, removed).iter_rows()}
 
 
-def _curve_style(method: str, other_task: str | None) -> tuple[str, str, str]:
+def _curve_style(method: str, other_task: str | None) -> tuple[str, str]:
     if method == "random":
-        return "random", GREY, "-"
-    return CURVES.get((method, other_task is not None), (method, GREY, "-"))
+        return "random", GREY
+    return CURVES.get((method, other_task is not None), (method, GREY))
 
 
 def grid_points(results: pl.DataFrame, model: Mapping[str, Any]) -> Rows:
@@ -128,7 +128,7 @@ def capacity(results: pl.DataFrame, name: str) -> Rows:
     for (task, shots, method), curve in records.group_by("task", "shots", "method", maintain_order=True):
         found.append({
             "task": task, "shots": shots, "label": "gradient ranking" if method == "gradient" else "random",
-            "colour": BLUE if method == "gradient" else GREY, "dash": "-", "random": method == "random",
+            "colour": BLUE if method == "gradient" else GREY, "random": method == "random",
             "x": curve["percent"].to_list(), "y": curve["value"].to_list(),
             "low": curve["low"].to_list(), "high": curve["high"].to_list(),
             "knee": None, "chance": None, "units": 100,

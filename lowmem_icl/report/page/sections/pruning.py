@@ -26,16 +26,16 @@ KNEE_COLUMNS = (
     "certain knee",
     "accuracy drop at the knee, points",
 )
-# By method, and whether the ranking is that of another task or of all: label, colour, dash.
+# By method, and whether the ranking is that of another task or of all: label, colour.
 CURVES = {
-    ("gradient", False): ("own ranking", BLUE, "-"),
-    ("gradient", True): ("ranking of all tasks", ORANGE, "-"),
-    ("ablation", False): ("own ranking", BLUE, "-"),
-    ("ablation", True): ("ranking of all tasks", ORANGE, "-"),
-    ("rescored", False): ("scored again at every level", GREEN, "-"),
-    ("icl_effect", False): ("by in-context effect", SKY, "-"),
-    ("gradient-highest", True): ("most similar task's ranking", RED, "--"),
-    ("gradient-lowest", True): ("least similar task's ranking", PINK, "--"),
+    ("gradient", False): ("own ranking", BLUE),
+    ("gradient", True): ("ranking of all tasks", ORANGE),
+    ("ablation", False): ("own ranking", BLUE),
+    ("ablation", True): ("ranking of all tasks", ORANGE),
+    ("rescored", False): ("scored again at every level", GREEN),
+    ("icl_effect", False): ("by in-context effect", SKY),
+    ("gradient-highest", True): ("most similar task's ranking", RED),
+    ("gradient-lowest", True): ("least similar task's ranking", PINK),
 }
 CAPTION = (
     "The chosen task in front, the others behind; grey band: random masks; diamond: the knee; dotted: "
