@@ -122,7 +122,7 @@ def plan(
 
     terminal = Terminal(quiet)
     terminal.say(first_line("planning a run with", options))
-    with without_collection():
+    with without_collection(), terminal.waiting("loading libraries, reading tasks, measuring this machine"):
         from lowmem_icl.cli.plan import plan_with_advice, show_plan
 
         planned = plan_with_advice(options, machine, terminal)
