@@ -16,6 +16,7 @@ from lowmem_icl.model.int8 import slow_product_note
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.hours import Deadlines
+from lowmem_icl.planning.outlook import Outlook
 from lowmem_icl.planning.plan import Plan, StagePlan, check_memory, make_plan
 from lowmem_icl.report.files import publish_run
 from lowmem_icl.report.findings.first_results import first_result
@@ -32,18 +33,19 @@ from lowmem_icl.system.progress import Progress, RunView, unseen, unwatched
 logger = logging.getLogger("lowmem_icl")
 
 
+Watch = Callable[[Outlook, Sequence[str]], AbstractContextManager[RunView]]
+
+
 @dataclass(frozen=True)
 class Audience:
     """Whom a run tells what it does: messages for people, progress, its plan, and then its stages, by
-    plan and names.
+    outlook and names.
     """
 
     announce: Callable[[str], None] = lambda text: None
     progress: Progress = unseen
     show_plan: Callable[[Plan], None] = lambda plan: None
-    watch: Callable[[Plan, Sequence[str]], AbstractContextManager[RunView]] = lambda plan, experiments: (
-        unwatched()
-    )
+    watch: Watch = lambda outlook, experiments: unwatched()
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,10 @@ def _run_stages(
 ) -> None:
     """Run the stages on the opened model, publishing what they find as they find it."""
     memory, planned = plan.memory, {stage.experiment: stage for stage in plan.stages}
+    outlook = Outlook(plan)
+    opened.estimate = lambda: outlook.seconds_left
     with ExitStack() as stack:
-        view = stack.enter_context(audience.watch(plan, prepared.options.experiments_in_order))
+        view = stack.enter_context(audience.watch(outlook, prepared.options.experiments_in_order))
         device = resolved_device(prepared.options.device)
         stack.enter_context(device_in_use(device, prepared.options.device_memory))
         model = stack.enter_context(
@@ -160,7 +164,7 @@ def _run_stages(
             plan.limits,
             cache,
             opened.parts,
-            view.part,
+            outlook.following(view.part),
             wants_results=publisher.is_due,
             after_part=publisher.publish_if_due,
         )
@@ -172,6 +176,7 @@ def _run_stages(
                 actuals = _actuals(planned.get(stage.name), seconds, read_bytes, result)
                 if actuals.finished:
                     deadlines.learn(stage.name, seconds)
+                outlook.over(stage.name)
                 opened.add_stage(stage.name, actuals)
                 publisher.write_record()
                 view.over(stage.name, seconds, result.unfinished or first_result(stage.name, result.results))

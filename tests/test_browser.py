@@ -19,9 +19,9 @@ from synthetic_run import SyntheticRun
 from lowmem_icl.masks.files import read_mask
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.files import publish_run
-from lowmem_icl.report.page.write import write_report
+from lowmem_icl.report.page.write import MOST_IMAGE_BYTES, write_report
 from lowmem_icl.report.run_tables import read_run
-from lowmem_icl.tables.schema import read_table
+from lowmem_icl.tables.schema import read_table, write_table
 
 HEAVIEST_PAGE_BYTES = 5_000_000
 MOST_NODES = 5_000
@@ -99,9 +99,12 @@ def demo_page(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="session")
 def large_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page of OPT-66B's size: 64 layers of 72 heads, 14 tasks, 3 shot counts."""
+    """A page of OPT-66B's size: 64 layers of 72 heads, 14 tasks, 3 shot counts, and as heavy images as a page
+    may have.
+    """
     folder = SyntheticRun().write(tmp_path_factory.mktemp("page") / "large")
-    publish_run(folder)
+    images = {"ablate-heads": bytes(MOST_IMAGE_BYTES)}
+    write_report([read_run(folder)], folder / "report.html", images)
     return folder / "report.html"
 
 
@@ -116,10 +119,11 @@ def test_a_page_of_full_size_is_light_and_complete(windows: Any, large_page: Pat
     assert drawn == [], "every plot is drawn"
 
 
-def test_the_answer_is_there_before_any_script_has_run(windows: Any, large_page: Path) -> None:
+def test_the_answer_is_there_before_any_script_has_run(windows: Any, demo_page: Path) -> None:
     window = windows(java_script_enabled=False)
-    window.page.goto(large_page.as_uri())
-    assert window.page.locator("h1").inner_text().startswith("facebook/opt-66b")
+    window.page.goto(demo_page.as_uri())
+    assert window.page.locator("h1").inner_text().startswith("demo in int8")
+    assert window.page.locator(".answer li").count() == 3
     assert window.page.locator("#accuracy table").count() == 1
     images = window.page.locator("figure img")
     assert images.count() >= 8
@@ -290,6 +294,24 @@ def test_names_do_nothing(windows: Any, tmp_path: Path) -> None:
     assert window.page.locator("td", has_text=HOSTILE).count() > 0
 
 
+def test_a_metric_that_is_0_everywhere_and_unknown_agreement_draw(windows: Any, tmp_path: Path) -> None:
+    folder = SyntheticRun(layers=2, heads=3, tasks=("copa", "wic", "rte"), shots=(0, 4)).write(
+        tmp_path / "run"
+    )
+    results = read_table(folder / "results.parquet", "results")
+    is_unknown = (
+        (pl.col("metric") == "spearman") & (pl.col("other_task") == "rte") & (pl.col("task") == "copa")
+    )
+    value = pl.when(pl.col("metric") == "gold_prob_drop").then(0.0).otherwise("value")
+    write_table(results.filter(~is_unknown).with_columns(value=value), "results", folder / "results.parquet")
+    write_report([read_run(folder)], folder / "report.html")
+    window = windows().open(folder / "report.html")
+    window.page.locator("select[name=metric]").select_option("gold_prob_drop")
+    assert set(window.page.locator("#unit-rows td:nth-child(3)").all_inner_texts()) == {"0"}
+    cells = window.page.evaluate("source('agreement-cells').data.value.length")
+    assert cells == 3 + 2 * 2, "the diagonal, and the two pairs that are known"
+
+
 def test_several_runs_are_compared(windows: Any, demo_page: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(demo_page.parent, other)
@@ -298,3 +320,5 @@ def test_several_runs_are_compared(windows: Any, demo_page: Path, tmp_path: Path
     assert "less" in window.page.locator("select[name=metric] option:checked").inner_text()
     values = window.page.locator("#unit-rows td:nth-child(3)").all_inner_texts()
     assert set(values) == {"0"}, "a run differs from itself by nothing"
+    narrow = windows(width=390).open(tmp_path / "both.html")
+    assert narrow.page.evaluate("document.documentElement.scrollWidth") <= 390

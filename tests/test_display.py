@@ -52,17 +52,18 @@ def test_hours_bound_the_time_left_and_an_empty_plan_is_done() -> None:
 def shown(*, terminal: bool) -> str:
     output = StringIO()
     console = Console(file=output, width=100, force_terminal=terminal)
-    with RunDisplay(console, plan_of(evaluate=10.0, ablate=20.0), EXPERIMENTS) as display:
+    outlook = Outlook(plan_of(evaluate=10.0, ablate=20.0))
+    with RunDisplay(console, outlook, EXPERIMENTS) as display:
         with display.part("evaluate", "evaluate labels", 100, 0) as advance:
             advance(100)
         display.over("evaluate", 14.2, "recall 0.25 → 0.98 at 16 shots")
-        with display.part("ablate", "ablate, chunk 1 of 2", 100, 3000) as advance:
+        with outlook.following(display.part)("ablate", "ablate, chunk 1 of 2", 100, 3000) as advance:
             advance(50)
             time.sleep(0.4)
             words = display.words()
         display.over("ablate", 7.0, "")
     assert words.startswith("ablate (3 of 6): ")
-    assert "% of the run, " in words
+    assert ": 33% of the run, " in words
     assert " left, 1.5 k ablations, " in words
     assert words.endswith("/s, chunk 1 of 2")
     return output.getvalue()
@@ -81,7 +82,7 @@ def test_the_same_words_stand_on_a_terminal_and_in_a_pipe(monkeypatch: pytest.Mo
 def test_a_quiet_display_shows_nothing() -> None:
     output = StringIO()
     console = Console(file=output, quiet=True, force_terminal=True)
-    with RunDisplay(console, plan_of(evaluate=1.0), EXPERIMENTS) as display:
+    with RunDisplay(console, Outlook(plan_of(evaluate=1.0)), EXPERIMENTS) as display:
         display.over("evaluate", 1.0, "found")
     assert output.getvalue() == ""
 

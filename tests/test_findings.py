@@ -12,6 +12,7 @@ from conftest import make_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowmem_icl.experiments.induction.measure import HEAD_SCORE
 from lowmem_icl.masks.files import MaskFile, MaskModel
 from lowmem_icl.masks.mask import Mask, all_ffns, all_heads
 from lowmem_icl.protocols import AGGREGATE
@@ -19,6 +20,9 @@ from lowmem_icl.report.findings.above_chance import mean_above_chance, settings_
 from lowmem_icl.report.findings.answer import Answer, answer
 from lowmem_icl.report.findings.headline import headline_units
 from lowmem_icl.report.findings.wording import MOST_NAMED, listed, span_text, units_text
+from lowmem_icl.report.numbers import INDUCTION_SCORE
+from lowmem_icl.report.page.plots.induction import INDUCTION_SCORE as PAGE_SCORE
+from lowmem_icl.report.page.sections.induction import removal_note
 from lowmem_icl.tables.blocks import frame
 from lowmem_icl.tables.mask_table import Judging, mask_table
 from lowmem_icl.tables.unit_table import unit_table
@@ -79,6 +83,7 @@ def answer_of(rows: list[Row], masks: Mapping[str, Mask] | None = None, **option
 HOLDS, FAILS, UNTOLD = (0.001, -0.01, 0.005), (0.05, 0.02, 0.08), (0.008, -0.01, 0.02)
 KEPT = removed_but((0, 0), (1, 3), ffns=(0,))
 REMOVED = {"heads_removed": 14, "ffns_removed": 1}
+DRAWS = [f"induction-random-{number}" for number in range(5)]
 
 
 def test_the_smallest_circuit_is_told_by_name_beside_clean_and_random() -> None:
@@ -175,6 +180,18 @@ def test_where_everything_is_at_chance_that_is_the_only_sentence() -> None:
     assert "1 of 1" in {chip.value for chip in found.chips}
 
 
+def test_where_nothing_was_evaluated_nobody_knows_what_is_at_chance() -> None:
+    drop = {
+        "experiment": "ablate", "procedure": "single", "metric": "gold_logprob_drop", "method": "ablation",
+        "task": "recall", "shots": 4, "kind": "head", "layer": 0, "head": 1, "value": 0.5, "exact": True,
+    }  # fmt: skip
+    found = answer_of([drop])
+    assert ("settings at chance", "0 of 1, 1 unknown", "warning") in {
+        (chip.label, chip.value, chip.level) for chip in found.chips
+    }
+    assert any("was not evaluated" in note for note in found.notes)
+
+
 def test_what_is_at_chance_has_no_part_in_any_sentence() -> None:
     rows = [
         *clean("recall", 0.9, 0.8, 0.95), *clean("copa", 0.55, 0.45, 0.65),
@@ -194,13 +211,11 @@ def test_what_is_at_chance_has_no_part_in_any_sentence() -> None:
 
 
 def removal(task: str, before: float, after: float, random: float, shots: int = 4) -> list[Row]:
-    """Two induction heads removed, and two draws of as many others."""
+    """Two induction heads removed, and five draws of as many others."""
     base = {"experiment": "induction", "procedure": "removal", "task": task, "shots": shots, "documents": 9}
     out = base | {"method": "induction", "mask": "induction-heads", "heads_removed": 2, "ffns_removed": 0}
     draws = [
-        base
-        | {"method": "random", "mask": f"induction-random-{number}", "metric": "acc_drop", "value": random}
-        for number in (1, 2)
+        base | {"method": "random", "mask": name, "metric": "acc_drop", "value": random} for name in DRAWS
     ]
     return [
         base | {"mask": "clean", "metric": "acc", "value": before},
@@ -210,16 +225,40 @@ def removal(task: str, before: float, after: float, random: float, shots: int = 
     ]
 
 
+def scored(layer: int, head: int, score: float) -> Row:
+    base = {"experiment": "induction", "metric": "prefix_matching", "kind": "head"}
+    return base | {"layer": layer, "head": head, "value": score}
+
+
 def test_induction_heads_stand_beside_random_heads_of_equal_number() -> None:
     rows = [*clean("recall", 0.9, 0.8, 0.95), *removal("recall", 0.9, 0.25, 0.125)]
     heads = {"induction-heads": Mask(heads=frozenset({(1, 0), (0, 2)}))}
     assert answer_of(rows, heads).sentences[0] == (
-        "Removing the 2 strongest induction heads (L0H2 L1H0) together takes the accuracy of recall at 4 "
-        "shots from 0.900 to 0.250 [0.125, 0.375]; 2 random heads of the same layers cost 0.125 (95 % of "
+        "Removing the 2 induction heads (L0H2 L1H0) takes the accuracy of recall at 4 shots"
+        " from 0.900 to 0.250 [0.125, 0.375]; 2 random heads of the same layers cost 0.125 (95 % of "
         "draws: 0.125 to 0.125)."
     )
+    three = [scored(0, 1, 0.3), scored(0, 2, 0.9), scored(1, 0, 0.8), scored(1, 1, 0.2)]
+    assert (
+        "Removing the 2 strongest of 3 induction heads (L0H2 L1H0) together takes"
+        in (answer_of([*rows, *three], heads).sentences[0])
+    )
+    assert (
+        "Removing the 2 induction heads (L0H2 L1H0) takes"
+        in (answer_of([*rows, *three[1:]], heads).sentences[0])
+    )
+    for some, said in (
+        (three, "2 strongest of 3 induction heads (L0H2 L1H0) together"),
+        (three[1:], "2 induction heads (L0H2 L1H0)"),
+    ):
+        (note,) = removal_note(frame("results", [*rows, *some]).filter(pl.col("experiment") == "induction"))
+        assert note.startswith(f"Removing the {said} takes the accuracy of recall")
+    assert INDUCTION_SCORE == HEAD_SCORE == PAGE_SCORE
     no_more = answer_of([*clean("recall", 0.9, 0.8, 0.95), *removal("recall", 0.9, 0.875, 0.125)])
     assert no_more.sentences[0].endswith("so they cost no more than random heads may.")
+    for left_out, text in ((4, "cost 0.125 (one draw)."), (3, "cost 0.125 (too few draws for a band).")):
+        few = answer_of([row for row in rows if row.get("mask") not in DRAWS[:left_out]], heads)
+        assert few.sentences[0].endswith(text)
     alone = [row for row in rows if row.get("method") != "random"]
     assert (
         answer_of(alone, heads)
@@ -307,22 +346,22 @@ def test_where_no_unit_is_significant_that_is_said() -> None:
     )
 
 
-def test_given_masks_are_told_beside_the_clean_model() -> None:
+def test_given_masks_are_told_by_what_they_cost_the_cheapest_first() -> None:
     def given(task: str, value: float, name: str = "own") -> Row:
         base = {"experiment": "evaluate", "mask": name, "task": task, "shots": 4, "split": "test"}
         more = {"metric": "acc", "value": value, "low": value, "high": value, "documents": 64}
         return base | more | {"heads_removed": 14, "ffns_removed": 1}
 
-    one = [*clean("recall", 0.9, 0.8, 0.95), given("recall", 0.875)]
+    drop = given("recall", 0.025) | {"metric": "acc_drop", "low": -0.004, "high": 0.05}
+    one = [*clean("recall", 0.9, 0.8, 0.95), given("recall", 0.875), drop]
     assert answer_of(one, {"own": KEPT}).sentences == (
-        "own (14 heads and 1 FFN removed): recall, 4 shots 0.875 [0.875, 0.875], clean 0.900.",
+        "own (14 heads and 1 FFN removed) costs 0.03 [0.00, 0.05] of accuracy in recall, 4 shots.",
     )
-    two = [*one, *clean("copa", 0.8, 0.7, 0.9), given("copa", 0.5), given("copa", 0.5, "same")]
-    assert answer_of(two, {"own": KEPT, "same": KEPT}).sentences == (
-        "own (14 heads and 1 FFN removed): in 2 settings above chance accuracy goes from 0.900 to 0.875 "
-        "(recall, 4 shots) at best to 0.800 to 0.500 (copa, 4 shots) at worst.",
-        "same (14 heads and 1 FFN removed, the same as own): copa, 4 shots 0.500 [0.500, 0.500], clean "
-        "0.800.",
+    two = [*one, *clean("copa", 0.8, 0.7, 0.9), given("copa", 0.5), given("copa", 0.7, "small")]
+    assert answer_of(two, {"own": KEPT, "small": KEPT}).sentences == (
+        "small (14 heads and 1 FFN removed, the same as own) costs 0.10 of accuracy in copa, 4 shots.",
+        "own (14 heads and 1 FFN removed) costs 0.03 (recall, 4 shots) to 0.30 (copa, 4 shots) of accuracy "
+        "in 2 settings above chance.",
     )
 
 

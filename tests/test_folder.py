@@ -4,6 +4,8 @@ import copy
 import fcntl
 import json
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +13,10 @@ from typing import Any
 import polars as pl
 import pytest
 from conftest import without_documents
+from rich.console import Console
 
 from lowmem_icl import __version__
+from lowmem_icl.cli.status import show_status
 from lowmem_icl.errors import InputError, InUse
 from lowmem_icl.masks.files import MaskModel
 from lowmem_icl.masks.mask import Mask
@@ -23,6 +27,7 @@ from lowmem_icl.session.folder import RunFolder, check_output, open_folder, run_
 from lowmem_icl.session.identity import Identity, default_folder, identity_of, run_folder
 from lowmem_icl.session.run_form import StageActuals
 from lowmem_icl.session.text_form import TextForm
+from lowmem_icl.system.files import write_text_atomic
 from lowmem_icl.tables.schema import TABLES, read_table, write_table
 
 PLAN = {"stages": [{"experiment": name, "seconds": 2.0} for name in ("evaluate", "ablate")]}
@@ -109,6 +114,31 @@ def test_a_stage_of_an_earlier_session_stays_finished_while_a_later_one_begins(t
         assert state["seconds_left_planned"] == 2.0
 
     session(tmp_path, work=look)
+
+
+def test_status_counts_down_from_what_the_run_estimated_last(tmp_path: Path) -> None:
+    def look(opened: RunFolder) -> None:
+        opened.estimate = lambda: 300.0
+        opened.write_record()
+        assert 290 < status_of(tmp_path)["seconds_left"] <= 300
+        opened.record["outlook"]["at"] = a_minute_ago
+        write_text_atomic(tmp_path / "run.json", json.dumps(opened.record))
+        assert 230 < status_of(tmp_path)["seconds_left"] <= 240
+        opened.estimate = lambda: 10.0
+        opened.record["outlook"]["seconds_left"] = 10.0
+        write_text_atomic(tmp_path / "run.json", json.dumps(opened.record))
+        late.append(status_of(tmp_path))
+        raise KeyboardInterrupt
+
+    a_minute_ago = (datetime.now(UTC) - timedelta(minutes=1)).isoformat(timespec="seconds")
+    late: list[dict[str, Any]] = []
+    with pytest.raises(KeyboardInterrupt):
+        session(tmp_path, "evaluate", work=look)
+    output = StringIO()
+    show_status(late[0], Console(file=output))
+    assert "time left: unknown, it takes longer than planned" in output.getvalue()
+    stopped = status_of(tmp_path)
+    assert (stopped["state"], stopped["seconds_left"]) == ("stopped", 10.0)
 
 
 def test_a_killed_session_is_recognised_by_the_next(tmp_path: Path) -> None:
@@ -317,8 +347,11 @@ def spoiled(content: Any) -> Iterator[Any]:
 
 
 def test_an_edited_record_is_read_or_refused_but_no_traceback(tmp_path: Path) -> None:
+    def estimate(opened: RunFolder) -> None:
+        opened.estimate = lambda: 7.0
+
     session(tmp_path, "evaluate")
-    session(tmp_path, "evaluate", "ablate")
+    session(tmp_path, "evaluate", "ablate", work=estimate)
     record, refused = run_record(tmp_path), 0
     options = options_of(tmp_path)
     for changed in spoiled(record):

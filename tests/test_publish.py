@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lowmem_icl.session.publish import SECONDS_BETWEEN_PAGES, Publisher
+from lowmem_icl.session.publish import SECONDS_BETWEEN_PAGES, SECONDS_BETWEEN_RECORDS, Publisher
 from lowmem_icl.session.result import StageResult
 from lowmem_icl.session.run_form import State
 
@@ -13,8 +13,12 @@ from lowmem_icl.session.run_form import State
 class Counted(Publisher):
     """Counts its pages instead of writing them."""
 
-    pages = 0
+    pages = records = 0
     seconds = 0.0
+
+    def write_record(self) -> None:
+        self.records += 1
+        self._is_recorded()
 
     def publish(self, ends_as: State | None = None) -> None:
         self.pages += 1
@@ -60,3 +64,12 @@ def test_pages_that_take_long_are_written_less_often(seconds: list[float]) -> No
         publisher.fold("prune", StageResult())
         publisher.publish_if_due()
         assert publisher.pages == pages
+
+
+def test_the_record_tells_the_time_left_now_and_then_though_nothing_is_found(seconds: list[float]) -> None:
+    nothing: Any = None
+    publisher = Counted(nothing, nothing, [], lambda folder, ends_as: None)
+    for wait, records in ((1.0, 0), (SECONDS_BETWEEN_RECORDS, 1), (1.0, 1), (SECONDS_BETWEEN_RECORDS, 2)):
+        seconds[0] += wait
+        publisher.publish_if_due()
+        assert (publisher.records, publisher.pages) == (records, 0)

@@ -1,16 +1,23 @@
 """The page's sections and the numbers for its script, from tables made by hand."""
 
+import itertools
+import math
+import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from lowmem_icl.masks.files import MaskFile, MaskModel
+from lowmem_icl.masks.mask import Mask
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.losses import greedy_losses
-from lowmem_icl.report.numbers import mean_over_tasks, pruned, subject, top_units
+from lowmem_icl.report.numbers import compared_drops, mean_over_tasks, pruned, subject, top_units
+from lowmem_icl.report.page.payload import agreement as agreement_matrices
 from lowmem_icl.report.page.payload import curves, grid_points
-from lowmem_icl.report.page.sections import agreement, induction, masks, method, pruning, units
+from lowmem_icl.report.page.sections import agreement, induction, masks, pruning, units
 from lowmem_icl.report.page.write import run_page
 from lowmem_icl.report.run_tables import RunTables, judging_of
 from lowmem_icl.tables.mask_table import mask_table
@@ -155,6 +162,20 @@ def test_agreement_leaves_out_what_is_out_of_domain() -> None:
     ]
 
 
+def test_an_unknown_agreement_is_no_number() -> None:
+    pairs = [("piqa", "copa", 0.5), ("piqa", "rte", 0.9)]
+    results = table(*(
+        {"experiment": "overlap", "metric": "spearman", "method": "gradient", "other_method": "gradient",
+         "task": left, "other_task": right, "shots": 4, "other_shots": 4, "value": value}
+        for left, right, value in pairs
+    ))  # fmt: skip
+    (matrix,) = agreement_matrices(results)
+    values = dict(zip(matrix["tasks"], matrix["values"], strict=True))
+    unknown = values["copa"][matrix["tasks"].index("rte")]
+    assert math.isnan(unknown)
+    assert values["rte"][matrix["tasks"].index("piqa")] == 0.9
+
+
 def test_estimates_agree_with_exact_drops_as_the_mean_over_tasks_says() -> None:
     same = {"experiment": "ablate", "procedure": "agreement", "metric": "estimate_spearman"}
     note = units.exactness_note(
@@ -180,7 +201,7 @@ def test_estimates_are_compared_with_exact_drops_alone() -> None:
         *drops("head", 0, 0, {"piqa": 1.5}, **attribution),
         *drops("head", 0, 1, {"piqa": 0.7}, **attribution),
     )
-    assert method.compared_drops(results).select("value", "exact").rows() == [(1.5, 1.0)]
+    assert compared_drops(results).select("value", "exact").rows() == [(1.5, 1.0)]
 
 
 def greedy_record(task: str, mask_task: str, value: float, method: str, mask: str = "mask") -> Row:
@@ -230,6 +251,27 @@ def test_greedy_masks_stand_with_their_losses_and_what_is_certified() -> None:
     assert (row.removed, row.greedy, row.compared) == ("3H 1F", "0.800", ["", "0.800"])
     assert (row.loss, row.verdict, row.certified) == ("0.050 [0.030, 0.070]", "fails", "3H 1F")
     assert row.command == "", "no file of it is in the folder"
+
+
+def test_the_command_judges_a_mask_on_what_the_run_was_judged_on() -> None:
+    rows = [greedy_record(task, task, 0.8, "greedy") for task in ("my task.jsonl", AGGREGATE)]
+    same = {"heads_removed": 0, "ffns_removed": 0}
+    results = table(*({**row, **same, "mask": f"greedy-{number}"} for number, row in enumerate(rows)))
+    options = {
+        "model": "st/o'neill", "tasks": ["/rows/my task.jsonl", "copa"], "data_dir": "/rows", "limit": 16,
+        "protocol": "corrected", "seed": 7, "bos": False, "revision": None, "weights": "int8",
+    }  # fmt: skip
+    run = run_of(results, record(tasks=[{"task": "my task.jsonl"}], options=record()["options"] | options))
+    model = MaskModel(id="demo", model_type="opt", layers=2, heads=2, digest="0")
+    files = {name: MaskFile(name, Mask(), model, {}) for name in ("greedy-0", "greedy-1")}
+    commands = [shlex.split(row.command) for row in masks.mask_rows(replace(run, mask_files=files))]
+    own, mean = [dict(itertools.pairwise(words)) for words in commands]
+    assert (own["--tasks"], mean["--tasks"]) == ("/rows/my task.jsonl", "/rows/my task.jsonl,copa")
+    assert (own["--model"], own["--data-dir"], own["--limit"], own["--shots"], own["--seed"]) == (
+        "st/o'neill", "/rows", "16", "4", "7"
+    )  # fmt: skip
+    assert "--no-bos" in commands[0]
+    assert not {"--protocol", "--revision", "--weights"} & set(commands[0]), "what is by default"
 
 
 def curve_record(procedure: str, method: str, percent: int, value: float, **columns: Any) -> Row:
@@ -303,6 +345,12 @@ def test_the_grid_is_of_heads_and_ffns_together() -> None:
     removed = [(point["heads_removed"], point["ffns_removed"]) for point in points]
     assert removed == [(1, 2), (1, 2)]
     assert {point["task"]: point["value"] for point in points} == {"piqa": 0.1, AGGREGATE: 0.2}
+
+
+def test_a_page_counts_the_tasks_of_runs_with_and_without_a_mean() -> None:
+    own = [{"task": "piqa"}, {"task": "mathqa"}]
+    for results, tasks in ((table(), own), (table(*by_task({AGGREGATE: 0.5}, metric="acc")), own)):
+        assert "; 2 tasks; 4 demonstrations" in run_page(run_of(results, record(tasks=tasks))).lead
 
 
 def test_a_run_without_numbers_has_a_page_that_says_how_it_was_made() -> None:

@@ -12,5 +12,5 @@ def audience_of(terminal: Terminal) -> Audience:
         terminal.say,
         terminal.progress,
         lambda plan: show_plan(plan, terminal.err),
-        lambda plan, experiments: RunDisplay(terminal.err, plan, experiments),
+        lambda outlook, experiments: RunDisplay(terminal.err, outlook, experiments),
     )

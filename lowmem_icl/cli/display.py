@@ -16,21 +16,20 @@ from rich.text import Text
 
 from lowmem_icl.cli import terminal as texts
 from lowmem_icl.planning.outlook import Outlook
-from lowmem_icl.planning.plan import Plan
 from lowmem_icl.system.progress import Advance
 
 BAR_WIDTH = 12
 
 
 class RunDisplay:
-    """Shows a run by its plan; a context in which the stages are shown.
+    """Shows a run by its outlook, which others keep; a context in which the stages are shown.
 
     experiments: the stages in their order.
     """
 
-    def __init__(self, console: Console, plan: Plan, experiments: Sequence[str]) -> None:
+    def __init__(self, console: Console, outlook: Outlook, experiments: Sequence[str]) -> None:
         self._console, self._experiments = console, experiments
-        self._outlook = Outlook(plan)
+        self._outlook = outlook
         self._stage = self._label = ""
         self._operations = self._ablations = 0.0
         self._part_operations = 0.0
@@ -76,7 +75,6 @@ class RunDisplay:
             self._part_operations += done
             self._part_ablations += ablations * share
             self._ablations += ablations * share
-            self._outlook.advance(stage, done)
             if self._bar is not None:
                 self._bar.update(self._task, completed=self._outlook.share)
 
@@ -85,7 +83,6 @@ class RunDisplay:
 
     def over(self, stage: str, seconds: float, found: str) -> None:
         """Leave a line for a stage that is over, with its first result."""
-        self._outlook.over(stage)
         said = f"{stage} {texts.duration(seconds)}" + (f": {found}" if found else "")
         self._console.print(Text(said), soft_wrap=True)
 

@@ -18,6 +18,15 @@ STATES = {
 }
 
 
+LEAST_SECONDS_LEFT = 1.0
+
+
+def _time_left(state: Mapping[str, Any]) -> str:
+    if state["state"] == "running" and state["seconds_left"] < LEAST_SECONDS_LEFT:
+        return "unknown, it takes longer than planned"
+    return f"about {duration(state['seconds_left'])}"
+
+
 def show_status(state: Mapping[str, Any], console: Console) -> None:
     """Print what `status_of` returns."""
 
@@ -31,7 +40,7 @@ def show_status(state: Mapping[str, Any], console: Console) -> None:
         seconds = state["finished"].get(name)
         line(f"  {name}: " + ("not finished" if seconds is None else f"finished in {duration(seconds)}"))
     if state["state"] != "finished":
-        line(f"time left: about {duration(state['seconds_left'])}; finished parts: {state['parts']}")
+        line(f"time left: {_time_left(state)}; finished parts: {state['parts']}")
     shot_counts = list(dict.fromkeys(unit["shots"] for unit in state["best_units"]))
     if shot_counts:
         line("costliest units alone so far, in nats of gold log-probability:")

@@ -1,9 +1,11 @@
 """How far a run is and how long it will still take: by its plan, corrected by what was measured."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from lowmem_icl.planning.plan import Plan
+from lowmem_icl.system.progress import Advance, PartProgress
 
 # By so many seconds the plan counts as measured, so that the first moments correct little.
 PRIOR_SECONDS = 3.0
@@ -25,6 +27,21 @@ class Outlook:
     def advance(self, stage: str, operations: float) -> None:
         """Note operations that are done of a stage."""
         self._done[stage] = self._done.get(stage, 0.0) + operations
+
+    def following(self, progress: PartProgress) -> PartProgress:
+        """Return the same progress of parts, of which this takes note before it is told further."""
+
+        @contextmanager
+        def followed(stage: str, label: str, operations: int, ablations: int) -> Iterator[Advance]:
+            with progress(stage, label, operations, ablations) as advance:
+
+                def both(done: int) -> None:
+                    self.advance(stage, done)
+                    advance(done)
+
+                yield both
+
+        return followed
 
     def over(self, stage: str) -> None:
         """Note that a stage is over."""

@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from lowmem_icl.report.numbers import clean_evaluation, with_right_labels
 from lowmem_icl.statistics.certificate import verdict
-from lowmem_icl.tables.guessing import settings_at_chance
+from lowmem_icl.tables.guessing import clean_records, settings_at_chance
 
 AT_CHANCE = "at chance"
 
@@ -35,7 +34,7 @@ class Loss(NamedTuple):
 def greedy_losses(results: pl.DataFrame, record: Mapping[str, Any]) -> dict[SearchMask, Loss]:
     """Return the losses of the masks of searches on their own tasks; record: the run's run.json."""
     options = record["options"]
-    at_chance = settings_at_chance(clean_evaluation(results).filter(with_right_labels()))
+    at_chance = settings_at_chance(clean_records(results))
     drops = results.filter(
         (pl.col("experiment") == "prune")
         & (pl.col("procedure") == "greedy")

@@ -9,6 +9,7 @@ from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.tables.schema import ACCURACIES
 
 TOP_UNITS = 5
+INDUCTION_SCORE = 0.3
 SIGNIFICANT_Q = 0.05
 STAR = (
     "*: more documents are hurt than helped without the unit, or the reverse, at a false discovery rate of "
@@ -94,6 +95,15 @@ def unit_drops(results: pl.DataFrame) -> pl.DataFrame:
     return results.filter((pl.col("experiment") == "ablate") & (pl.col("metric") == "gold_logprob_drop"))
 
 
+def compared_drops(results: pl.DataFrame) -> pl.DataFrame:
+    """Return attribution (`value`) and the exact drop (`exact`) of every task's units that have both."""
+    keys = ["task", "shots", "kind", "layer", "head"]
+    tasks = results.filter(pl.col("task") != AGGREGATE)
+    estimates = tasks.filter(pl.col("metric") == "attribution").select(*keys, "value")
+    exact = unit_drops(tasks).filter(pl.col("exact")).select(*keys, pl.col("value").alias("exact"))
+    return estimates.join(exact, on=keys, nulls_equal=True)
+
+
 def top_units(results: pl.DataFrame, n: int = TOP_UNITS) -> pl.DataFrame:
     """Return the n units per shot count that cost most when removed alone, mean over tasks.
 
@@ -144,6 +154,12 @@ def induction_heads(results: pl.DataFrame, n: int = TOP_UNITS) -> pl.DataFrame:
         .sort("value", "layer", "head", descending=[True, False, False])
         .head(n)
     )
+
+
+def induction_head_count(results: pl.DataFrame) -> int:
+    """Return how many heads reach the prefix-matching score of an induction head; 0 where none was scored."""
+    scored = results.filter((pl.col("experiment") == "induction") & (pl.col("metric") == "prefix_matching"))
+    return int((scored["value"] >= INDUCTION_SCORE).sum())
 
 
 def unit_name(kind: str, layer: int, head: int | None) -> str:

@@ -14,8 +14,8 @@ def status_of(folder: Path) -> dict[str, Any]:
     """Return a run's state, finished stages, parts, best units so far and how long it will still take.
 
     A run whose record says that it is at work, and whose lock nobody holds, was cut off. `seconds_left`: what
-    was planned, times how much longer than planned the finished stages took, less what the stage in work has
-    taken.
+    the run estimated when it last wrote its record, less the time since while it is at work; 0 where that is
+    over, so that it takes longer than planned.
     """
     record = run_record(folder)
     state = record["state"]
@@ -35,7 +35,7 @@ def status_of(folder: Path) -> dict[str, Any]:
         "finished": {name: stage["seconds"] for name, stage in stages.items()},
         "parts": len(list((folder / "parts").glob("*.npz"))),
         "seconds_left_planned": round(left, 1),
-        "seconds_left": round(_corrected(record, left, running=state == "running"), 1),
+        "seconds_left": round(_seconds_left(record, left, state), 1),
         "page": (folder / "report.html").is_file(),
         "best_units": [] if results is None else top_units(results).to_dicts(),
         "best_units_held_out": [] if results is None else held_out_tops(results).to_dicts(),
@@ -43,16 +43,13 @@ def status_of(folder: Path) -> dict[str, Any]:
     }
 
 
-def _corrected(record: Mapping[str, Any], left: float, *, running: bool) -> float:
-    """Return how long is left by what the stages took that this session has finished."""
-    session = record["sessions"][-1]
-    over = [stage for stage in session["stages"].values() if stage["finished"] and stage["planned_seconds"]]
-    planned = sum(stage["planned_seconds"] for stage in over)
-    taken = sum(stage["seconds"] for stage in over)
-    corrected = left * (taken / planned if planned >= 1 else 1.0)
-    if not running:
-        return corrected
-    began = datetime.datetime.fromisoformat(session["started"])
-    elapsed = (datetime.datetime.now(datetime.UTC) - began).total_seconds()
-    in_work = elapsed - sum(stage["seconds"] for stage in session["stages"].values())
-    return max(0.0, corrected - max(0.0, in_work))
+def _seconds_left(record: Mapping[str, Any], planned: float, state: str) -> float:
+    """Return how long a run will still take; planned: what its plan says of unfinished stages."""
+    outlook = record.get("outlook")
+    if outlook is None or state == "out of time":
+        # Its own estimate ends with its hours.
+        return planned
+    if state != "running":
+        return float(outlook["seconds_left"])
+    since = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(outlook["at"])
+    return max(0.0, float(outlook["seconds_left"]) - max(0.0, since.total_seconds()))

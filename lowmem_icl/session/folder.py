@@ -120,7 +120,8 @@ def _refuse_differences(folder: Path, earlier: Identity, identity: Identity) -> 
 class RunFolder:
     """The folder of a run that this process works in.
 
-    record: the content of run.json; session: this start's record in it; parts: the finished pieces of work.
+    record: the content of run.json; session: this start's record in it; parts: the finished pieces of work;
+    estimate: asked at every writing how many seconds the run will still take, where anybody knows.
     Nothing is written before `begin`, so that a start which comes to nothing leaves what there was.
     """
 
@@ -129,6 +130,7 @@ class RunFolder:
         self.parts = parts_of(path)
         self.record: dict[str, Any] = earlier or {"format": RUN_FORMAT, "sessions": []}
         self.session: dict[str, Any] = {}
+        self.estimate: Callable[[], float] | None = None
         self._identity = identity
 
     def begin(self, options: RunOptions, prepared: "Prepared", plan: Mapping[str, Any]) -> None:
@@ -181,6 +183,9 @@ class RunFolder:
             "peak_resident_bytes": peak_resident_bytes(),
             "parts": {"reused": self.parts.reused, "made": self.parts.made},
         }
+        if self.estimate is not None:
+            # Who looks into the folder counts down from it.
+            self.session["outlook"] = {"at": _now(), "seconds_left": round(self.estimate(), 1)}
         self.record |= {name: value for name, value in self.session.items() if name != "started"}
         self.record["stages"] = _total_stages(self.record["sessions"])
         self.record |= fields or {}

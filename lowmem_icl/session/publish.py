@@ -23,6 +23,7 @@ from lowmem_icl.system.time_limit import TimeIsUp, at_most
 from lowmem_icl.tables.schema import TABLES, empty_frame, read_table, write_table
 
 SECONDS_BETWEEN_PAGES = 120.0
+SECONDS_BETWEEN_RECORDS = 15.0
 SECONDS_TO_STOP = 5.0
 # Pages take at most one part in so many of a run's time.
 LEAST_TIMES_WRITING = 20
@@ -43,7 +44,7 @@ class Publisher:
     ) -> None:
         self._prepared, self._opened, self._write_page = prepared, opened, write_page
         self._warnings = list(warnings)
-        self._published = time.monotonic()
+        self._published = self._recorded = time.monotonic()
         self._has_more = False
         self._seconds_writing = 0.0
         self.results: dict[str, StageResult] = {}
@@ -66,6 +67,7 @@ class Publisher:
 
     def write_record(self) -> None:
         """Write run.json."""
+        self._is_recorded()
         fields = {name: value for result in self.results.values() for name, value in result.record.items()}
         self._opened.write_record(warnings=self.warnings, fields=fields)
 
@@ -108,15 +110,22 @@ class Publisher:
         self._published, self._has_more = time.monotonic(), False
         self._seconds_writing = self._published - began
 
+    def _is_recorded(self) -> None:
+        self._recorded = time.monotonic()
+
     def is_due(self) -> bool:
         """Tell whether the last page was a while ago: two minutes, or more where writing took long."""
         wait = max(SECONDS_BETWEEN_PAGES, LEAST_TIMES_WRITING * self._seconds_writing)
         return time.monotonic() - self._published >= wait
 
     def publish_if_due(self) -> None:
-        """Write everything, unless that was done a moment ago."""
+        """Write everything, unless that was done a moment ago; then run.json, from which the time left is
+        read, unless that was.
+        """
         if self._has_more and self.is_due():
             self.publish()
+        elif time.monotonic() - self._recorded >= SECONDS_BETWEEN_RECORDS:
+            self.write_record()
 
     def _mask_file(self, made: MaskResult) -> MaskFile:
         tasks = [made.task]

@@ -4,15 +4,25 @@ Whatever else stands in the file is kept as it is. The top level tells of the ne
 `started`, the first session's, and `stages`, the sum over all; `sessions` has a record per start, in order.
 """
 
+import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from lowmem_icl.session.identity import Identity
 
 RUN_FORMAT = "lowmem-icl-run/2"
 State = Literal["running", "finished", "out of time", "stopped", "failed", "cut off"]
 """Of a session: at work; all done; --hours over; stopped by the user; ended by an error; killed at work."""
+
+
+def _checked_time(text: str) -> str:
+    if datetime.datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("expected a time with its zone")
+    return text
+
+
+Time = Annotated[str, AfterValidator(_checked_time)]
 
 
 class _Form(BaseModel):
@@ -70,6 +80,11 @@ class _Plan(_Form):
     stages: list[_PlannedStage]
 
 
+class _Outlook(_Form):
+    at: Time
+    seconds_left: Annotated[float, Field(ge=0)]
+
+
 class _Machine(_Form):
     processor: str
     threads: int
@@ -119,6 +134,7 @@ class RunRecord(_Form):
     model: _Model
     tasks: list[_Task]
     plan: _Plan
+    outlook: _Outlook | None = None
     machine: _Machine
     stages: dict[str, StageActuals]
     warnings: list[str]

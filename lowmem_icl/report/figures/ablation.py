@@ -5,7 +5,6 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.figures.layout import (
     TALLEST,
     Asked,
@@ -24,7 +23,7 @@ from lowmem_icl.report.figures.maps import shape_of
 from lowmem_icl.report.figures.rows import bounds_of, dot_key, line_key, marker_key
 from lowmem_icl.report.figures.scales import SymLog
 from lowmem_icl.report.figures.style import BLUE, GREY, LINE, RED, shot_colours
-from lowmem_icl.report.numbers import unit_drops
+from lowmem_icl.report.numbers import compared_drops, unit_drops
 from lowmem_icl.statistics.agreement import spearman
 
 DROP = "gold log-probability lost, nats"
@@ -72,15 +71,6 @@ def _draw_layers(axis: Axes, line: pl.DataFrame, colour: str, *, with_dots: bool
     below, above = bounds_of(line)
     axis.fill_between(layers, values - below, values + above, color=colour, alpha=0.2, linewidth=0)
     axis.plot(layers, values, color=colour, linewidth=LINE)
-
-
-def compared_drops(results: pl.DataFrame) -> pl.DataFrame:
-    """Return attribution (`value`) and the exact drop (`exact`) of every task's units that have both."""
-    keys = ["task", "shots", "kind", "layer", "head"]
-    tasks = results.filter(pl.col("task") != AGGREGATE)
-    estimates = tasks.filter(pl.col("metric") == "attribution").select(*keys, "value")
-    exact = unit_drops(tasks).filter(pl.col("exact")).select(*keys, pl.col("value").alias("exact"))
-    return estimates.join(exact, on=keys, nulls_equal=True)
 
 
 def ablate_estimates(results: pl.DataFrame, record: Record, asked: Asked) -> Figure | None:

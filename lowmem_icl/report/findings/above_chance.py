@@ -17,11 +17,13 @@ Setting = tuple[str, int]
 class Settings:
     """The tasks at the shot counts of a run, without means over tasks, and which are at chance, means too.
 
+    `known`: where the clean accuracy, or a mask file, says whether it is at chance; elsewhere nobody knows.
     `credible`: where demonstrations credibly raise the clean accuracy: its interval lies above that without.
     """
 
     every: tuple[Setting, ...]
     at_chance: frozenset[Setting]
+    known: frozenset[Setting]
     credible: frozenset[Setting]
 
     @property
@@ -37,8 +39,14 @@ def settings_of(results: pl.DataFrame, masks: pl.DataFrame) -> Settings:
     tasks = pl.col("task").is_not_null() & pl.col("shots").is_not_null() & (pl.col("task") != AGGREGATE)
     every = results.filter(tasks).select("task", "shots").unique(maintain_order=True).rows()
     clean = clean_records(results)
-    said = masks.filter(pl.col("at_chance")).select("task", "shots").unique(maintain_order=True).rows()
-    return Settings(tuple(every), settings_at_chance(clean).union(said), _taught(clean))
+    judged = clean.filter(pl.col("metric").is_in(ACCURACIES)).select("task", "shots").rows()
+    told = masks.filter(pl.col("at_chance").is_not_null()).select("task", "shots", "at_chance").rows()
+    return Settings(
+        tuple(every),
+        settings_at_chance(clean).union((task, shots) for task, shots, at_chance in told if at_chance),
+        frozenset(judged).union((task, shots) for task, shots, _ in told),
+        _taught(clean),
+    )
 
 
 def _taught(clean: pl.DataFrame) -> frozenset[Setting]:

@@ -63,7 +63,7 @@ def _sentences(
             f"The clean model is at chance in {_all_text(len(settings.every))}: it does no better than "
             "guessing, so there is nothing that a mask could keep, and removing units shows nothing."
         ]
-    given = given_mask_sentences(masks, settings, MOST_SENTENCES)
+    given = given_mask_sentences(results, masks, settings, MOST_SENTENCES)
     if given:
         return given
     found = [
@@ -116,8 +116,10 @@ def _chips(results: pl.DataFrame, units: pl.DataFrame, record: Record, settings:
         yield Chip("drops measured exactly", exact, "plain" if drops["exact"].all() else "warning")
     if settings.every:
         count = len(settings.every) - len(settings.above)
-        level: Level = "warning" if count else "plain"
-        yield Chip("settings at chance", f"{count} of {len(settings.every)}", level)
+        unknown = len(set(settings.every) - settings.known)
+        level: Level = "warning" if count or unknown else "plain"
+        text = f"{count} of {len(settings.every)}" + (f", {unknown} unknown" if unknown else "")
+        yield Chip("settings at chance", text, level)
     if record["options"]["protocol"] != "corrected":
         yield Chip("protocol", record["options"]["protocol"], "warning")
     if record["state"] != "finished":
@@ -140,6 +142,12 @@ def _notes(units: pl.DataFrame, record: Record, settings: Settings) -> Iterator[
         yield (
             f"{len(at_chance)} of {len(settings.every)} settings {left_out} at chance and left out of these "
             f"sentences and their means: {'; '.join([*named, *also])}."
+        )
+    unknown = [setting for setting in settings.every if setting not in settings.known]
+    if unknown:
+        yield (
+            f"In {len(unknown)} of {len(settings.every)} settings the clean model was not evaluated; they "
+            "count as above chance, and need not be."
         )
     drops = units.filter(pl.col("drop").is_not_null())
     if not settings.above:

@@ -9,6 +9,7 @@ import polars as pl
 from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.report.findings.above_chance import Settings, mean_above_chance
 from lowmem_icl.report.findings.wording import MOST_NAMED, bounds_text, listed, units_text
+from lowmem_icl.report.numbers import induction_head_count
 from lowmem_icl.statistics.bands import prediction_band
 from lowmem_icl.tables.schema import ACCURACIES
 
@@ -32,7 +33,8 @@ def removal_sentence(results: pl.DataFrame, masks: pl.DataFrame, settings: Setti
         mean, tasks = mean_above_chance(
             at_shots.filter(pl.col("method").ne_missing(MEDIAN)), settings.at_chance
         )
-        if tasks and (text := _sentence(mean, tasks, shots, _names(masks))):
+        heads = _heads_text(mean, _names(masks), induction_head_count(results)) if tasks else ""
+        if heads and (text := _sentence(mean, tasks, shots, heads)):
             return text + _random_text(mean, _median_of(at_shots, tasks))
     return ""
 
@@ -52,7 +54,21 @@ def _names(masks: pl.DataFrame) -> list[str]:
     return listed_units[0].to_list() if len(listed_units) else []
 
 
-def _sentence(mean: pl.DataFrame, tasks: list[str], shots: int, names: list[str]) -> str:
+def _heads_text(mean: pl.DataFrame, names: list[str], found: int) -> str:
+    """Return which heads were removed; found: how many induction heads there are, 0 where that is unknown."""
+    counts = mean.filter(pl.col("method") == "induction")["heads_removed"]
+    if counts.is_empty():
+        return ""
+    count = counts[0]
+    named = f" ({units_text(names)})" if 0 < len(names) <= MOST_NAMED else ""
+    if count == 1:
+        return f"{'strongest ' if found > 1 else ''}induction head{named}"
+    if found > count:
+        return f"{count} strongest of {found} induction heads{named} together"
+    return f"{count} induction heads{named}"
+
+
+def _sentence(mean: pl.DataFrame, tasks: list[str], shots: int, heads: str) -> str:
     by_method = {
         (row["method"], row["metric"] == "acc_drop"): row
         for row in mean.filter(pl.col("method").ne_missing("random")).iter_rows(named=True)
@@ -62,9 +78,6 @@ def _sentence(mean: pl.DataFrame, tasks: list[str], shots: int, names: list[str]
     )
     if clean is None or without is None or lost is None:
         return ""
-    count = without["heads_removed"]
-    named = f" ({units_text(names)})" if 0 < len(names) <= MOST_NAMED else ""
-    heads = f"induction head{named}" if count == 1 else f"{count} strongest induction heads{named} together"
     at_shots = f"at {shots} {'shot' if shots == 1 else 'shots'}"
     return (
         f"Removing the {heads} takes {_accuracy_of(tasks)} {at_shots} from "
@@ -94,6 +107,6 @@ def _random_text(mean: pl.DataFrame, median: Row | None) -> str:
     heads = "a random head" if count == 1 else f"{count} random heads"
     text = f"; {heads} of the same layers cost {middle:.3f}"
     if low is None or high is None or np.isnan(high):
-        return f"{text} (one draw)."
+        return f"{text} ({'one draw' if len(draws) == 1 else 'too few draws for a band'})."
     beyond = "" if without["value"] > high else "; so they cost no more than random heads may"
     return f"{text} (95 % of draws: {low:.3f} to {high:.3f}){beyond}."

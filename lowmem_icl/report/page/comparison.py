@@ -7,27 +7,23 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from lowmem_icl.masks.mask import jaccard
+from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.numbers import clean_accuracy, pruned
 from lowmem_icl.report.page.encoding import encode_bits, encode_halves
 from lowmem_icl.report.page.plots.maps import head_map
 from lowmem_icl.report.page.plots.style import palettes
 from lowmem_icl.report.page.section import Section, Table, interval_text, number_text
 from lowmem_icl.report.page.unit_arrays import METRICS, Grid, Values, linear_range
-from lowmem_icl.report.run_tables import RunTables
+from lowmem_icl.report.run_tables import RunTables, Setting
 from lowmem_icl.statistics.agreement import spearman
 
 ACCURACY_COLUMNS = ("task", "shots", "run", "accuracy", "95 %", "change", "95 %")
 UNIT_COLUMNS = (
-    "task",
-    "shots",
-    "run",
-    "rank correlation",
-    "top 10 in common",
-    "kept",
-    "kept in both",
-    "Jaccard",
-)
+    "task", "shots", "run", "rank correlation of drops", "top 10 in common", "kept", "kept in both",
+    "Jaccard index of kept",
+)  # fmt: skip
+RUN_COLUMNS = ("run", "model", "layers × heads", "tasks", "shots", "protocol", "version", "state", "command")
+MOST_TASKS_NAMED = 6
 MAP_TEXT = (
     "Choose in the menu of metrics which run is shown, or what it has more than the first. Runs and "
     "differences of one metric share one scale."
@@ -73,29 +69,46 @@ def comparison_sections(runs: Sequence[RunTables]) -> list[Section]:
         ]
     rows = list(unit_rows(runs))
     if rows:
-        sections.append(
-            Section("changes", "Units and masks, run by run", table=Table(UNIT_COLUMNS, rows, "changes"))
-        )
-    return sections
+        table = Table(UNIT_COLUMNS, rows, "changes")
+        sections.append(Section("changes", "Units and masks, run by run", table=table))
+    return [*sections, Section("runs", "Runs", table=Table(RUN_COLUMNS, list(run_rows(runs)), "runs"))]
 
 
-def common(runs: Sequence[RunTables]) -> list[tuple[str, int]]:
-    """Return the settings that all runs have, in the first's order."""
-    found = [(task, shots) for task in runs[0].tasks for shots in runs[0].shots]
+def common(runs: Sequence[RunTables]) -> list[Setting]:
+    """Return the settings that all runs have, in the first's order; means over tasks only where all are of
+    the same tasks.
+    """
+    same_tasks = len({frozenset(run.tasks) for run in runs}) == 1
     return [
         (task, shots)
-        for task, shots in found
-        if all(task in run.tasks and shots in run.shots for run in runs)
+        for task in runs[0].tasks
+        for shots in runs[0].shots
+        if all(task in run.tasks and shots in run.shots for run in runs) and (task != AGGREGATE or same_tasks)
     ]
 
 
+def run_rows(runs: Sequence[RunTables]) -> Iterator[list[str]]:
+    """Yield formatted rows of RUN_COLUMNS: what was run, and how."""
+    for label, run in zip(run_labels(runs), runs, strict=True):
+        model, tasks = run.record["model"], [task for task in run.tasks if task != AGGREGATE]
+        yield [
+            label, f"{model['id']} {model['weights']}", f"{model['layers']} × {model['heads']}",
+            f"{len(tasks)}: {', '.join(tasks)}" if len(tasks) <= MOST_TASKS_NAMED else str(len(tasks)),
+            ", ".join(map(str, run.shots)), run.record["options"]["protocol"],
+            run.record["versions"].get("lowmem_icl", ""), run.record["state"], run.record["command"],
+        ]  # fmt: skip
+
+
 def accuracy_rows(runs: Sequence[RunTables]) -> Iterator[list[str]]:
-    """Yield formatted rows of ACCURACY_COLUMNS for the settings of the first run that others have too."""
+    """Yield formatted rows of ACCURACY_COLUMNS for the settings that all runs have."""
     tables = [
         {(row["task"], row["shots"]): row for row in clean_accuracy(run.results).iter_rows(named=True)}
         for run in runs
     ]
-    for setting, first in tables[0].items():
+    for setting in common(runs):
+        if setting not in tables[0]:
+            continue
+        first = tables[0][setting]
         for label, table in zip(run_labels(runs), tables, strict=True):
             if setting not in table:
                 continue
@@ -160,7 +173,7 @@ def _greedy_sizes(run: RunTables) -> dict[tuple[str, int], str]:
 def _mask_cells(
     first: RunTables, other: RunTables, setting: tuple[str, int], first_sizes: Any, other_sizes: Any
 ) -> list[str]:
-    """Return what greedy masks keep before and after, how much of it in both, and their Jaccard index."""
+    """Return what greedy masks keep before and after, how much of it in both, and the share of it."""
     sizes = [size[setting] for size in (first_sizes, other_sizes) if setting in size]
     if len(sizes) < 2:
         return ["", "", ""]
@@ -168,12 +181,38 @@ def _mask_cells(
     if files[0] is None or files[1] is None:
         return [" → ".join(sizes), "", ""]
     left, right = files[0].mask, files[1].mask
-    return [" → ".join(sizes), str(first.kept(left | right)), number_text(jaccard(left, right))]
+    in_both, in_any = first.kept(left | right), first.kept(left & right)
+    return [" → ".join(sizes), str(in_both), number_text(in_both / in_any if in_any else None)]
 
 
 def comparison_data(runs: Sequence[RunTables]) -> dict[str, Any]:
-    """Return the numbers of several runs of one shape as the page's script reads those of one."""
-    grid, labels = _grid(runs), run_labels(runs)
+    """Return the numbers of several runs as the page's script reads those of one; of models of different
+    shapes there is no unit in both.
+    """
+    grid = _grid(runs)
+    nothing, significant = np.full(grid.shape, np.nan), np.zeros(grid.shape, dtype=np.bool_)
+    none, metrics = np.zeros(grid.shape, dtype=np.bool_), {}
+    if have_one_shape(runs):
+        metrics = _compared_metrics(runs, grid)
+        significant = np.any([_significant(run, grid) for run in runs], axis=0)
+    model = runs[0].record["model"]
+    return {
+        "model": {name: model.get(name) for name in ("id", "layers", "heads")},
+        "tasks": list(grid.tasks), "shots": list(grid.shots), "atChance": [],
+        "start": {"task": grid.tasks[-1], "shots": grid.shots[-1]}, "inductionScore": 1.0,
+        "units": {
+            "metrics": metrics, "scores": {}, "significant": encode_bits(significant).as_json(),
+            **{name: encode_halves(nothing).as_json() for name in ("low", "high", "q")},
+            **{name: encode_bits(none).as_json() for name in ("exact", "kept")},
+        },
+        "curves": {"head": [], "ffn": []}, "grid": [], "capacity": {}, "removal": [], "agreement": [],
+        "transfer": [], "masks": [], "palettes": palettes(),
+    }  # fmt: skip
+
+
+def _compared_metrics(runs: Sequence[RunTables], grid: Grid) -> dict[str, Any]:
+    """Return every metric that all runs have, of each run and as differences from the first."""
+    labels = run_labels(runs)
     metrics: dict[str, Any] = {}
     for name in COMPARED:
         found = [_values(run, grid, name) for run in runs]
@@ -191,21 +230,7 @@ def comparison_data(runs: Sequence[RunTables]) -> dict[str, Any]:
                 "unit": METRICS[name].unit, "signed": True, "linear": linear_range(scale),
                 "largest": float(np.nanmax(np.abs(scale))), "values": encode_halves(values, 7).as_json(),
             }  # fmt: skip
-    nothing, none = np.full(grid.shape, np.nan), np.zeros(grid.shape, dtype=np.bool_)
-    significant = np.any([_significant(run, grid) for run in runs], axis=0)
-    model = runs[0].record["model"]
-    return {
-        "model": {name: model.get(name) for name in ("id", "layers", "heads")},
-        "tasks": list(grid.tasks), "shots": list(grid.shots), "atChance": [],
-        "start": {"task": grid.tasks[-1], "shots": grid.shots[-1]}, "inductionScore": 1.0,
-        "units": {
-            "metrics": metrics, "scores": {}, "significant": encode_bits(significant).as_json(),
-            **{name: encode_halves(nothing).as_json() for name in ("low", "high", "q")},
-            **{name: encode_bits(none).as_json() for name in ("exact", "kept")},
-        },
-        "curves": {"head": [], "ffn": []}, "grid": [], "capacity": {}, "removal": [], "agreement": [],
-        "transfer": [], "masks": [], "palettes": palettes(),
-    }  # fmt: skip
+    return metrics
 
 
 def _grid(runs: Sequence[RunTables]) -> Grid:

@@ -37,8 +37,6 @@ def payload(run: RunTables) -> dict[str, Any]:
         "model": {
             name: model.get(name) for name in ("id", "revision", "model_type", "layers", "heads", "digest")
         },
-        "protocol": run.record["options"]["protocol"],
-        "version": run.record["versions"].get("lowmem_icl", ""),
         "tasks": list(run.tasks),
         "shots": list(run.shots),
         "start": start(run),
@@ -155,8 +153,8 @@ def removal(results: pl.DataFrame) -> Rows:
 
 
 def agreement(results: pl.DataFrame, method: str = "gradient") -> Rows:
-    """Return rank correlations between tasks by shot count, with the order of tasks that puts alike ones
-    side by side, and the mean ceiling of their pairs.
+    """Return rank correlations between tasks by shot count, NaN where one is unknown, with the order of tasks
+    that puts alike ones side by side, and the mean ceiling of their pairs.
     """
     pairs = results.filter(
         (pl.col("metric") == "spearman")
@@ -174,7 +172,8 @@ def agreement(results: pl.DataFrame, method: str = "gradient") -> Rows:
     found = []
     for (shots,), members in pairs.group_by("shots", maintain_order=True):
         names = list(dict.fromkeys([*members["task"], *members["other_task"]]))
-        matrix = np.eye(len(names))
+        matrix = np.full((len(names), len(names)), np.nan)
+        np.fill_diagonal(matrix, 1)
         for row in members.iter_rows(named=True):
             left, right = names.index(row["task"]), names.index(row["other_task"])
             matrix[left, right] = matrix[right, left] = row["value"]
@@ -189,10 +188,12 @@ def agreement(results: pl.DataFrame, method: str = "gradient") -> Rows:
 
 
 def alike_side_by_side(matrix: np.ndarray) -> list[int]:
-    """Return an order of rows [N, N] of correlations by average-linkage clustering, leaves ordered."""
+    """Return an order of rows [N, N] of correlations by average-linkage clustering, leaves ordered; unknown
+    ones count as 0.
+    """
     if len(matrix) < 3:
         return list(range(len(matrix)))
-    distances = np.clip(1 - matrix, 0, 2)[np.triu_indices(len(matrix), 1)]
+    distances = np.clip(1 - np.nan_to_num(matrix), 0, 2)[np.triu_indices(len(matrix), 1)]
     tree = hierarchy.linkage(distances, "average", optimal_ordering=True)
     return [int(index) for index in hierarchy.leaves_list(tree)]
 
@@ -218,5 +219,8 @@ def transfer(results: pl.DataFrame) -> Rows:
 
 
 def masks(greedy: Mapping[Setting, MaskFile]) -> Rows:
-    """Return the greedy masks' names and settings; their units are in the arrays."""
-    return [{"task": task, "shots": shots, "name": file.name} for (task, shots), file in greedy.items()]
+    """Return what the greedy masks' files say but their units, which are in the arrays."""
+    return [
+        {"task": task, "shots": shots, "name": file.name, "made": file.made, "scores": file.scores}
+        for (task, shots), file in greedy.items()
+    ]

@@ -38,7 +38,7 @@ METRICS = {
     "icl_effect": UnitMetric("in-context effect", "nats"),
     "label_effect": UnitMetric("label effect", "nats"),
     "attribution": UnitMetric("attribution, to first order", "nats", 6),
-    "gradient": UnitMetric("gradient importance", "per token", 6, signed=False),
+    "gradient": UnitMetric("gradient importance", "nats per token", 6, signed=False),
 }
 """What the maps can show, in the order of the menu."""
 DROP = "gold_logprob_drop"

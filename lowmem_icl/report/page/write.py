@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,6 +14,8 @@ import bokeh
 import jinja2
 from bokeh.embed import json_item
 
+from lowmem_icl.errors import InputError
+from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.findings.answer import Chip, answer
 from lowmem_icl.report.findings.wording import task_text
 from lowmem_icl.report.page.comparison import common, comparison_data, comparison_sections, run_labels
@@ -83,7 +86,7 @@ def write_report(runs: Sequence[RunTables], page: Path, images: Mapping[str, byt
 
 def run_page(run: RunTables, images: Mapping[str, bytes] = NO_IMAGES) -> Page:
     """Return what the page says of a run."""
-    record, model = run.record, run.record["model"]
+    record = run.record
     found = answer(run.results, run.units, run.masks, record)
     sections = [
         replace(section, meaning=headings)
@@ -91,7 +94,7 @@ def run_page(run: RunTables, images: Mapping[str, bytes] = NO_IMAGES) -> Page:
         if (section := make(run)) is not None
     ]
     return Page(
-        title=f"{model['id']} in {model['weights']}",
+        title=_title(run),
         lead=_lead(run),
         sentences=found.sentences,
         chips=found.chips,
@@ -115,13 +118,27 @@ def embedded(images: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def comparison_page(runs: Sequence[RunTables]) -> Page:
-    """Return the page of several runs: what changed from the first to each other."""
+    """Return the page of several runs: what changed from the first to each other.
+
+    Raises InputError where they have no task at a shot count in common.
+    """
+    settings = [task for task, _ in common(runs) if task != AGGREGATE]
+    if not settings:
+        raise InputError(
+            f"report: expected runs with a task and a shot count in common, got none in "
+            f"{', '.join(str(run.folder) for run in runs)}; give others, or make a page of each"
+        )
     labels = run_labels(runs)
     sections = comparison_sections(runs)
     return Page(
         title=f"{' and '.join(labels)}, compared",
-        lead=f"{len(common(runs))} tasks and shot counts in common; each run has a page of its own.",
-        sentences=[],
+        lead=f"{len(settings)} {'setting' if len(settings) == 1 else 'settings'} (tasks at shot counts) in "
+        "common; each run has a page of its own.",
+        sentences=[
+            f"{label}: {sentence}"
+            for label, run in zip(labels, runs, strict=True)
+            for sentence in answer(run.results, run.units, run.masks, run.record).sentences[:1]
+        ],
         chips=[],
         notes=[],
         warnings=[
@@ -147,13 +164,19 @@ def _script_of(sections: Sequence[Section]) -> dict[str, str]:
     }
 
 
+def _title(run: RunTables) -> str:
+    model = run.record["model"]
+    name = f"{model['id']} in {model['weights']}"
+    if given_masks_section(run) is not None:
+        return f"{name}: what masks cost"
+    return f"{name}: which heads and FFNs does in-context learning need?"
+
+
 def _lead(run: RunTables) -> str:
-    model, tasks = (
-        run.record["model"],
-        [task for task in run.tasks if task != run.tasks[-1] or len(run.tasks) == 1],
-    )
+    model, tasks = run.record["model"], [task for task in run.tasks if task != AGGREGATE]
     return (
-        f"{model['layers']} layers of {model['heads']} heads and an FFN each; {len(tasks)} tasks; "
+        f"{model['layers']} layers of {model['heads']} heads and an FFN each; "
+        f"{len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}; "
         f"{', '.join(map(str, run.shots))} demonstrations. Accuracies are measured on the evaluation split; "
         "importance and ablations, and what masks are chosen by, on the training split. Bounds are 95 % "
         "intervals over documents."
@@ -175,14 +198,17 @@ def render(page: Page) -> str:
 
 def _json(value: Any) -> str:
     """Return JSON that can stand in a script element whatever the names in it."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_plain)
+    text = json.dumps(_without_nan(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _plain(value: Any) -> Any:
-    if value != value:
-        return None
-    raise TypeError(f"{type(value)} is no JSON")
+def _without_nan(value: Any) -> Any:
+    """Return a value with null for NaN, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _without_nan(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 @cache

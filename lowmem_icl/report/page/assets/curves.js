@@ -1,6 +1,5 @@
 // Curves, dots and matrices: what the chosen task and shot count show of the run's small tables.
 
-const DASHES = { "-": [], "--": [6, 4] };
 const inkOn = (hex) => {
   const [r, g, b] = [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16) / 255).map((v) => (v <= 0.04 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.3 ? "#1b1f24" : "#ffffff";
@@ -23,18 +22,19 @@ function drawCurves(name, curves, { unit, height }) {
   const filled = (values, fallback) => values.map((v, i) => (v === null ? fallback[i] : v));
   fill(`${name}-band`, random ? { x: random.x, low: filled(random.low, random.y), high: filled(random.high, random.y) } : { x: [], low: [], high: [] });
   fill(`${name}-behind`, { xs: behind.map((c) => c.x), ys: behind.map((c) => c.y) });
-  const front = random ? [...own, random] : own;
-  fill(`${name}-lines`, { xs: front.map((c) => c.x), ys: front.map((c) => c.y), colour: front.map((c) => c.colour), dash: front.map((c) => c.dash) });
+  // Of curves that cover each other the task's own is wide, others are narrow and above it.
+  const front = [...(random ? [random] : []), ...own], width = (curve) => (curve.label === "own ranking" ? 4 : 1.8);
+  fill(`${name}-lines`, { xs: front.map((c) => c.x), ys: front.map((c) => c.y), colour: front.map((c) => onTheme(c.colour)), width: front.map(width) });
   const points = { x: [], y: [], low: [], high: [], colour: [], label: [], text: [] };
   for (const curve of own) curve.x.forEach((x, i) => {
-    points.x.push(x); points.y.push(curve.y[i]); points.low.push(curve.low[i] ?? curve.y[i]); points.high.push(curve.high[i] ?? curve.y[i]); points.colour.push(curve.colour);
+    points.x.push(x); points.y.push(curve.y[i]); points.low.push(curve.low[i] ?? curve.y[i]); points.high.push(curve.high[i] ?? curve.y[i]); points.colour.push(onTheme(curve.colour));
     points.label.push(`${taskName(state.task)}, ${shotsText(state.shots)}, ${curve.label}`); points.text.push(`${shown(x)} of ${curve.units} ${unit}: ${shown(curve.y[i])}${shownInterval(curve.low[i], curve.high[i])}`);
   });
   fill(`${name}-points`, points);
-  const knees = own.filter((c) => c.knee !== null).map((c) => ({ x: c.knee, y: c.y[c.x.indexOf(c.knee)], colour: c.colour })).filter((k) => k.y !== undefined);
+  const knees = own.filter((c) => c.knee !== null).map((c) => ({ x: c.knee, y: c.y[c.x.indexOf(c.knee)], colour: onTheme(c.colour) })).filter((k) => k.y !== undefined);
   fill(`${name}-marks`, { x: knees.map((k) => k.x), y: knees.map((k) => k.y), colour: knees.map((k) => k.colour) });
   const last = (values) => values[values.length - 1] ?? 0, labelled = front.filter((c) => c.x.length);
-  fill(`${name}-labels`, { x: labelled.map((c) => last(c.x)), y: spread(labelled.map((c) => last(c.y)), 17 / height, 0.05, 0.98), text: labelled.map((c) => c.label), colour: labelled.map((c) => c.colour) });
+  fill(`${name}-labels`, { x: labelled.map((c) => last(c.x)), y: spread(labelled.map((c) => last(c.y)), 17 / height, 0.05, 0.98), text: labelled.map((c) => c.label), colour: labelled.map((c) => onTheme(c.colour)) });
   const plot = source(name), reach = Math.max(1e-9, ...atShots.flatMap((c) => c.x));
   if (plot) { plot.x_range.start = -0.02 * reach; plot.x_range.end = reach * (plot.inner_width > 420 ? 1.35 : 1.6); plot.below.forEach((axis) => { axis.bounds = [0, reach]; }); }
   const chance = front.map((c) => c.chance).find((v) => v !== null && v !== undefined), far = Math.max(0, ...front.flatMap((c) => c.x));
@@ -78,9 +78,9 @@ function drawRemoval(run) {
   fill("removal-random", part("random-median", "without N random heads, median"));
 }
 
-// cells: {row, column, value, text}; the colour is `scaled`, from -1 to 1.
-function drawMatrix(run, name, rows, columns, cells, scaled, kind) {
-  const plot = source(name);
+// measured: {row, column, value, text}; the colour is `scaled`, from -1 to 1. Cells without a value stay empty.
+function drawMatrix(run, name, rows, columns, measured, scaled, kind) {
+  const plot = source(name), cells = measured.filter((cell) => cell.value !== null && !Number.isNaN(cell.value));
   if (!plot) return;
   plot.x_range.factors = columns; plot.y_range.factors = rows.slice().reverse();
   const palette = run.palettes[kind][theme()], mapper = source(`${name}-mapper`);
@@ -113,5 +113,5 @@ function drawTransfer(run) {
   const cells = rows.filter((row) => !row.clean).map((row) => ({ row: row.mask_task, column: row.task, value: row.value - (clean.get(row.task)?.value ?? NaN),
     text: `${row.task} under the mask of ${row.mask_task}: ${shown(row.value)}${shownInterval(row.low, row.high)}, clean ${shown(clean.get(row.task)?.value)}, ${row.documents} documents` }));
   const masks = run.tasks.filter((task) => cells.some((cell) => cell.row === task));
-  drawMatrix(run, "transfer", masks, tasks, cells, (value) => Math.max(-1, Math.min(1, -value * 2)), "signed");
+  drawMatrix(run, "transfer", masks, tasks, cells, (value) => Math.max(-1, Math.min(1, -value)), "signed");
 }

@@ -54,7 +54,8 @@ const isFfn = (run, unit) => unit % (run.model.heads + 1) === run.model.heads;
 
 // Where a value lies on the symmetric-logarithmic scale of its metric, from -1 to 1.
 function onScale(metric, value) {
-  const top = Math.log1p(metric.largest / metric.linear);
+  // Of a metric that is 0 everywhere all lie in the middle.
+  const top = Math.log1p(metric.largest / metric.linear) || 1;
   return (Math.sign(value) * Math.log1p(Math.abs(value) / metric.linear)) / top;
 }
 function scaleTicks(metric) {

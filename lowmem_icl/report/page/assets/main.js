@@ -17,6 +17,14 @@ const PER_PLOT = {
   "plot-agreement": drawAgreement,
 };
 
+// The dark blue of light pages is too dark on dark ones.
+const DARK_BLUE = "#0072B2", LIGHT_BLUE = "#5cb3ff";
+function recolour(model) {
+  const [from, to] = theme() === "dark" ? [DARK_BLUE, LIGHT_BLUE] : [LIGHT_BLUE, DARK_BLUE];
+  for (const name of ["line_color", "fill_color", "text_color"]) if (model[name] === from || model[name]?.value === from) model[name] = to;
+}
+const onTheme = (colour) => (theme() === "dark" && colour === DARK_BLUE ? LIGHT_BLUE : colour);
+
 function paintPlots() {
   const style = getComputedStyle(document.documentElement), ink = style.getPropertyValue("--ink").trim(), line = style.getPropertyValue("--soft").trim();
   const names = { axis: ["axis_label_text_color", "major_label_text_color"], line: ["axis_line_color", "major_tick_line_color"] };
@@ -25,7 +33,8 @@ function paintPlots() {
       for (const name of names.axis) model[name] = ink;
       for (const name of names.line) model[name] = line;
     } else if ("label_text_color" in model) model.label_text_color = ink;
-    else if ("color_mapper" in model && "major_label_text_color" in model) model.major_label_text_color = ink;
+    else if ("color_mapper" in model && "major_label_text_color" in model) model.major_label_text_color = model.title_text_color = ink;
+    recolour(model);
     if (["kept-mark", "induction-mark"].includes(model.name) && model.glyph) model.glyph.line_color = ink;
     if (model.name === "star-mark") model.glyph.fill_color = ink;
   }
@@ -35,7 +44,8 @@ function redraw(run, changes = {}) {
   for (const id of run.embedded) PER_PLOT[id]?.(run);
   if (!("unit" in changes && Object.keys(changes).length === 1)) drawAtlas(run);
   drawCard(run); drawUnits(run); markMasks(run);
-  const at = document.getElementById("at-chance");
+  const at = document.getElementById("at-chance"), values = valuesAt(run, state.metric);
+  document.getElementById("nothing").textContent = values && values.every(Number.isNaN) ? `Nothing measured here: ${run.units.metrics[state.metric].label}, ${taskName(state.task)}, ${shotsText(state.shots)}.` : "";
   at.textContent = run.atChance.some(([task, shots]) => task === state.task && shots === state.shots) ? "At chance: the clean model is no better than guessing here." : "";
 }
 

@@ -26,7 +26,7 @@ function describeUnit(run, unit, ranked) {
     const exact = sliceAt(run, "exact")[unit];
     lines.push(`drop ${shown(drops[unit])} nats${shownInterval(sliceAt(run, "low")[unit], sliceAt(run, "high")[unit])}${exact ? "" : ", estimated"}`);
     const q = sliceAt(run, "q")[unit];
-    if (!Number.isNaN(q)) lines.push(`q ${q < 0.001 ? "< 0.001" : shown(q, 2)}`);
+    if (!Number.isNaN(q)) lines.push(`q of the drop ${q < 0.001 ? "< 0.001" : shown(q, 2)}`);
   }
   if (ranked.has(unit)) lines.push(`rank ${ranked.get(unit)} of ${ranked.size}`);
   const gradient = valuesAt(run, "gradient");
@@ -81,6 +81,7 @@ function drawScale(run, metric) {
   mapper.low = metric.signed ? -1 : 0;
   const ticks = scaleTicks(metric), places = ticks.map((value) => onScale(metric, value));
   bar.ticker.ticks = places;
+  bar.title = metric.unit;
   bar.major_label_overrides = new Map(ticks.map((value, i) => [places[i], shown(value, 1)]));
 }
 
@@ -94,7 +95,7 @@ function drawCard(run) {
   if (!card) return;
   const metric = run.units.metrics[state.metric];
   if (state.unit === null || !metric) { card.replaceChildren(element("p", { class: "soft" }, "Click a unit of the map, or type its name above, to see what it costs every task, and which masks keep it.")); return; }
-  const unit = state.unit, head = element("tr", {}, element("th", {}, "task"), ...run.shots.map((n) => element("th", {}, shotsText(n))));
+  const unit = state.unit, head = element("tr", {}, element("th", {}, "shots"), ...run.shots.map((n) => element("th", {}, String(n))));
   const rows = run.tasks.map((task) => element("tr", { class: task === state.task ? "chosen" : "" }, element("td", {}, taskName(task)),
     ...run.shots.map((shots) => {
       const index = settingIndex(run, task, shots) * run.perSetting + unit;
@@ -104,7 +105,7 @@ function drawCard(run) {
   card.replaceChildren(
     element("h3", {}, unitName(run, unit)),
     element("p", {}, describeUnit(run, unit, ranks(valuesAt(run, state.metric))).join("; ")),
-    element("p", { class: "soft" }, `${metric.label}, ${metric.unit}; *: q ≤ 0.05`),
+    element("p", { class: "soft" }, `${metric.label}, ${metric.unit}; *: q ≤ 0.05 of the drop of gold log-probability`),
     element("div", { class: "scroll" }, element("table", {}, head, ...rows)),
     element("p", { class: "soft" }, keepersText(run, keepers)));
 }

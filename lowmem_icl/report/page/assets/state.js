@@ -6,17 +6,11 @@ const listeners = [];
 function readAddress(run) {
   const asked = new URLSearchParams(location.hash.slice(1));
   const shots = Number(asked.get("shots")), metrics = Object.keys(run.units.metrics);
-  const best = defaultSetting(run);
-  state.task = run.tasks.includes(asked.get("task")) ? asked.get("task") : best.task;
-  state.shots = asked.has("shots") && run.shots.includes(shots) ? shots : best.shots;
+  state.task = run.tasks.includes(asked.get("task")) ? asked.get("task") : run.start.task;
+  state.shots = asked.has("shots") && run.shots.includes(shots) ? shots : run.start.shots;
   state.metric = metrics.includes(asked.get("metric")) ? asked.get("metric") : metrics[0] || "";
   state.significant = asked.get("significant") === "1";
   state.unit = asked.has("unit") ? unitIndex(run, asked.get("unit")) : null;
-}
-
-// The mean over tasks, else the first task, at the most demonstrations.
-function defaultSetting(run) {
-  return { task: run.start.task, shots: run.start.shots };
 }
 
 function writeAddress(run) {

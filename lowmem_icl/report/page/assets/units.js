@@ -14,7 +14,7 @@ function unitRows(run) {
   values.forEach((value, unit) => {
     if (Number.isNaN(value) || !isShown(run, significant, unit)) return;
     rows.push({ unit, rank: ranked.get(unit), value, low: isDrop ? low[unit] : NaN, high: isDrop ? high[unit] : NaN, q: q[unit],
-      gradient: gradient ? gradient[unit] : NaN, prefix: scores.prefix_matching ? scores.prefix_matching[unit] : NaN,
+      significant: significant[unit], gradient: gradient ? gradient[unit] : NaN, prefix: scores.prefix_matching ? scores.prefix_matching[unit] : NaN,
       copying: scores.copying ? scores.copying[unit] : NaN, kept: searched ? kept[unit] : NaN });
   });
   return rows;
@@ -36,10 +36,10 @@ function drawUnits(run) {
   body.replaceChildren(...visible.map((row) => element("tr", { "data-unit": row.unit, class: row.unit === state.unit ? "chosen" : "" },
     element("td", {}, String(row.rank)), element("td", { class: "text" }, unitName(run, row.unit)), element("td", {}, shown(row.value)),
     element("td", {}, intervalBar(row, percent)), element("td", {}, shownInterval(row.low, row.high).trim()),
-    element("td", {}, Number.isNaN(row.q) ? "" : (row.q < 0.001 ? "< 0.001" : shown(row.q, 2)) + (row.q <= 0.05 ? "*" : "")),
+    element("td", {}, Number.isNaN(row.q) ? "" : (row.q < 0.001 ? "< 0.001" : shown(row.q, 2)) + (row.significant ? "*" : "")),
     element("td", {}, shown(row.gradient, 2)), element("td", {}, shown(row.prefix, 2)), element("td", {}, shown(row.copying, 2)), element("td", {}, row.kept === 1 ? "kept" : ""))));
   hideEmptyColumns(rows);
-  document.getElementById("unit-count").textContent = rows.length === 0 ? (state.significant ? "No unit is significant here." : "Nothing was measured here.") : `${visible.length} of ${rows.length} units${state.significant ? " with q ≤ 0.05" : ""}, ${run.units.metrics[state.metric].label} in ${run.units.metrics[state.metric].unit}: ${taskName(state.task)}, ${shotsText(state.shots)}.`;
+  document.getElementById("unit-count").textContent = rows.length === 0 ? (state.significant ? "No unit is significant here." : "Nothing was measured here.") : `${visible.length} of ${rows.length} units${state.significant ? " whose drop of gold log-probability has q ≤ 0.05" : ""}, ${run.units.metrics[state.metric].label} in ${run.units.metrics[state.metric].unit}: ${taskName(state.task)}, ${shotsText(state.shots)}.`;
   document.getElementById("unit-more").hidden = visible.length === rows.length;
   for (const button of document.querySelectorAll("[data-sort]")) button.parentElement.setAttribute("aria-sort", button.dataset.sort === state.sort ? (state.ascending ? "ascending" : "descending") : "none");
 }
@@ -97,8 +97,7 @@ function maskFile(run, task, shots) {
     const layer = Math.floor(unit / (heads + 1));
     if (isFfn(run, unit)) removed.ffns.push(layer); else (removed.heads[layer] ??= []).push(unit % (heads + 1));
   }
-  const made = { method: "greedy", tasks: [task], shots: [shots], protocol: run.protocol, version: run.version };
-  return JSON.stringify({ format: "lowmem-icl-mask/1", name: mask.name, ablation: "zero", model: { id, revision, model_type, layers, heads, digest }, removed, made, scores: {} }, null, 1) + "\n";
+  return JSON.stringify({ format: "lowmem-icl-mask/1", name: mask.name, ablation: "zero", model: { id, revision, model_type, layers, heads, digest }, removed, made: mask.made, scores: mask.scores }, null, 1) + "\n";
 }
 
 function makeMasks(run) {
@@ -107,6 +106,7 @@ function makeMasks(run) {
     if (!button) return;
     const { task, shots, command } = button.dataset;
     if (command === undefined) download(`${button.dataset.name}.json`, "application/json", maskFile(run, task, Number(shots)));
-    else { await navigator.clipboard.writeText(command); button.textContent = "copied"; }
+    // Pages that come over a plain network have no clipboard.
+    else try { await navigator.clipboard.writeText(command); button.textContent = "copied"; } catch { button.textContent = command; }
   });
 }

@@ -26,13 +26,13 @@ def accuracy_plot(accuracy: pl.DataFrame) -> PagePlot:
     tasks = [task_text(task) for task in dict.fromkeys(accuracy["task"])]
     shots = sorted(set(accuracy["shots"]))
     plot = new_plot("accuracy", height=80 + len(tasks) * max(28, 15 * len(shots)), tooltips=TOOLTIP,
-                    y_range=FactorRange(*reversed(tasks)), x_range=Range1d(0, 1.02),
+                    y_range=FactorRange(*reversed(tasks), range_padding=0.1), x_range=Range1d(0, 1.02),
                     x_axis_label="accuracy")  # fmt: skip
     plot.ygrid.visible = False
     step = 0.66 / max(1, len(shots) - 1) if len(shots) > 1 else 0
     for index, n_shots in enumerate(shots):
         rows = accuracy.filter(pl.col("shots") == n_shots)
-        offset = 0.33 - step * index
+        offset = 0.33 - step * index if len(shots) > 1 else 0.0
         source = _dots(rows, offset)
         colour = SHOT_COLOURS[index % len(SHOT_COLOURS)]
         plot.add_layout(Whisker(base="y", lower="low", upper="high", dimension="width", source=source,

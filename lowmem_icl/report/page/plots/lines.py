@@ -29,8 +29,8 @@ def _draw(plot: figure, name: str) -> None:
                fill_alpha=0.25)  # fmt: skip
     plot.multi_line("xs", "ys", source=empty_source(f"{name}-behind", "xs", "ys"), line_color=GREY,
                     line_alpha=0.45, line_width=1)  # fmt: skip
-    plot.multi_line("xs", "ys", source=empty_source(f"{name}-lines", "xs", "ys", "colour", "dash"),
-                    line_color="colour", line_width=2.2)  # fmt: skip
+    plot.multi_line("xs", "ys", source=empty_source(f"{name}-lines", "xs", "ys", "colour", "width"),
+                    line_color="colour", line_width="width")  # fmt: skip
     plot.multi_line("xs", "ys", source=empty_source(f"{name}-level", "xs", "ys"), line_color=GREY,
                     line_dash="dotted", line_width=1.2)  # fmt: skip
     points = empty_source(f"{name}-points", "x", "y", "low", "high", "colour", "label", "text")

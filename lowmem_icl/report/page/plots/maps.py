@@ -15,9 +15,10 @@ from lowmem_icl.report.page.plots.style import GREY, PagePlot, empty_source, new
 
 TOOLTIP = """<div style="max-width: 20rem"><b>@unit</b> @value<br>@more</div>"""
 CAPTION = (
-    "Every cell is a head, the column at the right an FFN; layer 0 is at the bottom. Dot: q ≤ 0.05; outline: "
-    "kept by the greedy mask; triangle: induction head. The scale is symmetric-logarithmic and the same for "
-    "all tasks and shot counts. Click, or use the arrow keys, for a unit."
+    "Every cell is a head, the column at the right an FFN; layer 0 is at the bottom. Dot: q ≤ 0.05, of the "
+    "drop of gold log-probability whatever the metric; outline: kept by the greedy mask (it may cost nothing "
+    "alone); triangle: induction head. The scale is symmetric-logarithmic and the same for all tasks and "
+    "shot counts. Click, or use the arrow keys, for a unit."
 )
 LARGEST_HEIGHT, SMALLEST_HEIGHT, MARGIN = 620, 200, 60
 PROFILE_WIDTH = 120
@@ -87,7 +88,8 @@ def _draw_cells(plot: figure, cell: int) -> None:
         line_color="#E69F00",
     )  # fmt: skip
     bar = ColorBar(
-        color_mapper=mapper, width=10, padding=2, location=(0, 0), ticker=FixedTicker(ticks=[]), name="scale",
+        color_mapper=mapper, width=10, padding=8, location=(0, 0),
+        title_text_font_size="12px", title_standoff=6, ticker=FixedTicker(ticks=[]), name="scale",
         background_fill_color=None, major_tick_line_color=GREY, major_tick_in=0,
     )  # fmt: skip
     plot.add_layout(bar, "right")

@@ -12,12 +12,17 @@ import matplotlib
 import numpy as np
 from bokeh.models import ColumnDataSource, HoverTool, LayoutDOM
 from bokeh.plotting import figure
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 
 # Okabe and Ito's colours, distinct under every kind of colour vision, on white and on black.
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 GREY = "#8a8f98"
-SIGNED_PALETTES = {"light": "RdBu_r", "dark": "berlin"}
-UNSIGNED_PALETTES = {"light": "YlGnBu", "dark": "viridis"}
+# On a dark page nothing is dark grey, so that a cell without effect differs from the ground.
+DARK_SIGNED = LinearSegmentedColormap.from_list(
+    "dark", ["#a9d3ff", "#3f8fe0", "#2e343d", "#e2604f", "#ffb9a6"]
+)
+SIGNED_PALETTES = {"light": matplotlib.colormaps["RdBu_r"], "dark": DARK_SIGNED}
+UNSIGNED_PALETTES = {"light": matplotlib.colormaps["YlGnBu"], "dark": matplotlib.colormaps["viridis"]}
 PALETTE_COLOURS = 255
 
 
@@ -61,10 +66,11 @@ def palettes() -> Mapping[str, Mapping[str, Sequence[str]]]:
     """Return the palettes of maps as colours, for signed and unsigned metrics, in light and dark."""
     kinds = {"signed": SIGNED_PALETTES, "unsigned": UNSIGNED_PALETTES}
     return {
-        kind: {theme: _colours(name) for theme, name in by_theme.items()} for kind, by_theme in kinds.items()
+        kind: {theme: _colours(colours) for theme, colours in by_theme.items()}
+        for kind, by_theme in kinds.items()
     }
 
 
-def _colours(name: str) -> list[str]:
+def _colours(colours: Colormap) -> list[str]:
     places = np.linspace(0, 1, PALETTE_COLOURS)
-    return [matplotlib.colors.to_hex(colour) for colour in matplotlib.colormaps[name](places)]
+    return [matplotlib.colors.to_hex(colour) for colour in colours(places)]

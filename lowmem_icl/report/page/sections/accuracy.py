@@ -10,7 +10,9 @@ from lowmem_icl.report.run_tables import RunTables
 COLUMNS = ("task", "shots", "metric", "value", "95 %", "chance", "majority", "documents")
 TEXT = (
     "Of the clean model, on the evaluation split. Where the interval holds chance or the best constant "
-    "answer, the model shows nothing that could be lost: such settings have no part in findings."
+    "answer, the model shows nothing that could be lost: such settings have no part in findings. Documents "
+    "that share a prompt or a passage count as one, so an interval can be wider than the number of documents "
+    "suggests."
 )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import polars as pl
 
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.report.numbers import mean_over_tasks, unit_name
+from lowmem_icl.report.numbers import induction_head_count, induction_heads, mean_over_tasks, unit_name
 from lowmem_icl.report.page.plots.induction import INDUCTION_SCORE, removal_plot, score_plot
 from lowmem_icl.report.page.plots.lines import curves_plot
 from lowmem_icl.report.page.plots.style import PagePlot
@@ -102,8 +102,8 @@ def removal_note(induction: pl.DataFrame) -> list[str]:
     task = "mean accuracy" if without["task"] == AGGREGATE else f"accuracy of {without['task']}"
     chance = "" if without["chance"] is None else f", chance being {without['chance']:.2f}"
     text = (
-        f"Removing {without['heads_removed']} of them together takes the {task} at {without['shots']} shots "
-        f"from {clean['value']:.3f} to {without['value']:.3f}{chance}"
+        f"Removing the {_removed_text(induction, without['heads_removed'])} takes the {task} at "
+        f"{without['shots']} shots from {clean['value']:.3f} to {without['value']:.3f}{chance}"
     )
     draws = by_method.get(("random-median", True))
     if draws is not None:
@@ -113,3 +113,14 @@ def removal_note(induction: pl.DataFrame) -> list[str]:
             f"{draws['low']:.3f} and {draws['high']:.3f}; {draws['documents']} documents)"
         )
     return [f"{text}."]
+
+
+def _removed_text(induction: pl.DataFrame, count: int) -> str:
+    """Return which heads were removed: the highest by prefix matching."""
+    scored = induction_heads(induction, count).sort("layer", "head").to_dicts()
+    names = [unit_name("head", row["layer"], row["head"]) for row in scored]
+    named = f" ({' '.join(names)})" if 0 < len(names) <= MOST_NAMED else ""
+    found = induction_head_count(induction)
+    if found > count:
+        return f"{count} strongest of {found} induction heads{named} together"
+    return f"{'induction head' if count == 1 else f'{count} induction heads'}{named}"

@@ -1,9 +1,13 @@
 """The page's section on masks: what greedy searches keep, compared with masks of equal size, and transfer."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from lowmem_icl.options import RunOptions, flag_name
+from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.findings.circuits import kept_texts
 from lowmem_icl.report.losses import SearchMask, greedy_losses, searches_without_certificate
 from lowmem_icl.report.numbers import clean_accuracy, pruned
@@ -11,10 +15,17 @@ from lowmem_icl.report.page.plots.matrices import matrix_plot
 from lowmem_icl.report.page.section import Record, Section, interval_text, number_text
 from lowmem_icl.report.run_tables import RunTables, Setting
 
+AXES = ("task judged", "mask of")
 COMPARED = ("gradient", "random")
+# Options that say on what a mask is judged, where they are not the defaults.
+REPEATED = (
+    "revision", "weights", "store_dir", "data_dir", "limit", "demonstrations", "demonstration_sets",
+    "protocol", "bos", "seed",
+)  # fmt: skip
 TRANSFER_CAPTION = (
-    "Rows: whose mask; columns: the task judged, on its first evaluation documents. The number is the "
-    "accuracy gained (+) or lost (−) against the clean model; on the diagonal a mask meets its own task."
+    "Greedy masks (rows) on every task (columns) at the chosen shot count, on the first documents that "
+    "curves are judged on, so that the diagonal may differ from the table. The number is the accuracy gained "
+    "or lost (-) against the clean model; its interval stands where the pointer is."
 )
 
 
@@ -55,7 +66,7 @@ def masks_section(run: RunTables) -> Section | None:
         "of it is."
         + replacement_note(run.record.get("greedy", []))
         + certificate_note(run.record),
-        [matrix_plot("transfer", len(run.tasks), TRANSFER_CAPTION)] if transferred else [],
+        [matrix_plot("transfer", len(run.tasks), TRANSFER_CAPTION, (), AXES)] if transferred else [],
         data=list(mask_rows(run)),
     )  # fmt: skip
 
@@ -100,10 +111,23 @@ def _in_brackets(low: float | None, high: float | None) -> str:
 
 
 def _command(run: RunTables, setting: Setting) -> str:
-    path = run.folder / "masks" / f"{run.greedy_masks[setting].name}.json"
+    """Return the command that judges a mask as the run did: on the same documents of the same model."""
+    path, options = f"{run.greedy_masks[setting].name}.json", run.record["options"]
     task, shots = setting
-    named = "" if run.tasks[-1] == task else f" --tasks {task}"
-    return f"lowmem-icl evaluate --mask {path} --model {run.record['model']['id']}{named} --shots {shots}"
+    named = options.get("tasks") or ()
+    if task != AGGREGATE:
+        # A file is known by its name, and found by its path.
+        named = [given for given in named if Path(given).name == task] or [task]
+    words = ["lowmem-icl", "evaluate", "--mask", str(path)]
+    words += ["--model", options.get("model") or run.record["model"]["id"]]
+    words += [*(["--tasks", ",".join(named)] if named else []), "--shots", str(shots)]
+    for name in REPEATED:
+        value = options.get(name)
+        if value is not None and value != RunOptions.model_fields[name].default:
+            no_value = isinstance(value, bool)
+            words.append(f"--no-{name}" if value is False else flag_name(name))
+            words += [] if no_value else [str(value)]
+    return shlex.join(words)
 
 
 def certificate_note(record: Record) -> str:

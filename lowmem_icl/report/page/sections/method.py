@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from lowmem_icl.protocols import AGGREGATE, DIFFERENCES, REFERENCE
-from lowmem_icl.report.numbers import unit_drops
+from lowmem_icl.protocols import DIFFERENCES, REFERENCE
+from lowmem_icl.report.numbers import compared_drops
 from lowmem_icl.report.page.section import Record, Section, Table
 from lowmem_icl.report.run_tables import RunTables
 from lowmem_icl.statistics.agreement import spearman
@@ -23,8 +23,15 @@ WORDS = {
     "in-context effect": "The drop with demonstrations minus that without; near 0: for language in general.",
     "label effect": "The drop with right labels in the demonstrations minus that with shuffled ones.",
     "prefix matching": "How much attention goes to what followed the same token earlier: induction heads.",
+    "kept": "What a mask does not remove. A kept unit may cost nothing alone: others can stand in for it.",
+    "setting": "A task at a number of demonstrations. At chance: the clean model is no better than guessing.",
+    "clean": "The whole model, nothing removed.",
+    "gold_prob": "The probability of the right answer among a document's options.",
+    "tolerance": "How much a greedy mask may lose; it holds where the whole interval of the loss is within.",
+    "certified": "Shown to keep the tolerance on documents that the search did not see, at 95 %.",
+    "int8": "Weights in 8 bits, multiplied as LLM.int8 does.",
     "knee": "The last level of a pruning curve before the first that credibly costs more than one point.",
-    "greedy mask": "Units removed one by one as long as the loss keeps the tolerance.",
+    "greedy mask": "What is left of units removed layer by layer while the loss keeps the tolerance.",
 }
 CITE = (
     "Bansal et al., Rethinking the Role of Scale for In-Context Learning: An Interpretability-based Case "
@@ -62,15 +69,6 @@ def method_section(run: RunTables) -> Section:
     texts = [estimates_note(run.results), TEXT if reference else ""]
     table = Table(COLUMNS, rows, "the paper's code") if reference else None
     return Section("method", "Method", " ".join(text for text in texts if text), table=table, data=data)
-
-
-def compared_drops(results: pl.DataFrame) -> pl.DataFrame:
-    """Return attribution (`value`) and the exact drop (`exact`) of every task's units that have both."""
-    keys = ["task", "shots", "kind", "layer", "head"]
-    tasks = results.filter(pl.col("task") != AGGREGATE)
-    estimates = tasks.filter(pl.col("metric") == "attribution").select(*keys, "value")
-    exact = unit_drops(tasks).filter(pl.col("exact")).select(*keys, pl.col("value").alias("exact"))
-    return estimates.join(exact, on=keys, nulls_equal=True)
 
 
 def estimates_note(results: pl.DataFrame) -> str:

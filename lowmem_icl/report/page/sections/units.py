@@ -12,6 +12,9 @@ from lowmem_icl.report.run_tables import RunTables
 
 # The units that an estimate is compared on, by the method of the comparison's records.
 COMPARED = {"attribution": "all exact units", "attribution-drawn": "those drawn at random"}
+STARS_ARE_COUNTS = (
+    "A star is about how many documents are hurt, not about their mean, whose interval may hold 0."
+)
 ATLAS_TEXT = "Every task and shot count in the scale of the map; click one to load it."
 
 
@@ -41,7 +44,10 @@ def ranking_section(run: RunTables) -> Section | None:
         return None
     q_values = run.units["q_value"].fill_null(1).to_numpy()
     claimed = STAR if (q_values <= SIGNIFICANT_Q).any() else NONE_SIGNIFICANT
-    text = f"By the chosen metric at the chosen task and shots: {PICKED}; {claimed}."
+    text = (
+        f"By the chosen metric at the chosen task and shots: {PICKED}; {claimed}. {STARS_ARE_COUNTS} The "
+        "page holds two or three digits of every number; units.parquet has them all."
+    )
     return Section("units", "Units, ranked", text)
 
 
