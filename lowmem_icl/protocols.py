@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 ProtocolName = Literal["corrected", "reference"]
+Ablation = Literal["zero", "mean"]
+ABLATIONS: tuple[Ablation, ...] = get_args(Ablation)
+"""What may be put in place of a removed unit's output."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.experiments.order import run_stages
-from lowmem_icl.masks.files import MaskFile, check_fits, write_mask
+from lowmem_icl.masks.files import MaskFile, check_fits, check_means, write_mask
 from lowmem_icl.masks.naming import check_names
 from lowmem_icl.model.int8 import slow_product_note
 from lowmem_icl.model.streamed import StreamedModel
@@ -74,20 +74,20 @@ def run(
     """
     started = time.monotonic()
     folder = check_output(options)
-    masks = {name: mask_file.mask for name, mask_file in (mask_files or {}).items()}
+    mask_files = mask_files or {}
     with audience.waiting("reading tasks and tokenising their prompts"):
-        prepared = replace(prepare(options, progress=audience.progress, needs_weights=True), masks=masks)
-    check_names((), masks)
+        prepared = _with_masks(prepare(options, progress=audience.progress, needs_weights=True), mask_files)
     if not prepared.store.is_written:
         # Before a conversion of hours.
         with audience.waiting(COUNTING):
             check_memory(prepared)
     prepared = with_store(prepared, announce=audience.announce, progress=audience.progress)
-    warnings = [check_fits(mask_file, prepared.mask_model) for mask_file in (mask_files or {}).values()]
+    warnings = [_check_mask(mask_file, prepared) for mask_file in mask_files.values()]
     if options.weights == "int8":
         warnings.append(slow_product_note())
     device = resolved_device(options.device)
-    identity = identity_of(options, device.type, prepared.store.manifest.digest, prepared.tasks_digest, masks)
+    weights, tasks = prepared.store.manifest.digest, prepared.tasks_digest
+    identity = identity_of(options, device.type, weights, tasks, prepared.masks)
     with open_folder(folder, identity, announce=audience.announce) as opened:
         hours, now = None, time.monotonic()
         if options.hours is not None:
@@ -96,7 +96,7 @@ def run(
             plan = make_plan(prepared, hours=hours, finished=opened.parts.has)
         audience.show_plan(plan)
         opened.begin(options, prepared, plan.as_record())
-        for name, mask_file in (mask_files or {}).items():
+        for name, mask_file in mask_files.items():
             # So the folder says by itself what was removed.
             write_mask(folder / "masks" / f"{name}.json", mask_file)
         publisher = Publisher(prepared, opened, [warning for warning in warnings if warning], _write_page)
@@ -114,6 +114,25 @@ def run(
         publisher.publish(state)
         opened.finish(state)
     return RunOutcome(folder, publisher.results, opened.record)
+
+
+def _with_masks(prepared: Prepared, mask_files: Mapping[str, MaskFile]) -> Prepared:
+    """Return the run with masks to be evaluated, and the tables of means that they name."""
+    masks = {name: mask_file.mask for name, mask_file in mask_files.items()}
+    check_names((), masks)
+    tables = {
+        mask_file.mask.fill: mask_file.means
+        for mask_file in mask_files.values()
+        if mask_file.mask.fill is not None and mask_file.means is not None
+    }
+    return replace(prepared, masks=masks, given_means=tables)
+
+
+def _check_mask(mask_file: MaskFile, prepared: Prepared) -> str | None:
+    """Return a warning where a mask was made on other weights; raise InputError where it does not fit."""
+    warning = check_fits(mask_file, prepared.mask_model)
+    check_means(mask_file, prepared.skeleton.attention_width, prepared.skeleton.width)
+    return warning
 
 
 def _write_page(folder: Path, ends_as: State | None) -> None:

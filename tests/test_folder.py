@@ -142,15 +142,15 @@ def test_status_counts_down_from_what_the_run_estimated_last(tmp_path: Path) -> 
 
 
 def test_where_nothing_was_begun_nothing_is_left(tmp_path: Path) -> None:
-    options = options_of(tmp_path / "runs" / "new")
-    with pytest.raises(InputError, match="does not fit"), open_folder(options.out, identity(options)):
+    folder = tmp_path / "runs" / "new"
+    with pytest.raises(InputError, match="does not fit"), open_folder(folder, identity(options_of(folder))):
         raise InputError("it does not fit")
     assert list(tmp_path.iterdir()) == []
     # What was there before stays: a folder, and what a script logs.
     kept = tmp_path / "kept"
     kept.mkdir()
     (kept / "run.log").write_text("mine\n")
-    with pytest.raises(InputError, match="does not fit"), open_folder(kept, identity(options)):
+    with pytest.raises(InputError, match="does not fit"), open_folder(kept, identity(options_of(kept))):
         raise InputError("it does not fit")
     assert [path.name for path in kept.iterdir()] == ["run.log"]
     session(kept)

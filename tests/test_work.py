@@ -24,6 +24,7 @@ from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.planning.amounts import held_by
 from lowmem_icl.rows import PackedRows, stem_of
+from lowmem_icl.session.fills import MeansPart
 from lowmem_icl.session.parts import Parts
 from lowmem_icl.session.work import (
     GradientsPart,
@@ -110,14 +111,19 @@ SWEEP = SweepPart(
 )
 GRADIENTS = GradientsPart("differentiated", "gradients", TASKS, (Mask(), Mask(frozenset([(0, 1)]))))
 HEADS = HeadScoresPart("scored", "heads", QUESTIONS)
-PARTS = (SWEEP, GRADIENTS, HEADS)
+MEANS = MeansPart("meant", "means", TASKS)
+PARTS = (SWEEP, GRADIENTS, HEADS, MEANS)
 
 
 def arrays_of(work: Work, part: Part) -> dict[str, np.ndarray]:
     """Do a part and return all its arrays."""
     if isinstance(part, HeadScoresPart):
         return dict(work.head_scores(part).arrays())
-    found: Any = work.sweep(part) if isinstance(part, SweepPart) else work.gradients(part)
+    found: Any
+    if isinstance(part, MeansPart):
+        found = work.means(part)
+    else:
+        found = work.sweep(part) if isinstance(part, SweepPart) else work.gradients(part)
     return {
         f"{index}.{name}": array
         for index, result in enumerate(found)

@@ -58,6 +58,7 @@ def _summary(path: Path, mask_file: MaskFile) -> dict[str, Any]:
         "ffns_removed": len(mask_file.mask.ffns),
         "model_ffns": model.layers,
         "model": model.id,
+        "ablation": mask_file.mask.ablation,
         **_accuracies(mask_file.scores),
     }
 
@@ -299,9 +300,14 @@ def combine(
             raise InputError(
                 f"masks combine: {path} and {paths[0]} are for models of different shapes; leave one out"
             )
+        if mask_file.mask.fill != masks[0].mask.fill:
+            raise InputError(
+                f"masks combine: {path} and {paths[0]} put other things in place of what they remove "
+                f"({mask_file.mask.ablation}, {masks[0].mask.ablation}); leave one out"
+            )
     mask = reduce(OPERATIONS[operation], [mask_file.mask for mask_file in masks])
     made = {"method": operation, "from": [mask_file.name for mask_file in masks]}
-    write_mask(out, MaskFile(out.stem, mask, masks[0].model, made))
+    write_mask(out, MaskFile(out.stem, mask, masks[0].model, made, means=masks[0].means))
     typer.echo(f"{out}: {len(mask.heads)} heads and {len(mask.ffns)} FFNs removed")
 
 

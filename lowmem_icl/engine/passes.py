@@ -1,4 +1,4 @@
-"""The only loops over layers: sweeps under many masks, a pass back for gradients, one to look at heads.
+"""The only loops over layers: sweeps under many masks, and passes for gradients, means and heads.
 
 Loop order is layers outside, rows inside, variants of a row in micro-batches innermost: a layer is read once
 for all that is alive at it. Axis letters: T tokens, D width, H heads, L layers, N owners.
@@ -35,10 +35,12 @@ from lowmem_icl.engine.unit_gradients import (
     answer_gradients,
     one_layer_back,
 )
+from lowmem_icl.engine.unit_means import BlockSums, MeanSums
 from lowmem_icl.engine.wave import Wave
 from lowmem_icl.errors import DoesNotFit
+from lowmem_icl.rows import PackedRows
 
-__all__ = ["GradientJob", "PassSetup", "score_heads", "sweep", "unit_gradients"]
+__all__ = ["GradientJob", "PassSetup", "score_heads", "sweep", "unit_gradients", "unit_means"]
 
 
 def sweep(
@@ -121,7 +123,7 @@ def _forward(setup: PassSetup, jobs: Sequence[GradientJob], block: Block, cuts: 
         residuals = [embedded(model, row) for row in rows]
         for number, layer in model.layers(range(model.skeleton.layers)):
             for member, residual in zip(block, residuals, strict=True):
-                setup.cache.keep(member.row, number, residual, jobs[member.job].mask)
+                setup.cache.keep(member.row, number, residual, jobs[member.job].residual_mask)
             for batch in batches:
                 for part, cut in cuts.groups(number, block, batch):
                     entering = torch.cat([residuals[index] for index in part])
@@ -151,7 +153,7 @@ def _backward(
             for part, cut in cuts.groups(number, block, batch):
                 here = [block[index] for index in part]
                 entering = torch.cat(
-                    [setup.cache.get(m.row, number, model.device, jobs[m.job].mask) for m in here]
+                    [setup.cache.get(m.row, number, model.device, jobs[m.job].residual_mask) for m in here]
                 )
                 leaving = torch.cat([gradients[index] for index in part])
                 before, terms = one_layer_back(
@@ -161,6 +163,40 @@ def _backward(
                 for index, gradient in zip(part, before.split([len(m.row) for m in here]), strict=True):
                     gradients[index] = gradient
                 setup.account(SweepCost(backward_tokens=len(before)))
+
+
+def unit_means(setup: PassSetup, packed: Sequence[PackedRows], results: Sequence[MeanSums]) -> None:
+    """Add the rows of tasks to their sums, from one read of the weights per block of rows that fits.
+
+    Rows that are in the sums already are left out; rows must have no stem. Of a row only its residual is
+    held. Raises DoesNotFit where one row exceeds the memory.
+    """
+    model = setup.model
+    number_of = {
+        row: (job, number) for job, of_job in enumerate(packed) for number, row in enumerate(of_job.rows)
+    }
+    left = [
+        BlockRow(job, row) for row, (job, number) in number_of.items() if not results[job].finished[number]
+    ]
+    for block in head_blocks(left, model.skeleton.width, model.skeleton.layers, setup.limits):
+        sums, rows = BlockSums(results), [member.row for member in block]
+        residuals = [embedded(model, row) for row in rows]
+        batches = list(row_batches(rows, setup.limits.micro_batch_tokens))
+        with torch.no_grad():
+            for number, layer in model.layers(range(model.skeleton.layers)):
+                for batch in batches:
+                    here = [block[index] for index in batch]
+                    entering = torch.cat([residuals[index] for index in batch])
+                    segments = plain_segments(model, [member.row for member in here])
+                    run = layer.run_captured(entering, segments)
+                    sums.add(number, here, run)
+                    lengths = [len(member.row) for member in here]
+                    for index, part in zip(batch, run.output.split(lengths), strict=True):
+                        residuals[index] = part
+                    tokens = len(entering)
+                    setup.account(SweepCost(tokens, tokens, tokens))
+        sums.finish([number_of[row] for row in rows], block)
+        setup.after_step()
 
 
 def _begin_anew(checkpoint: PassCheckpoint) -> None:

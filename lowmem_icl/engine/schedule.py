@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowmem_icl.engine.micro_batches import MICRO_BATCH_TOKENS
+from lowmem_icl.engine.removed_units import Fills
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.rows import Integers, PackedRows, Row, with_stems
@@ -65,10 +66,14 @@ class SweepLimits:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """Rows of one task and the masks they are to be scored under; an empty mask is the clean run."""
+    """Rows of one task and the masks they are to be scored under; an empty mask is the clean run.
+
+    `fills`: what the names in masks stand for.
+    """
 
     packed: PackedRows
     masks: tuple[Mask, ...]
+    fills: Fills = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

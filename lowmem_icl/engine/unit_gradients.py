@@ -4,7 +4,7 @@ Axis letters: N owners (documents), T tokens of a micro-batch, L layers, H heads
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowmem_icl.engine.cache import WHOLE_MODEL
-from lowmem_icl.engine.removed_units import RemovedUnits
+from lowmem_icl.engine.removed_units import Fills, MaskFills, RemovedUnits, fill_of
 from lowmem_icl.engine.row_masks import plain_segments
 from lowmem_icl.engine.schedule import BlockRow
 from lowmem_icl.masks.mask import Mask
@@ -30,12 +30,21 @@ class GradientJob:
 
     A row's tokens must each belong to one owner, an owner's tokens lie in one row, and rows have no stem.
     `choose` maps option log-probabilities [O] to which options [O] to differentiate; it is asked once all
-    rows of a block are scored. `mask`: heads and FFNs that the model lacks; their own terms are 0.
+    rows of a block are scored. `mask`: heads and FFNs that the model lacks; their own terms are 0. Its fill,
+    one of `fills`, is what stands in their place, and what estimates for all others are of.
     """
 
     rows: Sequence[Row]
     choose: Choose
     mask: Mask = WHOLE_MODEL
+    fills: Fills = field(default_factory=dict)
+
+    @property
+    def residual_mask(self) -> Mask:
+        """The mask that residuals on the way depend on: what would fill the whole model's units does not
+        matter.
+        """
+        return self.mask or WHOLE_MODEL
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +52,9 @@ class UnitGradients:
     """First-order effects of every unit on the log-probability of the chosen options, by owner.
 
     With g the gradient of an owner's chosen log-probability, summed over its tokens t:
-    `head_absolute` [N, L, H] = Σ_t |⟨z_t, g_t⟩| over a head's slice of z; `head_signed` [N, L, H] without the
-    absolute value; `ffn_signed` [N, L] with the FFN's output in z's place, `ffn_absolute` [N, L] likewise.
+    `head_absolute` [N, L, H] = Σ_t |⟨z_t, g_t⟩| over a head's slice of z; `head_signed` [N, L, H] =
+    Σ_t ⟨z_t − f, g_t⟩, f being what would stand in z's place, or 0; `ffn_absolute`, `ffn_signed` [N, L]
+    likewise with the FFN's output in z's place.
     `logprobs` [O]: the options' log-probabilities on the way forward (0 where an option was not in the rows).
     `finished` [N]: whose are made.
     """
@@ -71,11 +81,12 @@ class UnitGradients:
 
 
 class LayerCuts:
-    """What each layer of each job's model lacks."""
+    """What each layer of each job's model lacks, and what stands or would stand in its units' place."""
 
     def __init__(self, model: StreamedModel, jobs: Sequence[GradientJob]) -> None:
         self._model = model
         self._removed = RemovedUnits([job.mask for job in jobs])
+        self._fills = MaskFills([fill_of(job.mask, job.fills) for job in jobs])
 
     def groups(
         self, number: int, block: Sequence[BlockRow], indices: Sequence[int]
@@ -86,17 +97,22 @@ class LayerCuts:
         """
         heads = self._model.skeleton.heads
         keep_heads, keep_ffn = self._removed.keep_tensors(number, heads)
+        fills = self._fills.at(number, self._model.device)
         groups = []
         for has_ffn in (True, False):
             part = [index for index in indices if keep_ffn[block[index].job] == has_ffn]
             if not part:
                 continue
             keep: Tensor | None = None
-            jobs = [block[index].job for index in part]
+            # The job of every token.
+            jobs = np.concatenate([np.full(len(block[i].row), block[i].job) for i in part])
             if keep_heads is not None and not keep_heads[jobs].all():
-                lengths = [len(block[index].row) for index in part]
-                keep = torch.from_numpy(np.repeat(keep_heads[jobs], lengths, axis=0)).to(self._model.device)
-            groups.append((part, LayerCut(keep, without_ffn=not has_ffn)))
+                keep = torch.from_numpy(keep_heads[jobs]).to(self._model.device)
+            if fills is None:
+                groups.append((part, LayerCut(keep, without_ffn=not has_ffn)))
+                continue
+            head_fill, ffn_fill = fills.heads_of(jobs)[:, 0], fills.ffns_of(jobs)[:, 0]
+            groups.append((part, LayerCut(keep, not has_ffn, head_fill, ffn_fill)))
         return groups
 
 
@@ -167,10 +183,14 @@ def _questions(
 
 @dataclass(frozen=True, eq=False)
 class LayerTerms:
-    """Of every token of a micro-batch: by_head ⟨z, g⟩ [T, H] and by_ffn ⟨the FFN's output, g⟩ [T]."""
+    """Of every token of a micro-batch: by_head ⟨z, g⟩ [T, H] and by_ffn ⟨the FFN's output, g⟩ [T];
+    head_drop, ffn_drop: the same less what would stand in their place.
+    """
 
     by_head: Values
     by_ffn: Values
+    head_drop: Values
+    ffn_drop: Values
 
 
 def one_layer_back(
@@ -191,13 +211,23 @@ def one_layer_back(
         run = layer.run_captured(residual, plain_segments(model, rows), cut)
         wanted = [residual, run.z] if run.ffn is None else [residual, run.z, run.ffn]
         before, z_gradient, *ffn_gradient = torch.autograd.grad(run.output, wanted, gradient)
+
+    def by_head(values: Tensor) -> Values:
+        products = (values * z_gradient).unflatten(-1, (model.skeleton.heads, -1))
+        return np.asarray(products.sum(-1).double().cpu().numpy())
+
+    def by_ffn(values: Tensor | None) -> Values:
+        if values is None:
+            return np.zeros(len(entering))
+        return np.asarray((values * ffn_gradient[0]).sum(-1).double().cpu().numpy())
+
     with torch.no_grad():
-        heads = model.skeleton.heads
-        by_head = (run.z * z_gradient).unflatten(-1, (heads, -1)).sum(-1).double().cpu().numpy()
-        by_ffn = np.zeros(len(entering))
-        if run.ffn is not None:
-            by_ffn = (run.ffn * ffn_gradient[0]).sum(-1).double().cpu().numpy()
-    return before, LayerTerms(by_head, by_ffn)
+        heads, ffns = by_head(run.z), by_ffn(run.ffn)
+        terms = LayerTerms(heads, ffns, heads, ffns)
+        if cut.head_fill is not None and cut.ffn_fill is not None:
+            ffn_change = None if run.ffn is None else run.ffn - cut.ffn_fill
+            terms = LayerTerms(heads, ffns, by_head(run.z - cut.head_fill), by_ffn(ffn_change))
+    return before, terms
 
 
 def add_by_owner(
@@ -210,9 +240,11 @@ def add_by_owner(
         # An owner's tokens stand together; of every owner the first.
         owners, starts = np.unique(row.owners, return_index=True)
         tokens = slice(start, start + len(row))
-        heads, ffn = terms.by_head[tokens], terms.by_ffn[tokens]
-        result.head_signed[owners, number] = np.add.reduceat(heads, starts, axis=0)
-        result.head_absolute[owners, number] = np.add.reduceat(np.abs(heads), starts, axis=0)
-        result.ffn_signed[owners, number] = np.add.reduceat(ffn, starts)
-        result.ffn_absolute[owners, number] = np.add.reduceat(np.abs(ffn), starts)
+        for summed, by_token in (
+            (result.head_signed, terms.head_drop[tokens]),
+            (result.head_absolute, np.abs(terms.by_head[tokens])),
+            (result.ffn_signed, terms.ffn_drop[tokens]),
+            (result.ffn_absolute, np.abs(terms.by_ffn[tokens])),
+        ):
+            summed[owners, number] = np.add.reduceat(by_token, starts, axis=0)
         start += len(row)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowmem_icl.engine.answers import AnswerReader, PendingAnswers, Scores
 from lowmem_icl.engine.cost import SweepCost
 from lowmem_icl.engine.micro_batches import Piece, RowGroup, Slots, micro_batches, row_groups
-from lowmem_icl.engine.removed_units import RemovedUnits
+from lowmem_icl.engine.removed_units import LayerFills, MaskFills, RemovedUnits, fill_of
 from lowmem_icl.engine.row_masks import embedded, row_mask
 from lowmem_icl.engine.schedule import Block, Job, PlannedWave, Variant
 from lowmem_icl.engine.setup import PassSetup
@@ -33,12 +33,21 @@ class _LayerSlots:
     """What a layer means for a job's slots: which branch there and which continue, and what each keeps.
 
     keep_heads: [S, H] of 0 and 1, None where no head is removed. The second of each pair have their FFN
-    removed.
+    removed. fills: what stands in removed units' place, None for zeros.
     """
 
     branching: tuple[Slots, Slots]
     continuing: tuple[Slots, Slots]
     keep_heads: Tensor | None
+    fills: LayerFills | None
+
+    def cut(self, z: Tensor, piece: Piece) -> Tensor:
+        """Return z under the masks of a piece's slots, [V, T, Z]: z [V, T, Z], or [T, Z] for all of them."""
+        if self.keep_heads is None:
+            variants = len(piece.slots)
+            return z.expand(variants, *z.shape[-2:])
+        fill = None if self.fills is None else self.fills.heads_of(piece.selection)
+        return cut_heads(z, self.keep_heads[piece.selection], fill)
 
 
 class _JobSlots:
@@ -47,12 +56,15 @@ class _JobSlots:
     `masks` [S]: the index of each slot's mask in the job's list, _CLEAN for the clean run.
     """
 
-    def __init__(self, masks: Sequence[Mask], variants: Sequence[Variant], *, clean: bool) -> None:
+    def __init__(self, job: Job, variants: Sequence[Variant], *, clean: bool) -> None:
         indices = [variant.mask for variant in variants]
         self.masks: Integers = np.array([_CLEAN, *indices] if clean else indices, dtype=np.int64)
         firsts = [variant.first_layer for variant in variants]
         self._first = np.array([_CLEAN] * clean + firsts, dtype=np.int64)
-        self._removed = RemovedUnits([Mask()] * clean + [masks[index] for index in indices])
+        masks = [Mask()] * clean + [job.masks[index] for index in indices]
+        self._removed = RemovedUnits(masks)
+        # The clean run has nothing to put in place of.
+        self._fills = MaskFills([fill_of(mask, job.fills) if mask else None for mask in masks])
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -66,6 +78,7 @@ class _JobSlots:
             branching=(np.flatnonzero(branching & keep_ffn), np.flatnonzero(branching & ~keep_ffn)),
             continuing=(np.flatnonzero(continuing & keep_ffn), np.flatnonzero(continuing & ~keep_ffn)),
             keep_heads=None if keep_heads is None else torch.from_numpy(keep_heads).to(device),
+            fills=self._fills.at(layer, device),
         )
 
 
@@ -90,9 +103,7 @@ class Wave:
         variants: dict[int, list[Variant]] = {member.job: [] for member in block}
         for variant in plan.variants:
             variants[variant.job].append(variant)
-        self._slots = {
-            job: _JobSlots(jobs[job].masks, of_job, clean=clean) for job, of_job in variants.items()
-        }
+        self._slots = {job: _JobSlots(jobs[job], of_job, clean=clean) for job, of_job in variants.items()}
         self._at: Mapping[int, _LayerSlots] = {}
         self._reader = AnswerReader(setup.model)
         self._reads: list[Tensor | None] = [None] * len(block)
@@ -154,13 +165,9 @@ class Wave:
             for batch in micro_batches(work, self._lengths, self._most_tokens):
                 residuals, cut = [], []
                 for piece in batch:
-                    keep = self._layer_slots(piece.index).keep_heads
                     z, source = (self._at_reads(x[piece.index], piece.index) for x in (zs, inputs))
-                    variants = len(piece.slots)
-                    residuals.append(source.expand(variants, *source.shape))
-                    cut.append(
-                        z.expand(variants, *z.shape) if keep is None else cut_heads(z, keep[piece.selection])
-                    )
+                    residuals.append(source.expand(len(piece.slots), *source.shape))
+                    cut.append(self._layer_slots(piece.index).cut(z, piece))
                 self._finish(layer, batch, residuals, cut, removed)
         if number < self._clean_layers:
             # Last: it overwrites the residuals that the others start from.
@@ -219,10 +226,9 @@ class Wave:
         residuals, zs = [], []
         parts = attention.z.split([segment.size for segment in segments])
         for piece, source, part in zip(batch, inputs, parts, strict=True):
-            keep = self._layer_slots(piece.index).keep_heads
             z = self._at_reads(part.view(*source.shape[:-1], -1), piece.index)
             residuals.append(self._at_reads(source, piece.index))
-            zs.append(z if keep is None else cut_heads(z, keep[piece.selection]))
+            zs.append(self._layer_slots(piece.index).cut(z, piece))
         self._finish(layer, batch, residuals, zs, removed)
         return attention
 
@@ -239,7 +245,8 @@ class Wave:
         tokens = sum(shape[0] * shape[1] for shape in shapes)
         if not tokens:
             return
-        after = layer.finish(_flattened(residuals), _flattened(zs), without_ffn=without_ffn)
+        ffn = self._ffn_fill(batch, shapes) if without_ffn else None
+        after = layer.finish(_flattened(residuals), _flattened(zs), without_ffn=without_ffn, ffn_fill=ffn)
         self._account(SweepCost(projection_tokens=tokens, ffn_tokens=0 if without_ffn else tokens))
         parts = after.split([shape[0] * shape[1] for shape in shapes])
         for piece, part, shape in zip(batch, parts, shapes, strict=True):
@@ -247,6 +254,22 @@ class Wave:
                 self._residuals[piece.index][piece.selection] = part.view(shape)
             else:
                 self._read(piece, part.view(shape))
+
+    def _ffn_fill(self, batch: Sequence[Piece], shapes: Sequence[torch.Size]) -> Tensor | None:
+        """Return what stands in place of the FFN's output at all tokens of a micro-batch, [N, D]; None for
+        zeros.
+        """
+        fills = [self._layer_slots(piece.index).fills for piece in batch]
+        if all(fill is None for fill in fills):
+            return None
+        return _flattened(
+            [
+                torch.zeros(shape, device=self._model.device)
+                if fill is None
+                else fill.ffns_of(piece.selection).expand(shape)
+                for piece, shape, fill in zip(batch, shapes, fills, strict=True)
+            ]
+        )
 
     def _read(self, piece: Piece, hidden: Tensor) -> None:
         """Hand on the states [V, R, D] of a row after the last layer, from which its answers are read."""

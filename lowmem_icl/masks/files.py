@@ -8,13 +8,18 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lowmem_icl.errors import InputError
 from lowmem_icl.masks.mask import Mask
+from lowmem_icl.protocols import Ablation
 from lowmem_icl.system.files import write_text_atomic
+
+if TYPE_CHECKING:
+    # Imports numpy, which `--help` need not wait for.
+    from lowmem_icl.masks.means import UnitMeans
 
 MASK_FORMAT = "lowmem-icl-mask/1"
 # JSON that stands beside masks.
@@ -67,7 +72,8 @@ class _Made(_File):
 class _Content(_File):
     format: Literal["lowmem-icl-mask/1"]
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
-    ablation: Literal["zero"]
+    ablation: Ablation
+    means: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     model: MaskModel
     removed: _Removed
     made: _Made
@@ -82,6 +88,8 @@ class MaskFile:
     """A mask with its name, the model it was made on, how it was made and what it scored.
 
     `made` and `scores` are plain JSON; `extra` holds fields this version does not know, which are kept.
+    `means`: the table that stands in removed units' place, which the mask's fill names by its digest; None
+    unless that is by means.
     """
 
     name: str
@@ -90,6 +98,7 @@ class MaskFile:
     made: dict[str, Any]
     scores: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    means: "UnitMeans | None" = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> str:
         """Return the file's text: a layer's heads on a line, keys in a fixed order."""
@@ -99,7 +108,8 @@ class MaskFile:
         content = {
             "format": MASK_FORMAT,
             "name": self.name,
-            "ablation": "zero",
+            "ablation": self.mask.ablation,
+            **({} if self.means is None else {"means": self.means.digest}),
             "model": self.model.model_dump(),
             "removed": {"heads": heads, "ffns": sorted(self.mask.ffns)},
             "made": self.made,
@@ -113,12 +123,18 @@ class MaskFile:
 
 
 def write_mask(path: Path, mask_file: MaskFile) -> None:
-    """Write a mask file, whole or not at all."""
+    """Write a mask file, whole or not at all, and the table of means that it needs beside it."""
+    if mask_file.means is not None:
+        from lowmem_icl.masks.means import write_means
+
+        write_means(path.parent, mask_file.means)
     write_text_atomic(path, mask_file.to_json())
 
 
 def read_mask(path: Path) -> MaskFile:
-    """Read and check a mask file; raise InputError naming the file and the field that is wrong."""
+    """Read and check a mask file and the table of means it names; raise InputError naming the file and the
+    field that is wrong.
+    """
     try:
         if path.stat().st_size > LARGEST_FILE_BYTES:
             raise InputError(f"mask {path}: larger than {LARGEST_FILE_BYTES >> 20} MB; not a mask file")
@@ -142,14 +158,43 @@ def read_mask(path: Path) -> MaskFile:
             f"mask {path}: removed: a unit lies outside the model's {content.model.layers} layers "
             f"of {content.model.heads} heads"
         )
+    means = _read_table(path, content)
+    fill = None if means is None else fill_of_table(means)
     return MaskFile(
         name=content.name,
-        mask=Mask(frozenset(heads), frozenset(ffns)),
+        mask=Mask(frozenset(heads), frozenset(ffns), fill),
         model=content.model,
         made=content.made.model_dump(exclude_unset=True),
         scores=content.scores,
         extra=dict(content.model_extra or {}),
+        means=means,
     )
+
+
+def fill_of_table(means: "UnitMeans") -> str:
+    """Return the name by which masks of files call a table."""
+    return f"mean:{means.digest}"
+
+
+def _read_table(path: Path, content: _Content) -> "UnitMeans | None":
+    """Return the table of means that stands beside a mask file; None where it needs none."""
+    if (content.means is None) != (content.ablation != "mean"):
+        raise InputError(
+            f"mask {path}: means: expected the digest of a table with ablation mean, and only there, got "
+            f"{content.means} with ablation {content.ablation}; see masks/README.md for the form"
+        )
+    if content.means is None:
+        return None
+    from lowmem_icl.masks.means import means_file, read_means
+
+    means = read_means(path.parent / means_file(content.means), content.means)
+    layers, heads = content.model.layers, content.model.heads
+    if len(means.heads) != layers or means.heads.shape[1] % heads or not means.heads.size:
+        raise InputError(
+            f"mask {path}: its means have {len(means.heads)} layers of {means.heads.shape[1]} numbers for "
+            f"heads, the model {layers} layers of {heads} heads; copy the table that the mask was made with"
+        )
+    return means
 
 
 def masks_in(folder: Path) -> list[Path]:
@@ -166,6 +211,19 @@ def masks_in(folder: Path) -> list[Path]:
         or directly(folder / "masks")
         or list(itertools.chain.from_iterable(map(directly, below)))
     )
+
+
+def check_means(mask_file: MaskFile, attention_width: int, width: int) -> None:
+    """Raise InputError where a mask's means are of other widths than the model's: of the heads' outputs side
+    by side, and of the residual.
+    """
+    means = mask_file.means
+    if means is not None and (means.heads.shape[1], means.ffns.shape[1]) != (attention_width, width):
+        got = f"{means.heads.shape[1]} and {means.ffns.shape[1]}"
+        raise InputError(
+            f"mask {mask_file.name}: its means have {got} numbers per layer, this model "
+            f"{attention_width} and {width}; choose another mask"
+        )
 
 
 def check_fits(mask_file: MaskFile, model: MaskModel) -> str | None:

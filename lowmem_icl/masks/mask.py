@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 from lowmem_icl.errors import InputError
+from lowmem_icl.protocols import ABLATIONS, Ablation
 
 Kind = Literal["head", "ffn"]
 _UNIT = re.compile(r"L(\d{1,4})(?:H(\d{1,4})|F)")
@@ -41,10 +42,24 @@ class Unit:
 
 @dataclass(frozen=True)
 class Mask:
-    """Removed units: heads as (layer, head) and FFNs as layers. The empty mask is the clean run."""
+    """Removed units: heads as (layer, head) and FFNs as layers. The empty mask is the clean run.
+
+    `fill` names what is put in their place, None for zeros: `mean:` and which table of means. Whoever sweeps
+    a mask with a name knows what it stands for. Where estimates are taken, it is what they are of.
+    """
 
     heads: frozenset[tuple[int, int]] = frozenset()
     ffns: frozenset[int] = frozenset()
+    fill: str | None = None
+
+    @property
+    def ablation(self) -> Ablation:
+        """How units are removed: the kind of what is put in their place."""
+        return ablation_of(self.fill)
+
+    def filled(self, fill: str | None) -> "Mask":
+        """Return the mask with something else in its units' place."""
+        return self if fill == self.fill else replace(self, fill=fill)
 
     @cached_property
     def first_layer(self) -> int | None:
@@ -64,13 +79,20 @@ class Mask:
         return len(self.heads) + len(self.ffns)
 
     def __or__(self, other: "Mask") -> "Mask":
-        return Mask(self.heads | other.heads, self.ffns | other.ffns)
+        return Mask(self.heads | other.heads, self.ffns | other.ffns, self.fill)
 
     def __and__(self, other: "Mask") -> "Mask":
-        return Mask(self.heads & other.heads, self.ffns & other.ffns)
+        return Mask(self.heads & other.heads, self.ffns & other.ffns, self.fill)
 
     def __sub__(self, other: "Mask") -> "Mask":
-        return Mask(self.heads - other.heads, self.ffns - other.ffns)
+        return Mask(self.heads - other.heads, self.ffns - other.ffns, self.fill)
+
+
+def ablation_of(fill: str | None) -> Ablation:
+    """Return the kind of what a name stands for; None stands for zeros."""
+    kind = "zero" if fill is None else fill.partition(":")[0]
+    (ablation,) = (name for name in ABLATIONS if name == kind)
+    return ablation
 
 
 def all_heads(layers: int, heads: int) -> list[Unit]:

@@ -11,7 +11,7 @@ H query heads, G heads of keys and values, d head width, Z = H · d, which need 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
@@ -24,6 +24,15 @@ from lowmem_icl.model.families.family import NormForm
 from lowmem_icl.model.int8 import FIXED_ROWS, Int8Linear, dequantise_rows, replace_linears
 from lowmem_icl.model.positions import RotaryAngles
 from lowmem_icl.model.skeleton import Skeleton
+from lowmem_icl.model.stand_ins import (
+    Given,
+    KnownAttention,
+    Nothing,
+    OutputEnd,
+    StopAtZ,
+    share_leaves,
+    with_stand_ins,
+)
 from lowmem_icl.model.store import Weights
 
 FFN_ELEMENTS = 1 << 24
@@ -51,65 +60,29 @@ class AttentionOutput:
     form: AttentionForm = field(default_factory=AttentionForm)
 
 
-class _StopAtZ(Exception):
-    """Carries z out of a layer's forward: no error, but the end of the first half."""
-
-    def __init__(self, z: Tensor) -> None:
-        super().__init__()
-        self.z = z
-
-
-class _OutputEnd(nn.Module):
-    """Stands for the output projection in the first half, and ends it."""
-
-    def forward(self, z: Tensor) -> NoReturn:
-        raise _StopAtZ(z)
-
-
-class _KnownAttention(nn.Module):
-    """Stands for the attention in the second half: z comes where the layer passes its attention mask."""
-
-    def __init__(self, output: nn.Module) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        residual: Tensor | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
-        written = self.output(attention_mask)
-        # Where a layer hands its residual to the attention, it is the attention that adds both.
-        return (written if residual is None else residual + written), None
-
-
-class _Nothing(nn.Module):
-    """Stands for the linears of a removed FFN: gives zeros, of the last one as many as it would write.
-
-    Of the others two: a layer may halve what a fused one gives.
-    """
-
-    def __init__(self, width: int = 2) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, values: Tensor) -> Tensor:
-        return values.new_zeros(*values.shape[:-1], self.width)
-
-
 @dataclass(frozen=True, eq=False)
 class LayerCut:
-    """What a layer lacks: keep_heads [N, H] of 0 and 1 by token, None where all are there; and its FFN."""
+    """What a layer lacks: keep_heads [N, H] of 0 and 1 by token, None where all are there; and its FFN.
+
+    head_fill [N, Z], ffn_fill [N, D]: what stands in their place, or would, None for zeros.
+    """
 
     keep_heads: Tensor | None = None
     without_ffn: bool = False
+    head_fill: Tensor | None = None
+    ffn_fill: Tensor | None = None
 
     def apply(self, z: Tensor) -> Tensor:
-        """Return z [N, Z] without the slices of removed heads."""
-        return z if self.keep_heads is None else cut_heads(z[:, None], self.keep_heads)[:, 0]
+        """Return z [N, Z] with something else in the slices of removed heads."""
+        if self.keep_heads is None:
+            return z
+        fill = None if self.head_fill is None else self.head_fill[:, None]
+        return cut_heads(z[:, None], self.keep_heads, fill)[:, 0]
+
+    def finish(self, layer: "DecoderLayer", residual: Tensor, z: Tensor) -> Tensor:
+        """Return the layer's output, [N, D], from the residual at its input and the whole z."""
+        fill = self.ffn_fill if self.without_ffn else None
+        return layer.finish(residual, self.apply(z), without_ffn=self.without_ffn, ffn_fill=fill)
 
 
 WHOLE = LayerCut()
@@ -130,11 +103,15 @@ class CapturedRun:
 
 @dataclass(frozen=True)
 class _Halves:
-    """One kind of layer as it is run: up to z, from there on, and that without its FFN."""
+    """One kind of layer as it is run: up to z, from there on, and that without its FFN, or with `given` in
+    its place.
+    """
 
     attending: nn.Module
     finishing: nn.Module
     without_ffn: nn.Module
+    with_fill: nn.Module
+    given: Given
 
 
 class DecoderLayer:
@@ -152,7 +129,7 @@ class DecoderLayer:
         if weights == "int8":
             replace_linears(first, (self._family.attention_inputs, self._family.ffn_inputs))
         for other in others:
-            _share_leaves(first, other)
+            share_leaves(first, other)
         for layer in (first, *others):
             steady_activations(layer)
         self._module: Any = first
@@ -171,14 +148,22 @@ class DecoderLayer:
                 # The widest tensor of a layer is not made a second time.
                 module.inplace = True
         attention, _, _ = family.attention_output.rpartition(".")
-        known = {attention: _KnownAttention(layer.get_submodule(family.attention_output))}
-        nothing: dict[str, nn.Module] = {name: _Nothing() for name in family.ffn_inputs}
-        nothing[family.ffn_output] = _Nothing(self._skeleton.width)
+        known = {attention: KnownAttention(layer.get_submodule(family.attention_output))}
+        nothing: dict[str, nn.Module] = {name: Nothing() for name in family.ffn_inputs}
+        nothing[family.ffn_output] = Nothing(self._skeleton.width)
+        given = Given()
         return _Halves(
-            _with_stand_ins(layer, {family.attention_output: _OutputEnd()}),
-            _with_stand_ins(layer, known),
-            _with_stand_ins(layer, known | nothing),
+            with_stand_ins(layer, {family.attention_output: OutputEnd()}),
+            with_stand_ins(layer, known),
+            with_stand_ins(layer, known | nothing),
+            with_stand_ins(layer, known | nothing | {self._written_by: given}),
+            given,
         )
+
+    @property
+    def _written_by(self) -> str:
+        """The part whose output is what the FFN writes into the residual."""
+        return self._family.ffn_norm or self._family.ffn_output
 
     @property
     def int8_linears(self) -> dict[str, Int8Linear]:
@@ -268,21 +253,29 @@ class DecoderLayer:
             )
         try:
             self._kinds[self._kind].attending(residual[None], attention_mask=seen, **arguments)
-        except _StopAtZ as stopped:
+        except StopAtZ as stopped:
             assert seen.keys is not None
             assert seen.values is not None
             return AttentionOutput(stopped.z[0], seen.keys, seen.values, seen.queries, seen.form)
         raise AssertionError("the layer never reached its output projection")
 
-    def finish(self, residual: Tensor, z: Tensor, *, without_ffn: bool = False) -> Tensor:
+    def finish(
+        self, residual: Tensor, z: Tensor, *, without_ffn: bool = False, ffn_fill: Tensor | None = None
+    ) -> Tensor:
         """Return the residual at the layer's output, [N, D], from that at its input and z, [N, Z].
 
-        Tokens do not meet in this half, so any of them can be asked for. `without_ffn`: the FFN is removed.
+        Tokens do not meet in this half, so any of them can be asked for. `without_ffn`: the FFN is removed;
+        ffn_fill [N, D]: what it then writes all the same, None for nothing.
         """
         halves = self._kinds[self._kind]
         module = halves.without_ffn if without_ffn else halves.finishing
+        if ffn_fill is not None:
+            assert without_ffn, "an FFN that is there needs no fill"
+            module = halves.with_fill
 
         def finished(part: slice) -> Tensor:
+            if ffn_fill is not None:
+                halves.given.values = ffn_fill[part]
             output = module(
                 residual[None, part], attention_mask=z[None, part], **self._family.layer_arguments
             )
@@ -302,31 +295,32 @@ class DecoderLayer:
 
     def run(self, residual: Tensor, segments: Sequence[Segment], cut: LayerCut = WHOLE) -> Tensor:
         """Return the output of the whole layer, [N, D], without what is cut."""
-        z = self.attend(residual, segments).z
-        return self.finish(residual, cut.apply(z), without_ffn=cut.without_ffn)
+        return cut.finish(self, residual, self.attend(residual, segments).z)
 
     def run_captured(
         self, residual: Tensor, segments: Sequence[Segment], cut: LayerCut = WHOLE
     ) -> CapturedRun:
         """Run the whole layer, [N, D], without what is cut, and keep its units' outputs for gradients."""
-        with self._capturing_ffn(residual.shape) as captured:
-            z = self.attend(residual, segments).z
-            output = self.finish(residual, cut.apply(z), without_ffn=cut.without_ffn)
-        return CapturedRun(output, z, None if cut.without_ffn else captured[0])
+        z = self.attend(residual, segments).z
+        with self._capturing_ffn() as captured:
+            output = cut.finish(self, residual, z)
+        if cut.without_ffn:
+            return CapturedRun(output, z, None)
+        # Many tokens go through the FFN in several parts, where no graph is kept.
+        return CapturedRun(output, z, captured[0] if len(captured) == 1 else torch.cat(captured))
 
     @contextmanager
-    def _capturing_ffn(self, shape: torch.Size) -> Iterator[list[Tensor]]:
-        """Give a list that gets what the FFN writes into the residual, in this shape."""
+    def _capturing_ffn(self) -> Iterator[list[Tensor]]:
+        """Give a list that gets what the FFN writes into the residual, [N, D] each time it is run."""
         captured: list[Tensor] = []
 
         def keep_ffn(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
             # A copy continues in the graph: gradients reach what was captured, and a layer that adds to it in
             # place leaves that alone.
-            captured.append(output.view(shape))
+            captured.append(output.view(-1, output.shape[-1]))
             return captured[-1].view(output.shape).clone()
 
-        written_by = self._family.ffn_norm or self._family.ffn_output
-        handle = self._module.get_submodule(written_by).register_forward_hook(keep_ffn)
+        handle = self._module.get_submodule(self._written_by).register_forward_hook(keep_ffn)
         try:
             yield captured
         finally:
@@ -339,40 +333,15 @@ def _float_rows(linear: Any, rows: list[int] | slice, columns: slice = slice(Non
     return dequantise_rows(weight, linear.SCB[rows]) if isinstance(linear, Int8Linear) else weight.float()
 
 
-def _share_leaves(source: nn.Module, target: nn.Module) -> None:
-    """Put the innermost modules of one layer, which hold all weights, in the place of another's."""
-    for name, module in source.named_modules():
-        if not any(True for _ in module.children()):
-            owner, _, leaf = name.rpartition(".")
-            setattr(target.get_submodule(owner), leaf, module)
-
-
-def _with_stand_ins(layer: nn.Module, stand_ins: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a layer of the same modules, except those named; no weight is copied: filling one fills both."""
-    copied = _shallow(layer)
-    for name, stand_in in stand_ins.items():
-        owner, _, leaf = name.rpartition(".")
-        owner_module = copied
-        for part in owner.split(".") if owner else []:
-            child = _shallow(getattr(owner_module, part))
-            setattr(owner_module, part, child)
-            owner_module = child
-        setattr(owner_module, leaf, stand_in)
-    return copied
-
-
-def _shallow(module: nn.Module) -> nn.Module:
-    """Return a module of the same class, settings and children; replacing its children leaves the other's."""
-    copied = module.__new__(type(module))
-    copied.__dict__ = module.__dict__ | {"_modules": dict(module._modules)}
-    return copied
-
-
-def cut_heads(z: Tensor, keep_heads: Tensor) -> Tensor:
+def cut_heads(z: Tensor, keep_heads: Tensor, fill: Tensor | None = None) -> Tensor:
     """Return z under each mask, [V, T, Z]: z [V, T, Z], or [T, Z] for all, times keep_heads [V, H] of 0 and
     1.
 
-    A removed head's slice of the output projection's input becomes zero; the projection's bias stays.
+    A removed head's slice of the output projection's input becomes zero, or that of `fill` [V or 1, T or 1,
+    Z]; the projection's bias stays.
     """
-    by_head = z.unflatten(-1, (keep_heads.shape[1], -1))
-    return (by_head * keep_heads[:, None, :, None]).flatten(-2)
+    heads = keep_heads.shape[1]
+    by_head, keep = z.unflatten(-1, (heads, -1)), keep_heads[:, None, :, None]
+    if fill is None:
+        return (by_head * keep).flatten(-2)
+    return torch.where(keep > 0, by_head, fill.unflatten(-1, (heads, -1))).flatten(-2)

@@ -21,7 +21,7 @@ from lowmem_icl.options.forms import (
     Size,
     SmallCount,
 )
-from lowmem_icl.protocols import LABELS, Labels, ProtocolName
+from lowmem_icl.protocols import LABELS, Ablation, Labels, ProtocolName
 
 Experiment = Literal["evaluate", "importance", "ablate", "prune", "induction", "overlap"]
 EXPERIMENTS: tuple[Experiment, ...] = get_args(Experiment)
@@ -198,6 +198,14 @@ class RunFields(BaseModel):
             str(DEFAULT_EXACT),
         ),
     ] = None
+    ablation: Annotated[
+        Ablation,
+        Flag(
+            Group.EXPERIMENTS,
+            "What stands in place of a removed unit's output: zeros, as in the paper, or its mean over the "
+            "task's training documents.",
+        ),
+    ] = "zero"
     label_drops: Annotated[
         bool,
         Flag(

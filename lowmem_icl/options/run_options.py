@@ -120,6 +120,9 @@ class RunOptions(RunFields):
             "train_limit": self.resolved_train_limit,
             "curve_limit": self.curve_limit or self.defaults.curve_limit,
         }
+        if self.ablation == "zero":
+            # As it was before there were others.
+            del values["ablation"]
         return values | {"shots": list(self.resolved_shots), **resolved}
 
     @property

@@ -7,6 +7,7 @@ import numpy as np
 
 from lowmem_icl.engine.schedule import FLOAT_BYTES, SweepLimits
 from lowmem_icl.engine.wave_counts import block_sizes
+from lowmem_icl.session.fills import MeansPart
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.work import GradientsPart, Part, SweepPart
 
@@ -31,10 +32,11 @@ def amount_of(part: Part, prepared: Prepared) -> Amount:
         documents = sum(len(job.task.documents[job.documents]) for job in part.jobs)
         tokens = sum(prepared.outline(job.task, job.documents).token_count for job in part.jobs)
         return Amount(documents * part.times, tokens * part.times, part.ablations * part.times)
-    if isinstance(part, GradientsPart):
+    if isinstance(part, GradientsPart | MeansPart):
         documents = sum(len(task.documents) for task in part.tasks)
         tokens = sum(prepared.outline(task, gold_only=True).token_count for task in part.tasks)
-        return Amount(documents * part.times, tokens * part.times)
+        times = part.times if isinstance(part, GradientsPart) else 1
+        return Amount(documents * times, tokens * times)
     return Amount(len(part.questions.rows), sum(map(len, part.questions.rows)))
 
 

@@ -10,6 +10,7 @@ from lowmem_icl.engine.cost import SweepCost
 from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.experiments.order import STAGES, Stage
 from lowmem_icl.rows import PackedRows, Row
+from lowmem_icl.session.fills import MeansPart
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import StageResult
 from lowmem_icl.session.work import GradientsPart, HeadScoresPart, Part, SweepPart
@@ -112,7 +113,7 @@ def _outlines(prepared: Prepared, parts: list[Part]) -> Iterator[PackedRows]:
     """Yield the rows of parts, those of the same documents once."""
     seen: set[tuple[int, str]] = set()
     for part in parts:
-        if isinstance(part, GradientsPart):
+        if isinstance(part, GradientsPart | MeansPart):
             for task in part.tasks:
                 if (key := (id(task), "gold")) not in seen:
                     seen.add(key)

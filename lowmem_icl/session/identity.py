@@ -87,7 +87,10 @@ def identity_of(
 
 def masks_digest(masks: Mapping[str, Mask]) -> str:
     """Return SHA-256 over masks, by name."""
-    units = {name: [str(unit) for unit in mask.units()] for name, mask in masks.items()}
+    units = {
+        name: [str(unit) for unit in mask.units()] + ([] if mask.fill is None else [mask.fill])
+        for name, mask in masks.items()
+    }
     return hashlib.sha256(json.dumps(units).encode()).hexdigest()
 
 

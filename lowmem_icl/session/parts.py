@@ -7,9 +7,9 @@ whenever it is stopped, so that what is lost is never more than the step in prog
 import logging
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +72,10 @@ class Parts:
         """Tell whether a part is finished."""
         return self._path(name).is_file()
 
+    def read(self, name: str) -> dict[str, NDArray[Any]]:
+        """Return a finished part; raise InputError where it cannot be read."""
+        return _read(self._path(name))
+
     def draft(self, name: str) -> Draft:
         """Return the draft of that name."""
         return Draft(self.folder / f"{name}.draft.npz")
@@ -117,3 +121,25 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
             return {key: stored[key] for key in stored.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read ({error}); delete it and run again") from error
+
+
+class _HasArrays(Protocol):
+    def arrays(self) -> Mapping[str, NDArray[Any]]: ...
+
+
+def by_job(results: Sequence[_HasArrays]) -> dict[str, NDArray[Any]]:
+    """Return the arrays of all jobs by `<job>.<name>`."""
+    return {
+        f"{index}.{name}": array
+        for index, result in enumerate(results)
+        for name, array in result.arrays().items()
+    }
+
+
+def of_jobs(arrays: dict[str, NDArray[Any]]) -> list[dict[str, NDArray[Any]]]:
+    """Return what `by_job` was made of, by job."""
+    jobs: dict[int, dict[str, NDArray[Any]]] = {}
+    for key, array in arrays.items():
+        index, _, name = key.partition(".")
+        jobs.setdefault(int(index), {})[name] = array
+    return [jobs[index] for index in sorted(jobs)]

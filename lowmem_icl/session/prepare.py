@@ -12,6 +12,7 @@ import numpy as np
 from lowmem_icl.conversion.locate import ModelLocation, ensure_store, load_tokenizer, locate, plan_store
 from lowmem_icl.masks.files import MaskModel
 from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.masks.naming import check_names
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store
@@ -61,8 +62,8 @@ class Prepared:
     judged on; `label_controls`, `train_controls`: those of `evaluate` and of `train` that have
     demonstrations, with other answers shown. `notes`: what is left out, and why, in sentences. `sample_note`:
     what the sizes of documents rest on where these have no texts, which does for a plan; else empty. `masks`:
-    those that the user gives, by name, to be evaluated as well as the clean model. The store may be only
-    planned, with sizes and no files: `with_store` makes it.
+    those that the user gives, by name, to be evaluated as well as the clean model; `given_means`: the tables
+    of means that these name. The store may be only planned, with sizes and no files: `with_store` makes it.
     """
 
     options: RunOptions
@@ -82,6 +83,7 @@ class Prepared:
     notes: tuple[str, ...] = ()
     sample_note: str = ""
     masks: Mapping[str, Mask] = field(default_factory=dict)
+    given_means: Mapping[str, UnitMeans] = field(default_factory=dict, repr=False)
     counted: dict[tuple[object, ...], Any] | None = field(default=None, repr=False, compare=False)
     """What a plan has counted, by what it depends on, so that alternatives are counted by what differs; None
     for a run, whose memory it would take."""

@@ -3,15 +3,18 @@
 import datetime
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 import polars as pl
 
 from lowmem_icl import __version__
-from lowmem_icl.masks.files import MaskFile, write_mask
+from lowmem_icl.masks.files import MaskFile, fill_of_table, write_mask
+from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.protocols import AGGREGATE, in_domain
+from lowmem_icl.session.fills import kept_tables
 from lowmem_icl.session.folder import RunFolder
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import MaskResult, StageResult
@@ -139,4 +142,14 @@ class Publisher:
             "date": datetime.date.today().isoformat(),
         }
         note = {"note": made.note} if made.note else {}
-        return MaskFile(made.name, made.mask, self._prepared.mask_model, fields | note, made.scores)
+        mask, means = made.mask, None
+        if mask.ablation == "mean" and mask.fill is not None:
+            means = self._tables[mask.fill]
+            mask = mask.filled(fill_of_table(means))
+        model = self._prepared.mask_model
+        return MaskFile(made.name, mask, model, fields | note, made.scores, means=means)
+
+    @cached_property
+    def _tables(self) -> Mapping[str, UnitMeans]:
+        """What stands in removed units' place, by name; asked for once a mask is made, which needs it."""
+        return kept_tables(self._prepared, self._opened.parts)

@@ -99,4 +99,5 @@ def stamp(prepared: Prepared, experiment: str) -> dict[str, Any]:
         "model": manifest.source.id,
         "weights": manifest.weights,
         "seed": options.seed,
+        "ablation": options.ablation,
     }

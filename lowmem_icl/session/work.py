@@ -5,11 +5,12 @@ masks, the gradients of documents, and the scores of heads on random sequences. 
 and what it consists of, once; `cost` counts that, and `Work` does it.
 """
 
+import itertools
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +18,19 @@ from numpy.typing import NDArray
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.engine.cost import SweepCost, gradients_cost, operations, sweep_cost
-from lowmem_icl.engine.head_scores import HeadQuestions, HeadScores, PassCheckpoint, heads_cost
-from lowmem_icl.engine.passes import GradientJob, PassSetup, score_heads, sweep, unit_gradients
+from lowmem_icl.engine.head_scores import HeadQuestions, HeadScores, heads_cost
+from lowmem_icl.engine.passes import GradientJob, PassSetup, score_heads, sweep, unit_gradients, unit_means
+from lowmem_icl.engine.removed_units import Fills
 from lowmem_icl.engine.schedule import BlockRow, Job, SweepLimits, head_blocks, row_blocks
 from lowmem_icl.engine.unit_gradients import UnitGradients
+from lowmem_icl.engine.unit_means import MeanSums
 from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.model.streamed import StreamedModel
-from lowmem_icl.session.parts import SECONDS_BETWEEN_DRAFTS, Draft, Parts
+from lowmem_icl.session.fills import MeansPart, means_parts, tables_of
+from lowmem_icl.session.parts import Draft, Parts, by_job, of_jobs
 from lowmem_icl.session.prepare import Prepared
+from lowmem_icl.session.rows_on_the_way import RowsOnTheWay
 from lowmem_icl.system.progress import Advance, PartProgress
 from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.packing import PackedTask
@@ -120,7 +126,7 @@ class HeadScoresPart:
         return heads_cost(tokens, copied, skeleton, form, limits.micro_batch_tokens, layers_read)
 
 
-Part = SweepPart | GradientsPart | HeadScoresPart
+Part = SweepPart | GradientsPart | HeadScoresPart | MeansPart
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,8 @@ class Work:
 
     `deadline`: the time by `clock` at which the stage must stop. `wants_results`: whether anybody would look
     at what there is before a stage is over; it costs seconds to compute. `after_part`: called whenever a part
-    is there. `stage`: whose parts these are.
+    is there. `stage`: whose parts these are. `known_fills`: what names in masks stand for, as far as that was
+    asked for.
     """
 
     prepared: Prepared
@@ -143,6 +150,7 @@ class Work:
     wants_results: Callable[[], bool] = lambda: True
     after_part: Callable[[], None] = lambda: None
     stage: str = ""
+    known_fills: dict[str, UnitMeans] = field(default_factory=dict)
 
     def check_time(self) -> None:
         """Raise OutOfTime where the stage's time is over."""
@@ -156,16 +164,19 @@ class Work:
 
         def make(draft: Draft) -> dict[str, NDArray[Any]]:
             self.check_time()
-            jobs = [Job(self.prepared.pack(job.task, job.documents).packed, job.masks) for job in part.jobs]
+            fills = self._fills(itertools.chain.from_iterable(job.masks for job in part.jobs))
+            jobs = [
+                Job(self.prepared.pack(job.task, job.documents).packed, job.masks, fills) for job in part.jobs
+            ]
             scores = [Scores.empty(len(job.masks), job.packed.option_count) for job in jobs]
-            draft.resume(lambda: _by_job(scores))
+            draft.resume(lambda: by_job(scores))
             skeleton = self.prepared.skeleton
             cost = sweep_cost(jobs, skeleton.width, skeleton.layers, self.limits, cached=part.cached)
             with self._counted(part.label, cost, part.ablations) as advance:
                 sweep(self._setup(advance, draft), jobs, scores, keep_clean=part.keep_clean)
-            return _by_job(scores)
+            return by_job(scores)
 
-        return [Scores(**fields) for fields in _of_jobs(self._made(part.name, make))]
+        return [Scores(**fields) for fields in of_jobs(self._made(part.name, make))]
 
     def gradients(self, part: GradientsPart) -> list[UnitGradients]:
         """Return the unit gradients of a part's tasks, from its file or from two reads of the weights per
@@ -182,18 +193,19 @@ class Work:
                 )
                 for task in packed
             ]
-            draft.resume(lambda: _by_job(gradients))
+            draft.resume(lambda: by_job(gradients))
+            fills = self._fills(part.masks)
             jobs = [
-                GradientJob(task.packed.rows, partial(best_gold, task), mask)
+                GradientJob(task.packed.rows, partial(best_gold, task), mask, fills)
                 for task, mask in zip(packed, part.masks, strict=True)
             ]
             # The vocabulary's share is not reported as progress.
             cost = replace(gradients_cost([task.packed for task in packed], skeleton.layers), answers=0)
             with self._counted(part.label, cost) as advance:
                 unit_gradients(self._setup(advance, draft), jobs, gradients)
-            return _by_job(gradients)
+            return by_job(gradients)
 
-        return [UnitGradients(**fields) for fields in _of_jobs(self._made(part.name, make))]
+        return [UnitGradients(**fields) for fields in of_jobs(self._made(part.name, make))]
 
     def head_scores(self, part: HeadScoresPart) -> HeadScores:
         """Return the scores of all heads, from the part's file or from a read of the weights per block of
@@ -206,7 +218,14 @@ class Work:
             skeleton = self.prepared.skeleton
             scores = HeadScores.empty(len(questions.base_tokens), skeleton.layers, skeleton.heads)
             draft.resume(scores.arrays)
-            rows = _RowsOnTheWay(self, draft, self.parts.draft(f"{part.name}-rows"))
+            rows = RowsOnTheWay(
+                draft,
+                self.parts.draft(f"{part.name}-rows"),
+                # From another device the rows come back only at the end.
+                keeps_rows=self.model.device.type == "cpu",
+                check_time=self.check_time,
+                clock=self.clock,
+            )
             # The vocabulary's share is not reported as progress.
             cost = replace(part.cost(self.prepared, self.limits, ()), answers=0)
             with self._counted(part.label, cost) as advance:
@@ -216,6 +235,34 @@ class Work:
             return scores.arrays()
 
         return HeadScores(**self._made(part.name, make))
+
+    def means(self, part: MeansPart) -> list[MeanSums]:
+        """Return what units' outputs add up to, of every task of a part, from its file or from a read of the
+        weights per block of rows.
+        """
+
+        def make(draft: Draft) -> dict[str, NDArray[Any]]:
+            self.check_time()
+            skeleton = self.prepared.skeleton
+            packed = [self.prepared.pack(task, gold_only=True).packed for task in part.tasks]
+            widths = skeleton.attention_width, skeleton.width
+            sums = [MeanSums.empty(len(of_task.rows), skeleton.layers, *widths) for of_task in packed]
+            draft.resume(lambda: by_job(sums))
+            with self._counted(part.label, part.cost(self.prepared, self.limits, ())) as advance:
+                unit_means(self._setup(advance, draft), packed, sums)
+            return by_job(sums)
+
+        return [MeanSums(**fields) for fields in of_jobs(self._made(part.name, make))]
+
+    def _fills(self, masks: Iterable[Mask]) -> Fills:
+        """Return what names in masks stand for: given with them, or made by the run's first part."""
+        named = {mask.fill for mask in masks if mask.fill is not None}
+        if not named <= self.known_fills.keys():
+            self.known_fills.update(self.prepared.given_means)
+        if not named <= self.known_fills.keys():
+            for part in means_parts(self.prepared):
+                self.known_fills.update(tables_of(part.tasks, self.means(part)))
+        return self.known_fills
 
     def _made(self, name: str, make: Callable[[Draft], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
         arrays = self.parts.get_or_make(name, make)
@@ -238,47 +285,6 @@ class Work:
             account=lambda cost: advance(operations(cost, skeleton)),
             after_step=after_step,
         )
-
-
-class _RowsOnTheWay:
-    """Saves the residuals of a pass that scores heads beside its scores, so that a stop loses a layer and not
-    a pass.
-    """
-
-    def __init__(self, work: Work, scores: Draft, rows: Draft) -> None:
-        self._work, self._scores, self._rows = work, scores, rows
-        # From another device the rows come back only at the end.
-        self._keeps_rows = work.model.device.type == "cpu"
-        self._saved = work.clock()
-
-    def begin(self, checkpoint: PassCheckpoint) -> None:
-        """Put what an earlier run left in place of a block's rows, where it is of the same rows."""
-        expected = checkpoint.row_indices.copy()
-        if self._keeps_rows:
-            self._rows.resume(checkpoint.arrays)
-        if not np.array_equal(checkpoint.row_indices, expected):
-            # Other rows of the same length: these start from the first layer.
-            checkpoint.row_indices[:], checkpoint.next_layer[:] = expected, 0
-
-    def after_layer(self) -> None:
-        """Save from time to time, and when the time is over."""
-        try:
-            self._work.check_time()
-        except OutOfTime:
-            self._save()
-            raise
-        if self._work.clock() - self._saved >= SECONDS_BETWEEN_DRAFTS:
-            self._save()
-
-    def discard(self) -> None:
-        """Delete what was saved of the rows."""
-        self._rows.discard()
-
-    def _save(self) -> None:
-        # Scores first: rows say how far they are, and must not be ahead.
-        self._scores.save()
-        self._rows.save()
-        self._saved = self._work.clock()
 
 
 def best_gold(task: PackedTask, logprobs: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -352,25 +358,3 @@ def joined(chunks: Sequence[Scores]) -> Scores:
             for name in ("logprobs", "greedy", "scored")
         }
     )
-
-
-class _HasArrays(Protocol):
-    def arrays(self) -> Mapping[str, NDArray[Any]]: ...
-
-
-def _by_job(results: Sequence[_HasArrays]) -> dict[str, NDArray[Any]]:
-    """Return the arrays of all jobs by `<job>.<name>`."""
-    return {
-        f"{index}.{name}": array
-        for index, result in enumerate(results)
-        for name, array in result.arrays().items()
-    }
-
-
-def _of_jobs(arrays: dict[str, NDArray[Any]]) -> list[dict[str, NDArray[Any]]]:
-    """Return what `_by_job` was made of, by job."""
-    jobs: dict[int, dict[str, NDArray[Any]]] = {}
-    for key, array in arrays.items():
-        index, _, name = key.partition(".")
-        jobs.setdefault(int(index), {})[name] = array
-    return [jobs[index] for index in sorted(jobs)]

@@ -88,11 +88,12 @@ def _from_columns(schema: Mapping[str, pl.DataType], block: Block, stamp: Block)
 
 def _with_derived(results: pl.DataFrame) -> pl.DataFrame:
     """Return results with the columns that follow from others: whose labels were shown, the right ones unless
-    a record says otherwise, and how units were removed. A number without an interval has none that is NaN.
+    a record says otherwise; how units were removed, where any was. A number without an interval has none that
+    is NaN.
     """
     removed = pl.col("heads_removed").fill_null(0) + pl.col("ffns_removed").fill_null(0)
     return results.with_columns(
         pl.col("stderr", "low", "high").fill_nan(None),
         labels=pl.when(pl.col("shots") > 0).then(pl.col("labels").fill_null("right")),
-        ablation=pl.when(removed > 0).then(pl.lit("zero")),
+        ablation=pl.when(removed > 0).then(pl.col("ablation").fill_null("zero")),
     )

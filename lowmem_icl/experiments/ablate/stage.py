@@ -20,9 +20,10 @@ from lowmem_icl.experiments.ablate.sweeps import Pass, Selection, passes, scored
 from lowmem_icl.experiments.importance.stage import ImportanceResult, ranked_settings
 from lowmem_icl.masks.rankings import RankingKey, mean_of_ranks, with_ties_broken
 from lowmem_icl.protocols import AGGREGATE, in_domain
+from lowmem_icl.session.fills import means_parts
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import Rankings, StageResult, Values, stamp
-from lowmem_icl.session.work import OutOfTime, SweepPart, Work
+from lowmem_icl.session.work import OutOfTime, Part, Work
 from lowmem_icl.statistics.resampling import DocumentRanking, DocumentScores
 from lowmem_icl.tables import blocks
 from lowmem_icl.tables.aggregate import over_tasks
@@ -35,12 +36,13 @@ UNIT_PROCEDURES = ("single", "icl-effect", "label-effect")
 NOT_AVERAGED = r"q_value$|^documents_"
 
 
-def parts(prepared: Prepared, importance: ImportanceResult | None) -> list[SweepPart]:
+def parts(prepared: Prepared, importance: ImportanceResult | None) -> list[Part]:
     """Return the sweeps of the training documents, chunk by chunk, under every unit asked for alone.
 
     With right labels, then, where they are asked for, with shuffled ones.
     """
-    return [part for each in passes(prepared, importance) for part in each.parts]
+    sweeps = (part for each in passes(prepared, importance) for part in each.parts)
+    return [*means_parts(prepared), *sweeps]
 
 
 def notes(prepared: Prepared) -> tuple[str, ...]:

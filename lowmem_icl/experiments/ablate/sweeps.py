@@ -11,6 +11,7 @@ from lowmem_icl.engine.answers import Scores
 from lowmem_icl.experiments.ablate import measure
 from lowmem_icl.experiments.importance.stage import ImportanceResult
 from lowmem_icl.masks.mask import Mask, Unit
+from lowmem_icl.session.fills import fill_for
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.work import SweepPart, joined, masked_chunk, most_documents
 from lowmem_icl.tasks.documents import Document, TaskRows
@@ -119,11 +120,14 @@ class Pass:
         swept = tuple(every_set_first(task) for task in tasks)
         units = units_of(prepared)
         # Where nothing is screened all tasks share one selection; of a large model that is many masks.
-        made = {
-            id(selection): (Mask(), *(units[index].as_mask() for index in selection.exact))
-            for selection in {id(selection): selection for selection in selected}.values()
-        }
-        masks = [made[id(selection)] for selection in selected]
+        made: dict[tuple[int, str | None], tuple[Mask, ...]] = {}
+        masks = []
+        for task, selection in zip(tasks, selected, strict=True):
+            fill = fill_for(prepared.options, task.task, task.shots)
+            if (key := (id(selection), fill)) not in made:
+                removed = (units[index].as_mask().filled(fill) for index in selection.exact)
+                made[key] = (Mask(), *removed)
+            masks.append(made[key])
         name, label = ("ablate-labels", "ablate, labels shuffled") if is_control else ("ablate", "ablate")
         whole = most_documents(prepared.train)
         chunks = doubling_chunks(most_documents(tasks))

@@ -42,6 +42,7 @@ def evaluation_records(task: PackedTask, under: MaskScores) -> Iterator[Block]:
         "mask": under.name,
         "heads_removed": len(under.mask.heads),
         "ffns_removed": len(under.mask.ffns),
+        "ablation": under.mask.ablation,
         "exact": True,
     }
     for metric in task_metrics(task.task, under.logprobs, under.greedy):
@@ -67,6 +68,7 @@ def drop_records(task: PackedTask, clean: MaskScores, under: MaskScores) -> Iter
         "mask": under.name,
         "heads_removed": len(under.mask.heads),
         "ffns_removed": len(under.mask.ffns),
+        "ablation": under.mask.ablation,
         "exact": True,
     }
     whole = document_scores(task.task, clean.logprobs, clean.greedy)

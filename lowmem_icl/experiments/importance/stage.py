@@ -10,9 +10,10 @@ from lowmem_icl.experiments.importance import measure
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.rankings import RankingKey, mean_of_normalised, mean_of_ranks, mean_of_scores
 from lowmem_icl.protocols import AGGREGATE, in_domain
+from lowmem_icl.session.fills import fill_for, means_parts
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import Rankings, StageResult, Values, stamp
-from lowmem_icl.session.work import GradientsPart, Work
+from lowmem_icl.session.work import GradientsPart, Part, Work
 from lowmem_icl.statistics.resampling import DocumentRanking, DocumentScores
 from lowmem_icl.tables import blocks
 from lowmem_icl.tasks.packing import PackedTask
@@ -30,16 +31,22 @@ class ImportanceResult(StageResult):
     attribution: Mapping[tuple[str, int], Values] = field(default_factory=dict)
 
 
-def parts(prepared: Prepared) -> list[GradientsPart]:
-    """Return the one pass forward and back over all training documents."""
-    tasks = prepared.importance
-    return [GradientsPart("importance", "importance", tasks, (Mask(),) * len(tasks))]
+def parts(prepared: Prepared) -> list[Part]:
+    """Return the one pass forward and back over all training documents, and what it needs before."""
+    return [*means_parts(prepared), gradients_part(prepared)]
+
+
+def gradients_part(prepared: Prepared) -> GradientsPart:
+    """Return the pass forward and back; its estimates are of what stands in removed units' place."""
+    tasks, options = prepared.importance, prepared.options
+    whole = tuple(Mask(fill=fill_for(options, task.task, task.shots)) for task in tasks)
+    return GradientsPart("importance", "importance", tasks, whole)
 
 
 def run(work: Work) -> Iterator[ImportanceResult]:
     """Score heads and FFNs of every task, and of all tasks together at every shot count."""
     prepared = work.prepared
-    (part,) = parts(prepared)
+    part = gradients_part(prepared)
     tasks = [prepared.pack(task) for task in prepared.importance]
     scores = [
         scores_of(prepared, task, gradients)

@@ -18,6 +18,7 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.options import RunOptions
 from lowmem_icl.rows import stem_of
+from lowmem_icl.session.fills import fill_for_all, means_parts
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import MaskResult, Rankings, StageResult, rankings_of, stamp
 from lowmem_icl.session.work import (
@@ -82,7 +83,8 @@ def parts(
     if not _tasks_with_demonstrations(prepared):
         return [scoring]
     middle = Mask(frozenset([(prepared.skeleton.layers // 2, 0)]))
-    return [scoring, removal_part(prepared, [Mask(), *[middle] * (measure.RANDOM_DRAWS + 1)])]
+    removal = removal_part(prepared, [Mask(), *[middle] * (measure.RANDOM_DRAWS + 1)])
+    return [scoring, *means_parts(prepared), removal]
 
 
 def scores_part(questions: HeadQuestions) -> HeadScoresPart:
@@ -186,6 +188,7 @@ def _remove_heads(work: Work, scores: HeadScores) -> StageResult:
     prepared, seed = work.prepared, work.prepared.options.seed
     prefix_matching, previous_token = scores.prefix_matching.mean(0), scores.previous_token.mean(0)
     heads = measure.top_induction_heads(prefix_matching)
+    fill = fill_for_all(prepared.options)
     if not heads.heads:
         return StageResult(warnings=(NO_HEADS,))
     if not _tasks_with_demonstrations(prepared):
@@ -193,9 +196,9 @@ def _remove_heads(work: Work, scores: HeadScores) -> StageResult:
     draws = measure.random_draws(heads, prefix_matching, previous_token, seed)
     removals = [
         _Removal(CLEAN, Mask(), None, None),
-        _Removal(measure.HEADS_MASK, heads, "induction", seed),
+        _Removal(measure.HEADS_MASK, heads.filled(fill), "induction", seed),
         *(
-            _Removal(f"{measure.RANDOM_MASK}-{number:02d}", mask, "random", seed)
+            _Removal(f"{measure.RANDOM_MASK}-{number:02d}", mask.filled(fill), "random", seed)
             for number, mask in enumerate(draws, start=1)
         ),
     ]

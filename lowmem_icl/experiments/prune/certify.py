@@ -195,9 +195,10 @@ class _Step:
         asked: Mapping[str, tuple[Mask, ...]],
         start: int,
     ) -> None:
-        self._prepared, self._settings, self._asked = prepared, settings, asked
+        self._prepared, self._settings = prepared, settings
+        self._asked = {name: settings[name].filled(prepared.options, masks) for name, masks in asked.items()}
         self._masks: dict[int, dict[Mask, int]] = {}
-        for name, masks in asked.items():
+        for name, masks in self._asked.items():
             for index in settings[name].tasks:
                 numbers = self._masks.setdefault(index, {Mask(): 0})
                 for mask in masks:

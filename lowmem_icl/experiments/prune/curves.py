@@ -3,7 +3,7 @@ documents.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
@@ -27,7 +27,9 @@ from lowmem_icl.experiments.prune.points import (
 from lowmem_icl.masks.mask import Mask, all_ffns
 from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.masks.rankings import RankingKey, mean_of_ranks
+from lowmem_icl.options import RunOptions
 from lowmem_icl.protocols import AGGREGATE, in_domain
+from lowmem_icl.session.fills import fill_for, filled
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import MaskResult, Rankings, StageResult, Values, stamp
 from lowmem_icl.session.work import Part, SweepPart, Work, scores_by_task, sweep_in_chunks
@@ -122,8 +124,17 @@ def _points(prepared: Prepared, rankings: CurveRankings) -> Points:
     levels = LEVELS_BY_NAME[options.curve_levels]
     curves = CurveOptions(options.curves, options.resolved_shots, options.random_draws, options.seed, levels)
     return [
-        list(curve_points(TaskShots(task.task, task.shots), curves, rankings)) for task in prepared.curves
+        [_filled(options, own, point) for point in curve_points(own, curves, rankings)]
+        for own in (TaskShots(task.task, task.shots) for task in prepared.curves)
     ]
+
+
+def _filled(options: RunOptions, own: TaskShots, point: CurvePoint) -> CurvePoint:
+    """Return a point with what stands in its units' place: that of the task whose ranking it is, or, of a
+    random draw, of the task itself.
+    """
+    fill = fill_for(options, *(point.donor or own))
+    return replace(point, mask=point.mask.filled(fill)) if point.mask and fill else point
 
 
 def _on_training(points: Points) -> Points:
@@ -154,9 +165,10 @@ def _ranks_ffns_by_evaluation(prepared: Prepared, rankings: Rankings) -> bool:
 
 
 def _ffn_parts(prepared: Prepared) -> list[SweepPart]:
-    masks = (Mask(), *(unit.as_mask() for unit in all_ffns(prepared.skeleton.layers)))
+    alone = [unit.as_mask() for unit in all_ffns(prepared.skeleton.layers)]
     tasks = prepared.curves
-    return sweep_in_chunks(f"{PART}-ffns", "FFNs removed alone", tasks, [masks] * len(tasks), CHUNK)
+    masks = [(Mask(), *(filled(prepared.options, task, mask) for mask in alone)) for task in tasks]
+    return sweep_in_chunks(f"{PART}-ffns", "FFNs removed alone", tasks, masks, CHUNK)
 
 
 def _ffns_by_evaluation(work: Work) -> dict[RankingKey, Values]:

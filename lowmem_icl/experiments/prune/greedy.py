@@ -145,6 +145,7 @@ def _searches(
 
 def _made(prepared: Prepared, setting: Setting, method: str, mask: Mask) -> MaskResult:
     documents = _documents(prepared.train, setting)
+    (mask,) = setting.filled(prepared.options, [mask])
     return MaskResult(setting.mask_name(method), mask, method, setting.task, setting.shots, documents)
 
 

@@ -10,6 +10,7 @@ from lowmem_icl.experiments.prune.points import LEVELS, CurvePoint, CurveRanking
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import CLEAN, mask_name
 from lowmem_icl.masks.rankings import RankingKey, lowest_heads, removed_count
+from lowmem_icl.session.fills import filled
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import Values
 from lowmem_icl.session.work import GradientsPart, Work
@@ -22,7 +23,9 @@ RESCORED_LEVELS = LEVELS[1:-1]
 def level_part(prepared: Prepared, level: int, masks: Sequence[Mask]) -> GradientsPart:
     """Return the pass that scores all tasks' models again after a level, without the units of their masks."""
     label = f"importance with {level} % of the heads removed"
-    return GradientsPart(f"rescore-{level:02d}", label, prepared.importance, tuple(masks))
+    tasks = prepared.importance
+    removed = tuple(filled(prepared.options, task, mask) for task, mask in zip(tasks, masks, strict=True))
+    return GradientsPart(f"rescore-{level:02d}", label, tasks, removed)
 
 
 def rescored_points(work: Work, rankings: CurveRankings) -> list[list[CurvePoint]]:
@@ -82,4 +85,5 @@ def _point(prepared: Prepared, index: int, percent: int, mask: Mask) -> CurvePoi
     task = prepared.importance[index]
     donor = TaskShots(task.task, task.shots)
     name = mask_name(f"rescored-heads-{percent}", *donor) if percent else CLEAN
+    mask = filled(prepared.options, task, mask)
     return CurvePoint(name, mask, "rescored", "rescored", "rescored", "head", percent, donor)

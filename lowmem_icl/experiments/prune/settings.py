@@ -1,11 +1,15 @@
 """What greedy searches are for: every task at every shot count, and all tasks together."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowmem_icl.experiments.prune.nested import Effort
 from lowmem_icl.experiments.prune.search import SearchPlan
+from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import mask_name
+from lowmem_icl.options import RunOptions
 from lowmem_icl.protocols import AGGREGATE, in_domain
+from lowmem_icl.session.fills import fill_for
 from lowmem_icl.session.prepare import Prepared
 
 CERTIFIED = "certified"
@@ -29,6 +33,14 @@ class Setting:
     def mask_name(self, method: str) -> str:
         """Return the name of its mask by a method."""
         return mask_name(method, self.task, self.shots)
+
+    def fill(self, options: RunOptions) -> str | None:
+        """Return the name of what stands in place of what it removes."""
+        return fill_for(options, self.task, self.shots)
+
+    def filled(self, options: RunOptions, masks: Sequence[Mask]) -> tuple[Mask, ...]:
+        """Return its masks with that in units' place; the clean run stays what it is."""
+        return tuple(mask.filled(self.fill(options)) if mask else mask for mask in masks)
 
 
 def settings_of(prepared: Prepared) -> list[Setting]:

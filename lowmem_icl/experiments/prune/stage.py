@@ -11,6 +11,7 @@ from lowmem_icl.experiments.importance.stage import ImportanceResult
 from lowmem_icl.experiments.prune import certify, curves, greedy, greedy_transfer
 from lowmem_icl.experiments.prune.judging import clean_evaluation
 from lowmem_icl.experiments.prune.settings import effort_of, search_plan
+from lowmem_icl.session.fills import means_parts
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import Rankings, StageResult, rankings_of
 from lowmem_icl.session.work import Part, Work
@@ -19,6 +20,7 @@ from lowmem_icl.session.work import Part, Work
 def parts(prepared: Prepared, importance: ImportanceResult | None, ablate: StageResult | None) -> list[Part]:
     """Return the work of curves, and what searches are expected to ask for."""
     return [
+        *means_parts(prepared),
         *evaluate.clean_parts(prepared, {}),
         *curves.parts(prepared, _curve_rankings(prepared, importance, ablate)),
         *greedy.parts(prepared),

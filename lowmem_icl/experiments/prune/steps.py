@@ -77,10 +77,15 @@ class StepScorer:
         self, name: str, label: str, requests: Mapping[str, search.Request]
     ) -> dict[str, search.Answer]:
         asked: dict[tuple[int, search.Half], dict[Mask, int]] = {}
+        options = self._work.prepared.options
+        filled = {
+            searcher: self._settings[searcher].filled(options, request.masks)
+            for searcher, request in requests.items()
+        }
         for searcher, request in requests.items():
             for index in self._settings[searcher].tasks:
                 masks = asked.setdefault((index, request.half), {})
-                for mask in request.masks:
+                for mask in filled[searcher]:
                     masks.setdefault(mask, len(masks))
         prepared = self._work.prepared
         part = sweep_part(prepared, name, label, {key: tuple(masks) for key, masks in asked.items()})
@@ -90,7 +95,9 @@ class StepScorer:
         }
         return {
             searcher: tuple(
-                objective[index, request.half][[asked[index, request.half][mask] for mask in request.masks]]
+                objective[index, request.half][
+                    [asked[index, request.half][mask] for mask in filled[searcher]]
+                ]
                 for index in self._settings[searcher].tasks
             )
             for searcher, request in requests.items()
@@ -106,15 +113,20 @@ class StepScorer:
         self, name: str, label: str, requests: Mapping[str, search.EstimateRequest]
     ) -> dict[str, search.Answer]:
         asked: dict[tuple[int, Mask], Values] = {}
-        for searcher, request in requests.items():
-            for index in self._settings[searcher].tasks:
-                asked[index, request.mask] = np.zeros(0)
         prepared = self._work.prepared
+        # What would stand in others' place matters in the whole model, too.
+        masks = {
+            searcher: request.mask.filled(self._settings[searcher].fill(prepared.options))
+            for searcher, request in requests.items()
+        }
+        for searcher, mask in masks.items():
+            for index in self._settings[searcher].tasks:
+                asked[index, mask] = np.zeros(0)
         part = estimates_part(prepared, name, label, asked)
         for key, task, gradients in zip(asked, part.tasks, self._work.gradients(part), strict=True):
             packed = prepared.pack(task, gold_only=True)
             asked[key] = unit_estimates(scores_of(prepared, packed, gradients)).T
         return {
-            searcher: tuple(asked[index, request.mask] for index in self._settings[searcher].tasks)
-            for searcher, request in requests.items()
+            searcher: tuple(asked[index, mask] for index in self._settings[searcher].tasks)
+            for searcher, mask in masks.items()
         }

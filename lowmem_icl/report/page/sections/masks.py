@@ -46,6 +46,8 @@ class MaskRow:
     verdict: str
     command: str
     """Empty where the mask's file is not in the folder."""
+    stands_alone: bool
+    """Whether the file is there, and needs no table of means beside it."""
 
 
 def masks_section(run: RunTables) -> Section | None:
@@ -102,6 +104,7 @@ def mask_rows(run: RunTables) -> Iterator[MaskRow]:
             loss="" if loss is None else f"{number_text(loss.value)} {_in_brackets(loss.low, loss.high)}",
             verdict="at chance" if setting in run.at_chance else "" if loss is None else loss.verdict,
             command=_command(run, setting) if setting in run.greedy_masks else "",
+            stands_alone=setting in run.greedy_masks and run.greedy_masks[setting].mask.fill is None,
         )  # fmt: skip
 
 

@@ -1,0 +1,88 @@
+"""What a run puts in removed units' place: its names, and the tables of means that they stand for."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lowmem_icl.engine.cost import SweepCost
+from lowmem_icl.engine.schedule import BlockRow, SweepLimits, head_blocks
+from lowmem_icl.engine.unit_means import MeanSums, means_cost
+from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.means import UnitMeans, mean_of_tables
+from lowmem_icl.options import RunOptions
+from lowmem_icl.protocols import AGGREGATE, in_domain
+from lowmem_icl.session.parts import Parts, of_jobs
+from lowmem_icl.session.prepare import Prepared
+from lowmem_icl.tasks.documents import TaskRows
+
+PART = "means"
+
+
+def fill_for(options: RunOptions, task: str, shots: int) -> str | None:
+    """Return the name of what stands in place of units that are removed for a task, or for all tasks together
+    (AGGREGATE), at a shot count.
+    """
+    return None if options.ablation == "zero" else f"mean:{task}:{shots}"
+
+
+def fill_for_all(options: RunOptions) -> str | None:
+    """Return the name of what stands in place of units that are removed for no task of their own."""
+    return None if options.ablation == "zero" else f"mean:{AGGREGATE}"
+
+
+def filled(options: RunOptions, task: TaskRows, mask: Mask) -> Mask:
+    """Return a mask with what stands in its units' place where they are removed for a task of their own; the
+    clean run stays what it is.
+    """
+    return mask.filled(fill_for(options, task.task, task.shots)) if mask else mask
+
+
+@dataclass(frozen=True)
+class MeansPart:
+    """The means of all units' outputs over the documents of tasks with their right answers, by task."""
+
+    name: str
+    label: str
+    tasks: tuple[TaskRows, ...]
+
+    def cost(self, prepared: Prepared, limits: SweepLimits, resident: Collection[int]) -> SweepCost:
+        """Return what a pass over all documents takes."""
+        skeleton = prepared.skeleton
+        packed = [prepared.outline(task, gold_only=True) for task in self.tasks]
+        rows = [BlockRow(index, row) for index, of_task in enumerate(packed) for row in of_task.rows]
+        blocks = head_blocks(rows, skeleton.width, skeleton.layers, limits)
+        layers_read = (skeleton.layers - len(resident)) * len(blocks)
+        return replace(means_cost(packed, skeleton.layers), layers_read=layers_read)
+
+
+def means_parts(prepared: Prepared) -> list[MeansPart]:
+    """Return the pass that what removes units needs first; none where zeros stand in their place."""
+    if prepared.options.ablation == "zero":
+        return []
+    return [MeansPart(PART, "means of units", prepared.train)]
+
+
+def kept_tables(prepared: Prepared, parts: Parts) -> Mapping[str, UnitMeans]:
+    """Return the tables of a run whose first part is there; none where zeros stand in units' place."""
+    (tables,) = [
+        tables_of(part.tasks, [MeanSums(**arrays) for arrays in of_jobs(parts.read(part.name))])
+        for part in means_parts(prepared)
+    ] or [{}]
+    return tables
+
+
+def tables_of(tasks: Sequence[TaskRows], sums: Sequence[MeanSums]) -> Mapping[str, UnitMeans]:
+    """Return the tables by the names of `fill_for` and `fill_for_all`: of every task at each shot count, of
+    all tasks together at each, and of all tasks wherever there are demonstrations.
+
+    Together every task counts the same; tasks that are out of domain do not count.
+    """
+    tables = {f"mean:{task.task}:{task.shots}": of.means() for task, of in zip(tasks, sums, strict=True)}
+
+    def together(members: Sequence[TaskRows]) -> UnitMeans:
+        counted = [task for task in members if in_domain(task.task)] or members
+        return mean_of_tables([tables[f"mean:{task.task}:{task.shots}"] for task in counted])
+
+    for shots in {task.shots for task in tasks}:
+        tables[f"mean:{AGGREGATE}:{shots}"] = together([task for task in tasks if task.shots == shots])
+    tables[f"mean:{AGGREGATE}"] = together([task for task in tasks if task.shots] or tasks)
+    return tables
