@@ -26,7 +26,7 @@ RUN_COLUMNS = ("run", "model", "layers × heads", "tasks", "shots", "protocol", 
 MOST_TASKS_NAMED = 6
 MAP_TEXT = (
     "Choose in the menu of metrics which run is shown, or what it has more than the first. Runs and "
-    "differences of one metric share one scale."
+    "differences of one metric share one scale; dot: q ≤ 0.05 in any of the runs."
 )
 ATLAS_TEXT = "Every task at the chosen shot count: each run, and its difference from the first."
 CHANGE_TEXT = (
@@ -201,7 +201,7 @@ def comparison_data(runs: Sequence[RunTables]) -> dict[str, Any]:
         "tasks": list(grid.tasks), "shots": list(grid.shots), "atChance": [],
         "start": {"task": grid.tasks[-1], "shots": grid.shots[-1]}, "inductionScore": 1.0,
         "units": {
-            "metrics": metrics, "scores": {}, "significant": encode_bits(significant).as_json(),
+            "metrics": metrics, "scores": {}, "significant": {DROP: encode_bits(significant).as_json()},
             **{name: encode_halves(nothing).as_json() for name in ("low", "high", "q")},
             **{name: encode_bits(none).as_json() for name in ("exact", "kept")},
         },

@@ -17,6 +17,7 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.report.numbers import SIGNIFICANT_Q
 from lowmem_icl.report.page.encoding import encode_bits, encode_halves
 from lowmem_icl.report.run_tables import Setting
+from lowmem_icl.tables.unit_table import q_metric
 
 Values = NDArray[np.float64]
 
@@ -122,7 +123,11 @@ def unit_arrays(results: pl.DataFrame, greedy: Mapping[Setting, MaskFile], grid:
         found[bound] = encode_halves(grid.values(drops, bound), BOUND_BITS).as_json()
     q_values = grid.values(single.filter(pl.col("metric") == "q_value"))
     found["q"] = encode_halves(q_values, BOUND_BITS).as_json()
-    found["significant"] = encode_bits(np.nan_to_num(q_values, nan=1) <= SIGNIFICANT_Q).as_json()
+    found["significant"] = {
+        name: encode_bits(np.nan_to_num(claims, nan=1) <= SIGNIFICANT_Q).as_json()
+        for name in METRICS
+        if np.isfinite(claims := grid.values(single.filter(pl.col("metric") == q_metric(name)))).any()
+    }
     found["exact"] = encode_bits(grid.values(drops.filter(pl.col("exact")), "documents") > 0).as_json()
     return found | _scores_and_masks(results, greedy, grid)
 

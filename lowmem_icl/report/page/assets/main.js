@@ -85,7 +85,7 @@ function makeBar(run) {
   fields.unit.addEventListener("change", () => findUnit(run, fields.unit.value));
   document.getElementById("masks")?.addEventListener("click", (event) => {
     const row = event.target.closest("tr[data-task]");
-    if (row && !event.target.closest("button")) choose(run, { task: row.dataset.task, shots: Number(row.dataset.shots) });
+    if (row && !event.target.closest("[data-name], [data-command]")) choose(run, { task: row.dataset.task, shots: Number(row.dataset.shots) });
   });
 }
 

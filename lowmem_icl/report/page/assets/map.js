@@ -11,6 +11,14 @@ const sliceAt = (run, name, task = state.task, shots = state.shots) => {
   const start = settingIndex(run, task, shots) * run.perSetting;
   return run.units[name].subarray(start, start + run.perSetting);
 };
+// Whether units are significant by the chosen metric or, where nothing is claimed by it, by the drop.
+const DROP = "gold_logprob_drop";
+const claimedMetric = (run) => (state.metric in run.units.significant ? state.metric : DROP);
+function significantAt(run, task = state.task, shots = state.shots) {
+  const start = settingIndex(run, task, shots) * run.perSetting, flags = run.units.significant[claimedMetric(run)];
+  return flags ? flags.subarray(start, start + run.perSetting) : new Uint8Array(run.perSetting);
+}
+const claimedText = (run) => run.units.metrics[claimedMetric(run)]?.label ?? "drop of gold log-probability";
 const isShown = (run, significant, unit) => !state.significant || significant[unit] === 1;
 
 function ranks(values) {
@@ -39,7 +47,7 @@ function describeUnit(run, unit, ranked) {
 function drawMap(run) {
   const metric = run.units.metrics[state.metric];
   if (!metric) return;
-  const values = valuesAt(run, state.metric), significant = sliceAt(run, "significant"), kept = sliceAt(run, "kept");
+  const values = valuesAt(run, state.metric), significant = significantAt(run), kept = sliceAt(run, "kept");
   const width = run.model.heads + 1, place = (unit) => [unit % width + (isFfn(run, unit) ? 1 : 0), Math.floor(unit / width)];
   const cells = { x: [], y: [], colour: [], unit: [], value: [], more: [] }, stars = { x: [], y: [] }, kepts = { x: [], y: [] };
   const ranked = ranks(values), marked = state.significant;
@@ -99,13 +107,13 @@ function drawCard(run) {
   const rows = run.tasks.map((task) => element("tr", { class: task === state.task ? "chosen" : "" }, element("td", {}, taskName(task)),
     ...run.shots.map((shots) => {
       const index = settingIndex(run, task, shots) * run.perSetting + unit;
-      return element("td", { "data-cell": `${task}|${shots}` }, shown(metric.values[index], 2) + (run.units.significant[index] ? "*" : ""));
+      return element("td", { "data-cell": `${task}|${shots}` }, shown(metric.values[index], 2) + (significantAt(run, task, shots)[unit] ? "*" : ""));
     })));
   const keepers = run.masks.filter(({ task, shots }) => run.units.kept[settingIndex(run, task, shots) * run.perSetting + unit]);
   card.replaceChildren(
     element("h3", {}, unitName(run, unit)),
     element("p", {}, describeUnit(run, unit, ranks(valuesAt(run, state.metric))).join("; ")),
-    element("p", { class: "soft" }, `${metric.label}, ${metric.unit}; *: q ≤ 0.05 of the drop of gold log-probability`),
+    element("p", { class: "soft" }, `${metric.label}, ${metric.unit}; *: q ≤ 0.05 of the ${claimedText(run)}`),
     element("div", { class: "scroll" }, element("table", {}, head, ...rows)),
     element("p", { class: "soft" }, keepersText(run, keepers)));
 }
@@ -160,7 +168,7 @@ function drawAtlas(run) {
     button.setAttribute("aria-pressed", String(task === state.task && shots === state.shots && name === state.metric));
     const canvas = button.firstElementChild, { width, height } = canvas, context = canvas.getContext("2d");
     const picture = context.createImageData(width, height), values = valuesAt(run, name, task, shots);
-    const significant = sliceAt(run, "significant", task, shots), marked = state.significant;
+    const significant = significantAt(run, task, shots), marked = state.significant;
     for (let unit = 0; unit < values.length; unit++) {
       const x = unit % (width - 1) + (isFfn(run, unit) ? 1 : 0), y = height - 1 - Math.floor(unit / (width - 1));
       if (Number.isNaN(values[unit]) || (marked && !significant[unit])) continue;
