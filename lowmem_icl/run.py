@@ -11,6 +11,7 @@ from typing import Any
 from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.experiments.order import run_stages
 from lowmem_icl.masks.files import MaskFile, check_fits, write_mask
+from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import check_names
 from lowmem_icl.model.int8 import slow_product_note
 from lowmem_icl.model.streamed import StreamedModel
@@ -75,14 +76,8 @@ def run(
     started = time.monotonic()
     folder = check_output(options)
     masks = {name: mask_file.mask for name, mask_file in (mask_files or {}).items()}
-    with audience.waiting("reading tasks and tokenising their prompts"):
-        prepared = replace(prepare(options, progress=audience.progress, needs_weights=True), masks=masks)
     check_names((), masks)
-    if not prepared.store.is_written:
-        # Before a conversion of hours.
-        with audience.waiting(COUNTING):
-            check_memory(prepared)
-    prepared = with_store(prepared, announce=audience.announce, progress=audience.progress)
+    prepared = _prepared_with_store(options, masks, audience)
     warnings = [check_fits(mask_file, prepared.mask_model) for mask_file in (mask_files or {}).values()]
     if options.weights == "int8":
         warnings.append(slow_product_note())
@@ -114,6 +109,16 @@ def run(
         publisher.publish(state)
         opened.finish(state)
     return RunOutcome(folder, publisher.results, opened.record)
+
+
+def _prepared_with_store(options: RunOptions, masks: Mapping[str, Mask], audience: Audience) -> Prepared:
+    with audience.waiting("reading tasks and tokenising their prompts"):
+        prepared = replace(prepare(options, progress=audience.progress, needs_weights=True), masks=masks)
+    if not prepared.store.is_written:
+        # Before a conversion of hours.
+        with audience.waiting(COUNTING):
+            check_memory(prepared)
+    return with_store(prepared, announce=audience.announce, progress=audience.progress)
 
 
 def _write_page(folder: Path, ends_as: State | None) -> None:

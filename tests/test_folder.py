@@ -142,8 +142,9 @@ def test_status_counts_down_from_what_the_run_estimated_last(tmp_path: Path) -> 
 
 
 def test_where_nothing_was_begun_nothing_is_left(tmp_path: Path) -> None:
-    options = options_of(tmp_path / "runs" / "new")
-    with pytest.raises(InputError, match="does not fit"), open_folder(options.out, identity(options)):
+    new = tmp_path / "runs" / "new"
+    options = options_of(new)
+    with pytest.raises(InputError, match="does not fit"), open_folder(new, identity(options)):
         raise InputError("it does not fit")
     assert list(tmp_path.iterdir()) == []
     # What was there before stays: a folder, and what a script logs.
