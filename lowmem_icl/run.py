@@ -75,13 +75,7 @@ def run(
     started = time.monotonic()
     folder = check_output(options)
     mask_files = mask_files or {}
-    with audience.waiting("reading tasks and tokenising their prompts"):
-        prepared = _with_masks(prepare(options, progress=audience.progress, needs_weights=True), mask_files)
-    if not prepared.store.is_written:
-        # Before a conversion of hours.
-        with audience.waiting(COUNTING):
-            check_memory(prepared)
-    prepared = with_store(prepared, announce=audience.announce, progress=audience.progress)
+    prepared = _prepared_with_store(options, mask_files, audience)
     warnings = [_check_mask(mask_file, prepared) for mask_file in mask_files.values()]
     if options.weights == "int8":
         warnings.append(slow_product_note())
@@ -114,6 +108,18 @@ def run(
         publisher.publish(state)
         opened.finish(state)
     return RunOutcome(folder, publisher.results, opened.record)
+
+
+def _prepared_with_store(
+    options: RunOptions, mask_files: Mapping[str, MaskFile], audience: Audience
+) -> Prepared:
+    with audience.waiting("reading tasks and tokenising their prompts"):
+        prepared = _with_masks(prepare(options, progress=audience.progress, needs_weights=True), mask_files)
+    if not prepared.store.is_written:
+        # Before a conversion of hours.
+        with audience.waiting(COUNTING):
+            check_memory(prepared)
+    return with_store(prepared, announce=audience.announce, progress=audience.progress)
 
 
 def _with_masks(prepared: Prepared, mask_files: Mapping[str, MaskFile]) -> Prepared:
