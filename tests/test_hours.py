@@ -29,6 +29,7 @@ from lowmem_icl.planning.plan import make_plan
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import StageResult
 from lowmem_icl.session.work import Part, SweepPart
+from lowmem_icl.tables.unit_table import q_metric
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,8 @@ def test_label_effects_are_of_the_documents_that_both_passes_have() -> None:
         "continues"
     )
     effects = results.results.filter(pl.col("procedure") == "label-effect")
-    assert set(effects["metric"]) == {"label_effect", "label_effect_acc"}
+    measured = {"label_effect", "label_effect_acc"}
+    assert set(effects["metric"]) == measured | {q_metric(metric) for metric in measured}
     assert set(effects["labels"]) == {"shuffled"}
     in_nats = effects.filter(pl.col("metric") == "label_effect")
     counts = dict(in_nats.group_by("task").agg(pl.col("documents").max()).rows())
