@@ -38,7 +38,7 @@ app = typer.Typer(
     help="""Start here:  lowmem-icl run
 
     Which attention heads and FFNs does in-context learning need? This answers
-    it for a small bundled model: no network, under three minutes. The same for
+    it for a small bundled model: no network, about three minutes. The same for
     a real model; `plan` says beforehand what `run` would take:
 
     lowmem-icl plan --model facebook/opt-1.3b --tasks piqa,copa --limit 64
