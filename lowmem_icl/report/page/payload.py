@@ -42,7 +42,7 @@ def payload(run: RunTables) -> dict[str, Any]:
         "start": start(run),
         "inductionScore": INDUCTION_SCORE,
         "atChance": [[task, shots] for task, shots in sorted(run.at_chance)],
-        "units": unit_arrays(results, run.greedy_masks, grid),
+        "units": unit_arrays(run.units, run.greedy_masks, grid),
         "curves": {kind: curves(results, kind, model) for kind in ("head", "ffn")},
         "grid": grid_points(results, model),
         "capacity": {name: capacity(results, name) for name in CAPACITIES},
