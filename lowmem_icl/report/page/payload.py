@@ -12,7 +12,7 @@ from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.findings.above_chance import settings_of
 from lowmem_icl.report.findings.circuits import told_search
-from lowmem_icl.report.page.plots.induction import INDUCTION_SCORE
+from lowmem_icl.report.numbers import INDUCTION_SCORE
 from lowmem_icl.report.page.plots.style import BLUE, GREY, palettes
 from lowmem_icl.report.page.sections.agreement import compared_pairs
 from lowmem_icl.report.page.sections.pruning import CURVES

@@ -95,7 +95,7 @@ def run_page(run: RunTables, images: Mapping[str, bytes] = NO_IMAGES) -> Page:
         if (section := make(run)) is not None
     ]
     return Page(
-        title=_title(run),
+        title=_title(run, sections),
         lead=_lead(run),
         sentences=found.sentences,
         chips=found.chips,
@@ -166,10 +166,10 @@ def _script_of(sections: Sequence[Section]) -> dict[str, str]:
     }
 
 
-def _title(run: RunTables) -> str:
+def _title(run: RunTables, sections: Sequence[Section]) -> str:
     model = run.record["model"]
     name = f"{model['id']} in {model['weights']}"
-    if given_masks_section(run) is not None:
+    if any(section.id == "given-masks" for section in sections):
         return f"{name}: what masks cost"
     return f"{name}: which heads and FFNs does in-context learning need?"
 

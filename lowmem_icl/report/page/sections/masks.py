@@ -128,7 +128,8 @@ def _command(run: RunTables, setting: Setting) -> str:
         value = options.get(name)
         if value is not None and value != RunOptions.model_fields[name].default:
             no_value = isinstance(value, bool)
-            words.append(f"--no-{name}" if value is False else flag_name(name))
+            flag = flag_name(name)
+            words.append(flag.replace("--", "--no-", 1) if value is False else flag)
             words += [] if no_value else [str(value)]
     return shlex.join(words)
 
