@@ -229,7 +229,8 @@ def test_greedy_masks_are_told_by_their_columns() -> None:
 
 def test_greedy_masks_stand_with_their_losses_and_what_is_certified() -> None:
     def searched(method: str, **lost: float) -> list[Row]:
-        accuracy = greedy_record("piqa", "piqa", 0.8, method) | {"heads_removed": 3, "ffns_removed": 1}
+        name = f"{method}-piqa-4shot"
+        accuracy = greedy_record("piqa", "piqa", 0.8, method, name) | {"heads_removed": 3, "ffns_removed": 1}
         return [accuracy, accuracy | {"metric": "gold_prob_drop"} | lost]
 
     results = table(
@@ -242,7 +243,7 @@ def test_greedy_masks_stand_with_their_losses_and_what_is_certified() -> None:
         {"task": "copa", "shots": 4, "certified_units": 0},
     ]
     run = record() | {"certificates": tested}
-    losses = greedy_losses(results, run)
+    losses = greedy_losses(run_of(results, run).masks)
     assert {mask.method: loss.verdict for mask, loss in losses.items()} == {
         "greedy": "fails", "certified": "holds", "random": "cannot tell"
     }  # fmt: skip

@@ -29,7 +29,7 @@ function ranks(values) {
 }
 
 function describeUnit(run, unit, ranked) {
-  const lines = [], drops = valuesAt(run, "gold_logprob_drop");
+  const lines = [], drops = valuesAt(run, DROP);
   if (drops && !Number.isNaN(drops[unit])) {
     const exact = sliceAt(run, "exact")[unit];
     lines.push(`drop ${shown(drops[unit])} nats${shownInterval(sliceAt(run, "low")[unit], sliceAt(run, "high")[unit])}${exact ? "" : ", estimated"}`);
@@ -44,15 +44,20 @@ function describeUnit(run, unit, ranked) {
   return lines;
 }
 
+// Where a unit stands on the map: its column and its layer; an empty column parts heads from FFNs.
+function cellOf(run, unit) {
+  const width = run.model.heads + 1;
+  return [unit % width + (isFfn(run, unit) ? 1 : 0), Math.floor(unit / width)];
+}
+
 function drawMap(run) {
   const metric = run.units.metrics[state.metric];
   if (!metric) return;
   const values = valuesAt(run, state.metric), significant = significantAt(run), kept = sliceAt(run, "kept");
-  const width = run.model.heads + 1, place = (unit) => [unit % width + (isFfn(run, unit) ? 1 : 0), Math.floor(unit / width)];
   const cells = { x: [], y: [], colour: [], unit: [], value: [], more: [] }, stars = { x: [], y: [] }, kepts = { x: [], y: [] };
   const ranked = ranks(values), marked = state.significant;
   for (let unit = 0; unit < values.length; unit++) {
-    const [x, y] = place(unit), visible = !marked || significant[unit];
+    const [x, y] = cellOf(run, unit), visible = !marked || significant[unit];
     cells.x.push(x); cells.y.push(y);
     cells.colour.push(visible ? onScale(metric, values[unit]) : NaN);
     cells.unit.push(unitName(run, unit));
@@ -64,12 +69,12 @@ function drawMap(run) {
   fill("cells", cells); fill("stars", stars); fill("kept", kepts);
   const induction = { x: [], y: [] }, prefix = run.units.scores.prefix_matching;
   if (prefix) prefix.forEach((score, unit) => {
-    if (score >= run.inductionScore) { const [x, y] = place(unit); induction.x.push(x); induction.y.push(y); }
+    if (score >= run.inductionScore) { const [x, y] = cellOf(run, unit); induction.x.push(x); induction.y.push(y); }
   });
   fill("induction", induction);
   drawProfile(run, values, metric);
   drawScale(run, metric);
-  drawChosen(run, place);
+  drawChosen(run);
 }
 
 function drawProfile(run, values, metric) {
@@ -93,8 +98,8 @@ function drawScale(run, metric) {
   bar.major_label_overrides = new Map(ticks.map((value, i) => [places[i], shown(value, 1)]));
 }
 
-function drawChosen(run, place) {
-  const at = state.unit === null ? null : place(state.unit);
+function drawChosen(run) {
+  const at = state.unit === null ? null : cellOf(run, state.unit);
   fill("chosen", at ? { x: [at[0]], y: [at[1]] } : { x: [], y: [] });
 }
 
@@ -162,18 +167,19 @@ function metricOf(run, short) {
 function drawAtlas(run) {
   const metric = run.units.metrics[state.metric];
   if (!metric) return;
-  const colours = paletteOf(run, metric).map((hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)));
+  // A pixel as one number, red in the lowest byte.
+  const colours = paletteOf(run, metric).map((hex) => [1, 3, 5].reduce((sum, at, byte) => sum + parseInt(hex.slice(at, at + 2), 16) * 256 ** byte, 255 * 256 ** 3));
   for (const button of document.querySelectorAll("#atlas button")) {
     const { task, group } = button.dataset, shots = group ? state.shots : Number(button.dataset.shots), name = group ? metricOf(run, group) : state.metric;
     button.setAttribute("aria-pressed", String(task === state.task && shots === state.shots && name === state.metric));
     const canvas = button.firstElementChild, { width, height } = canvas, context = canvas.getContext("2d");
-    const picture = context.createImageData(width, height), values = valuesAt(run, name, task, shots);
+    const picture = context.createImageData(width, height), pixels = new Uint32Array(picture.data.buffer), values = valuesAt(run, name, task, shots);
     const significant = significantAt(run, task, shots), marked = state.significant;
     for (let unit = 0; unit < values.length; unit++) {
-      const x = unit % (width - 1) + (isFfn(run, unit) ? 1 : 0), y = height - 1 - Math.floor(unit / (width - 1));
       if (Number.isNaN(values[unit]) || (marked && !significant[unit])) continue;
       const at = onScale(metric, values[unit]), share = metric.signed ? (at + 1) / 2 : Math.max(0, at);
-      picture.data.set([...colours[Math.round(share * (colours.length - 1))], 255], 4 * (y * width + x));
+      const [x, layer] = cellOf(run, unit);
+      pixels[(height - 1 - layer) * width + x] = colours[Math.round(share * (colours.length - 1))];
     }
     context.putImageData(picture, 0, 0);
   }

@@ -6,7 +6,7 @@ let rowsShown = ROWS_AT_FIRST;
 function unitRows(run) {
   const values = valuesAt(run, state.metric);
   if (!values) return [];
-  const isDrop = state.metric === "gold_logprob_drop";
+  const isDrop = state.metric === DROP;
   const at = (name) => valuesAt(run, name), q = sliceAt(run, "q"), low = sliceAt(run, "low"), high = sliceAt(run, "high");
   const significant = significantAt(run), kept = sliceAt(run, "kept"), gradient = at("gradient"), ranked = ranks(values);
   const claims = run.units.significant[DROP]?.subarray(settingIndex(run, state.task, state.shots) * run.perSetting);

@@ -75,7 +75,7 @@ def masks_section(run: RunTables) -> Section | None:
 
 def mask_rows(run: RunTables) -> Iterator[MaskRow]:
     """Yield a row per greedy search, in the order of tasks and shot counts."""
-    table, losses = pruned(run.results), greedy_losses(run.results, run.record)
+    table, losses = pruned(run.results), greedy_losses(run.masks)
     by_mask = {(row["task"], row["shots"], row["method"]): row for row in table.iter_rows(named=True)}
     clean = {
         (row["task"], row["shots"]): row["value"] for row in clean_accuracy(run.results).iter_rows(named=True)
@@ -102,7 +102,7 @@ def mask_rows(run: RunTables) -> Iterator[MaskRow]:
                 for method in COMPARED
             ],
             loss="" if loss is None else f"{number_text(loss.value)} {_in_brackets(loss.low, loss.high)}",
-            verdict="at chance" if setting in run.at_chance else "" if loss is None else loss.verdict,
+            verdict="" if loss is None else loss.verdict,
             command=_command(run, setting) if setting in run.greedy_masks else "",
             stands_alone=setting in run.greedy_masks and run.greedy_masks[setting].mask.fill is None,
         )  # fmt: skip
