@@ -1,0 +1,69 @@
+"""Pairs of prompts from a task's documents and the same ones corrupted."""
+
+from dataclasses import dataclass
+
+from lowmem_icl.tasks.documents import Document
+from lowmem_icl.tasks.packing import OptionTokens, PackedTask
+from lowmem_icl.tasks.prompt_pairs.pair import PromptPair, Tokens
+
+
+class NoPromptPairs(Exception):
+    """The documents of a task make no pairs; the message says why."""
+
+
+@dataclass(frozen=True)
+class MadePairs:
+    """The pairs of a task's documents, in their order, and how many documents were left out: those whose
+    prompts are `equal`, and those of which a prompt is `truncated` to fit the context.
+    """
+
+    pairs: tuple[PromptPair, ...]
+    equal: int
+    truncated: int
+
+    @property
+    def aligned(self) -> tuple[PromptPair, ...]:
+        """The pairs whose prompts have equally many tokens."""
+        return tuple(pair for pair in self.pairs if pair.is_aligned)
+
+
+def pairs_of(clean: PackedTask, corrupted: PackedTask) -> MadePairs:
+    """Return the pairs of documents as they are and corrupted, which must be the same ones in the same order.
+
+    Options and their continuations are the clean document's. Raises NoPromptPairs where the options of a
+    document have different contexts, as where answers stand in the context: there is no one prompt to patch.
+    """
+    pairs: list[PromptPair] = []
+    equal = truncated = 0
+    clusters = clean.task.clusters
+    documents = zip(clean.task.documents, corrupted.task.documents, clusters, strict=True)
+    for place, (document, other, cluster) in enumerate(documents):
+        assert document.index == other.index, "both are of the same documents"
+        options = _options_of(clean, place, document)
+        prompt, changed = _prompt(options, clean), _prompt(_options_of(corrupted, place, other), corrupted)
+        if prompt is None or changed is None:
+            truncated += 1
+        elif prompt == changed:
+            equal += 1
+        else:
+            continuations = tuple(option.continuation for option in options)
+            pairs.append(PromptPair(document.index, prompt, changed, continuations, document.gold, cluster))
+    return MadePairs(tuple(pairs), equal, truncated)
+
+
+def _options_of(packed: PackedTask, place: int, document: Document) -> list[OptionTokens]:
+    first = int(packed.first_option[place])
+    return packed.options[first : first + len(document.gold)]
+
+
+def _prompt(options: list[OptionTokens], packed: PackedTask) -> Tokens | None:
+    """Return the one context of a document's options; None where it was cut to fit."""
+    if any(option.truncated for option in options):
+        return None
+    contexts = {option.path[: option.context_tokens] for option in options}
+    if len(contexts) > 1:
+        raise NoPromptPairs(
+            f"task {packed.task.task}: its answers stand in the context, so a document has a prompt per "
+            "option and not one to patch"
+        )
+    return contexts.pop()
