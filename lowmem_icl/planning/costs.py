@@ -11,6 +11,7 @@ from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.experiments.order import STAGES, Stage
 from lowmem_icl.rows import PackedRows, Row
 from lowmem_icl.session.fills import MeansPart
+from lowmem_icl.session.patch_parts import EndMeansPart, PatchPart
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import StageResult
 from lowmem_icl.session.work import GradientsPart, HeadScoresPart, Part, SweepPart
@@ -118,6 +119,11 @@ def _outlines(prepared: Prepared, parts: list[Part]) -> Iterator[PackedRows]:
                 if (key := (id(task), "gold")) not in seen:
                     seen.add(key)
                     yield prepared.outline(task, gold_only=True)
+        elif isinstance(part, PatchPart):
+            for patched in part.jobs:
+                yield PackedRows(tuple(patched.rows), 0)
+        elif isinstance(part, EndMeansPart):
+            yield from part.packed
         elif isinstance(part, SweepPart):
             for job in part.jobs:
                 if (key := (id(job.task), str(job.documents))) not in seen:
