@@ -106,7 +106,8 @@ def row_lengths(prepared: Prepared, planned: list[StageWork]) -> RowLengths:
     if not rows and not questions:
         rows = [row for task in prepared.evaluate for row in prepared.outline(task, slice(1)).rows]
         lengths = [len(row) for row in rows]
-    longest = max(_with_stem(row) for row in [*rows, *questions])
+    # A run without tasks may have no work that has rows.
+    longest = max((_with_stem(row) for row in [*rows, *questions]), default=1)
     return RowLengths(longest, sum(lengths) // len(lengths) if lengths else longest)
 
 

@@ -69,6 +69,7 @@ def sample_key(
         "tasks": list(rows_digests.items()),
         "shots": options.resolved_shots,
         "controls": [options.control_labels, options.label_drops],
+        "corrupted": options.corrupt if options.makes_pairs else None,
         "fields": list(part_limits(options)),
     }
     return _digest(depends_on)

@@ -113,15 +113,28 @@ class MemberDraws:
             raise NoLabelControl("there are no demonstrations")
         key = PromptKey(
             member.number,
-            from_train=self.part != "evaluate" and member.train is not None,
+            from_train=self._is_from_train,
             index=self.index(document),
             demonstrations=document.demonstrations,
             answers=answers,
             query=query,
         )
-        split = "evaluate" if self.part == "evaluate" else "train"
         asked = None if query is None else member.scored(self.part)(query)
-        return PromptRequest(key, split, member.task, document.row, member.shown, self.protocol, asked)
+        return PromptRequest(key, self._split, member.task, document.row, member.shown, self.protocol, asked)
+
+    def bare_request(self, index: int) -> PromptRequest:
+        """Return what prompts a row that the part scores without demonstrations."""
+        member, row = self.member, self.member.scored(self.part)(index)
+        key = PromptKey(member.number, self._is_from_train, index, ())
+        return PromptRequest(key, self._split, member.task, row, member.shown, self.protocol)
+
+    @property
+    def _is_from_train(self) -> bool:
+        return self.part != "evaluate" and self.member.train is not None
+
+    @property
+    def _split(self) -> str:
+        return "evaluate" if self.part == "evaluate" else "train"
 
     def index(self, document: Document) -> int:
         """Return the index of a document among the member's rows."""

@@ -2,8 +2,9 @@
 
 `shuffled` is the control of that name. In `wrong`, every demonstration shows an answer whose text is not its
 own: another demonstration's where an order without any in its place exists, else another row's. In
-`queries`, the demonstrations stay and another document is asked, with the options staying. Of several draws
-the first whose prompt is as long as the clean one is taken, so that tokens can be told their counterparts.
+`queries`, the demonstrations stay and another row is asked, one whose text has about as many tokens, with the
+options staying. Of several draws the first is taken whose prompt has as many tokens as the clean one, so that
+each token has its counterpart.
 """
 
 import random
@@ -22,13 +23,15 @@ from lowmem_icl.tasks.label_controls import (
     with_other_labels,
 )
 from lowmem_icl.tasks.loading import OpenTask
-from lowmem_icl.tasks.prompting import MeasuringPrompter, Prompt, PromptRequest, answer_as_shown
+from lowmem_icl.tasks.prompting import MeasuringPrompter, Prompt, PromptRequest, Row, answer_as_shown
 from lowmem_icl.tasks.selection import Part, answer_pool, scored_order
 
 DRAWS = 20
 """Prompts of a document that are looked at for one as long as the clean one."""
 ROWS_TRIED = 2000
 """Rows that are looked at for one with another answer."""
+QUERY_ROWS = 512
+"""Rows of a task that may be asked in a document's place: the first that a part scores under no limit."""
 
 
 def corrupted(
@@ -45,20 +48,24 @@ def corrupted(
     where answers stand in the context, without demonstrations, and where there is nothing else to show or
     to ask.
     """
-    if any(member.task.multiple_input for member in task.members):
-        raise NoLabelControl("its answers stand in the context, so a document has a prompt per option")
+    check_one_prompt(task)
     if corruption == "shuffled":
         return with_other_labels(task, rows, "shuffled", protocol, prompter, part)
-    draws = _wrong_answers if corruption == "wrong" else _other_queries
     documents: list[Document] = []
     for member, of_member in documents_by_member(task, rows, part, protocol):
-        requests = draws(member)
+        requests = _wrong_answers(member) if corruption == "wrong" else _other_queries(member, prompter)
         clean = prompter.prompts([member.request(document) for document in of_member])
         documents += [
             replace(document, options=_drawn_prompt(requests(document), prompt, prompter).options)
             for document, prompt in zip(of_member, clean, strict=True)
         ]
     return replace(rows, documents=tuple(documents), labels=corruption)
+
+
+def check_one_prompt(task: OpenTask) -> None:
+    """Raise NoLabelControl where a task's documents have a prompt per option and not one to patch."""
+    if any(member.task.multiple_input for member in task.members):
+        raise NoLabelControl("its answers stand in the context, so a document has a prompt per option")
 
 
 def _drawn_prompt(requests: Iterator[PromptRequest], clean: Prompt, prompter: MeasuringPrompter) -> Prompt:
@@ -143,17 +150,33 @@ def _row_of_other_text(text: str, others: Iterator[int], text_of: Callable[[int]
     return found
 
 
-def _other_queries(member: MemberDraws) -> Callable[[Document], Iterator[PromptRequest]]:
-    """Return what draws a document's requests with other rows asked."""
-    order = scored_order(member.member, member.part, member.protocol)
+def _other_queries(
+    member: MemberDraws, prompter: MeasuringPrompter
+) -> Callable[[Document], Iterator[PromptRequest]]:
+    """Return what draws a document's requests with other rows asked, those of like length first."""
+    candidates = scored_order(member.member, member.part, member.protocol)[:QUERY_ROWS]
+    lengths = dict(zip(candidates, _query_tokens(member, candidates, prompter), strict=True))
+    metadata = member.member.task.config.metadata or {}
+    cluster_of: Callable[[Row], str] | None = metadata.get("cluster")
+    row_of = member.member.scored(member.part)
 
     def requests(document: Document) -> Iterator[PromptRequest]:
-        taken = {member.index(document)}
+        own = member.index(document)
+        taken = {own}
         if member.index_shown(document) is not None:
             taken |= {*document.demonstrations}
+        (length,) = _query_tokens(member, [own], prompter)
         rng = member.generator(document, "queries", of_set=False)
-        for index in rng.sample(order, min(len(order), DRAWS + len(taken))):
-            if index not in taken:
+        drawn = rng.sample(candidates, len(candidates))
+        for index in sorted(drawn, key=lambda index: abs(lengths[index] - length)):
+            is_related = cluster_of is not None and cluster_of(row_of(index)) == document.cluster
+            if index not in taken and not is_related:
                 yield member.request(document, query=index)
 
     return requests
+
+
+def _query_tokens(member: MemberDraws, indices: Sequence[int], prompter: MeasuringPrompter) -> list[int]:
+    """Return how many tokens the queries of rows have without demonstrations."""
+    prompts = prompter.prompts([member.bare_request(index) for index in indices])
+    return [prompter.context_tokens(prompt) for prompt in prompts]
