@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.experiments.patch.prompts import VectorPrompts
 from lowmem_icl.masks.mask import Unit
-from lowmem_icl.statistics.intervals import CHANGE, MEAN, mean_intervals
+from lowmem_icl.statistics.intervals import MEAN, mean_intervals
 from lowmem_icl.tables.blocks import Block, unit_blocks
 
 Values = NDArray[np.float64]
@@ -36,9 +36,6 @@ def score_blocks(
     same = prompts.fields | {
         "procedure": "last", "method": "mean", "exact": True, "heads_removed": None, "ffns_removed": None,
     }  # fmt: skip
-    for metric, kind, values in (
-        (METRIC, CHANGE, effects[0]),
-        (f"{METRIC}_logprob", MEAN, effects[1]),
-    ):
-        intervals = mean_intervals(values, prompts.clusters, kind)
+    for metric, values in zip((METRIC, f"{METRIC}_logprob"), effects, strict=True):
+        intervals = mean_intervals(values, prompts.clusters, MEAN)
         yield from unit_blocks(heads, intervals._asdict(), **same, metric=metric)

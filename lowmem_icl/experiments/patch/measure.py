@@ -14,7 +14,7 @@ from scipy.special import softmax
 from lowmem_icl.experiments.ablate.claims import differing_signs
 from lowmem_icl.experiments.patch.prompts import Pairs
 from lowmem_icl.masks.mask import Unit
-from lowmem_icl.statistics.intervals import CHANGE, MEAN, PROPORTION, SHARE, Kind, mean_intervals
+from lowmem_icl.statistics.intervals import MEAN, PROPORTION, SHARE, Kind, mean_intervals
 from lowmem_icl.statistics.significance import q_values
 from lowmem_icl.tables.blocks import Block, unit_blocks
 from lowmem_icl.tables.unit_table import q_metric
@@ -28,7 +28,7 @@ SMALLEST_DIFFERENCE = 0.1
 METHOD = "patching"
 KINDS: Mapping[str, Kind] = {
     "gold_logprob": MEAN,
-    "gold_prob": CHANGE,
+    "gold_prob": MEAN,
     "logit_difference": MEAN,
     "normalised": MEAN,
 }
