@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
 
-from lowmem_icl.experiments.ablate.claims import differing_signs
 from lowmem_icl.experiments.patch.prompts import Pairs
 from lowmem_icl.masks.mask import Unit
 from lowmem_icl.statistics.intervals import MEAN, PROPORTION, SHARE, Kind, mean_intervals
-from lowmem_icl.statistics.significance import q_values
+from lowmem_icl.statistics.significance import differing_signs, q_values
 from lowmem_icl.tables.blocks import Block, unit_blocks
 from lowmem_icl.tables.unit_table import q_metric
 from lowmem_icl.tasks.prompt_pairs.pair import PromptPair
