@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lowmem_icl.experiments.ablate import stage as ablate
 from lowmem_icl.experiments.evaluate import stage as evaluate
+from lowmem_icl.experiments.icl_heads import stage as icl_heads
 from lowmem_icl.experiments.importance import stage as importance
 from lowmem_icl.experiments.induction import stage as induction
 from lowmem_icl.experiments.overlap import stage as overlap
@@ -79,6 +80,7 @@ STAGES = (
     ),
     Stage("patch", (), patch.parts, patch.run),
     Stage("induction", ("importance", "ablate", "prune"), induction.parts, induction.run, rough=True),
+    Stage("icl-heads", ("patch", "induction"), icl_heads.parts, icl_heads.run, rough=True),
     Stage("overlap", ("importance", "ablate"), overlap.parts, overlap.run),
 )
 

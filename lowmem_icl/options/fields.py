@@ -308,6 +308,14 @@ class RunFields(BaseModel):
             "the tasks' documents, corrupted",
         ),
     ] = None
+    text: Annotated[
+        AnyPath | None,
+        Flag(
+            Group.EXPERIMENTS,
+            "UTF-8 text on which icl-heads measures how loss falls with context.",
+            "a page of the tool's own",
+        ),
+    ] = None
     seed: Annotated[
         int,
         Field(ge=0, lt=2**32),

@@ -59,6 +59,13 @@ class RunOptions(RunFields):
         given = [name for name in PATCHING_OPTIONS if name in self.model_fields_set]
         if given and not self.patches:
             raise ValueError(f"--{given[0]}: expected patch or icl-heads among --experiments; add one")
+        if self.text is not None and "icl-heads" not in self.experiments:
+            raise ValueError("--text: expected icl-heads among --experiments; add it")
+        if self.corrupt == "queries" and "icl-heads" in self.experiments:
+            raise ValueError(
+                "--corrupt queries: icl-heads scores heads where answers of demonstrations are corrupted; "
+                "expected shuffled or wrong"
+            )
         if (self.clean is None) != (self.corrupted is None):
             there, lacking = ("clean", "corrupted") if self.corrupted is None else ("corrupted", "clean")
             raise ValueError(f"--{there}: expected --{lacking} with it, got only one of the two; give both")
@@ -184,6 +191,8 @@ class RunOptions(RunFields):
         if not self.patches:
             for name in PATCHING_OPTIONS:
                 del values[name]
+        if "icl-heads" not in self.experiments:
+            del values["text"]
         return values | {"shots": list(self.resolved_shots), **resolved}
 
     @property

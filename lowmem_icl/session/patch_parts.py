@@ -43,11 +43,14 @@ class PatchPart:
 
 @dataclass(frozen=True, eq=False)
 class EndMeansPart:
-    """The means of all units' outputs at the last tokens of prompts, [tokens] each, by group."""
+    """The means of all units' outputs at the last tokens of prompts, [tokens] each, by group; at all of them
+    where they are not `ends_only`.
+    """
 
     name: str
     label: str
     groups: tuple[tuple[tuple[int, ...], ...], ...]
+    ends_only: bool = True
 
     @cached_property
     def packed(self) -> list[PackedRows]:

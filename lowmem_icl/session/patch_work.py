@@ -32,7 +32,7 @@ def patched(work: Work, part: PatchPart) -> list[Scores]:
 
 
 def end_means(work: Work, part: EndMeansPart) -> Sequence[UnitMeans]:
-    """Return the means at the last tokens of every group's prompts."""
+    """Return the means at the last tokens of every group's prompts, or at all, as the part says."""
 
     def make(draft: Draft) -> dict[str, NDArray[Any]]:
         work.check_time()
@@ -42,7 +42,7 @@ def end_means(work: Work, part: EndMeansPart) -> Sequence[UnitMeans]:
         draft.resume(lambda: by_job(sums))
         cost = replace(part.cost(work.prepared, work.limits, ()), answers=0)
         with work.counted(part.label, cost) as advance:
-            unit_means(work.setup(advance, draft), part.packed, sums, ends_only=True)
+            unit_means(work.setup(advance, draft), part.packed, sums, ends_only=part.ends_only)
         return by_job(sums)
 
     return [MeanSums(**fields).means() for fields in of_jobs(work.made(part.name, make))]

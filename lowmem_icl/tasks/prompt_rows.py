@@ -1,8 +1,13 @@
-"""Rows of single prompts: whole, or their last token alone, from which the options go on, after a stem."""
+"""Rows of single prompts, whole, or their last token alone, from which the options go on, after a stem; and
+of plain text.
+"""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from lowmem_icl.rows import Row, stem_of
+import numpy as np
+
+from lowmem_icl.rows import Integers, Row, stem_of
 from lowmem_icl.tasks.row_layout import OptionPath, RowLayout
 
 
@@ -20,3 +25,12 @@ def prompt_row(prompt: Sequence[int], continuations: Sequence[Sequence[int]], *,
     layout = RowLayout()
     layout.grow(paths, 0 if stem is None else len(stem))
     return layout.row(stem)
+
+
+def text_row(tokens: Sequence[int], predicted: Integers) -> Row:
+    """Return the row of a plain text of which some tokens are predicted, by their indices: options 0, 1, … in
+    this order. What follows the last of them is left out, and so is it itself.
+    """
+    row = stem_of(tokens[: int(predicted.max())])
+    targets = np.array(tokens, dtype=np.int64)[predicted]
+    return replace(row, read_at=predicted - 1, targets=targets, options=np.arange(len(predicted)))

@@ -3,10 +3,12 @@ random draws.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.copying import REFERENCE_COPYING, CopyingForm
@@ -45,6 +47,13 @@ SEQUENCES_NAME = "random-sequences"
 NO_HEADS = f"induction: no head reaches a prefix-matching score of {measure.HEAD_SCORE}; none is removed"
 NO_DEMONSTRATIONS = "induction: no task has demonstrations; induction heads are not removed"
 NO_DRAWS = "induction: their layers have too few other heads for a random draw; they are removed without one"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InductionResult(StageResult):
+    """What the stage finds; `prefix_matching` [L, H]: the mean score of every head; None before there is."""
+
+    prefix_matching: NDArray[np.float64] | None = None
 
 
 def copying_form(options: RunOptions) -> CopyingForm:
@@ -111,7 +120,7 @@ def run(
     importance: StageResult | None,
     ablate: StageResult | None,
     prune: StageResult | None,
-) -> Iterator[StageResult]:
+) -> Iterator[InductionResult]:
     """Score all heads; compare them with all rankings and masks there are; remove the induction heads."""
     prepared = work.prepared
     questions = head_questions(prepared)
@@ -124,14 +133,14 @@ def run(
     ]
     results = blocks.frame("results", found, stamp(prepared, "induction"))
     record = {"induction": prepared.random_sequences.as_record()}
-    scored = StageResult(results=results, record=record)
+    scored = InductionResult(results=results, record=record, prefix_matching=scores.prefix_matching.mean(0))
     yield scored
     removed = _remove_heads(work, scores)
-    yield StageResult(
+    yield replace(
+        scored,
         results=pl.concat([results, removed.results]),
         masks=removed.masks,
         warnings=removed.warnings,
-        record=record,
     )
 
 

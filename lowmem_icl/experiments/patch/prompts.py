@@ -89,7 +89,7 @@ def prompts_of(prepared: Prepared) -> PromptsFound:
     for clean, corrupted in prepared.pair_settings:
         name = f"{clean.task}, {clean.shots} shot{'s' if clean.shots != 1 else ''}"
         if prepared.sample_note:
-            pairs = _sized_pairs(prepared, clean)
+            pairs = sized_pairs(prepared, clean)
         else:
             try:
                 made = pairs_of(prepared.pack(clean), prepared.pack(corrupted))
@@ -118,7 +118,7 @@ def prompts_of(prepared: Prepared) -> PromptsFound:
     return PromptsFound(tuple(found), tuple(vectors), tuple(notes))
 
 
-def _sized_pairs(prepared: Prepared, task: TaskRows) -> tuple[PromptPair, ...]:
+def sized_pairs(prepared: Prepared, task: TaskRows) -> tuple[PromptPair, ...]:
     """Return pairs of the sizes that documents are expected to have, for plans: after its last token, a
     prompt goes on with what else is read.
     """
@@ -164,14 +164,14 @@ def pair_jobs(pairs: Sequence[PromptPair], units: Sequence[Unit], at: At) -> lis
         whole = at == "all"
         rows = [prompt_row(prompt, pair.options, whole=whole) for prompt in (pair.corrupted, pair.clean)]
         tokens = [
-            RowTokens(row, np.arange(len(prompt)) if whole else _last(prompt))
+            RowTokens(row, np.arange(len(prompt)) if whole else end_of(prompt))
             for row, prompt in zip(rows, (pair.corrupted, pair.clean), strict=True)
         ]
         jobs += [PatchJob(tokens[0], changes, tokens[1]), PatchJob(tokens[1], changes, tokens[0])]
     return jobs
 
 
-def _last(prompt: Tokens) -> np.ndarray:
+def end_of(prompt: Tokens) -> np.ndarray:
     """Return where a prompt's last token stands in its row, behind the stem."""
     return np.array([0])
 
@@ -182,7 +182,7 @@ def vector_jobs(prompts: VectorPrompts, means: UnitMeans | None, changes: Sequen
     """
     return [
         PatchJob(
-            RowTokens(prompt_row(prompt, target_options(target), whole=False), _last(prompt)),
+            RowTokens(prompt_row(prompt, target_options(target), whole=False), end_of(prompt)),
             (Mask(), *changes),
             means,
         )

@@ -46,10 +46,16 @@ def parts(prepared: Prepared) -> list[Part]:
     """Return the passes that patch pairs, take means and put them into corrupted prompts."""
     found = prompts_of(prepared)
     asked: list[Part] = [pairs_part(prepared, found)] if found.pairs else []
-    if found.vectors:
-        nothing = [None] * len(found.vectors)
-        asked += [means_part(found.vectors), vectors_part(prepared, found.vectors, nothing)]
-    return asked
+    return asked + function_vector_parts(prepared, found.vectors)
+
+
+def function_vector_parts(prepared: Prepared, vectors: Sequence[VectorPrompts]) -> list[Part]:
+    """Return the passes that take means and put them into corrupted prompts; whichever stage comes first
+    makes them.
+    """
+    if not vectors:
+        return []
+    return [means_part(vectors), vectors_part(prepared, vectors, [None] * len(vectors))]
 
 
 def pairs_part(prepared: Prepared, found: PromptsFound) -> PatchPart:
@@ -108,12 +114,10 @@ def run(work: Work) -> Iterator[PatchResult]:
         yield PatchResult(results=results, effects=effects, warnings=found.notes)
     if not found.vectors:
         return
-    means = end_means(work, means_part(found.vectors))
-    scores = iter(patched(work, vectors_part(prepared, found.vectors, means)))
+    by_task, means = head_effects(work, found.vectors)
     rows, heads = [], heads_of(prepared)
     vectors: dict[Setting, NDArray[np.float64]] = {}
-    for prompts in found.vectors:
-        of_task = function_vectors.head_effects([next(scores) for _ in prompts.corrupted])
+    for prompts, of_task in zip(found.vectors, by_task, strict=True):
         rows += function_vectors.score_blocks(prompts, heads, of_task)
         vectors[prompts.task, prompts.shots] = of_task[0]
     scored = blocks.frame("results", rows, stamped)
@@ -125,6 +129,17 @@ def run(work: Work) -> Iterator[PatchResult]:
         vectors=vectors,
         end_means=dict(zip(settings, means, strict=True)),
     )
+
+
+def head_effects(
+    work: Work, vectors: Sequence[VectorPrompts]
+) -> tuple[list[tuple[function_vectors.Values, function_vectors.Values]], Sequence[UnitMeans]]:
+    """Return what every head's mean changes in corrupted prompts, as `function_vectors.head_effects` has it,
+    and the means, by task.
+    """
+    means = end_means(work, means_part(vectors))
+    scores = iter(patched(work, vectors_part(work.prepared, vectors, means)))
+    return [function_vectors.head_effects([next(scores) for _ in of.corrupted]) for of in vectors], means
 
 
 def _add_effects(

@@ -8,6 +8,8 @@ from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.numbers import induction_heads, mean_over_tasks, pruned, top_units, unit_name
 from lowmem_icl.tables.schema import ACCURACIES
 
+SHOWN_PERCENT = 5
+
 
 def first_result(experiment: str, results: pl.DataFrame) -> str:
     """Return what an experiment found first, from its records of results.parquet; empty where it found
@@ -93,6 +95,46 @@ def _induction(results: pl.DataFrame) -> str:
     return f"prefix matching is highest in L{heads[0]['layer']}H{heads[0]['head']} ({heads[0]['value']:.2f})"
 
 
+def _patch(results: pl.DataFrame) -> str:
+    """Return the head that restores most in the setting where one restores most; where no pairs were patched,
+    the head with the highest function-vector score.
+    """
+    heads = results.filter((pl.col("kind") == "head") & (pl.col("task") != AGGREGATE))
+    for metric, said in (
+        ("restore_gold_logprob", "{unit} alone restores {value:.2f} nats of {where}"),
+        ("function_vector", "{unit} has the highest function-vector score, {value:.2f} in {where}"),
+    ):
+        found = heads.filter(pl.col("metric") == metric).sort("value", descending=True, maintain_order=True)
+        if len(found):
+            row = found.row(0, named=True)
+            shots = row["shots"]
+            where = row["task"] if shots is None else f"{row['task']} at {shots} shots"
+            unit = unit_name("head", row["layer"], row["head"])
+            return said.format(unit=unit, value=row["value"], where=where)
+    return ""
+
+
+def _icl_heads(results: pl.DataFrame) -> str:
+    """Return what removing 5 % of the heads by each score costs beside random ones, by the mean over tasks
+    where there is one.
+    """
+    drops = results.filter(
+        (pl.col("procedure") == "removal")
+        & (pl.col("metric") == "acc_drop")
+        & (pl.col("percent") == SHOWN_PERCENT)
+    )
+    for means in ("task-mean", "own-mean"):
+        rows = mean_over_tasks(drops.filter(pl.col("other_method") == means))
+        values = {row["method"]: row["value"] for row in rows.iter_rows(named=True)}
+        if values:
+            return (
+                f"removing {SHOWN_PERCENT} % of the heads costs {values['function_vector']:.2f} of accuracy by "
+                f"function vectors, {values['induction']:.2f} by induction, {values['random-median']:.2f} at "
+                "random"
+            )
+    return ""
+
+
 def _overlap(results: pl.DataFrame) -> str:
     rows = results.filter(pl.col("metric") == "spearman")
     return f"{len(rows):,} pairs of rankings" if len(rows) else ""
@@ -103,6 +145,8 @@ FIRST_RESULTS: dict[str, Callable[[pl.DataFrame], str]] = {
     "importance": _importance,
     "ablate": _ablate,
     "prune": _prune,
+    "patch": _patch,
     "induction": _induction,
+    "icl-heads": _icl_heads,
     "overlap": _overlap,
 }

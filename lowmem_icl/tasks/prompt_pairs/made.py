@@ -51,6 +51,24 @@ def pairs_of(clean: PackedTask, corrupted: PackedTask) -> MadePairs:
     return MadePairs(tuple(pairs), equal, truncated)
 
 
+Prompt = tuple[Tokens, tuple[Tokens, ...]]
+"""A prompt as tokens, and the continuations of its options."""
+
+
+def document_prompts(packed: PackedTask) -> list[Prompt | None]:
+    """Return the prompt of every document with its options; None where it was cut to fit the context.
+
+    Raises NoPromptPairs where the options of a document have different contexts.
+    """
+    found: list[Prompt | None] = []
+    for place, document in enumerate(packed.task.documents):
+        options = _options_of(packed, place, document)
+        prompt = _prompt(options, packed)
+        continuations = tuple(option.continuation for option in options)
+        found.append(None if prompt is None else (prompt, continuations))
+    return found
+
+
 def _options_of(packed: PackedTask, place: int, document: Document) -> list[OptionTokens]:
     first = int(packed.first_option[place])
     return packed.options[first : first + len(document.gold)]

@@ -1,0 +1,1 @@
+"""Which heads carry learning in context: induction heads or function-vector heads."""

@@ -1,0 +1,92 @@
+"""The prompts and windows of text on which heads are removed, and the jobs that do it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lowmem_icl.engine.answers import Scores
+from lowmem_icl.engine.patch_jobs import PatchJob, RowTokens
+from lowmem_icl.experiments.icl_heads.measure import TaskScores
+from lowmem_icl.experiments.patch.prompts import VectorPrompts, end_of, sized_pairs
+from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.means import UnitMeans
+from lowmem_icl.session.prepare import Prepared
+from lowmem_icl.tasks.documents import TaskRows
+from lowmem_icl.tasks.prompt_pairs.made import Prompt, document_prompts
+from lowmem_icl.tasks.prompt_rows import prompt_row, text_row
+from lowmem_icl.tasks.text_windows import TextWindows
+
+DOCUMENTS = slice(0, 64)
+"""Evaluation documents of every task that heads are removed for."""
+
+
+@dataclass(frozen=True, eq=False)
+class TaskPrompts:
+    """The evaluation documents of a task whose prompts fit the context, and these prompts."""
+
+    task: TaskRows
+    prompts: tuple[Prompt, ...]
+    truncated: int = 0
+
+    def jobs(self, changes: Sequence[Mask], means: UnitMeans | None) -> list[PatchJob]:
+        """Return a job per document: heads' means in their place at the prompt's last token; read are the
+        options, and after them the first tokens of the right ones.
+        """
+        jobs = []
+        for document, (prompt, options) in zip(self.task.documents, self.prompts, strict=True):
+            firsts = [option[:1] for option, is_gold in zip(options, document.gold, strict=True) if is_gold]
+            row = prompt_row(prompt, [*options, *firsts], whole=False)
+            jobs.append(PatchJob(RowTokens(row, end_of(prompt)), tuple(changes), means))
+        return jobs
+
+    def scores(self, found: Sequence[Scores]) -> TaskScores:
+        """Return what the jobs of all documents scored."""
+        counts = [len(options) for _, options in self.prompts]
+        parts = list(zip(found, counts, strict=True))
+        return TaskScores(
+            self.task,
+            np.concatenate([score.logprobs[:, :count] for score, count in parts], 1),
+            np.concatenate([score.greedy[:, :count] for score, count in parts], 1),
+            np.stack([score.greedy[:, count:].any(1) for score, count in parts], 1),
+        )
+
+
+def vector_settings(vectors: Sequence[VectorPrompts]) -> list[VectorPrompts]:
+    """Return the prompts that heads are scored on: of all tasks at the largest shot count there is."""
+    of_tasks = [prompts for prompts in vectors if prompts.shots is not None]
+    most = max((prompts.shots or 0 for prompts in of_tasks), default=0)
+    return [prompts for prompts in of_tasks if prompts.shots == most]
+
+
+def evaluation_prompts(prepared: Prepared, settings: Sequence[VectorPrompts]) -> Iterator[TaskPrompts]:
+    """Yield the evaluation prompts of tasks that have function vectors, at their shot counts."""
+    rows = {(task.task, task.shots): task for task in prepared.evaluate}
+    for setting in settings:
+        task = rows[setting.task, setting.shots or 0]
+        task = replace(task, documents=task.documents[DOCUMENTS])
+        if prepared.sample_note:
+            yield TaskPrompts(task, tuple(_sized_prompts(prepared, task)))
+            continue
+        found = document_prompts(prepared.pack(task))
+        kept = [(of, prompt) for of, prompt in zip(task.documents, found, strict=True) if prompt is not None]
+        yield TaskPrompts(
+            replace(task, documents=tuple(document for document, _ in kept)),
+            tuple(prompt for _, prompt in kept),
+            len(found) - len(kept),
+        )
+
+
+def _sized_prompts(prepared: Prepared, task: TaskRows) -> Iterator[Prompt]:
+    """Yield prompts of the sizes that documents are expected to have, for plans: one option has all that is
+    read, the others end where it begins.
+    """
+    for pair, document in zip(sized_pairs(prepared, task), task.documents, strict=True):
+        (option,) = pair.options
+        yield pair.clean, (option, *[option[:1]] * (len(document.gold) - 1))
+
+
+def text_jobs(text: TextWindows, changes: Sequence[Mask], means: UnitMeans | None) -> list[PatchJob]:
+    """Return a job per window: heads' means in their place at all tokens."""
+    rows = [text_row(window, text.predicted) for window in text.windows]
+    return [PatchJob(RowTokens(row, np.arange(len(row))), tuple(changes), means) for row in rows]
