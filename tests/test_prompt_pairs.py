@@ -5,7 +5,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +256,17 @@ def test_equal_and_truncated_prompts_are_counted_and_left_out(tmp_path: Path) ->
     short = PackingLimits(context_tokens=33, row_tokens=128, empty_context=0, bos=BOS)
     cut = pairs_of(pack(found.clean, by_bytes, short), pack(found.changed, by_bytes, short))
     assert (cut.pairs, cut.truncated) == ((), len(found.clean.documents))
+
+
+def test_prompts_of_fewer_demonstrations_are_whole(tmp_path: Path) -> None:
+    found = corrupt(mostly_yes(tmp_path), "wrong", demonstrations=Demonstrations("shared", 3))
+    fewer = replace(
+        found.clean, documents=tuple(replace(document, dropped=1) for document in found.clean.documents)
+    )
+    clean = pack(fewer, by_bytes, LIMITS)
+    assert clean.options.truncated.all()
+    made = pairs_of(clean, pack(found.changed, by_bytes, LIMITS))
+    assert (len(made.pairs), made.truncated) == (8, 0)
 
 
 # --- Files. ---
