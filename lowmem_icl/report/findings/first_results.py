@@ -128,9 +128,9 @@ def _icl_heads(results: pl.DataFrame) -> str:
         values = {row["method"]: row["value"] for row in rows.iter_rows(named=True)}
         if values:
             return (
-                f"removing {SHOWN_PERCENT} % of the heads costs {values['function_vector']:.2f} of accuracy by "
-                f"function vectors, {values['induction']:.2f} by induction, {values['random-median']:.2f} at "
-                "random"
+                f"removing {SHOWN_PERCENT} % of the heads costs {values['function_vector']:.2f} of accuracy "
+                f"by function vectors, {values['induction']:.2f} by induction, "
+                f"{values['random-median']:.2f} at random"
             )
     return ""
 

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from lowmem_icl.tasks.documents import Document
-from lowmem_icl.tasks.packing import OptionTokens, PackedTask
+from lowmem_icl.tasks.packing import PackedTask
 from lowmem_icl.tasks.prompt_pairs.pair import PromptPair, Tokens
 
 
@@ -35,17 +34,24 @@ def pairs_of(clean: PackedTask, corrupted: PackedTask) -> MadePairs:
     """
     pairs: list[PromptPair] = []
     equal = truncated = 0
-    clusters = clean.task.clusters
-    documents = zip(clean.task.documents, corrupted.task.documents, clusters, strict=True)
-    for place, (document, other, cluster) in enumerate(documents):
+    prompts, changed_prompts = _prompts(clean), _prompts(corrupted)
+    documents = zip(
+        clean.task.documents,
+        corrupted.task.documents,
+        prompts,
+        changed_prompts,
+        clean.task.clusters,
+        clean.first_option.tolist(),
+        strict=True,
+    )
+    for document, other, prompt, changed, cluster, first in documents:
         assert document.index == other.index, "both are of the same documents"
-        options = _options_of(clean, place, document)
-        prompt, changed = _prompt(options, clean), _prompt(_options_of(corrupted, place, other), corrupted)
         if prompt is None or changed is None:
             truncated += 1
         elif prompt == changed:
             equal += 1
         else:
+            options = clean.options[first : first + len(document.gold)]
             continuations = tuple(option.continuation for option in options)
             pairs.append(PromptPair(document.index, prompt, changed, continuations, document.gold, cluster))
     return MadePairs(tuple(pairs), equal, truncated)
@@ -61,27 +67,31 @@ def document_prompts(packed: PackedTask) -> list[Prompt | None]:
     Raises NoPromptPairs where the options of a document have different contexts.
     """
     found: list[Prompt | None] = []
-    for place, document in enumerate(packed.task.documents):
-        options = _options_of(packed, place, document)
-        prompt = _prompt(options, packed)
+    documents = zip(_prompts(packed), packed.task.documents, packed.first_option.tolist(), strict=True)
+    for prompt, document, first in documents:
+        options = packed.options[first : first + len(document.gold)]
         continuations = tuple(option.continuation for option in options)
         found.append(None if prompt is None else (prompt, continuations))
     return found
 
 
-def _options_of(packed: PackedTask, place: int, document: Document) -> list[OptionTokens]:
-    first = int(packed.first_option[place])
-    return packed.options[first : first + len(document.gold)]
-
-
-def _prompt(options: list[OptionTokens], packed: PackedTask) -> Tokens | None:
-    """Return the one context of a document's options; None where it was cut to fit."""
-    if any(option.truncated for option in options):
-        return None
-    contexts = {option.path[: option.context_tokens] for option in options}
-    if len(contexts) > 1:
-        raise NoPromptPairs(
-            f"task {packed.task.task}: its answers stand in the context, so a document has a prompt per "
-            "option and not one to patch"
-        )
-    return contexts.pop()
+def _prompts(packed: PackedTask) -> list[Tokens | None]:
+    """Return the one context of every document's options; None where it was cut to fit."""
+    options = packed.options
+    # Not `truncated`, which is also said of whole prompts from which demonstrations were left out.
+    whole_tokens = options.limits.context_lengths(options.table.lengths[options.contexts])
+    is_cut = options.context_tokens < whole_tokens
+    found: list[Tokens | None] = []
+    for document, first in zip(packed.task.documents, packed.first_option.tolist(), strict=True):
+        end = first + len(document.gold)
+        if is_cut[first:end].any():
+            found.append(None)
+            continue
+        contexts = {option.path[: option.context_tokens] for option in options[first:end]}
+        if len(contexts) > 1:
+            raise NoPromptPairs(
+                f"task {packed.task.task}: its answers stand in the context, so a document has a prompt per "
+                "option and not one to patch"
+            )
+        found.append(contexts.pop())
+    return found
