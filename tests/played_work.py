@@ -1,9 +1,12 @@
 """Work that is only described: parts answered with arbitrary numbers, so that stages run without a model."""
 
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.head_scores import HeadScores
@@ -31,18 +34,39 @@ SHARED = {"demonstrations": "shared", "demonstration_sets": 3}
 DROPS = {"label_drops": True}
 
 
+class _Begun(Exception):
+    pass
+
+
+class _NoDraft:
+    """Takes the empty arrays of a part, and stops what would fill them."""
+
+    arrays: Mapping[str, NDArray[Any]]
+
+    def resume(self, arrays: Callable[[], Mapping[str, NDArray[Any]]]) -> None:
+        self.arrays = arrays()
+        raise _Begun
+
+
+@dataclass(frozen=True)
+class PatchingPart:
+    """What is known of a part that patches when it is asked for."""
+
+    name: str
+
+
 @dataclass(frozen=True)
 class PlayedWork(Work):
     """Work that answers every part with arbitrary numbers of the right shapes,
     and notes what it was asked.
     """
 
-    asked: list[Part] = field(default_factory=list)
+    asked: list[Any] = field(default_factory=list)
     finished: set[str] = field(default_factory=set)
     allowed: int = 10**9
     no_time_for: str = "nothing"
 
-    def _ask(self, part: Part) -> np.random.Generator:
+    def _ask(self, part: Part | PatchingPart) -> np.random.Generator:
         for earlier in (earlier for earlier in self.asked if earlier.name == part.name):
             assert content_of(part) == content_of(earlier), f"{part.name} would be read from another's file"
         if part.name not in self.finished:
@@ -60,6 +84,16 @@ class PlayedWork(Work):
                 Scores(rng.normal(size=shape), rng.random(shape) < 0.5, np.ones(shape, dtype=np.bool_))
             )
         return scores
+
+    def made(self, name: str, make: Callable[[Any], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+        """Parts that patch: the arrays that they would fill, without what fills them."""
+        rng = self._ask(PatchingPart(name))
+        with suppress(_Begun):
+            make(draft := _NoDraft())
+        return {
+            key: np.ones_like(array) if array.dtype == np.bool_ else rng.random(array.shape)
+            for key, array in draft.arrays.items()
+        }
 
     def gradients(self, part: GradientsPart) -> list[UnitGradients]:
         rng, skeleton = self._ask(part), self.prepared.skeleton
@@ -97,7 +131,7 @@ def prepared_for(**changes: Any) -> Prepared:
     return prepare(RunOptions.model_validate({"tasks": ("recall", "knowledge", "repeat")} | SMALL | changes))
 
 
-def content_of(part: Part) -> Any:
+def content_of(part: Part | PatchingPart) -> Any:
     """What the file of a part depends on, of those that have masks."""
     if isinstance(part, SweepPart):
         return [(job.task.documents, job.documents, job.masks) for job in part.jobs]
@@ -108,7 +142,7 @@ def is_search(part: Part) -> bool:
     return part.name == "" or part.name.startswith(("prune-0", "prune-compared", "prune-certify"))
 
 
-def described(part: Part) -> tuple[Any, ...]:
+def described(part: Part | PatchingPart) -> tuple[Any, ...]:
     """What a part is: its name, and for every job the documents and how many masks they are under."""
     if isinstance(part, SweepPart):
         jobs = [(job.task.task, job.task.shots, job.documents, len(job.masks)) for job in part.jobs]

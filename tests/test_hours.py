@@ -69,7 +69,7 @@ class TimedWork(PlayedWork):
 
     rates: Rates = RATES
 
-    def _ask(self, part: Part) -> np.random.Generator:
+    def _ask(self, part: Part | PatchingPart) -> np.random.Generator:
         self.check_time()
         if part.name not in self.finished:
             assert isinstance(self.clock, PlayedClock)
