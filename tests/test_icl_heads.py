@@ -115,7 +115,8 @@ def test_heads_removed_from_prompts_are_those_of_hooks_on_the_whole_prompt(
         assert found.logprobs.shape[1] == sum(len(document.gold) for document in task.task.documents)
         logprobs: list[list[float]] = [[], []]
         first: list[list[bool]] = [[], []]
-        for (prompt, options), document in zip(task.prompts, task.task.documents, strict=True):
+        for shown, document in zip(task.prompts, task.task.documents, strict=True):
+            prompt, options = shown.tokens, shown.options
             last = slice(len(prompt) - 1, len(prompt))
             for index, mask in enumerate((Mask(), SOME)):
                 for option in options:
@@ -275,7 +276,7 @@ def test_a_run_does_the_passes_it_needs_and_others_find_them(tmp_path: Path, sto
     wanted = (
         "patch-means",
         "patch-vectors",
-        "induction",
+        "icl-heads-induction",
         "icl-heads",
         "icl-heads-text-means",
         "icl-heads-text",

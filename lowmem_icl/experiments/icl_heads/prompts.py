@@ -13,7 +13,7 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.tasks.documents import TaskRows
-from lowmem_icl.tasks.prompt_pairs.made import Prompt, document_prompts
+from lowmem_icl.tasks.prompt_pairs.made import Prompt, prompts_of
 from lowmem_icl.tasks.prompt_rows import prompt_row, text_row
 from lowmem_icl.tasks.text_windows import TextWindows
 
@@ -34,15 +34,16 @@ class TaskPrompts:
         options, and after them the first tokens of the right ones.
         """
         jobs = []
-        for document, (prompt, options) in zip(self.task.documents, self.prompts, strict=True):
-            firsts = [option[:1] for option, is_gold in zip(options, document.gold, strict=True) if is_gold]
-            row = prompt_row(prompt, [*options, *firsts], whole=False)
-            jobs.append(PatchJob(RowTokens(row, end_of(prompt)), tuple(changes), means))
+        for prompt in self.prompts:
+            gold = zip(prompt.options, prompt.gold, strict=True)
+            firsts = [option[:1] for option, is_gold in gold if is_gold]
+            row = prompt_row(prompt.tokens, [*prompt.options, *firsts], whole=False)
+            jobs.append(PatchJob(RowTokens(row, end_of(prompt.tokens)), tuple(changes), means))
         return jobs
 
     def scores(self, found: Sequence[Scores]) -> TaskScores:
         """Return what the jobs of all documents scored."""
-        counts = [len(options) for _, options in self.prompts]
+        counts = [len(prompt.options) for prompt in self.prompts]
         parts = list(zip(found, counts, strict=True))
         return TaskScores(
             self.task,
@@ -68,13 +69,10 @@ def evaluation_prompts(prepared: Prepared, settings: Sequence[VectorPrompts]) ->
         if prepared.sample_note:
             yield TaskPrompts(task, tuple(_sized_prompts(prepared, task)))
             continue
-        found = document_prompts(prepared.pack(task))
-        kept = [(of, prompt) for of, prompt in zip(task.documents, found, strict=True) if prompt is not None]
-        yield TaskPrompts(
-            replace(task, documents=tuple(document for document, _ in kept)),
-            tuple(prompt for _, prompt in kept),
-            len(found) - len(kept),
-        )
+        prompts = prompts_of(prepared.pack(task))
+        whole = {prompt.document for prompt in prompts}
+        kept = tuple(document for document in task.documents if document.index in whole)
+        yield TaskPrompts(replace(task, documents=kept), prompts, len(task.documents) - len(kept))
 
 
 def _sized_prompts(prepared: Prepared, task: TaskRows) -> Iterator[Prompt]:
@@ -83,7 +81,8 @@ def _sized_prompts(prepared: Prepared, task: TaskRows) -> Iterator[Prompt]:
     """
     for pair, document in zip(sized_pairs(prepared, task), task.documents, strict=True):
         (option,) = pair.options
-        yield pair.clean, (option, *[option[:1]] * (len(document.gold) - 1))
+        options = (option, *[option[:1]] * (len(document.gold) - 1))
+        yield Prompt(document.index, pair.clean, options, document.gold, pair.cluster)
 
 
 def text_jobs(text: TextWindows, changes: Sequence[Mask], means: UnitMeans | None) -> list[PatchJob]:

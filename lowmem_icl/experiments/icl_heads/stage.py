@@ -25,7 +25,7 @@ from lowmem_icl.experiments.icl_heads.removals import (
     all_removals,
     levels,
 )
-from lowmem_icl.experiments.induction.stage import InductionResult, head_questions, scores_part
+from lowmem_icl.experiments.induction.stage import InductionResult, head_questions
 from lowmem_icl.experiments.patch.prompts import PromptsFound, VectorPrompts, prompts_of
 from lowmem_icl.experiments.patch.stage import PatchResult, Setting, function_vector_parts, head_effects
 from lowmem_icl.masks.mask import Mask
@@ -34,7 +34,7 @@ from lowmem_icl.session.patch_parts import EndMeansPart, PatchPart
 from lowmem_icl.session.patch_work import end_means, patched
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import StageResult, stamp
-from lowmem_icl.session.work import Part, Work
+from lowmem_icl.session.work import HeadScoresPart, Part, Work
 from lowmem_icl.statistics.bands import LEAST_DRAWS
 from lowmem_icl.tables import blocks
 from lowmem_icl.tables.aggregate import over_tasks
@@ -81,14 +81,22 @@ def parts(prepared: Prepared, patch: StageResult | None, induction: StageResult 
     if not settings:
         return []
     asked = function_vector_parts(prepared, found.vectors) if _vectors_of(patch) is None else []
-    if _prefix_matching_of(induction) is None:
-        asked.append(scores_part(head_questions(prepared)))
+    if "induction" not in prepared.options.experiments:
+        asked.append(prefix_matching_part(prepared))
     shape, rng = (prepared.skeleton.layers, prepared.skeleton.heads), np.random.default_rng(0)
     removals = all_removals(Scores(rng.random(shape), rng.random(shape)), prepared.options.seed)
     if removals:
         asked.append(removal_part(prepared, settings, removals, None))
         asked += _text_parts(prepared.given.text, removals)
     return asked
+
+
+def prefix_matching_part(prepared: Prepared) -> HeadScoresPart:
+    """Return the pass that scores heads on sequences with repeats alone: copying, which takes longer in
+    models of large vocabularies, is not asked for.
+    """
+    questions = replace(head_questions(prepared), unrepeated=())
+    return HeadScoresPart("icl-heads-induction", "prefix matching", questions)
 
 
 def removal_part(
@@ -200,8 +208,7 @@ def _basis(
         vectors, tables = dict(known.vectors), dict(known.end_means)
     prefix_matching = _prefix_matching_of(induction)
     if prefix_matching is None:
-        part = scores_part(head_questions(work.prepared))
-        prefix_matching = work.head_scores(part).prefix_matching.mean(0)
+        prefix_matching = work.head_scores(prefix_matching_part(work.prepared)).prefix_matching.mean(0)
     by_task = [vectors[setting.task, setting.shots].mean(1) for setting in settings]
     return _Basis(Scores(np.mean(by_task, 0).reshape(shape), prefix_matching), tables)
 

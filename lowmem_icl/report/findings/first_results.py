@@ -101,7 +101,7 @@ def _patch(results: pl.DataFrame) -> str:
     """
     heads = results.filter((pl.col("kind") == "head") & (pl.col("task") != AGGREGATE))
     for metric, said in (
-        ("restore_gold_logprob", "{unit} alone restores {value:.2f} nats of {where}"),
+        ("restore_gold_logprob", "{unit} restores most, {value:.2f} nats of {where}"),
         ("function_vector", "{unit} has the highest function-vector score, {value:.2f} in {where}"),
     ):
         found = heads.filter(pl.col("metric") == metric).sort("value", descending=True, maintain_order=True)

@@ -10,6 +10,24 @@ class NoPromptPairs(Exception):
     """The documents of a task make no pairs; the message says why."""
 
 
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A document's prompt by itself: its index, its tokens, its options and which are right, and what
+    intervals cluster by.
+    """
+
+    document: int
+    tokens: Tokens
+    options: tuple[Tokens, ...]
+    gold: tuple[bool, ...]
+    cluster: str
+
+    @property
+    def right(self) -> Tokens:
+        """The first right option."""
+        return self.options[self.gold.index(True)]
+
+
 @dataclass(frozen=True)
 class MadePairs:
     """The pairs of a task's documents, in their order, and how many documents were left out: those whose
@@ -34,64 +52,46 @@ def pairs_of(clean: PackedTask, corrupted: PackedTask) -> MadePairs:
     """
     pairs: list[PromptPair] = []
     equal = truncated = 0
-    prompts, changed_prompts = _prompts(clean), _prompts(corrupted)
-    documents = zip(
-        clean.task.documents,
-        corrupted.task.documents,
-        prompts,
-        changed_prompts,
-        clean.task.clusters,
-        clean.first_option.tolist(),
-        strict=True,
-    )
-    for document, other, prompt, changed, cluster, first in documents:
-        assert document.index == other.index, "both are of the same documents"
+    for prompt, changed in zip(_prompts(clean), _prompts(corrupted), strict=True):
         if prompt is None or changed is None:
             truncated += 1
-        elif prompt == changed:
+            continue
+        assert prompt.document == changed.document, "both are of the same documents"
+        if prompt.tokens == changed.tokens:
             equal += 1
-        else:
-            options = clean.options[first : first + len(document.gold)]
-            continuations = tuple(option.continuation for option in options)
-            pairs.append(PromptPair(document.index, prompt, changed, continuations, document.gold, cluster))
+            continue
+        same = prompt.options, prompt.gold, prompt.cluster
+        pairs.append(PromptPair(prompt.document, prompt.tokens, changed.tokens, *same))
     return MadePairs(tuple(pairs), equal, truncated)
 
 
-Prompt = tuple[Tokens, tuple[Tokens, ...]]
-"""A prompt as tokens, and the continuations of its options."""
+def prompts_of(packed: PackedTask) -> tuple[Prompt, ...]:
+    """Return the prompts of documents that fit the context; raises NoPromptPairs as `pairs_of` does."""
+    return tuple(prompt for prompt in _prompts(packed) if prompt is not None)
 
 
-def document_prompts(packed: PackedTask) -> list[Prompt | None]:
-    """Return the prompt of every document with its options; None where it was cut to fit the context.
-
-    Raises NoPromptPairs where the options of a document have different contexts.
-    """
-    found: list[Prompt | None] = []
-    documents = zip(_prompts(packed), packed.task.documents, packed.first_option.tolist(), strict=True)
-    for prompt, document, first in documents:
-        options = packed.options[first : first + len(document.gold)]
-        continuations = tuple(option.continuation for option in options)
-        found.append(None if prompt is None else (prompt, continuations))
-    return found
-
-
-def _prompts(packed: PackedTask) -> list[Tokens | None]:
-    """Return the one context of every document's options; None where it was cut to fit."""
+def _prompts(packed: PackedTask) -> list[Prompt | None]:
+    """Return every document's prompt; None where it was cut to fit."""
     options = packed.options
     # Not `truncated`, which is also said of whole prompts from which demonstrations were left out.
     whole_tokens = options.limits.context_lengths(options.table.lengths[options.contexts])
     is_cut = options.context_tokens < whole_tokens
-    found: list[Tokens | None] = []
-    for document, first in zip(packed.task.documents, packed.first_option.tolist(), strict=True):
+    task = packed.task
+    found: list[Prompt | None] = []
+    for document, cluster, first in zip(
+        task.documents, task.clusters, packed.first_option.tolist(), strict=True
+    ):
         end = first + len(document.gold)
         if is_cut[first:end].any():
             found.append(None)
             continue
-        contexts = {option.path[: option.context_tokens] for option in options[first:end]}
+        own = options[first:end]
+        contexts = {option.path[: option.context_tokens] for option in own}
         if len(contexts) > 1:
             raise NoPromptPairs(
-                f"task {packed.task.task}: its answers stand in the context, so a document has a prompt per "
-                "option and not one to patch"
+                f"task {task.task}: its answers stand in the context, so a document has a prompt per option "
+                "and not one to patch"
             )
-        found.append(contexts.pop())
+        continuations = tuple(option.continuation for option in own)
+        found.append(Prompt(document.index, contexts.pop(), continuations, document.gold, cluster))
     return found
