@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_store
 from family_models import CASES, CONTEXT, HEADS, LAYERS, FamilyCase
-from test_engine import CPU, LIMITS, PLENTY, ablation_masks, cache_of, ids, packed_task, random_task, swept
+from test_engine import CPU, PLENTY, ablation_masks, cache_of, packed_task, swept
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
@@ -27,7 +27,6 @@ from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store, open_store, verify_store
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.rows import stem_of
-from lowmem_icl.tasks.packing import pack
 from lowmem_icl.tasks.random_sequences import Drawable, random_sequences
 
 SEQUENCES = random_sequences(Drawable(np.arange(4, 300), "ids"), 2, 50, seed=1, count=1)
@@ -82,15 +81,15 @@ def test_a_store_is_read_back_as_it_was_written(made: Made) -> None:
 
 
 @pytest.mark.parametrize("shared", [0, 40], ids=["own prompts", "shared demonstrations"])
-def test_every_unit_removed_equals_one_hooked_run_a_unit(made: Made, shared: int) -> None:
+def test_every_unit_removed_equals_one_hooked_row_a_unit(made: Made, shared: int) -> None:
     """Trees of options and stems against single rows; the clean run among them."""
-    made_of = random_task(2, 5 if shared else 3, shared=shared)
-    task, masks = pack(made_of, ids, LIMITS), ablation_masks(LAYERS, HEADS)
+    task, masks = packed_task(2, shared=shared), ablation_masks(LAYERS, HEADS)
     assert len({row.stem for row in task.packed.rows}) == (2 if shared else 1)
     (scores,) = swept(made.store, [Job(task.packed, masks)])
-    for mask, values in zip(masks, scores.logprobs, strict=True):
-        expected = oracles.option_logprobs(made.case, made.model, task.options, mask)
-        np.testing.assert_allclose(values, expected, atol=1e-4)
+    clean = oracles.option_logprobs(made.case, made.model, task.options, Mask())
+    np.testing.assert_allclose(scores.logprobs[0], clean, atol=1e-4)
+    expected = oracles.option_logprobs_by_mask(made.case, made.model, task.options, masks)
+    np.testing.assert_allclose(scores.logprobs, expected, atol=1e-4)
     assert (np.abs(scores.logprobs[1:] - scores.logprobs[0]).max(1) > 1e-3).all(), "every unit matters"
 
 
