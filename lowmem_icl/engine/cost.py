@@ -62,14 +62,14 @@ def sweep_cost(
     if not jobs:
         return SweepCost()
     streamed = np.array([layer not in resident for layer in range(layers)])
-    packed = tuple(job.packed for job in jobs)
-    blocks = block_sizes(packed, width, layers, limits, keeps_clean=has_variants(jobs))
+    blocks = block_sizes(jobs, width, layers, limits, keeps_clean=has_variants(jobs))
     masks = JobMasks.of(jobs, layers)
     waves = count_waves(blocks, masks, width, limits, streamed, cached=cached)
     return (
         _clean_cost(blocks, masks, waves, layers)
         + _variants_cost(blocks, masks, layers)
         + SweepCost(attention_tokens=waves.branching_tokens, layers_read=waves.layers_read)
+        + SweepCost(waves.donor_tokens, waves.donor_tokens, waves.donor_tokens)
     )
 
 

@@ -3,7 +3,7 @@
 Axis letters: N owners (documents), T tokens of a micro-batch, L layers, H heads, O options, D width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowmem_icl.engine.cache import WHOLE_MODEL
-from lowmem_icl.engine.removed_units import Fills, MaskFills, RemovedUnits, fill_of
+from lowmem_icl.engine.fills import MaskFills, fill_of
+from lowmem_icl.engine.removed_units import RemovedUnits
 from lowmem_icl.engine.row_masks import plain_segments
 from lowmem_icl.engine.schedule import BlockRow
 from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.model.layer import DecoderLayer, LayerCut
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.rows import Integers, Row
@@ -37,7 +39,7 @@ class GradientJob:
     rows: Sequence[Row]
     choose: Choose
     mask: Mask = WHOLE_MODEL
-    fills: Fills = field(default_factory=dict)
+    fills: Mapping[str, UnitMeans] = field(default_factory=dict)
 
     @property
     def residual_mask(self) -> Mask:
@@ -86,7 +88,8 @@ class LayerCuts:
     def __init__(self, model: StreamedModel, jobs: Sequence[GradientJob]) -> None:
         self._model = model
         self._removed = RemovedUnits([job.mask for job in jobs])
-        self._fills = MaskFills([fill_of(job.mask, job.fills) for job in jobs])
+        widths = model.skeleton.attention_width, model.skeleton.width
+        self._fills = MaskFills([fill_of(job.mask, job.fills) for job in jobs], *widths)
 
     def groups(
         self, number: int, block: Sequence[BlockRow], indices: Sequence[int]
@@ -111,7 +114,7 @@ class LayerCuts:
             if fills is None:
                 groups.append((part, LayerCut(keep, without_ffn=not has_ffn)))
                 continue
-            head_fill, ffn_fill = fills.heads_of(jobs)[:, 0], fills.ffns_of(jobs)[:, 0]
+            head_fill, ffn_fill = fills.heads_at(jobs)[:, 0], fills.ffns_at(jobs)[:, 0]
             groups.append((part, LayerCut(keep, not has_ffn, head_fill, ffn_fill)))
         return groups
 

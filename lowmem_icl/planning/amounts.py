@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lowmem_icl.engine.schedule import FLOAT_BYTES, SweepLimits
+from lowmem_icl.engine.schedule import FLOAT_BYTES, Job, SweepLimits
 from lowmem_icl.engine.wave_counts import block_sizes
 from lowmem_icl.session.fills import MeansPart
 from lowmem_icl.session.prepare import Prepared
@@ -74,10 +74,10 @@ def held_by(parts: Iterable[Part], prepared: Prepared, limits: SweepLimits) -> H
 
 def _held_by_sweep(part: SweepPart, prepared: Prepared, limits: SweepLimits) -> tuple[int, int]:
     skeleton = prepared.skeleton
-    packed = tuple(prepared.outline(job.task, job.documents) for job in part.jobs)
+    jobs = [Job(prepared.outline(job.task, job.documents), job.masks) for job in part.jobs]
     variants = np.array([sum(map(bool, job.masks)) for job in part.jobs])
     keeps = bool(variants.any())
-    blocks = block_sizes(packed, skeleton.width, skeleton.layers, limits, keeps_clean=keeps)
+    blocks = block_sizes(jobs, skeleton.width, skeleton.layers, limits, keeps_clean=keeps)
     tokens = blocks.tokens.sum(1)
     if not len(tokens):
         return 0, 0

@@ -7,7 +7,7 @@ and what it consists of, once; `cost` counts that, and `Work` does it.
 
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,6 @@ from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.engine.cost import SweepCost, gradients_cost, operations, sweep_cost
 from lowmem_icl.engine.head_scores import HeadQuestions, HeadScores, heads_cost
 from lowmem_icl.engine.passes import GradientJob, PassSetup, score_heads, sweep, unit_gradients, unit_means
-from lowmem_icl.engine.removed_units import Fills
 from lowmem_icl.engine.schedule import BlockRow, Job, SweepLimits, head_blocks, row_blocks
 from lowmem_icl.engine.unit_gradients import UnitGradients
 from lowmem_icl.engine.unit_means import MeanSums
@@ -254,7 +253,7 @@ class Work:
 
         return [MeanSums(**fields) for fields in of_jobs(self._made(part.name, make))]
 
-    def _fills(self, masks: Iterable[Mask]) -> Fills:
+    def _fills(self, masks: Iterable[Mask]) -> Mapping[str, UnitMeans]:
         """Return what names in masks stand for: given with them, or made by the run's first part."""
         named = {mask.fill for mask in masks if mask.fill is not None}
         if not named <= self.known_fills.keys():
