@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,16 +36,20 @@ logger = logging.getLogger("lowmem_icl")
 Watch = Callable[[Outlook, Sequence[str]], AbstractContextManager[RunView]]
 
 
+COUNTING = "counting what there is to do"
+
+
 @dataclass(frozen=True)
 class Audience:
     """Whom a run tells what it does: messages for people, progress, its plan, and then its stages, by
-    outlook and names.
+    outlook and names; `waiting`: what is done that may take a while and shows no progress.
     """
 
     announce: Callable[[str], None] = lambda text: None
     progress: Progress = unseen
     show_plan: Callable[[Plan], None] = lambda plan: None
     watch: Watch = lambda outlook, experiments: unwatched()
+    waiting: Callable[[str], AbstractContextManager[None]] = lambda doing: nullcontext()
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,7 @@ def run(
     started = time.monotonic()
     folder = check_output(options)
     mask_files = mask_files or {}
-    prepared = _with_masks(prepare(options, progress=audience.progress, needs_weights=True), mask_files)
-    if not prepared.store.is_written:
-        # Before a conversion of hours.
-        check_memory(prepared)
-    prepared = with_store(prepared, announce=audience.announce, progress=audience.progress)
+    prepared = _prepared_with_store(options, mask_files, audience)
     warnings = [_check_mask(mask_file, prepared) for mask_file in mask_files.values()]
     if options.weights == "int8":
         warnings.append(slow_product_note())
@@ -86,7 +86,8 @@ def run(
         hours, now = None, time.monotonic()
         if options.hours is not None:
             hours = max(0.0, options.hours - (now - started) / 3600)
-        plan = make_plan(prepared, hours=hours, finished=opened.parts.has)
+        with audience.waiting(f"{COUNTING}, measuring this machine"):
+            plan = make_plan(prepared, hours=hours, finished=opened.parts.has)
         audience.show_plan(plan)
         opened.begin(options, prepared, plan.as_record())
         for name, mask_file in mask_files.items():
@@ -107,6 +108,18 @@ def run(
         publisher.publish(state)
         opened.finish(state)
     return RunOutcome(folder, publisher.results, opened.record)
+
+
+def _prepared_with_store(
+    options: RunOptions, mask_files: Mapping[str, MaskFile], audience: Audience
+) -> Prepared:
+    with audience.waiting("reading tasks and tokenising their prompts"):
+        prepared = _with_masks(prepare(options, progress=audience.progress, needs_weights=True), mask_files)
+    if not prepared.store.is_written:
+        # Before a conversion of hours.
+        with audience.waiting(COUNTING):
+            check_memory(prepared)
+    return with_store(prepared, announce=audience.announce, progress=audience.progress)
 
 
 def _with_masks(prepared: Prepared, mask_files: Mapping[str, MaskFile]) -> Prepared:

@@ -29,8 +29,7 @@ from lowmem_icl.report.numbers import (
     total_seconds,
     unit_name,
 )
-from lowmem_icl.session.folder import run_record
-from lowmem_icl.tables.schema import read_table
+from lowmem_icl.report.run_tables import read_run
 
 UNIT = ("task", "shots", "kind", "layer", "head")
 MATCHING = 0.3
@@ -40,11 +39,12 @@ INDUCTION_HEADS_SHOWN = LABEL_UNITS_SHOWN = 5
 
 @dataclass(frozen=True)
 class Run:
-    """A run's name, its record and its results."""
+    """A run's name, its record, its results and its table of masks."""
 
     name: str
     record: dict[str, Any]
     results: pl.DataFrame
+    masks: pl.DataFrame
 
     def of(self, **values: object) -> pl.DataFrame:
         """Return the records with these values."""
@@ -175,7 +175,7 @@ def knee_table(run: Run) -> str:
 def greedy_table(run: Run) -> str:
     """Return what the greedy search removes, and accuracy under its masks and others of equal size."""
     table = pruned(run.results).filter(pl.col("task") != "aggregate")
-    model, losses = run.record["model"], greedy_losses(run.results, run.record)
+    model, losses = run.record["model"], greedy_losses(run.masks)
     rows = []
     for (task, shots), masks in table.group_by("task", "shots", maintain_order=True):
         by_method = {row["method"]: row for row in masks.iter_rows(named=True)}
@@ -309,10 +309,8 @@ def main(
 ) -> None:
     """Print the tables, or put them into a file."""
     found = sorted(path.parent for path in folder.glob("*/results.parquet"))
-    runs = {
-        path.name: Run(path.name, dict(run_record(path)), read_table(path / "results.parquet", "results"))
-        for path in found
-    }
+    read = {path.name: read_run(path) for path in found}
+    runs = {name: Run(name, dict(run.record), run.results, run.masks) for name, run in read.items()}
     text = "\n\n".join(sections(runs))
     if docs is None:
         sys.stdout.write(text + "\n")

@@ -277,11 +277,62 @@ def test_masks_are_compared_and_listed_within_80_columns(tmp_path: Path) -> None
     paths = [tmp_path / f"{name}.json" for name in names]
     for path, name in zip(paths, names, strict=True):
         write_mask(path, replace(source, name=name))
-    for arguments in (["compare", *paths], ["list", tmp_path]):
+    for arguments in (["compare", *paths], ["compare", tmp_path], ["list", tmp_path]):
         told = CliRunner().invoke(app, ["masks", *map(str, arguments)], env={"COLUMNS": "80"}).stdout
         assert max(map(len, told.splitlines())) <= 80
         assert "…" not in told
     assert all(name in invoke("masks", "compare", *paths).stdout for name in names)
+
+
+def test_a_runs_masks_are_listed_whole_by_number_without_those_that_remove_nothing(tmp_path: Path) -> None:
+    source = read_mask(PACKAGE.parent / "masks" / "demo" / "greedy-recall-16shot.json")
+    names = [f"icl_effect-heads-90-recall-{shots}shot" for shots in (0, 4, 16)]
+    for name in names:
+        made = {"method": "icl_effect", "tasks": ["recall"], "shots": [int(name.split("-")[-1][:-4])]}
+        write_mask(tmp_path / "masks" / f"{name}.json", replace(source, name=name, made=made))
+    empty = replace(source, name="empty-recall-0shot", mask=Mask(), made={"method": "empty"})
+    write_mask(tmp_path / "masks" / "empty-recall-0shot.json", empty)
+
+    def told(*more: str, columns: int = 80) -> str:
+        arguments = ["masks", "list", str(tmp_path), *more]
+        return str(CliRunner().invoke(app, arguments, env={"COLUMNS": str(columns)}).stdout)
+
+    for columns, headings in (
+        (80, "name shots removed accuracy verdict"),
+        (120, "name method task shots removed"),
+    ):
+        lines = told(columns=columns).splitlines()
+        assert " ".join(lines[0].split()).startswith(headings)
+        assert [line.split()[0] for line in lines if "icl_effect" in line] == names
+        assert all("holds" in line for line in lines if "icl_effect" in line)
+    assert lines[-1] == "1 mask that removes nothing is left out; --all lists it"
+    assert "empty-recall-0shot" in told("--all")
+    assert "left out" not in told("--all")
+    narrow = told(columns=40).splitlines()
+    assert "icl_effect-" in narrow[2].split()
+    shown = invoke("masks", "show", tmp_path / "masks" / f"{names[0]}.json").stdout
+    assert "tasks: recall\nshots: 0\nremoved: 28 of 32 heads, 3 of 4 FFNs\n" in shown
+    assert "accuracy: 0.986 under the mask, 0.984 clean\nverdict: holds\n" in shown
+    assert "None" not in (shown := invoke("masks", "show", write_masks(tmp_path / "more")[0]).stdout)
+    assert "accuracy" not in shown
+
+
+def test_of_many_pairs_those_most_alike_are_printed(tmp_path: Path) -> None:
+    source = read_mask(PACKAGE.parent / "masks" / "demo" / "greedy-recall-16shot.json")
+    for number in range(12):
+        mask = Mask(frozenset((0, head) for head in range(8) if head != number % 8))
+        write_mask(tmp_path / f"m{number}.json", replace(source, name=f"m{number}", mask=mask))
+    told = invoke("masks", "compare", tmp_path).stdout
+    assert told.endswith("the 50 pairs most alike of 66; --json prints all\n")
+    assert told.index("1.000") < told.index("0.750")
+    assert len(json.loads(invoke("masks", "compare", tmp_path, "--json").stdout)) == 66
+
+
+def test_masks_are_looked_for_in_a_run_where_there_is_no_such_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "masks is not a folder here; give a run's folder" in invoke("masks", "list").stderr
 
 
 def test_names_that_are_not_utf8_are_printed_escaped(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from commands import SMALL
 from rich.console import Console
 
 from lowmem_icl.cli.display import RunDisplay
+from lowmem_icl.cli.terminal import Terminal
 from lowmem_icl.options import EXPERIMENTS
 from lowmem_icl.planning.outlook import PRIOR_SECONDS, Outlook
 from lowmem_icl.planning.plan import Plan, StagePlan
@@ -85,6 +86,19 @@ def test_a_quiet_display_shows_nothing() -> None:
     with RunDisplay(console, Outlook(plan_of(evaluate=1.0)), EXPERIMENTS) as display:
         display.over("evaluate", 1.0, "found")
     assert output.getvalue() == ""
+
+
+def test_what_takes_more_than_a_moment_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Terminal().waiting("counting"):
+        pass
+    monkeypatch.setattr("lowmem_icl.cli.terminal.SECONDS_OF_SILENCE", 0.01)
+    with Terminal().waiting("loading"):
+        time.sleep(0.3)
+    with Terminal(quiet=True).waiting("loading"):
+        time.sleep(0.3)
+    assert capsys.readouterr().err == "loading …\n"
 
 
 def test_a_line_stands_there_before_anything_slow_is_imported(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from PIL import Image
 from synthetic_run import PAPER_TASKS, SyntheticRun
@@ -289,6 +290,48 @@ def test_shots_stand_at_their_true_scale(runs: dict[str, Run]) -> None:
     with figure_style():
         figure = drawn(runs["hostile"], "accuracy", task=HOSTILE)
     assert figure.axes[0].lines[0].get_xdata().tolist() == [0, 1, 2, 64]  # type: ignore[union-attr]
+
+
+def test_dots_of_shot_counts_stand_side_by_side(runs: dict[str, Run]) -> None:
+    with figure_style():
+        figure = drawn(runs["small"], "ablate-ffns", 3.25)
+    lines = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    places = np.array([line.get_xdata() for line in lines], dtype=np.float64)
+    # By three shot counts, 0 to 3 being the layers.
+    assert np.abs(places - np.arange(4)).max() < 0.5
+    assert np.diff(places, axis=0).min() > 0.1
+
+
+def test_no_band_is_too_narrow_to_be_told_from_the_line_at_0(runs: dict[str, Run]) -> None:
+    results, record = runs["small"]
+    flat = results.with_columns(
+        pl.when(pl.col("method") == "random-median").then(0.0).otherwise(pl.col(name)).alias(name)
+        for name in ("value", "low", "high")
+    )
+    with figure_style():
+        figure = drawn((flat, record), "induction-removal", 3.25)
+    bars = [(bar, axis) for axis in figure.axes for bar in axis.patches if isinstance(bar, Rectangle)]
+    assert bars
+    for bar, axis in bars:
+        assert bar.get_width() > 0.02 * np.ptp(axis.get_xlim())
+        assert bar.get_x() + bar.get_width() / 2 == pytest.approx(0)
+
+
+def test_dots_at_the_edge_are_whole(runs: dict[str, Run]) -> None:
+    with figure_style():
+        figure = drawn(runs["small"], "ablate-estimates", 3.25)
+    dots = [dots for axis in figure.axes for dots in axis.collections]
+    assert dots
+    assert not any(each.get_clip_on() for each in dots)
+
+
+def test_a_tasks_name_stands_clear_of_the_scale_above(runs: dict[str, Run]) -> None:
+    with figure_style():
+        figure = drawn(runs["small"], "ablate-heads", 3.25, "recall")
+        figure.draw_without_rendering()
+        *maps, bar = figure.axes
+        gap = bar.get_window_extent().y0 - maps[0].title.get_window_extent().y1
+    assert gap > 0.05 * figure.dpi
 
 
 def test_symmetric_log_ticks_lie_where_matplotlib_puts_them() -> None:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import polars as pl
 import pytest
@@ -23,7 +23,7 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.memory import plan_memory
 from lowmem_icl.report.status import status_of
-from lowmem_icl.session.folder import RunFolder, check_output, open_folder, run_record
+from lowmem_icl.session.folder import RunFolder, _take, check_output, open_folder, run_record
 from lowmem_icl.session.identity import Identity, default_folder, identity_of, run_folder
 from lowmem_icl.session.run_form import StageActuals
 from lowmem_icl.session.text_form import TextForm
@@ -139,6 +139,41 @@ def test_status_counts_down_from_what_the_run_estimated_last(tmp_path: Path) -> 
     assert "time left: unknown, it takes longer than planned" in output.getvalue()
     stopped = status_of(tmp_path)
     assert (stopped["state"], stopped["seconds_left"]) == ("stopped", 10.0)
+
+
+def test_where_nothing_was_begun_nothing_is_left(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "new"
+    with pytest.raises(InputError, match="does not fit"), open_folder(folder, identity(options_of(folder))):
+        raise InputError("it does not fit")
+    assert list(tmp_path.iterdir()) == []
+    # What was there before stays: a folder, and what a script logs.
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "run.log").write_text("mine\n")
+    with pytest.raises(InputError, match="does not fit"), open_folder(kept, identity(options_of(kept))):
+        raise InputError("it does not fit")
+    assert [path.name for path in kept.iterdir()] == ["run.log"]
+    session(kept)
+    with pytest.raises(InputError, match="does not fit"), open_folder(kept, identity(options_of(kept))):
+        raise InputError("it does not fit")
+    assert run_record(kept)["state"] == "finished"
+
+
+def test_a_lock_whose_file_was_deleted_meanwhile_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    def take(lock: IO[str]) -> None:
+        _take(lock)
+        taken.append(lock.fileno())
+        if len(taken) == 1:
+            (tmp_path / ".lock").unlink()
+
+    monkeypatch.setattr("lowmem_icl.session.folder._take", take)
+    session(tmp_path)
+    assert len(taken) == 2
+    assert run_record(tmp_path)["state"] == "finished"
 
 
 def test_a_killed_session_is_recognised_by_the_next(tmp_path: Path) -> None:

@@ -89,7 +89,14 @@ def test_the_help_starts_where_people_start_and_groups_the_options() -> None:
         ("prompts recall --count 0", "--count: expected a whole number of at least 1, got '0'"),
         ("prompts recall --labels shufled", "got 'shufled'; did you mean 'shuffled'?"),
         ("tasks --data-dir /none", "--data-dir /none does not exist"),
-        ("prompts recal", "--tasks: unknown task 'recal'; did you mean 'recall'?"),
+        ("prompts recal", "TASK: unknown task 'recal'; did you mean 'recall'?"),
+        (
+            "prompts foo",
+            "TASK: unknown task 'foo'; the nearest are boolq, openbookqa; `lowmem-icl",
+        ),
+        ("prompts zz", "TASK: unknown task 'zz'; `lowmem-icl tasks` lists all, and lm-eval:NAME or a path"),
+        ("prompts none.jsonl", "TASK: none.jsonl does not exist; give a task's name"),
+        ("prompts category --shots 1000", "--shots 1000: task category has 128 rows to draw"),
         ("prompts recall --model dmoe", "did you mean 'demo'?"),
     ],
 )

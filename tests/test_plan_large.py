@@ -93,4 +93,4 @@ def test_a_large_model_is_planned_by_its_config_alone(name: str, tmp_path: Path)
     # The unembedding is read for the answers only as far as they need it.
     assert whole < stages["evaluate"]["read_bytes"] < 1.02 * (whole + tables / size.tables)
     printed = invoke("plan", *flags)
-    assert "(their tables are read from disk)" in printed.output
+    assert "tables of embeddings are read from disk" in printed.output

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem_icl.masks.rankings import removed_count
-from lowmem_icl.report.points import curve_points, knee_share
+from lowmem_icl.report.points import curve_points
 from lowmem_icl.tables.blocks import frame
 
 Row = dict[str, Any]
@@ -53,11 +53,6 @@ def test_heads_and_ffns_together_have_a_share_of_each() -> None:
     row = curve("head", ffns_removed=1)[5] | {"kind": None}
     (point,) = curve_points(frame("results", [row]), MODEL).to_dicts()
     assert (point["heads_share"], point["ffns_share"], point["share"]) == (50.0, 25.0, None)
-
-
-def test_a_knee_stands_where_it_removes() -> None:
-    assert knee_share({"kind": "ffn", "ffns_removed": 2, "heads_removed": 0}, MODEL) == 50
-    assert knee_share({"kind": "head", "ffns_removed": 0, "heads_removed": 3}, MODEL) == 25
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(0, 9)), max_size=30))

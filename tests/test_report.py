@@ -105,28 +105,30 @@ def test_the_removal_of_induction_heads_is_told_of_the_mean() -> None:
             heads_removed=2, documents=9, low=0.0, high=0.1,
         )  # fmt: skip
 
-    (sentence,) = induction.removal_note(
-        table(
-            *removal("acc", None, {"piqa": 0.9, "copa": 0.7, AGGREGATE: 0.8, "mathqa": 0.1}),
-            *removal("acc", "induction", {"piqa": 0.5, "copa": 0.3, AGGREGATE: 0.4, "mathqa": 0.1}),
-            *removal("acc_drop", "random-median", {"piqa": 0.0, "copa": 0.1, AGGREGATE: 0.05, "mathqa": 0.5}),
-        )
+    def told(*rows: Row) -> str:
+        section = induction.induction_section(run_of(table(*rows)))
+        assert section is not None
+        return section.text
+
+    text = told(
+        *removal("acc", None, {"piqa": 0.9, "copa": 0.7, AGGREGATE: 0.8, "mathqa": 0.1}),
+        *removal("acc", "induction", {"piqa": 0.5, "copa": 0.3, AGGREGATE: 0.4, "mathqa": 0.1}),
+        *removal("acc_drop", "induction", {"piqa": 0.4, "copa": 0.4, AGGREGATE: 0.4, "mathqa": 0.0}),
+        *removal("acc_drop", "random-median", {"piqa": 0.0, "copa": 0.1, AGGREGATE: 0.05, "mathqa": 0.5}),
     )
-    assert "the mean accuracy at 4 shots from 0.800 to 0.400" in sentence
-    assert "cost 0.050 (median" in sentence
-    (sentence,) = induction.removal_note(
-        table(
-            *removal("acc", None, {"piqa": 0.9, "mathqa": 0.1}),
-            *removal("acc", "induction", {"piqa": 0.5, "mathqa": 0.1}),
-        )
+    assert "the mean accuracy of piqa and copa at 4 shots from 0.800 to 0.400" in text
+    assert "cost 0.050 (95 % of draws: 0.000 to 0.100)" in text
+    text = told(
+        *removal("acc", None, {"piqa": 0.9, "mathqa": 0.1}),
+        *removal("acc", "induction", {"piqa": 0.5, "mathqa": 0.1}),
+        *removal("acc_drop", "induction", {"piqa": 0.4, "mathqa": 0.0}),
     )
-    assert "the accuracy of piqa at 4 shots from 0.900 to 0.500" in sentence
+    assert "the accuracy of piqa at 4 shots from 0.900 to 0.500" in text
 
 
 def test_where_no_head_was_removed_nothing_is_told_of_it() -> None:
     scores = {"experiment": "induction", "procedure": "scores", "metric": "prefix_matching", "kind": "head"}
     results = table({**scores, "layer": 0, "head": 1, "value": 0.1})
-    assert induction.removal_note(results) == []
     section = induction.induction_section(run_of(results))
     assert section is not None
     assert section.text == "No head reaches a prefix-matching score of 0.3."
@@ -227,7 +229,8 @@ def test_greedy_masks_are_told_by_their_columns() -> None:
 
 def test_greedy_masks_stand_with_their_losses_and_what_is_certified() -> None:
     def searched(method: str, **lost: float) -> list[Row]:
-        accuracy = greedy_record("piqa", "piqa", 0.8, method) | {"heads_removed": 3, "ffns_removed": 1}
+        name = f"{method}-piqa-4shot"
+        accuracy = greedy_record("piqa", "piqa", 0.8, method, name) | {"heads_removed": 3, "ffns_removed": 1}
         return [accuracy, accuracy | {"metric": "gold_prob_drop"} | lost]
 
     results = table(
@@ -240,7 +243,7 @@ def test_greedy_masks_stand_with_their_losses_and_what_is_certified() -> None:
         {"task": "copa", "shots": 4, "certified_units": 0},
     ]
     run = record() | {"certificates": tested}
-    losses = greedy_losses(results, run)
+    losses = greedy_losses(run_of(results, run).masks)
     assert {mask.method: loss.verdict for mask, loss in losses.items()} == {
         "greedy": "fails", "certified": "holds", "random": "cannot tell"
     }  # fmt: skip

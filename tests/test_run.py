@@ -340,7 +340,11 @@ def test_the_tables_of_units_and_masks_hold_what_the_results_say(small_run: Path
         mask = read_mask(small_run / "masks" / f"{row['mask']}.json").mask
         assert row["removed"] == [str(unit) for unit in mask.units()]
         assert (len(mask.heads), len(mask.ffns)) == (row["heads_removed"], row["ffns_removed"])
-    greedy = masks.filter((pl.col("method") == "greedy") & (pl.col("mask_task") == pl.col("task")))
+    greedy = masks.filter(
+        (pl.col("procedure") == "greedy")
+        & (pl.col("method") == "greedy")
+        & (pl.col("mask_task") == pl.col("task"))
+    )
     for row in greedy.iter_rows(named=True):
         of_setting = units.filter((pl.col("task") == row["task"]) & (pl.col("shots") == row["shots"]))
         assert set(of_setting.filter("kept")["unit"]) == set(row["kept"])

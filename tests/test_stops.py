@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 from commands import invoke, run_small
 
+from lowmem_icl.report.run_tables import read_run
 from lowmem_icl.report.status import status_of
 from lowmem_icl.session import publish
 from lowmem_icl.session.publish import Publisher
@@ -69,7 +70,7 @@ def test_other_options_are_refused_whether_or_not_a_run_is_finished(copy: Path, 
 
 def test_status_tells_a_run_at_work_from_one_that_was_cut_off(copy: Path) -> None:
     set_state(copy, "running")
-    assert status_of(copy)["state"] == "cut off"
+    assert status_of(copy)["state"] == read_run(copy).record["state"] == "cut off"
     assert "its process ended without a word" in invoke("status", copy).stdout
     with (copy / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -94,9 +95,14 @@ def ignore(text: str) -> None:
     pass
 
 
+def keep_in(pages: list[Path]) -> Any:
+    """Return what notes the folders of pages instead of writing these."""
+    return lambda folder, ends_as: pages.append(folder)
+
+
 def test_a_run_stopped_before_its_first_page_has_one(tmp_path: Path) -> None:
     pages: list[Path] = []
-    publisher_of(tmp_path, pages.append).publish_stopped(ignore)
+    publisher_of(tmp_path, keep_in(pages)).publish_stopped(ignore)
     assert pages == [tmp_path]
     assert read_table(tmp_path / "results.parquet", "results").is_empty()
 
@@ -106,10 +112,10 @@ def test_a_page_delays_a_stop_for_a_few_seconds_at_most_and_a_second_stop_not_at
 ) -> None:
     monkeypatch.setattr(publish, "SECONDS_TO_STOP", 0.1)
     began = time.monotonic()
-    publisher_of(tmp_path, lambda folder: time.sleep(60)).publish_stopped(ignore)
+    publisher_of(tmp_path, lambda folder, ends_as: time.sleep(60)).publish_stopped(ignore)
     assert time.monotonic() - began < 10
 
-    def stop_again(folder: Path) -> None:
+    def stop_again(folder: Path, ends_as: str | None) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -123,10 +129,10 @@ def test_a_stop_never_replaces_tables_by_ones_with_less(tmp_path: Path) -> None:
 
     write_table(some(3), "results", tmp_path / "results.parquet")
     pages: list[Path] = []
-    publisher_of(tmp_path, pages.append).publish_stopped(ignore)
-    publisher_of(tmp_path, pages.append, some(2)).publish_stopped(ignore)
+    publisher_of(tmp_path, keep_in(pages)).publish_stopped(ignore)
+    publisher_of(tmp_path, keep_in(pages), some(2)).publish_stopped(ignore)
     assert pages == []
-    publisher_of(tmp_path, pages.append, some(3)).publish_stopped(ignore)
+    publisher_of(tmp_path, keep_in(pages), some(3)).publish_stopped(ignore)
     assert pages == [tmp_path]
 
 

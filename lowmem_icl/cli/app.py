@@ -13,7 +13,7 @@ import typer
 from lowmem_icl import __version__
 from lowmem_icl.cli.commands import CONTEXT_SETTINGS, command_of
 from lowmem_icl.cli.commands import Group as Commands
-from lowmem_icl.cli.errors import reports_errors, reports_errors_and_continues
+from lowmem_icl.cli.errors import names_argument, reports_errors, reports_errors_and_continues
 from lowmem_icl.cli.first_line import first_line
 from lowmem_icl.cli.masks import masks_app
 from lowmem_icl.cli.parameters import (
@@ -38,7 +38,7 @@ app = typer.Typer(
     help="""Start here:  lowmem-icl run
 
     Which attention heads and FFNs does in-context learning need? This answers
-    it for a small bundled model: no network, under three minutes. The same for
+    it for a small bundled model: no network, about three minutes. The same for
     a real model; `plan` says beforehand what `run` would take:
 
     lowmem-icl plan --model facebook/opt-1.3b --tasks piqa,copa --limit 64
@@ -122,7 +122,7 @@ def plan(
 
     terminal = Terminal(quiet)
     terminal.say(first_line("planning a run with", options))
-    with without_collection():
+    with without_collection(), terminal.waiting("loading libraries, reading tasks, measuring this machine"):
         from lowmem_icl.cli.plan import plan_with_advice, show_plan
 
         planned = plan_with_advice(options, machine, terminal)
@@ -279,6 +279,7 @@ def tasks(given: GivenOptions, as_json: JsonOption = False) -> None:
 
 @command_of(app)
 @reports_errors
+@names_argument("--tasks", "TASK")
 @takes(*PROMPT_OPTIONS)
 def prompts(
     given: GivenOptions,

@@ -13,4 +13,5 @@ def audience_of(terminal: Terminal) -> Audience:
         terminal.progress,
         lambda plan: show_plan(plan, terminal.err),
         lambda outlook, experiments: RunDisplay(terminal.err, outlook, experiments),
+        terminal.waiting,
     )

@@ -13,7 +13,7 @@ from typing import NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from lowmem_icl.errors import LowmemIclError
+from lowmem_icl.errors import InputError, LowmemIclError
 
 STOPPED_BY = {signal.SIGINT: 130, signal.SIGTERM: 143}
 CONTINUES = "; finished parts are kept, and the same command continues from there"
@@ -55,6 +55,18 @@ def _reporting(command: Callable[P, R], stopped: str) -> Callable[P, R]:
             raise typer.Exit(1) from None
 
     return wrapped
+
+
+@contextmanager
+def names_argument(flag: str, argument: str) -> Iterator[None]:
+    """Raise errors about a flag as being about the argument that a command takes in its place."""
+    try:
+        yield
+    except InputError as error:
+        named = str(error)
+        if not named.startswith((f"{flag}:", f"{flag} ")):
+            raise
+        raise InputError(argument + named.removeprefix(flag)) from error
 
 
 @contextmanager

@@ -42,11 +42,8 @@ def show_evaluation(folder: Path, console: Console) -> None:
                 "" if drop is None else _with_bounds(drop, "+"),
             )
     console.print(table)
-    for line in (
-        "drop: accuracy of the clean run minus accuracy under the mask, on the same documents",
-        MEANING,
-        f"tables and report.html in {folder}",
-    ):
+    console.print(Text("drop: clean accuracy minus accuracy under the mask, on the same documents"))
+    for line in (MEANING, f"tables and report.html in {folder}"):
         console.print(Text(line), soft_wrap=True)
 
 

@@ -3,9 +3,10 @@
 import json
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from itertools import combinations
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,11 @@ masks_app = typer.Typer(
 
 OneFile = Annotated[Path, typer.Argument(help="Mask file.", metavar="FILE", show_default=False)]
 Files = Annotated[list[Path], typer.Argument(help="Mask files.", metavar="FILE", show_default=False)]
-
+FilesOrFolders = Annotated[
+    list[Path], typer.Argument(help="Mask files, or folders of them.", metavar="PATH", show_default=False)
+]
+MOST_PAIRS = 50
+"""Of more pairs than these a comparison prints those most alike."""
 
 OPERATIONS: dict[str, Callable[[Mask, Mask], Mask]] = {
     "union": operator.or_,
@@ -91,6 +96,9 @@ def list_masks(
     method: Annotated[
         str | None, typer.Option(help="Only masks made in this way.", metavar="NAME", show_default=False)
     ] = None,
+    with_empty: Annotated[
+        bool, typer.Option("--all", help="Also masks that remove nothing, which --json lists anyway.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """List the masks of a folder: what they remove, what for, and the accuracy they leave.
@@ -98,10 +106,10 @@ def list_masks(
     lowmem-icl masks list runs/demo-1ba4e60239fc --method greedy --task recall
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; give one that holds mask files")
-    masks = [_summary(path, read_mask(path)) for path in masks_in(folder)]
+        raise InputError(f"{folder} is not a folder here; give a run's folder, or one of mask files")
+    masks = [_summary(path, read_mask(path)) for path in _in_order(masks_in(folder))]
     if not masks:
-        raise InputError(f"{folder} holds no mask files; give another folder")
+        raise InputError(f"{folder} holds no mask files; give a run's folder, or one of mask files")
     wanted = {"--task": ("tasks", task), "--shots": ("shots", shots), "--method": ("method", method)}
     for flag, (field, value) in wanted.items():
         if value is not None:
@@ -109,7 +117,7 @@ def list_masks(
     if as_json:
         typer.echo(json.dumps(masks, indent=1))
     else:
-        _show_list(masks)
+        _show_list(masks, with_empty=with_empty)
 
 
 def _only(masks: list[dict[str, Any]], flag: str, field: str, value: str) -> list[dict[str, Any]]:
@@ -129,35 +137,24 @@ def _only(masks: list[dict[str, Any]], flag: str, field: str, value: str) -> lis
     return found
 
 
-def _show_list(masks: list[dict[str, Any]]) -> None:
-    rows = [
-        (
-            mask["name"],
-            mask["method"],
-            ",".join(mask["tasks"]) if len(mask["tasks"]) < 3 else f"{len(mask['tasks'])} tasks",
-            ",".join(map(str, mask["shots"])),
-            f"{mask['heads_removed']}H {mask['ffns_removed']}F",
-            _score(mask),
-        )
-        for mask in masks
-    ]
-    columns = ("name", "method", "task", "shots", "removed", "accuracy")
-    # Of a long name every column counts.
-    shown = [number for number, cells in enumerate(zip(*rows, strict=True)) if any(cells)]
-    _print_table(
-        tuple(columns[number] for number in shown), [tuple(row[number] for number in shown) for row in rows]
-    )
-    for model, mask in {mask["model"]: mask for mask in masks}.items():
+def _show_list(masks: list[dict[str, Any]], *, with_empty: bool) -> None:
+    from lowmem_icl.cli.mask_tables import print_list
+
+    removing = [mask for mask in masks if mask["heads_removed"] + mask["ffns_removed"]]
+    listed = masks if with_empty else removing
+    if listed:
+        print_list(listed)
+    for model, mask in {mask["model"]: mask for mask in listed}.items():
         heads, ffns = mask["model_heads"], mask["model_ffns"]
-        count = sum(each["model"] == model for each in masks)
-        typer.echo(f"{count} masks of {model}, which has {heads} heads (H) and {ffns} FFNs (F)")
-
-
-def _score(mask: Mapping[str, Any]) -> str:
-    before, after = mask["accuracy_before"], mask["accuracy_after"]
-    if after is None:
-        return ""
-    return f"{after:.3f}" if before is None else f"{before:.3f} → {after:.3f}"
+        count = sum(each["model"] == model for each in listed)
+        many = "mask" if count == 1 else "masks"
+        typer.echo(f"{count} {many} of {model}, which has {heads} heads (H) and {ffns} FFNs (F)")
+    if len(listed) < len(masks):
+        empty = len(masks) - len(listed)
+        if empty == 1:
+            typer.echo("1 mask that removes nothing is left out; --all lists it")
+        else:
+            typer.echo(f"{empty} masks that remove nothing are left out; --all lists them")
 
 
 @command_of(masks_app)
@@ -165,14 +162,33 @@ def _score(mask: Mapping[str, Any]) -> str:
 def show(path: OneFile) -> None:
     """Draw a mask: a line per layer, x for a removed head, and whether the FFN is removed."""
     mask_file = read_mask(path)
-    for name, value in _summary(path, mask_file).items():
-        typer.echo(f"{name}: {value}")
+    for name, value in _words(_summary(path, mask_file)).items():
+        if value:
+            typer.echo(f"{name}: {value}")
     typer.echo(f"kept: {_kept_text(mask_file)}")
     for layer in range(mask_file.model.layers - 1, -1, -1):
         removed = mask_file.mask.heads_in(layer)
         heads = "".join("x" if head in removed else "." for head in range(mask_file.model.heads))
         ffn = " FFN removed" if layer in mask_file.mask.ffns else ""
         typer.echo(f"L{layer:<3} {heads}{ffn}")
+
+
+def _words(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is known of a mask as texts, empty where it is not known."""
+    before, after = summary["accuracy_before"], summary["accuracy_after"]
+    accuracy = [] if after is None else [f"{after:.3f} under the mask"]
+    return {
+        "file": summary["file"],
+        "name": summary["name"],
+        "method": summary["method"] or "",
+        "tasks": ", ".join(summary["tasks"]),
+        "shots": ", ".join(map(str, summary["shots"])),
+        "removed": f"{summary['heads_removed']} of {summary['model_heads']} heads, "
+        f"{summary['ffns_removed']} of {summary['model_ffns']} FFNs",
+        "model": summary["model"],
+        "accuracy": ", ".join([*accuracy, *([] if before is None else [f"{before:.3f} clean"])]),
+        "verdict": summary["verdict"] or "",
+    }
 
 
 def _kept_text(mask_file: MaskFile) -> str:
@@ -183,13 +199,14 @@ def _kept_text(mask_file: MaskFile) -> str:
 
 @command_of(masks_app)
 @reports_errors
-def compare(paths: Files, as_json: JsonOption = False) -> None:
+def compare(paths: FilesOrFolders, as_json: JsonOption = False) -> None:
     """Compare every pair: units removed in both, in one only, and their Jaccard index.
 
     lowmem-icl masks compare masks/demo/greedy-re*-16shot.json
     """
-    if len(paths) < 2:
-        raise InputError(f"masks compare: expected two files or more, got {len(paths)}; add another")
+    masks = [mask_file for path in paths for mask_file in _masks_of(path)]
+    if len(masks) < 2:
+        raise InputError(f"masks compare: expected two masks or more, got {len(masks)}; add another")
     pairs = [
         {
             "left": left.name,
@@ -199,11 +216,16 @@ def compare(paths: Files, as_json: JsonOption = False) -> None:
             "only_right": len(right.mask - left.mask),
             "jaccard": jaccard(left.mask, right.mask),
         }
-        for left, right in combinations([read_mask(path) for path in paths], 2)
+        for left, right in combinations(masks, 2)
     ]
     if as_json:
         typer.echo(json.dumps(pairs, indent=1))
         return
+    from lowmem_icl.cli.mask_tables import print_table
+
+    shown = pairs
+    if len(pairs) > MOST_PAIRS:
+        shown = sorted(pairs, key=itemgetter("jaccard"), reverse=True)[:MOST_PAIRS]
     rows = [
         (
             f"{pair['left']}\n{pair['right']}",
@@ -211,9 +233,34 @@ def compare(paths: Files, as_json: JsonOption = False) -> None:
             f"{pair['only_left']}\n{pair['only_right']}",
             f"{pair['jaccard']:.3f}",
         )
-        for pair in pairs
+        for pair in shown
     ]
-    _print_table(("masks", "in both", "in one only", "Jaccard"), rows)
+    print_table(("masks", "in both", "in one only", "Jaccard"), rows)
+    if len(shown) < len(pairs):
+        typer.echo(f"the {len(shown)} pairs most alike of {len(pairs):,}; --json prints all")
+
+
+def _masks_of(path: Path) -> list[MaskFile]:
+    """Return a mask, or those of a folder that remove anything."""
+    if not path.is_dir():
+        return [read_mask(path)]
+    found = [read_mask(each) for each in _in_order(masks_in(path))]
+    if not found:
+        raise InputError(f"{path} holds no mask files; give a run's folder")
+    return [mask_file for mask_file in found if mask_file.mask]
+
+
+def _in_order(paths: Sequence[Path]) -> list[Path]:
+    """Return files by their names, numbers in these by size: 4shot before 16shot."""
+
+    def pieces(path: Path) -> list[str | int]:
+        # Digits alone, which alternate with text, so that like is compared with like.
+        return [
+            int(piece) if number % 2 else piece
+            for number, piece in enumerate(re.split(r"([0-9]+)", str(path)))
+        ]
+
+    return sorted(paths, key=pieces)
 
 
 @command_of(masks_app)
@@ -279,19 +326,3 @@ def export(
         return
     for unit in mask.units():
         typer.echo(str(unit))
-
-
-def _print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    """Print a table; names and tasks are folded where they are long, numbers never."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    from lowmem_icl.cli.terminal import plain_console
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        is_name = column in ("name", "masks", "task", "method")
-        table.add_column(column, overflow="fold", no_wrap=not is_name, justify="left" if is_name else "right")
-    for row in rows:
-        table.add_row(*map(str, row))
-    plain_console().print(table)

@@ -22,7 +22,8 @@ def finish_or_find(
         terminal.say(f"finished on {date} at {time} UTC; tables, masks and report.html in {folder}")
         return folder
     # Imports torch and transformers.
-    from lowmem_icl.cli.audience import audience_of
-    from lowmem_icl.run import run
+    with terminal.waiting("loading libraries"):
+        from lowmem_icl.cli.audience import audience_of
+        from lowmem_icl.run import run
 
     return run(options, audience_of(terminal), mask_files).folder

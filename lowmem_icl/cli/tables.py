@@ -109,7 +109,7 @@ def _print_greedy(tables: RunTables, console: Console) -> None:
     searched = masks.filter(pl.col("method") == "greedy")
     if searched.is_empty():
         return
-    losses = greedy_losses(results, record)
+    losses = greedy_losses(tables.masks)
     values = {
         (row["task"], row["shots"], row["method"]): f"{row['value']:.3f}"
         for row in masks.iter_rows(named=True)

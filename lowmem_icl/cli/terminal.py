@@ -3,6 +3,7 @@
 Every console of the tool is made here and prints texts as they are: a name or path is never markup.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 15.0
+SECONDS_OF_SILENCE = 2.0
 
 
 class _Rate(ProgressColumn):
@@ -43,6 +45,17 @@ class Terminal:
     def say(self, text: str) -> None:
         """Print a message for people."""
         self.err.print(text, soft_wrap=True)
+
+    @contextmanager
+    def waiting(self, doing: str) -> Iterator[None]:
+        """Say what is being done, once, where it takes more than a moment."""
+        timer = threading.Timer(SECONDS_OF_SILENCE, self.say, [f"{doing} …"])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     @contextmanager
     def progress(self, label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:

@@ -5,9 +5,6 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from lowmem_icl.statistics.certificate import verdict
-from lowmem_icl.tables.guessing import clean_records, settings_at_chance
-
 AT_CHANCE = "at chance"
 
 
@@ -31,23 +28,19 @@ class Loss(NamedTuple):
     verdict: str
 
 
-def greedy_losses(results: pl.DataFrame, record: Mapping[str, Any]) -> dict[SearchMask, Loss]:
-    """Return the losses of the masks of searches on their own tasks; record: the run's run.json."""
-    options = record["options"]
-    at_chance = settings_at_chance(clean_records(results))
-    drops = results.filter(
-        (pl.col("experiment") == "prune")
-        & (pl.col("procedure") == "greedy")
+def greedy_losses(masks: pl.DataFrame) -> dict[SearchMask, Loss]:
+    """Return the losses of the masks of searches on their own tasks, from masks.parquet."""
+    judged = masks.filter(
+        (pl.col("procedure") == "greedy")
         & (pl.col("mask_task") == pl.col("task"))
-        & (pl.col("metric") == f"{options['objective']}_drop")
+        & pl.col("loss").is_not_null()
     )
     return {
-        SearchMask(drop["task"], drop["shots"], drop["method"]): Loss(
-            drop["value"], drop["low"], drop["high"],
-            AT_CHANCE if (drop["task"], drop["shots"]) in at_chance
-            else verdict(drop["low"], drop["high"], options["tolerance"]),
+        SearchMask(mask["task"], mask["shots"], mask["method"]): Loss(
+            mask["loss"], mask["loss_low"], mask["loss_high"],
+            AT_CHANCE if mask["at_chance"] else mask["verdict"],
         )
-        for drop in drops.iter_rows(named=True)
+        for mask in judged.iter_rows(named=True)
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from lowmem_icl.tables.schema import ACCURACIES
 
 TOP_UNITS = 5
 INDUCTION_SCORE = 0.3
+"""From this prefix-matching score on a head counts as an induction head."""
 SIGNIFICANT_Q = 0.05
 STAR = (
     "*: more documents are hurt than helped without the unit, or the reverse, at a false discovery rate of "

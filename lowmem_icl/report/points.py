@@ -10,6 +10,19 @@ from lowmem_icl.masks.naming import CLEAN
 # Of one curve of one metric; a single random draw is a curve, and so is the mean of all.
 CURVE = ("procedure", "task", "shots", "method", "kind", "other_task", "other_shots", "metric", "seed")
 REMOVED = ("heads_removed", "ffns_removed")
+CURVE_NAMES = {
+    ("gradient", False): "own ranking",
+    ("ablation", False): "own ranking",
+    ("gradient", True): "ranking of all tasks",
+    ("ablation", True): "ranking of all tasks",
+    ("rescored", False): "scored again at every level",
+    ("icl_effect", False): "by in-context effect",
+    ("gradient-highest", False): "most similar task's ranking",
+    ("gradient-lowest", False): "least similar task's ranking",
+}
+"""What curves are called, by their method and whether the ranking is that of all tasks."""
+# Curves of another shot count's ranking are in the table alone; heads and FFNs together are a grid.
+UNDRAWN = ("cross-shot", "curve-combined")
 KNEES = ("knee", "knee_certain", "knee_acc_drop")
 
 
@@ -47,10 +60,3 @@ def curve_points(results: pl.DataFrame, model: Mapping[str, Any]) -> pl.DataFram
             .then("ffns_share")
         )
     )
-
-
-def knee_share(knee: Mapping[str, Any], model: Mapping[str, Any]) -> float:
-    """Return how much is removed at a knee, a record of results.parquet, in per cent of its kind's units."""
-    if knee["kind"] == "ffn":
-        return float(100 * knee["ffns_removed"] / model["layers"])
-    return float(100 * knee["heads_removed"] / (model["layers"] * model["heads"]))

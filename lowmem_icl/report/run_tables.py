@@ -12,7 +12,7 @@ from lowmem_icl.masks.files import MaskFile, read_mask
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.session.folder import run_record
+from lowmem_icl.session.folder import run_record, state_of
 from lowmem_icl.tables.guessing import clean_records, settings_at_chance
 from lowmem_icl.tables.mask_table import Judging, mask_table
 from lowmem_icl.tables.schema import read_table
@@ -83,6 +83,7 @@ def read_run(folder: Path) -> RunTables:
     Raises InputError naming the folder where it holds no run, or a table or mask that cannot be read.
     """
     record, results = run_record(folder), read_table(folder / "results.parquet", "results")
+    record["state"] = state_of(folder, record)
     files = _mask_files(folder, results)
     masks = mask_table(results, files, judging_of(record))
     return RunTables(folder, record, results, unit_table(results, masks), masks, files)

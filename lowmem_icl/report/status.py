@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_icl.report.numbers import held_out_tops, top_units
-from lowmem_icl.session.folder import is_in_use, run_record
+from lowmem_icl.session.folder import run_record, state_of
 from lowmem_icl.tables.schema import read_table
 
 
@@ -18,9 +18,7 @@ def status_of(folder: Path) -> dict[str, Any]:
     over, so that it takes longer than planned.
     """
     record = run_record(folder)
-    state = record["state"]
-    if state == "running" and not is_in_use(folder):
-        state = "cut off"
+    state = state_of(folder, record)
     stages = {name: stage for name, stage in record.get("stages", {}).items() if stage["finished"]}
     planned = {stage["experiment"]: stage["seconds"] for stage in record["plan"]["stages"]}
     left = sum(time for name, time in planned.items() if name not in stages)

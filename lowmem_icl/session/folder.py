@@ -249,6 +249,14 @@ def is_in_use(folder: Path) -> bool:
     return False
 
 
+def state_of(folder: Path, record: Mapping[str, Any]) -> State:
+    """Return a run's state: what its record says, or that it was cut off, where that says that it is at work
+    and nobody holds its lock.
+    """
+    state: State = record["state"]
+    return "cut off" if state == "running" and not is_in_use(folder) else state
+
+
 def _take(lock: IO[str]) -> None:
     """Lock a file, or raise BlockingIOError: who only looks whether it is in use holds it for a moment."""
     for _ in range(TRIES_TO_LOCK):
@@ -263,22 +271,58 @@ def _take(lock: IO[str]) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process, making it where it is not there yet."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_FILE).open("w")
-    except OSError as error:
-        raise InputError(f"--out {folder}: {error.strerror}; choose another folder") from error
-    with lock:
+    """Hold a folder for this process, making it where it is not there yet; where no session begins in it,
+    nothing is left of that.
+    """
+    before, had_log = existing_folder(folder), (folder / LOG_FILE).exists()
+    with _lock_of(folder):
+        try:
+            yield
+        finally:
+            if not (folder / RUN_FILE).exists():
+                # Still locked: who waits for this lock sees that its file is gone.
+                with suppress(OSError):
+                    (folder / LOCK_FILE).unlink()
+                    if not had_log:
+                        (folder / LOG_FILE).unlink(missing_ok=True)
+                    for made in (folder, *folder.parents):
+                        if made == before:
+                            break
+                        made.rmdir()
+
+
+def _lock_of(folder: Path) -> IO[str]:
+    """Return the lock file of a folder, open and locked."""
+    for _ in range(TRIES_TO_LOCK):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / LOCK_FILE).open("w")
+        except OSError as error:
+            raise InputError(f"--out {folder}: {error.strerror}; choose another folder") from error
         try:
             _take(lock)
+            if _is_at(lock, folder / LOCK_FILE):
+                return lock
         except BlockingIOError as error:
-            raise InUse(
-                f"{folder} is in use by another process; wait for it or choose another --out"
-            ) from error
+            lock.close()
+            raise _in_use(folder) from error
         except OSError as error:
+            lock.close()
             raise InputError(f"--out {folder}: its disk takes no locks ({error.strerror})") from error
-        yield
+        # Another start that came to nothing has deleted it meanwhile.
+        lock.close()
+    raise _in_use(folder)
+
+
+def _in_use(folder: Path) -> InUse:
+    return InUse(f"{folder} is in use by another process; wait for it or choose another --out")
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

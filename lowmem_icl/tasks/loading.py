@@ -90,7 +90,7 @@ class OpenTask:
         """
         if limit is not None and limit < 1:
             raise InputError(f"--limit: expected at least 1, got {limit}")
-        request = RowRequest(shots, part, limit, demonstrations, protocol)
+        request = RowRequest(self.name, shots, part, limit, demonstrations, protocol)
         documents: list[Document] = []
         offset = 0
         for member, share in zip(self.members, self._shares(limit), strict=True):

@@ -95,6 +95,7 @@ class Member:
 class RowRequest:
     """Which documents of a task are asked for; `limit` counts units (MultiRC: questions), None takes all."""
 
+    task: str
     shots: int
     part: Part
     limit: int | None
@@ -127,7 +128,7 @@ def selected_rows(member: Member, request: RowRequest, limit: int | None) -> Ite
     dealer = Dealer(request.demonstrations, rng, pool, request.shots, _scores_the_pool(member, request))
     if dealer.needed > len(pool):
         raise InputError(
-            f"--shots {request.shots}: task {member.task.config.task} has {len(pool)} rows "
+            f"--shots {request.shots}: task {request.task} has {len(pool)} rows "
             f"to draw demonstrations from, {dealer.needed} are needed; ask for fewer"
         )
     units: dict[Hashable, int] = {}

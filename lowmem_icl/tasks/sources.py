@@ -4,6 +4,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ HARNESS_ERRORS = (ImportError, RuntimeError)
 
 
 MOST_TEMPLATES = 512
+LEAST_NEAR = 0.3
 
 
 @cache
@@ -76,12 +78,7 @@ def load_members(name: str, data_dir: Path | None) -> list[ConfigurableTask]:
     if name.endswith(PAIRS_SUFFIX):
         return [_own_pairs(Path(name))]
     if name not in KNOWN_TASKS:
-        known = (*KNOWN_TASKS, *COLLECTIONS)
-        hint = did_you_mean(name, known) or (
-            f"; expected one of {', '.join(known)}, {HARNESS_PREFIX}NAME or a path to {ROWS_SUFFIX} or "
-            f"{PAIRS_SUFFIX}"
-        )
-        raise InputError(f"--tasks: unknown task '{name}'{hint}")
+        raise InputError(f"--tasks: unknown task '{name}'{_unknown_hint(name)}")
     folder = bundled_folder(name) or data_dir
     loaded = []
     for member in member_names(name):
@@ -93,6 +90,16 @@ def load_members(name: str, data_dir: Path | None) -> list[ConfigurableTask]:
             )
         loaded.append(_built(_own_manager(), override, HUB_ERRORS))
     return loaded
+
+
+def _unknown_hint(name: str) -> str:
+    known = (*KNOWN_TASKS, *COLLECTIONS)
+    near = get_close_matches(name, known, n=3, cutoff=LEAST_NEAR)
+    nearest = f"; the nearest are {', '.join(near)}" if near else ""
+    return did_you_mean(name, known) or (
+        f"{nearest}; `lowmem-icl tasks` lists all, and {HARNESS_PREFIX}NAME or a path to {ROWS_SUFFIX} or "
+        f"{PAIRS_SUFFIX} does too"
+    )
 
 
 def rows_digest(name: str, data_dir: Path | None) -> str | None:

@@ -30,6 +30,8 @@ DROP = "gold log-probability lost, nats"
 KINDS = {"head": ("heads", BLUE, "o"), "ffn": ("FFNs", RED, "^")}
 MOST_DOTS = 24
 """Layers up to which every FFN has a dot and a bar; beyond, lines have bands."""
+ASIDE = 0.32
+"""In layers, from a layer to the bounds within which its dots of several shot counts stand side by side."""
 NARROW = 1.7
 """Inches of a panel up to which its coefficients stand below each other."""
 MOST_VECTOR_DOTS = 500
@@ -48,9 +50,9 @@ def ablate_ffns(results: pl.DataFrame, record: Record, asked: Asked) -> Figure |
     layers, _ = shape_of(record)
     for task, _, axis in panels:
         axis.axhline(0, color=GREY, linewidth=LINE, zorder=0)
-        for n_shots in shots:
+        for aside, n_shots in zip(np.linspace(-ASIDE, ASIDE, len(shots) + 2)[1:-1], shots, strict=True):
             line = drops.filter((pl.col("task") == task) & (pl.col("shots") == n_shots)).sort("layer")
-            _draw_layers(axis, line, colours[n_shots], with_dots=layers <= MOST_DOTS)
+            _draw_layers(axis, line, colours[n_shots], aside if layers <= MOST_DOTS else None)
         scale.set_on(axis, "y", panels.height)
         axis.set_xlim(-0.5, layers - 0.5)
         few_ticks(axis, "x", panels.width, integer=True)
@@ -60,12 +62,13 @@ def ablate_ffns(results: pl.DataFrame, record: Record, asked: Asked) -> Figure |
     return panels.figure
 
 
-def _draw_layers(axis: Axes, line: pl.DataFrame, colour: str, *, with_dots: bool) -> None:
+def _draw_layers(axis: Axes, line: pl.DataFrame, colour: str, aside: float | None) -> None:
+    """Draw drops by layer: dots with their intervals, so far aside of it, or with None a line with a band."""
     layers, values = line["layer"].to_numpy(), line["value"].to_numpy()
-    if with_dots:
+    if aside is not None:
         axis.errorbar(
-            layers, values, yerr=bounds_of(line), color=colour, marker="o", markersize=2, linewidth=LINE,
-            elinewidth=LINE,
+            layers + aside, values, yerr=bounds_of(line), color=colour, marker="o", markersize=2,
+            linewidth=LINE, elinewidth=LINE,
         )  # fmt: skip
         return
     below, above = bounds_of(line)
@@ -109,7 +112,7 @@ def _scatter(axis: Axes, panel: pl.DataFrame) -> None:
         units = panel.filter(pl.col("kind") == kind)
         axis.scatter(
             units["value"].to_numpy(), units["exact"].to_numpy(), s=2 if is_image else 6, color=colour,
-            marker=marker, alpha=0.5, linewidths=0, rasterized=is_image,
+            marker=marker, alpha=0.5, linewidths=0, rasterized=is_image, clip_on=False,
         )  # fmt: skip
 
 

@@ -36,22 +36,18 @@ from lowmem_icl.report.figures.style import (
     RED,
     SKY,
 )
-from lowmem_icl.report.points import curve_points
+from lowmem_icl.report.points import CURVE_NAMES, UNDRAWN, curve_points
 from lowmem_icl.tables.schema import ACCURACIES
 
-# By method, and whether the ranking is that of all tasks: name, colour, line.
-CURVES = {
-    ("gradient", False): ("own ranking", BLUE, "-"),
-    ("ablation", False): ("own ranking", BLUE, "-"),
-    ("gradient", True): ("ranking of all tasks", ORANGE, "-"),
-    ("ablation", True): ("ranking of all tasks", ORANGE, "-"),
-    ("rescored", False): ("scored again at every level", GREEN, "-"),
-    ("icl_effect", False): ("by in-context effect", SKY, "-"),
-    ("gradient-highest", False): ("most similar task's ranking", RED, "--"),
-    ("gradient-lowest", False): ("least similar task's ranking", PURPLE, "--"),
+# By the curves' names: colour, line.
+STYLES = {
+    "own ranking": (BLUE, "-"),
+    "ranking of all tasks": (ORANGE, "-"),
+    "scored again at every level": (GREEN, "-"),
+    "by in-context effect": (SKY, "-"),
+    "most similar task's ranking": (RED, "--"),
+    "least similar task's ranking": (PURPLE, "--"),
 }
-# Curves of another shot count's ranking are in the table alone; the grid has a figure of its own.
-UNDRAWN = ("cross-shot", "curve-combined")
 RANDOM, NO_RANDOM, KNEE, CHANCE = "random masks", "random masks: not measured", "knee", "chance"
 NAMED_WIDTH = 1.7
 """In inches: from this width on the lines of one task's last panel are named at their ends."""
@@ -102,7 +98,7 @@ def _pruning(records: pl.DataFrame, units: str, asked: Asked) -> Figure | None:
         name_ends(axis, ends, panels.height)
         named = {name for _, name, _ in ends}
         entries = [entry for entry in entries if entry[1] not in named]
-    order = [*dict.fromkeys(name for name, _, _ in CURVES.values()), KNEE, RANDOM, CHANCE]
+    order = [*STYLES, KNEE, RANDOM, CHANCE]
     entries.sort(key=lambda entry: order.index(entry[1]))
     if (points["method"] != "random").all():
         entries.append((Line2D([], [], linestyle=""), NO_RANDOM))
@@ -126,7 +122,8 @@ def _draw_panel(axis: Axes, panel: pl.DataFrame, *, with_bars: bool) -> Drawn:
     # Single draws have a mask, their mean has none.
     _draw_random(axis, accuracies.filter((pl.col("method") == "random") & pl.col("mask").is_null()), drawn)
     shared = (pl.col("other_task") == AGGREGATE).fill_null(value=False)
-    for number, ((method, is_shared), (name, colour, line)) in enumerate(CURVES.items()):
+    for number, ((method, is_shared), name) in enumerate(CURVE_NAMES.items()):
+        colour, line = STYLES[name]
         is_chosen = (pl.col("method") == method) & (shared == is_shared)
         # A mean's clean point is named, those of tasks' masks that remove as little are not.
         curve = accuracies.filter(is_chosen).unique("share", keep="first", maintain_order=True)

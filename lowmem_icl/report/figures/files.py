@@ -21,6 +21,7 @@ from lowmem_icl.system.files import atomic_path
 
 FORMATS = ("svg", "pdf", "png")
 SMALL_DPI, SMALL_COLOURS = 110, 32
+LARGEST_SVG_BYTES = 150_000
 NARROWEST, WIDEST = 3.0, 10.0
 """In inches."""
 CREATOR = "lowmem-icl"
@@ -97,16 +98,16 @@ def write_figures(run: RunTables, files: FigureFiles = FigureFiles()) -> list[Pa
 
 
 def write_page_figures(run: RunTables) -> dict[str, bytes]:
-    """Write the figures that every run has, as SVG of a page's width; return them by name as small PNG
-    images, for readers of the page without JavaScript.
+    """Write the figures that every run has, as SVG of a page's width; return them by name as images for
+    readers of the page without JavaScript: that SVG, or a small PNG of one that is large.
     """
     images = {}
     with figure_style():
         for name, kind in FIGURES.items():
             figure = kind.draw(run.results, run.record, Asked())
             if figure is not None:
-                _write(run, figure, name, f"{name}.svg")
-                images[name] = small_image(figure)
+                content = _write(run, figure, name, f"{name}.svg").read_bytes()
+                images[name] = content if len(content) <= LARGEST_SVG_BYTES else small_image(figure)
     _remove_old(run.folder / "figures")
     return images
 
@@ -119,8 +120,10 @@ def _write(run: RunTables, figure: Figure, name: str, file_name: str) -> Path:
 
 
 def small_image(figure: Figure) -> bytes:
-    """Return a figure as a PNG of few pixels and colours."""
+    """Return a figure that was saved before as a PNG of few pixels and colours."""
     content, small = io.BytesIO(), io.BytesIO()
+    # Everything has its place since it was saved.
+    figure.set_layout_engine("none")
     figure.savefig(content, format="png", dpi=SMALL_DPI)
     Image.open(content).convert("RGB").quantize(SMALL_COLOURS).save(small, "png", optimize=True)
     return small.getvalue()

@@ -1,5 +1,6 @@
 """Figures: scores of induction heads, what pruning leaves of them, and what their removal costs."""
 
+import numpy as np
 import polars as pl
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -31,6 +32,8 @@ SCORES = {
 }
 CAPACITIES = ("prefix_matching", "copying")
 RANDOM = "random orders"
+LEAST_BAND = 0.03
+"""Of a panel's width: of a band, so that one of no width is not taken for the line at 0."""
 
 
 def induction_scores(results: pl.DataFrame, record: Record, asked: Asked) -> Figure | None:
@@ -125,7 +128,7 @@ def induction_removal(results: pl.DataFrame, record: Record, asked: Asked) -> Fi
     for n_shots, axis in panels.axes.items():
         axis.axvline(0, color=BLACK, linewidth=LINE, zorder=1)
         of_panel = pl.col("shots") == n_shots
-        _draw_draws(rows, axis, draws.filter(of_panel))
+        _draw_draws(rows, axis, draws.filter(of_panel), LEAST_BAND * np.ptp([0.0, *shown_values]))
         guessing = above.filter(of_panel & pl.col("task").is_in(rows.tasks))
         rows.ticks(axis, guessing, "above", GREY, "dotted")
         rows.dots(axis, without.filter(of_panel), 0, RED, "o")
@@ -140,11 +143,12 @@ def induction_removal(results: pl.DataFrame, record: Record, asked: Asked) -> Fi
     return panels.figure
 
 
-def _draw_draws(rows: TaskRows, axis: Axes, draws: pl.DataFrame) -> None:
-    """Draw the median over random draws in the band that holds the next one."""
+def _draw_draws(rows: TaskRows, axis: Axes, draws: pl.DataFrame, least: float) -> None:
+    """Draw the median over random draws in the band that holds the next one, at least so wide."""
     heights = rows.lane(draws, 0)
     low, high = (draws[name].fill_null(draws["value"]).to_numpy() for name in ("low", "high"))
-    axis.barh(heights, high - low, 0.62, left=low, color=PALE, zorder=0)
+    wider = np.maximum(least - (high - low), 0) / 2
+    axis.barh(heights, high - low + 2 * wider, 0.62, left=low - wider, color=PALE, zorder=0)
     rows.ticks(axis, draws, "value", GREY, "solid")
 
 

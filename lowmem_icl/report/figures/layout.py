@@ -19,8 +19,8 @@ from lowmem_icl.report.figures.style import NORMAL, SMALL
 
 Record = Mapping[str, Any]
 """The content of a run's run.json."""
-COLUMN_WIDTH, PAGE_WIDTH = 3.25, 6.75
-"""In inches: a column and the text of a page in two columns."""
+PAGE_WIDTH = 6.75
+"""In inches: the text of a page."""
 TALLEST = 8.6
 """In inches, with room for a caption on a page of eleven."""
 SIDE = 0.5

@@ -23,6 +23,8 @@ from lowmem_icl.report.figures.scales import X_DISTANCE, SymLog, number
 from lowmem_icl.report.figures.style import LINE, PALE
 
 Grid = NDArray[np.float64]
+BELOW_BAR = 0.08
+"""In inches, between a scale and the titles of the maps below it."""
 
 
 def shape_of(record: Record) -> tuple[int, int]:
@@ -60,10 +62,11 @@ class MapScale:
 
     def bar(self, figure: Figure, image: AxesImage, label: str) -> None:
         """Put the scale above all maps of a figure."""
-        inches = min(3.0, figure.get_size_inches()[0] - 0.6)
+        width, height = figure.get_size_inches()
+        inches = min(3.0, width - 0.6)
         bar = figure.colorbar(
             image, ax=figure.axes, location="top", orientation="horizontal", fraction=0.05, aspect=36,
-            shrink=inches / (figure.get_size_inches()[0] - 0.4), pad=0.02, anchor=(0, 0),
+            shrink=inches / (width - 0.4), pad=BELOW_BAR / height, anchor=(0, 0),
         )  # fmt: skip
         marks = self.scale.ticks(inches, X_DISTANCE)
         bar.set_ticks(marks, labels=[number(mark) for mark in marks])
@@ -71,7 +74,7 @@ class MapScale:
         bar.ax.tick_params(length=1.5, pad=1)
         bar.set_label(label, loc="left", labelpad=2)
         bar.ax.spines["outline"].set_linewidth(LINE / 2)
-        grow(figure, 0.42)
+        grow(figure, 0.42 + BELOW_BAR)
 
 
 def head_maps(records: pl.DataFrame, record: Record, asked: Asked, label: str) -> Figure | None:

@@ -57,7 +57,7 @@ class SymLog:
 
     def set_on(self, axis: Axes, which: str, inches: float) -> None:
         """Give an axes' "x" or "y" this scale, with some room at both ends."""
-        beyond = 1.25
+        beyond = 1.5
         low, high = (min(self.low, -self.linear / 4) * beyond, max(self.high, self.linear) * beyond)
         wider = SymLog(self.linear, low, high)
         along = axis.xaxis if which == "x" else axis.yaxis

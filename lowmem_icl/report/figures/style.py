@@ -9,7 +9,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 
 # Okabe and Ito's colours, distinct under every kind of colour vision; their luminances differ too.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-YELLOW, BLUE, RED, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+BLUE, RED, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 GREY, PALE = "#8C8C8C", "#DADADA"
 SMALL, NORMAL = 6.0, 7.0
 """Sizes of text in points: ticks and names, and all else."""

@@ -47,12 +47,26 @@ def told_search(masks: pl.DataFrame, settings: Settings, model: Row) -> dict[str
     A task that demonstrations teach comes before all others: of what a model does without them, a circuit
     says nothing of in-context learning.
     """
-    searched = searches_above_chance(masks, settings)
-    holding = [row for row in searched if row["verdict"] == "holds"]
-    if not holding:
-        return min(searched, key=_by_worst_loss, default=None)
-    taught = [row for row in holding if (row["task"], row["shots"]) in settings.credible]
-    return min(taught or holding, key=lambda row: _n_kept(row, model))
+    found = _holding(masks, settings, taught=True) or _holding(masks, settings, taught=False)
+    if not found:
+        return min(searches_above_chance(masks, settings), key=_by_worst_loss, default=None)
+    return min(found, key=lambda row: _n_kept(row, model))
+
+
+def _holding(masks: pl.DataFrame, settings: Settings, *, taught: bool) -> list[dict[str, Any]]:
+    """Return the searches that are shown to keep the tolerance; `taught`: only of tasks that demonstrations
+    teach.
+    """
+    return [
+        row
+        for row in searches_above_chance(masks, settings)
+        if row["verdict"] == "holds" and (not taught or (row["task"], row["shots"]) in settings.credible)
+    ]
+
+
+def _of_text(n_masks: int) -> str:
+    """Return of how many masks, each shown by itself at 95 %, the smallest was taken."""
+    return "" if n_masks < 2 else f" (of {n_masks}, each shown by itself)"
 
 
 def circuit_sentence(masks: pl.DataFrame, units: pl.DataFrame, settings: Settings, record: Row) -> str:
@@ -76,8 +90,10 @@ def circuit_sentence(masks: pl.DataFrame, units: pl.DataFrame, settings: Setting
         return f"No unit can go within the tolerance of {record['options']['tolerance']:g}."
     kept = kept_text(smallest, units, model)
     verb = "suffices" if _n_kept(smallest, model) == 1 else "suffice"
+    n_holding = len(_holding(masks, settings, taught=taught))
     return (
-        f"The smallest circuit that keeps {of_task}: {setting_text(smallest['task'], smallest['shots'])}: "
+        f"The smallest circuit that keeps {of_task}{_of_text(n_holding)}: "
+        f"{setting_text(smallest['task'], smallest['shots'])}: "
         + (f"{kept} {verb}" if kept else "no head and no FFN is needed")
         + f": accuracy {_accuracy_text(smallest, randoms)}."
     )

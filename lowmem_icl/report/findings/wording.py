@@ -30,7 +30,7 @@ def task_text(task: str) -> str:
 
 def setting_text(task: str, shots: int) -> str:
     """Return a task at a shot count: "recall, 16 shots"."""
-    return f"{task}, {shots} {'shot' if shots == 1 else 'shots'}"
+    return f"{task_text(task)}, {shots} {'shot' if shots == 1 else 'shots'}"
 
 
 def decimal_text(value: float) -> str:

@@ -13,7 +13,14 @@ from lowmem_icl.report.page.encoding import encode_bits, encode_halves
 from lowmem_icl.report.page.plots.maps import head_map
 from lowmem_icl.report.page.plots.style import palettes
 from lowmem_icl.report.page.section import Section, Table, interval_text, number_text
-from lowmem_icl.report.page.unit_arrays import METRICS, Grid, Values, linear_range
+from lowmem_icl.report.page.unit_arrays import (
+    METRICS,
+    Grid,
+    Values,
+    is_significant,
+    linear_range,
+    unit_column,
+)
 from lowmem_icl.report.run_tables import RunTables, Setting
 from lowmem_icl.statistics.agreement import spearman
 
@@ -26,7 +33,7 @@ RUN_COLUMNS = ("run", "model", "layers × heads", "tasks", "shots", "protocol", 
 MOST_TASKS_NAMED = 6
 MAP_TEXT = (
     "Choose in the menu of metrics which run is shown, or what it has more than the first. Runs and "
-    "differences of one metric share one scale."
+    "differences of one metric share one scale; dot: q ≤ 0.05 in any of the runs."
 )
 ATLAS_TEXT = "Every task at the chosen shot count: each run, and its difference from the first."
 CHANGE_TEXT = (
@@ -142,7 +149,7 @@ def unit_rows(runs: Sequence[RunTables]) -> Iterator[list[str]]:
     if not have_one_shape(runs):
         return
     grid = _grid(runs)
-    drops = [_values(run, grid, DROP) for run in runs]
+    drops = [grid.values(run.units, unit_column(DROP)) for run in runs]
     sizes = [_greedy_sizes(run) for run in runs]
     for index, (task, shots) in enumerate((task, shots) for task in grid.tasks for shots in grid.shots):
         for number, label in list(enumerate(run_labels(runs)))[1:]:
@@ -194,14 +201,14 @@ def comparison_data(runs: Sequence[RunTables]) -> dict[str, Any]:
     none, metrics = np.zeros(grid.shape, dtype=np.bool_), {}
     if have_one_shape(runs):
         metrics = _compared_metrics(runs, grid)
-        significant = np.any([_significant(run, grid) for run in runs], axis=0)
+        significant = np.any([is_significant(grid.values(run.units, "q_value")) for run in runs], axis=0)
     model = runs[0].record["model"]
     return {
         "model": {name: model.get(name) for name in ("id", "layers", "heads")},
         "tasks": list(grid.tasks), "shots": list(grid.shots), "atChance": [],
         "start": {"task": grid.tasks[-1], "shots": grid.shots[-1]}, "inductionScore": 1.0,
         "units": {
-            "metrics": metrics, "scores": {}, "significant": encode_bits(significant).as_json(),
+            "metrics": metrics, "scores": {}, "significant": {DROP: encode_bits(significant).as_json()},
             **{name: encode_halves(nothing).as_json() for name in ("low", "high", "q")},
             **{name: encode_bits(none).as_json() for name in ("exact", "kept")},
         },
@@ -215,7 +222,7 @@ def _compared_metrics(runs: Sequence[RunTables], grid: Grid) -> dict[str, Any]:
     labels = run_labels(runs)
     metrics: dict[str, Any] = {}
     for name in COMPARED:
-        found = [_values(run, grid, name) for run in runs]
+        found = [grid.values(run.units, unit_column(name)) for run in runs]
         if not all(np.isfinite(values).any() for values in found):
             continue
         shown = dict(zip(labels, found, strict=True))
@@ -237,14 +244,3 @@ def _grid(runs: Sequence[RunTables]) -> Grid:
     settings, model = common(runs), runs[0].record["model"]
     tasks, shots = dict.fromkeys(task for task, _ in settings), dict.fromkeys(count for _, count in settings)
     return Grid(list(tasks), list(shots), model["layers"], model["heads"])
-
-
-def _values(run: RunTables, grid: Grid, metric: str) -> Values:
-    records = run.results.filter(
-        (pl.col("metric") == metric) & pl.col("experiment").is_in(["ablate", "importance"])
-    )
-    return grid.values(records)
-
-
-def _significant(run: RunTables, grid: Grid) -> np.ndarray:
-    return np.nan_to_num(_values(run, grid, "q_value"), nan=1) <= 0.05

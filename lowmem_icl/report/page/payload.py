@@ -12,17 +12,22 @@ from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.findings.above_chance import settings_of
 from lowmem_icl.report.findings.circuits import told_search
-from lowmem_icl.report.page.plots.induction import INDUCTION_SCORE
-from lowmem_icl.report.page.plots.style import BLUE, GREY, palettes
+from lowmem_icl.report.numbers import INDUCTION_SCORE
+from lowmem_icl.report.page.plots.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, palettes
 from lowmem_icl.report.page.sections.agreement import compared_pairs
-from lowmem_icl.report.page.sections.pruning import CURVES
 from lowmem_icl.report.page.unit_arrays import Grid, unit_arrays
-from lowmem_icl.report.points import curve_points
+from lowmem_icl.report.points import CURVE_NAMES, UNDRAWN, curve_points
 from lowmem_icl.report.run_tables import RunTables, Setting
 from lowmem_icl.tables.schema import ACCURACIES
 
-# Curves of another shot count's ranking are in the table alone; heads and FFNs together are a grid.
-UNDRAWN = ("cross-shot", "curve-combined")
+CURVE_COLOURS = {
+    "own ranking": BLUE,
+    "ranking of all tasks": ORANGE,
+    "scored again at every level": GREEN,
+    "by in-context effect": SKY,
+    "most similar task's ranking": RED,
+    "least similar task's ranking": PINK,
+}
 CURVE_KEYS = ("task", "shots", "method", "other_task")
 CAPACITIES = ("prefix_matching", "copying")
 Rows = list[dict[str, Any]]
@@ -42,7 +47,7 @@ def payload(run: RunTables) -> dict[str, Any]:
         "start": start(run),
         "inductionScore": INDUCTION_SCORE,
         "atChance": [[task, shots] for task, shots in sorted(run.at_chance)],
-        "units": unit_arrays(results, run.greedy_masks, grid),
+        "units": unit_arrays(run.units, run.greedy_masks, grid),
         "curves": {kind: curves(results, kind, model) for kind in ("head", "ffn")},
         "grid": grid_points(results, model),
         "capacity": {name: capacity(results, name) for name in CAPACITIES},
@@ -82,9 +87,9 @@ def curves(results: pl.DataFrame, kind: str, model: Mapping[str, Any]) -> Rows:
         if other_shots is not None and other_shots != shots:
             continue
         curve = curve.sort("removed")
-        label, colour, dash = _curve_style(str(method), other_task)
+        label = _curve_name(str(method), other_task)
         found.append({
-            "task": task, "shots": shots, "label": label, "colour": colour, "dash": dash,
+            "task": task, "shots": shots, "label": label, "colour": CURVE_COLOURS.get(label, GREY),
             "random": method == "random",
             "x": curve["removed"].to_list(), "y": curve["value"].to_list(),
             "low": curve["low"].to_list(), "high": curve["high"].to_list(),
@@ -102,10 +107,8 @@ def _knees(results: pl.DataFrame) -> dict[tuple[Any, ...], int]:
     return {tuple(keys): count for *keys, count in knees.select(*CURVE_KEYS, removed).iter_rows()}
 
 
-def _curve_style(method: str, other_task: str | None) -> tuple[str, str, str]:
-    if method == "random":
-        return "random", GREY, "-"
-    return CURVES.get((method, other_task is not None), (method, GREY, "-"))
+def _curve_name(method: str, other_task: str | None) -> str:
+    return CURVE_NAMES.get((method, other_task == AGGREGATE), method)
 
 
 def grid_points(results: pl.DataFrame, model: Mapping[str, Any]) -> Rows:
@@ -128,7 +131,7 @@ def capacity(results: pl.DataFrame, name: str) -> Rows:
     for (task, shots, method), curve in records.group_by("task", "shots", "method", maintain_order=True):
         found.append({
             "task": task, "shots": shots, "label": "gradient ranking" if method == "gradient" else "random",
-            "colour": BLUE if method == "gradient" else GREY, "dash": "-", "random": method == "random",
+            "colour": BLUE if method == "gradient" else GREY, "random": method == "random",
             "x": curve["percent"].to_list(), "y": curve["value"].to_list(),
             "low": curve["low"].to_list(), "high": curve["high"].to_list(),
             "knee": None, "chance": None, "units": 100,

@@ -17,6 +17,8 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.report.numbers import SIGNIFICANT_Q
 from lowmem_icl.report.page.encoding import encode_bits, encode_halves
 from lowmem_icl.report.run_tables import Setting
+from lowmem_icl.tables.schema import UNIT_METRICS, unit_columns
+from lowmem_icl.tables.unit_table import HEAD_SCORES
 
 Values = NDArray[np.float64]
 
@@ -41,9 +43,7 @@ METRICS = {
     "gradient": UnitMetric("gradient importance", "nats per token", 6, signed=False),
 }
 """What the maps can show, in the order of the menu."""
-DROP = "gold_logprob_drop"
 BOUND_BITS = 5
-HEAD_SCORES = ("prefix_matching", "copying", "previous_token")
 
 
 @dataclass(frozen=True)
@@ -60,32 +60,28 @@ class Grid:
         """Settings and units."""
         return len(self.tasks) * len(self.shots), self.layers * (self.heads + 1)
 
-    def values(self, records: pl.DataFrame, column: str = "value") -> Values:
-        """Return a column of records of single units as an array [S, U]; NaN where there is no record."""
+    def values(self, units: pl.DataFrame, column: str) -> Values:
+        """Return a column of units.parquet as an array [S, U]; NaN where a unit or its value is not known."""
+        known = units.filter(pl.col("task").is_in(list(self.tasks)) & pl.col("shots").is_in(list(self.shots)))
+        setting = known.select(
+            pl.col("task").replace_strict(_indices(self.tasks), return_dtype=pl.Int64) * len(self.shots)
+            + pl.col("shots").replace_strict(_indices(self.shots), return_dtype=pl.Int64)
+        ).to_series()
         found = np.full(self.shape, np.nan)
-        known = records.filter(
-            pl.col("task").is_in(list(self.tasks))
-            & pl.col("shots").is_in(list(self.shots))
-            & pl.col("layer").is_not_null()
-        )
-        places = known.select(
-            setting=pl.col("task").replace_strict(_indices(self.tasks), return_dtype=pl.Int64)
-            * len(self.shots)
-            + pl.col("shots").replace_strict(_indices(self.shots), return_dtype=pl.Int64),
-            unit=pl.col("layer").cast(pl.Int64) * (self.heads + 1)
-            + pl.col("head").cast(pl.Int64).fill_null(self.heads),
-            value=pl.col(column).cast(pl.Float64),
-        )
-        found[places["setting"].to_numpy(), places["unit"].to_numpy()] = places["value"].to_numpy()
+        found[setting.to_numpy(), self._unit(known)] = known[column].cast(pl.Float64).to_numpy()
         return found
 
-    def head_values(self, records: pl.DataFrame) -> Values:
-        """Return records of heads, whatever the task, as an array [U]; NaN for FFNs."""
+    def head_values(self, units: pl.DataFrame, column: str) -> Values:
+        """Return a score of heads, the same for all tasks, as an array [U]; NaN for FFNs."""
+        known = units.filter(pl.col(column).is_not_null())
         found = np.full(self.shape[1], np.nan)
-        heads = records.filter(pl.col("layer").is_not_null() & pl.col("head").is_not_null())
-        unit = heads["layer"].cast(pl.Int64).to_numpy() * (self.heads + 1) + heads["head"].to_numpy()
-        found[unit] = heads["value"].to_numpy()
+        found[self._unit(known)] = known[column].to_numpy()
         return found
+
+    def _unit(self, units: pl.DataFrame) -> NDArray[np.int64]:
+        head = pl.col("head").cast(pl.Int64).fill_null(self.heads)
+        place = units.select(pl.col("layer").cast(pl.Int64) * (self.heads + 1) + head)
+        return place.to_series().to_numpy()
 
     def kept(self, mask: Mask) -> NDArray[np.bool_]:
         """Return which units [U] a mask leaves."""
@@ -95,55 +91,63 @@ class Grid:
         return found
 
 
-def unit_arrays(results: pl.DataFrame, greedy: Mapping[Setting, MaskFile], grid: Grid) -> dict[str, Any]:
+def unit_arrays(units: pl.DataFrame, greedy: Mapping[Setting, MaskFile], grid: Grid) -> dict[str, Any]:
     """Return the arrays of all units as JSON: metrics, the drop's bounds and claims, scores of heads, and
     what greedy masks keep.
 
-    greedy: the greedy mask of a task at a shot count, for those that have one.
+    units: units.parquet; greedy: the greedy mask of a task at a shot count, for those that have one.
     """
-    single = results.filter(
-        (pl.col("experiment") == "ablate") & (pl.col("procedure") != "top")
-        | (pl.col("experiment") == "importance")
-    )
-    found: dict[str, Any] = {"metrics": {}}
+    metrics, significant = {}, {}
     for name, metric in METRICS.items():
-        values = grid.values(single.filter(pl.col("metric") == name))
-        if np.isfinite(values).any():
-            found["metrics"][name] = {
-                "label": metric.label,
-                "unit": metric.unit,
-                "signed": metric.signed or bool((values < 0).any()),
-                "linear": linear_range(values),
-                "largest": float(np.nanmax(np.abs(values))),
-                "values": encode_halves(values, metric.mantissa_bits).as_json(),
-            }
-    drops = single.filter(pl.col("metric") == DROP)
-    for bound in ("low", "high"):
-        found[bound] = encode_halves(grid.values(drops, bound), BOUND_BITS).as_json()
-    q_values = grid.values(single.filter(pl.col("metric") == "q_value"))
-    found["q"] = encode_halves(q_values, BOUND_BITS).as_json()
-    found["significant"] = encode_bits(np.nan_to_num(q_values, nan=1) <= SIGNIFICANT_Q).as_json()
-    found["exact"] = encode_bits(grid.values(drops.filter(pl.col("exact")), "documents") > 0).as_json()
-    return found | _scores_and_masks(results, greedy, grid)
+        values = grid.values(units, unit_column(name))
+        if not np.isfinite(values).any():
+            continue
+        metrics[name] = {
+            "label": metric.label,
+            "unit": metric.unit,
+            "signed": metric.signed or bool((values < 0).any()),
+            "linear": linear_range(values),
+            "largest": float(np.nanmax(np.abs(values))),
+            "values": encode_halves(values, metric.mantissa_bits).as_json(),
+        }
+        if unit_column(name) in UNIT_METRICS:
+            q_values = grid.values(units, unit_columns(unit_column(name))["q_value"])
+            if np.isfinite(q_values).any():
+                significant[name] = encode_bits(is_significant(q_values)).as_json()
+    scores = {name: grid.head_values(units, name) for name in HEAD_SCORES}
+    return {
+        "metrics": metrics,
+        "significant": significant,
+        "low": encode_halves(grid.values(units, "low"), BOUND_BITS).as_json(),
+        "high": encode_halves(grid.values(units, "high"), BOUND_BITS).as_json(),
+        "q": encode_halves(grid.values(units, "q_value"), BOUND_BITS).as_json(),
+        "exact": encode_bits(grid.values(units, "exact") == 1).as_json(),
+        "scores": {
+            name: encode_halves(values, 7).as_json()
+            for name, values in scores.items()
+            if np.isfinite(values).any()
+        },
+        "kept": encode_bits(_kept(greedy, grid)).as_json(),
+    }
 
 
-def _scores_and_masks(
-    results: pl.DataFrame, greedy: Mapping[Setting, MaskFile], grid: Grid
-) -> dict[str, Any]:
-    scores = results.filter((pl.col("experiment") == "induction") & (pl.col("procedure") == "scores"))
-    of_heads = {name: grid.head_values(scores.filter(pl.col("metric") == name)) for name in HEAD_SCORES}
+def _kept(greedy: Mapping[Setting, MaskFile], grid: Grid) -> NDArray[np.bool_]:
+    """Return which units greedy masks keep, [S, U]; none where there is no mask."""
     kept = np.zeros(grid.shape, dtype=np.bool_)
     for index, setting in enumerate((task, shots) for task in grid.tasks for shots in grid.shots):
         if setting in greedy:
             kept[index] = grid.kept(greedy[setting].mask)
-    return {
-        "scores": {
-            name: encode_halves(values, 7).as_json()
-            for name, values in of_heads.items()
-            if np.isfinite(values).any()
-        },
-        "kept": encode_bits(kept).as_json(),
-    }
+    return kept
+
+
+def unit_column(metric: str) -> str:
+    """Return the column of units.parquet that holds a metric of METRICS."""
+    return next((column for column, held in UNIT_METRICS.items() if held == metric), metric)
+
+
+def is_significant(q_values: Values) -> NDArray[np.bool_]:
+    """Return which q-values are claims; an unknown one is none."""
+    return np.nan_to_num(q_values, nan=1) <= SIGNIFICANT_Q
 
 
 def linear_range(values: Values) -> float:

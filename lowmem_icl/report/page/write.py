@@ -50,6 +50,7 @@ SECTIONS: dict[MakeSection, tuple[str, ...]] = {
     agreement_section: ("Agreement of rankings",),
     method_section: (),
 }
+PNG = b"\x89PNG"
 MOST_IMAGE_BYTES = 700_000
 NO_IMAGES: Mapping[str, bytes] = MappingProxyType({})
 SCRIPTS = ("data.js", "state.js", "map.js", "units.js", "curves.js", "main.js")
@@ -78,7 +79,7 @@ class Page:
 def write_report(runs: Sequence[RunTables], page: Path, images: Mapping[str, bytes] = NO_IMAGES) -> None:
     """Write the page of one run, or of several compared.
 
-    images: figures by name as PNG, for readers without JavaScript; of too heavy ones the last are left out.
+    images: figures by name as PNG or SVG, for readers without JavaScript; if heavy the last are left out.
     """
     whole = run_page(runs[0], images) if len(runs) == 1 else comparison_page(runs)
     write_text_atomic(page, render(whole))
@@ -94,7 +95,7 @@ def run_page(run: RunTables, images: Mapping[str, bytes] = NO_IMAGES) -> Page:
         if (section := make(run)) is not None
     ]
     return Page(
-        title=_title(run),
+        title=_title(run, sections),
         lead=_lead(run),
         sentences=found.sentences,
         chips=found.chips,
@@ -113,7 +114,8 @@ def embedded(images: Mapping[str, bytes]) -> dict[str, str]:
     for name, content in images.items():
         left -= len(content)
         if left >= 0:
-            found[name] = "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+            kind = "png" if content.startswith(PNG) else "svg+xml"
+            found[name] = f"data:image/{kind};base64," + base64.b64encode(content).decode("ascii")
     return found
 
 
@@ -164,10 +166,10 @@ def _script_of(sections: Sequence[Section]) -> dict[str, str]:
     }
 
 
-def _title(run: RunTables) -> str:
+def _title(run: RunTables, sections: Sequence[Section]) -> str:
     model = run.record["model"]
     name = f"{model['id']} in {model['weights']}"
-    if given_masks_section(run) is not None:
+    if any(section.id == "given-masks" for section in sections):
         return f"{name}: what masks cost"
     return f"{name}: which heads and FFNs does in-context learning need?"
 

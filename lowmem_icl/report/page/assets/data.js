@@ -34,7 +34,8 @@ async function decodeRun(run) {
   await Promise.all([
     ...Object.values(units.metrics).map(async (metric) => { metric.values = await values(metric.values); }),
     ...["low", "high", "q"].map(async (name) => { units[name] = await values(units[name]); }),
-    ...["significant", "exact", "kept"].map(async (name) => { units[name] = await decodeBits(units[name]); }),
+    ...["exact", "kept"].map(async (name) => { units[name] = await decodeBits(units[name]); }),
+    ...Object.keys(units.significant).map(async (name) => { units.significant[name] = await decodeBits(units.significant[name]); }),
     ...Object.keys(units.scores).map(async (name) => { units.scores[name] = await values(units.scores[name]); }),
   ]);
   return run;

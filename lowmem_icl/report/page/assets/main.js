@@ -40,10 +40,13 @@ function paintPlots() {
   }
 }
 
+// What a choice changes: an order the table alone, a unit its marks and its card, all else everything.
 function redraw(run, changes = {}) {
+  const names = Object.keys(changes), only = (...some) => names.length > 0 && names.every((name) => some.includes(name));
+  if (only("sort", "ascending")) { drawUnits(run); return; }
+  if (only("unit")) { drawChosen(run); drawCard(run); drawUnits(run); return; }
   for (const id of run.embedded) PER_PLOT[id]?.(run);
-  if (!("unit" in changes && Object.keys(changes).length === 1)) drawAtlas(run);
-  drawCard(run); drawUnits(run); markMasks(run);
+  drawAtlas(run); drawCard(run); drawUnits(run); markMasks(run);
   const at = document.getElementById("at-chance"), values = valuesAt(run, state.metric);
   document.getElementById("nothing").textContent = values && values.every(Number.isNaN) ? `Nothing measured here: ${run.units.metrics[state.metric].label}, ${taskName(state.task)}, ${shotsText(state.shots)}.` : "";
   at.textContent = run.atChance.some(([task, shots]) => task === state.task && shots === state.shots) ? "At chance: the clean model is no better than guessing here." : "";
@@ -58,7 +61,7 @@ function markMasks(run) {
 
 function keptText(run) {
   const kept = [...sliceAt(run, "kept").entries()].filter(([, flag]) => flag).map(([unit]) => unit).filter((unit) => unit < run.perSetting);
-  const drops = valuesAt(run, "gold_logprob_drop"), by = (unit) => (drops && !Number.isNaN(drops[unit]) ? drops[unit] : -Infinity);
+  const drops = valuesAt(run, DROP), by = (unit) => (drops && !Number.isNaN(drops[unit]) ? drops[unit] : -Infinity);
   const names = kept.sort((a, b) => by(b) - by(a)).map((unit) => unitName(run, unit));
   return `${taskName(state.task)}, ${shotsText(state.shots)}: the greedy mask keeps ${names.length} of ${run.perSetting} units, the costliest alone first: ${names.slice(0, MOST_LISTED).join(" ")}${names.length > MOST_LISTED ? " …" : ""}`;
 }
@@ -85,7 +88,7 @@ function makeBar(run) {
   fields.unit.addEventListener("change", () => findUnit(run, fields.unit.value));
   document.getElementById("masks")?.addEventListener("click", (event) => {
     const row = event.target.closest("tr[data-task]");
-    if (row && !event.target.closest("button")) choose(run, { task: row.dataset.task, shots: Number(row.dataset.shots) });
+    if (row && !event.target.closest("[data-name], [data-command]")) choose(run, { task: row.dataset.task, shots: Number(row.dataset.shots) });
   });
 }
 
@@ -111,7 +114,7 @@ function moveByKeys(run) {
 
 async function embedPlots(run, items) {
   for (const [id, item] of Object.entries(items)) {
-    const views = await Bokeh.embed.embed_item(item, id);
+    await Bokeh.embed.embed_item(item, id);
     const document = Bokeh.documents[Bokeh.documents.length - 1];
     if (!plots.includes(document)) plots.push(document);
     run.embedded.push(id);

@@ -11,6 +11,14 @@ const sliceAt = (run, name, task = state.task, shots = state.shots) => {
   const start = settingIndex(run, task, shots) * run.perSetting;
   return run.units[name].subarray(start, start + run.perSetting);
 };
+// Whether units are significant by the chosen metric or, where nothing is claimed by it, by the drop.
+const DROP = "gold_logprob_drop";
+const claimedMetric = (run) => (state.metric in run.units.significant ? state.metric : DROP);
+function significantAt(run, task = state.task, shots = state.shots) {
+  const start = settingIndex(run, task, shots) * run.perSetting, flags = run.units.significant[claimedMetric(run)];
+  return flags ? flags.subarray(start, start + run.perSetting) : new Uint8Array(run.perSetting);
+}
+const claimedText = (run) => run.units.metrics[claimedMetric(run)]?.label ?? "drop of gold log-probability";
 const isShown = (run, significant, unit) => !state.significant || significant[unit] === 1;
 
 function ranks(values) {
@@ -21,7 +29,7 @@ function ranks(values) {
 }
 
 function describeUnit(run, unit, ranked) {
-  const lines = [], drops = valuesAt(run, "gold_logprob_drop");
+  const lines = [], drops = valuesAt(run, DROP);
   if (drops && !Number.isNaN(drops[unit])) {
     const exact = sliceAt(run, "exact")[unit];
     lines.push(`drop ${shown(drops[unit])} nats${shownInterval(sliceAt(run, "low")[unit], sliceAt(run, "high")[unit])}${exact ? "" : ", estimated"}`);
@@ -36,15 +44,20 @@ function describeUnit(run, unit, ranked) {
   return lines;
 }
 
+// Where a unit stands on the map: its column and its layer; an empty column parts heads from FFNs.
+function cellOf(run, unit) {
+  const width = run.model.heads + 1;
+  return [unit % width + (isFfn(run, unit) ? 1 : 0), Math.floor(unit / width)];
+}
+
 function drawMap(run) {
   const metric = run.units.metrics[state.metric];
   if (!metric) return;
-  const values = valuesAt(run, state.metric), significant = sliceAt(run, "significant"), kept = sliceAt(run, "kept");
-  const width = run.model.heads + 1, place = (unit) => [unit % width + (isFfn(run, unit) ? 1 : 0), Math.floor(unit / width)];
+  const values = valuesAt(run, state.metric), significant = significantAt(run), kept = sliceAt(run, "kept");
   const cells = { x: [], y: [], colour: [], unit: [], value: [], more: [] }, stars = { x: [], y: [] }, kepts = { x: [], y: [] };
   const ranked = ranks(values), marked = state.significant;
   for (let unit = 0; unit < values.length; unit++) {
-    const [x, y] = place(unit), visible = !marked || significant[unit];
+    const [x, y] = cellOf(run, unit), visible = !marked || significant[unit];
     cells.x.push(x); cells.y.push(y);
     cells.colour.push(visible ? onScale(metric, values[unit]) : NaN);
     cells.unit.push(unitName(run, unit));
@@ -56,12 +69,12 @@ function drawMap(run) {
   fill("cells", cells); fill("stars", stars); fill("kept", kepts);
   const induction = { x: [], y: [] }, prefix = run.units.scores.prefix_matching;
   if (prefix) prefix.forEach((score, unit) => {
-    if (score >= run.inductionScore) { const [x, y] = place(unit); induction.x.push(x); induction.y.push(y); }
+    if (score >= run.inductionScore) { const [x, y] = cellOf(run, unit); induction.x.push(x); induction.y.push(y); }
   });
   fill("induction", induction);
   drawProfile(run, values, metric);
   drawScale(run, metric);
-  drawChosen(run, place);
+  drawChosen(run);
 }
 
 function drawProfile(run, values, metric) {
@@ -85,8 +98,8 @@ function drawScale(run, metric) {
   bar.major_label_overrides = new Map(ticks.map((value, i) => [places[i], shown(value, 1)]));
 }
 
-function drawChosen(run, place) {
-  const at = state.unit === null ? null : place(state.unit);
+function drawChosen(run) {
+  const at = state.unit === null ? null : cellOf(run, state.unit);
   fill("chosen", at ? { x: [at[0]], y: [at[1]] } : { x: [], y: [] });
 }
 
@@ -99,13 +112,13 @@ function drawCard(run) {
   const rows = run.tasks.map((task) => element("tr", { class: task === state.task ? "chosen" : "" }, element("td", {}, taskName(task)),
     ...run.shots.map((shots) => {
       const index = settingIndex(run, task, shots) * run.perSetting + unit;
-      return element("td", { "data-cell": `${task}|${shots}` }, shown(metric.values[index], 2) + (run.units.significant[index] ? "*" : ""));
+      return element("td", { "data-cell": `${task}|${shots}` }, shown(metric.values[index], 2) + (significantAt(run, task, shots)[unit] ? "*" : ""));
     })));
   const keepers = run.masks.filter(({ task, shots }) => run.units.kept[settingIndex(run, task, shots) * run.perSetting + unit]);
   card.replaceChildren(
     element("h3", {}, unitName(run, unit)),
     element("p", {}, describeUnit(run, unit, ranks(valuesAt(run, state.metric))).join("; ")),
-    element("p", { class: "soft" }, `${metric.label}, ${metric.unit}; *: q ≤ 0.05 of the drop of gold log-probability`),
+    element("p", { class: "soft" }, `${metric.label}, ${metric.unit}; *: q ≤ 0.05 of the ${claimedText(run)}`),
     element("div", { class: "scroll" }, element("table", {}, head, ...rows)),
     element("p", { class: "soft" }, keepersText(run, keepers)));
 }
@@ -154,18 +167,19 @@ function metricOf(run, short) {
 function drawAtlas(run) {
   const metric = run.units.metrics[state.metric];
   if (!metric) return;
-  const colours = paletteOf(run, metric).map((hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)));
+  // A pixel as one number, red in the lowest byte.
+  const colours = paletteOf(run, metric).map((hex) => [1, 3, 5].reduce((sum, at, byte) => sum + parseInt(hex.slice(at, at + 2), 16) * 256 ** byte, 255 * 256 ** 3));
   for (const button of document.querySelectorAll("#atlas button")) {
     const { task, group } = button.dataset, shots = group ? state.shots : Number(button.dataset.shots), name = group ? metricOf(run, group) : state.metric;
     button.setAttribute("aria-pressed", String(task === state.task && shots === state.shots && name === state.metric));
     const canvas = button.firstElementChild, { width, height } = canvas, context = canvas.getContext("2d");
-    const picture = context.createImageData(width, height), values = valuesAt(run, name, task, shots);
-    const significant = sliceAt(run, "significant", task, shots), marked = state.significant;
+    const picture = context.createImageData(width, height), pixels = new Uint32Array(picture.data.buffer), values = valuesAt(run, name, task, shots);
+    const significant = significantAt(run, task, shots), marked = state.significant;
     for (let unit = 0; unit < values.length; unit++) {
-      const x = unit % (width - 1) + (isFfn(run, unit) ? 1 : 0), y = height - 1 - Math.floor(unit / (width - 1));
       if (Number.isNaN(values[unit]) || (marked && !significant[unit])) continue;
       const at = onScale(metric, values[unit]), share = metric.signed ? (at + 1) / 2 : Math.max(0, at);
-      picture.data.set([...colours[Math.round(share * (colours.length - 1))], 255], 4 * (y * width + x));
+      const [x, layer] = cellOf(run, unit);
+      pixels[(height - 1 - layer) * width + x] = colours[Math.round(share * (colours.length - 1))];
     }
     context.putImageData(picture, 0, 0);
   }

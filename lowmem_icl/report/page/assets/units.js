@@ -6,15 +6,16 @@ let rowsShown = ROWS_AT_FIRST;
 function unitRows(run) {
   const values = valuesAt(run, state.metric);
   if (!values) return [];
-  const isDrop = state.metric === "gold_logprob_drop";
+  const isDrop = state.metric === DROP;
   const at = (name) => valuesAt(run, name), q = sliceAt(run, "q"), low = sliceAt(run, "low"), high = sliceAt(run, "high");
-  const significant = sliceAt(run, "significant"), kept = sliceAt(run, "kept"), gradient = at("gradient"), ranked = ranks(values);
+  const significant = significantAt(run), kept = sliceAt(run, "kept"), gradient = at("gradient"), ranked = ranks(values);
+  const claims = run.units.significant[DROP]?.subarray(settingIndex(run, state.task, state.shots) * run.perSetting);
   const scores = run.units.scores, searched = run.masks.some((m) => m.task === state.task && m.shots === state.shots);
   const rows = [];
   values.forEach((value, unit) => {
     if (Number.isNaN(value) || !isShown(run, significant, unit)) return;
-    rows.push({ unit, rank: ranked.get(unit), value, low: isDrop ? low[unit] : NaN, high: isDrop ? high[unit] : NaN, q: q[unit],
-      significant: significant[unit], gradient: gradient ? gradient[unit] : NaN, prefix: scores.prefix_matching ? scores.prefix_matching[unit] : NaN,
+    rows.push({ unit, claimed: claims ? claims[unit] : 0, rank: ranked.get(unit), value, low: isDrop ? low[unit] : NaN, high: isDrop ? high[unit] : NaN, q: q[unit],
+      gradient: gradient ? gradient[unit] : NaN, prefix: scores.prefix_matching ? scores.prefix_matching[unit] : NaN,
       copying: scores.copying ? scores.copying[unit] : NaN, kept: searched ? kept[unit] : NaN });
   });
   return rows;
@@ -34,12 +35,12 @@ function drawUnits(run) {
   const from = Math.min(0, ...ends), to = Math.max(0, ...ends, from + 1e-9);
   const percent = (value) => (100 * (value - from)) / (to - from);
   body.replaceChildren(...visible.map((row) => element("tr", { "data-unit": row.unit, class: row.unit === state.unit ? "chosen" : "" },
-    element("td", {}, String(row.rank)), element("td", { class: "text" }, unitName(run, row.unit)), element("td", {}, shown(row.value)),
+    element("td", {}, String(row.rank)), element("td", { class: "text" }, element("button", { type: "button", class: "plain" }, unitName(run, row.unit))), element("td", {}, shown(row.value)),
     element("td", {}, intervalBar(row, percent)), element("td", {}, shownInterval(row.low, row.high).trim()),
-    element("td", {}, Number.isNaN(row.q) ? "" : (row.q < 0.001 ? "< 0.001" : shown(row.q, 2)) + (row.significant ? "*" : "")),
+    element("td", {}, Number.isNaN(row.q) ? "" : (row.q < 0.001 ? "< 0.001" : shown(row.q, 2)) + (row.claimed ? "*" : "")),
     element("td", {}, shown(row.gradient, 2)), element("td", {}, shown(row.prefix, 2)), element("td", {}, shown(row.copying, 2)), element("td", {}, row.kept === 1 ? "kept" : ""))));
   hideEmptyColumns(rows);
-  document.getElementById("unit-count").textContent = rows.length === 0 ? (state.significant ? "No unit is significant here." : "Nothing was measured here.") : `${visible.length} of ${rows.length} units${state.significant ? " whose drop of gold log-probability has q ≤ 0.05" : ""}, ${run.units.metrics[state.metric].label} in ${run.units.metrics[state.metric].unit}: ${taskName(state.task)}, ${shotsText(state.shots)}.`;
+  document.getElementById("unit-count").textContent = rows.length === 0 ? (state.significant ? "No unit is significant here." : "Nothing was measured here.") : `${visible.length} of ${rows.length} units${state.significant ? ` with q ≤ 0.05 of the ${claimedText(run)}` : ""}, ${run.units.metrics[state.metric].label} in ${run.units.metrics[state.metric].unit}: ${taskName(state.task)}, ${shotsText(state.shots)}.`;
   document.getElementById("unit-more").hidden = visible.length === rows.length;
   for (const button of document.querySelectorAll("[data-sort]")) button.parentElement.setAttribute("aria-sort", button.dataset.sort === state.sort ? (state.ascending ? "ascending" : "descending") : "none");
 }
@@ -102,7 +103,7 @@ function maskFile(run, task, shots) {
 
 function makeMasks(run) {
   document.getElementById("masks")?.addEventListener("click", async (event) => {
-    const button = event.target.closest("button");
+    const button = event.target.closest("[data-name], [data-command]");
     if (!button) return;
     const { task, shots, command } = button.dataset;
     if (command === undefined) download(`${button.dataset.name}.json`, "application/json", maskFile(run, task, Number(shots)));

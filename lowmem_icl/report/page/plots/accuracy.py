@@ -11,7 +11,7 @@ from lowmem_icl.report.findings.wording import task_text
 from lowmem_icl.report.page.plots.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, PagePlot, new_plot
 
 SHOT_COLOURS = (SKY, BLUE, ORANGE, RED, PINK, GREEN)
-TOOLTIP = '<div class="tip"><b>@task, @shots shots</b><br>@text</div>'
+TOOLTIP = "<div><b>@task, @shots shots</b><br>@text</div>"
 CAPTION = (
     "Filled: credibly above guessing; hollow: not. Bars: 95 % intervals; tick: chance; cross: the best "
     "constant answer."

@@ -2,25 +2,24 @@
 
 from bokeh.models import FactorRange, FixedTicker, Range1d, Span, Whisker
 
+from lowmem_icl.report.numbers import INDUCTION_SCORE
 from lowmem_icl.report.page.plots.style import BLUE, GREY, RED, PagePlot, empty_source, new_plot
 
-INDUCTION_SCORE = 0.3
-"""From this prefix-matching score on a head counts as an induction head."""
 TOOLTIP = "<div><b>@task</b><br>@text</div>"
 SCATTER_CAPTION = (
     "Every head: its prefix-matching score against the chosen metric at the chosen task and shots; right of "
     "the line heads count as induction heads."
 )
 REMOVAL_CAPTION = (
-    "Accuracy lost without the induction heads (red) and without as many other heads of the same layers "
-    "(grey: median, and where the next draw lies at 95 %), each paired with the clean model on the same "
-    "documents."
+    "Accuracy lost without the induction heads (red) and without as many other heads of the same layers, "
+    "previous-token heads left out (grey: median, and where the next draw lies at 95 %), each paired with "
+    "the clean model on the same documents."
 )
 
 
 def score_plot() -> PagePlot:
     """Return the plot of prefix matching against the chosen metric; the source is `head-scores`."""
-    plot = new_plot("scores", height=300, tooltips='<div class="tip"><b>@unit</b> @text</div>',
+    plot = new_plot("scores", height=300, tooltips='<div><b>@unit</b> @text</div>',
                     x_axis_label="prefix matching", y_axis_label="chosen metric",
                     x_range=Range1d(-0.02, 1.02))  # fmt: skip
     plot.yaxis.ticker = FixedTicker(ticks=[])

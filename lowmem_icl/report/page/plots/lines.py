@@ -5,7 +5,7 @@ from bokeh.plotting import figure
 
 from lowmem_icl.report.page.plots.style import GREY, PagePlot, empty_source, new_plot
 
-TOOLTIP = '<div class="tip"><b>@label</b><br>@text</div>'
+TOOLTIP = "<div><b>@label</b><br>@text</div>"
 
 
 def curves_plot(

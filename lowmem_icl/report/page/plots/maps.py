@@ -15,10 +15,11 @@ from lowmem_icl.report.page.plots.style import GREY, PagePlot, empty_source, new
 
 TOOLTIP = """<div style="max-width: 20rem"><b>@unit</b> @value<br>@more</div>"""
 CAPTION = (
-    "Every cell is a head, the column at the right an FFN; layer 0 is at the bottom. Dot: q ≤ 0.05, of the "
-    "drop of gold log-probability whatever the metric; outline: kept by the greedy mask (it may cost nothing "
-    "alone); triangle: induction head. The scale is symmetric-logarithmic and the same for all tasks and "
-    "shot counts. Click, or use the arrow keys, for a unit."
+    "Every cell is a head, the column at the right an FFN; layer 0 is at the bottom. Dot: q ≤ 0.05 by the "
+    "chosen metric or, where nothing is claimed by it, by the drop of gold log-probability; outline: kept by "
+    "the greedy mask (it may cost nothing alone); triangle: induction head. The scale is "
+    "symmetric-logarithmic and the same for all tasks and shot counts. Click, or use the arrow keys, for a "
+    "unit."
 )
 LARGEST_HEIGHT, SMALLEST_HEIGHT, MARGIN = 620, 200, 60
 PROFILE_WIDTH = 120

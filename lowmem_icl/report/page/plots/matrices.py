@@ -4,7 +4,7 @@ from bokeh.models import FactorRange, LinearColorMapper
 
 from lowmem_icl.report.page.plots.style import PagePlot, empty_source, new_plot
 
-TOOLTIP = '<div class="tip"><b>@row → @column</b><br>@text</div>'
+TOOLTIP = "<div><b>@row → @column</b><br>@text</div>"
 
 
 def matrix_plot(

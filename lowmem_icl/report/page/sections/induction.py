@@ -5,14 +5,14 @@ from typing import Any
 
 import polars as pl
 
-from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.report.numbers import induction_head_count, induction_heads, mean_over_tasks, unit_name
-from lowmem_icl.report.page.plots.induction import INDUCTION_SCORE, removal_plot, score_plot
+from lowmem_icl.report.findings.above_chance import settings_of
+from lowmem_icl.report.findings.removal import removal_sentence
+from lowmem_icl.report.numbers import INDUCTION_SCORE, unit_name
+from lowmem_icl.report.page.plots.induction import removal_plot, score_plot
 from lowmem_icl.report.page.plots.lines import curves_plot
 from lowmem_icl.report.page.plots.style import PagePlot
 from lowmem_icl.report.page.section import Section
 from lowmem_icl.report.run_tables import RunTables
-from lowmem_icl.tables.schema import ACCURACIES
 
 CAPACITIES = {"prefix_matching": "prefix matching", "copying": "copying"}
 CAPACITY_CAPTION = (
@@ -30,9 +30,9 @@ def induction_section(run: RunTables) -> Section | None:
     sentences = [
         *sequences_note(run.record.get("induction") or {}),
         *heads_note(induction),
-        *removal_note(induction),
+        removal_sentence(run.results, run.masks, settings_of(run.results, run.masks)),
     ]
-    return Section("induction", "Induction heads", " ".join(sentences), _plots(induction))
+    return Section("induction", "Induction heads", " ".join(filter(None, sentences)), _plots(induction))
 
 
 def _plots(induction: pl.DataFrame) -> list[PagePlot]:
@@ -81,46 +81,3 @@ def heads_note(induction: pl.DataFrame) -> list[str]:
         f"{len(found)} of {len(scores)} heads reach a prefix-matching score of {INDUCTION_SCORE}: "
         f"{named}{more}."
     ]
-
-
-def removal_note(induction: pl.DataFrame) -> list[str]:
-    """Return a sentence on accuracy without induction heads at the most demonstrations, mean over tasks."""
-    records = mean_over_tasks(
-        induction.filter(
-            (pl.col("procedure") == "removal") & pl.col("metric").is_in([*ACCURACIES, "acc_drop"])
-        )
-    )
-    if records.is_empty():
-        return []
-    records = records.filter(pl.col("shots") == pl.col("shots").max())
-    by_method = {
-        (record["method"], record["metric"] == "acc_drop"): record for record in records.iter_rows(named=True)
-    }
-    clean, without = by_method.get((None, False)), by_method.get(("induction", False))
-    if without is None or clean is None:
-        return []
-    task = "mean accuracy" if without["task"] == AGGREGATE else f"accuracy of {without['task']}"
-    chance = "" if without["chance"] is None else f", chance being {without['chance']:.2f}"
-    text = (
-        f"Removing the {_removed_text(induction, without['heads_removed'])} takes the {task} at "
-        f"{without['shots']} shots from {clean['value']:.3f} to {without['value']:.3f}{chance}"
-    )
-    draws = by_method.get(("random-median", True))
-    if draws is not None:
-        text += (
-            "; as many other heads of the same layers, previous-token heads left out, cost "
-            f"{draws['value']:.3f} (median of random draws; at 95 % another draw lies between "
-            f"{draws['low']:.3f} and {draws['high']:.3f}; {draws['documents']} documents)"
-        )
-    return [f"{text}."]
-
-
-def _removed_text(induction: pl.DataFrame, count: int) -> str:
-    """Return which heads were removed: the highest by prefix matching."""
-    scored = induction_heads(induction, count).sort("layer", "head").to_dicts()
-    names = [unit_name("head", row["layer"], row["head"]) for row in scored]
-    named = f" ({' '.join(names)})" if 0 < len(names) <= MOST_NAMED else ""
-    found = induction_head_count(induction)
-    if found > count:
-        return f"{count} strongest of {found} induction heads{named} together"
-    return f"{'induction head' if count == 1 else f'{count} induction heads'}{named}"

@@ -46,6 +46,8 @@ class MaskRow:
     verdict: str
     command: str
     """Empty where the mask's file is not in the folder."""
+    stands_alone: bool
+    """Whether the file is there, and needs no table of means beside it."""
 
 
 def masks_section(run: RunTables) -> Section | None:
@@ -73,7 +75,7 @@ def masks_section(run: RunTables) -> Section | None:
 
 def mask_rows(run: RunTables) -> Iterator[MaskRow]:
     """Yield a row per greedy search, in the order of tasks and shot counts."""
-    table, losses = pruned(run.results), greedy_losses(run.results, run.record)
+    table, losses = pruned(run.results), greedy_losses(run.masks)
     by_mask = {(row["task"], row["shots"], row["method"]): row for row in table.iter_rows(named=True)}
     clean = {
         (row["task"], row["shots"]): row["value"] for row in clean_accuracy(run.results).iter_rows(named=True)
@@ -100,8 +102,9 @@ def mask_rows(run: RunTables) -> Iterator[MaskRow]:
                 for method in COMPARED
             ],
             loss="" if loss is None else f"{number_text(loss.value)} {_in_brackets(loss.low, loss.high)}",
-            verdict="at chance" if setting in run.at_chance else "" if loss is None else loss.verdict,
+            verdict="" if loss is None else loss.verdict,
             command=_command(run, setting) if setting in run.greedy_masks else "",
+            stands_alone=setting in run.greedy_masks and run.greedy_masks[setting].mask.fill is None,
         )  # fmt: skip
 
 
@@ -125,7 +128,8 @@ def _command(run: RunTables, setting: Setting) -> str:
         value = options.get(name)
         if value is not None and value != RunOptions.model_fields[name].default:
             no_value = isinstance(value, bool)
-            words.append(f"--no-{name}" if value is False else flag_name(name))
+            flag = flag_name(name)
+            words.append(flag.replace("--", "--no-", 1) if value is False else flag)
             words += [] if no_value else [str(value)]
     return shlex.join(words)
 

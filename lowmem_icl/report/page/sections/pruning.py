@@ -5,7 +5,6 @@ import polars as pl
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.page.plots.lines import curves_plot
 from lowmem_icl.report.page.plots.matrices import matrix_plot
-from lowmem_icl.report.page.plots.style import BLUE, GREEN, ORANGE, PINK, RED, SKY
 from lowmem_icl.report.page.section import Section, Table
 from lowmem_icl.report.run_tables import RunTables
 
@@ -26,17 +25,6 @@ KNEE_COLUMNS = (
     "certain knee",
     "accuracy drop at the knee, points",
 )
-# By method, and whether the ranking is that of another task or of all: label, colour, dash.
-CURVES = {
-    ("gradient", False): ("own ranking", BLUE, "-"),
-    ("gradient", True): ("ranking of all tasks", ORANGE, "-"),
-    ("ablation", False): ("own ranking", BLUE, "-"),
-    ("ablation", True): ("ranking of all tasks", ORANGE, "-"),
-    ("rescored", False): ("scored again at every level", GREEN, "-"),
-    ("icl_effect", False): ("by in-context effect", SKY, "-"),
-    ("gradient-highest", True): ("most similar task's ranking", RED, "--"),
-    ("gradient-lowest", True): ("least similar task's ranking", PINK, "--"),
-}
 CAPTION = (
     "The chosen task in front, the others behind; grey band: random masks; diamond: the knee; dotted: "
     "chance. Levels that remove the same are one point."
