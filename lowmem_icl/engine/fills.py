@@ -99,7 +99,7 @@ class MaskFills:
         )
 
 
-def fill_of(mask: Mask, fills: Mapping[str, UnitMeans] | Fills) -> Fill | None:
+def fill_of(mask: Mask, fills: Fills) -> Fill | None:
     """Return what a mask's name stands for; None for zeros."""
     return None if mask.fill is None else fills[mask.fill]
 

@@ -8,7 +8,7 @@ boundaries reads less. The clean run goes with the first wave that needs it.
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -197,18 +197,15 @@ def schedule(
         for index, job in enumerate(jobs)
         for row in job.packed.rows
     }
-    partial: list[BlockRow] = []
+    begun: list[BlockRow] = []
     untouched = list(missing)
     if earlier.missing is not None:
         # Rows that were stopped on their way go first and by themselves: others would repeat what they have.
-        partial = [row for row, flags in missing.items() if flags.any() and not flags.all()]
+        begun = [row for row, flags in missing.items() if flags.any() and not flags.all()]
         untouched = [row for row, flags in missing.items() if flags.any() and flags.all()]
     waves = _Waves(jobs, width, layers, limits, earlier, keep_clean)
-    keeps_clean = has_variants(jobs)
-    for rows in [
-        *row_blocks(partial, width, layers, limits, keeps_clean=keeps_clean, jobs=jobs),
-        *row_blocks(untouched, width, layers, limits, keeps_clean=keeps_clean, jobs=jobs),
-    ]:
+    cut = partial(row_blocks, keeps_clean=has_variants(jobs), fills=[job.fills for job in jobs])
+    for rows in itertools.chain(*(cut(part, width, layers, limits) for part in (begun, untouched))):
         wanted: dict[int, Flags] = {}
         for member in rows:
             if member in missing:
@@ -339,16 +336,16 @@ def row_blocks(
     limits: SweepLimits,
     *,
     keeps_clean: bool,
-    jobs: Sequence[Job] = (),
+    fills: Sequence[Fills] = (),
 ) -> list[Block]:
     """Cut rows into blocks so that the clean run and one variant of a block fit in memory.
 
     Blocks are as large as that and `wave_tokens` allow: total reads grow with their number. Where the clean
     run is kept (`keeps_clean`), all layers of a block must also fit the cache. A stem goes into every block
-    that has rows of it, and so do the donors of `jobs`' rows. Raises DoesNotFit naming the smallest allowance
-    where a single row does not fit.
+    that has rows of it, and so do the donors that rows have by their jobs' `fills`. Raises DoesNotFit naming
+    the smallest allowance where a single row does not fit.
     """
-    given = {member: donors_of(jobs[member.job].fills, member.row) if jobs else () for member in members}
+    given = {member: donors_of(fills[member.job], member.row) if fills else () for member in members}
     rows = [*with_stems([member.row for member in members]), *itertools.chain(*given.values())]
     most = limits.block_tokens(width, layers, max(map(len, rows), default=None) if keeps_clean else None)
     blocks: list[list[BlockRow]] = [[]]

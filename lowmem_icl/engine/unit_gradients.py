@@ -3,7 +3,7 @@
 Axis letters: N owners (documents), T tokens of a micro-batch, L layers, H heads, O options, D width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowmem_icl.engine.cache import WHOLE_MODEL
-from lowmem_icl.engine.fills import MaskFills, fill_of
+from lowmem_icl.engine.fills import DonatedValues, Fills, LayerFills, MaskFills, fill_of
 from lowmem_icl.engine.removed_units import RemovedUnits
 from lowmem_icl.engine.row_masks import plain_segments
 from lowmem_icl.engine.schedule import BlockRow
 from lowmem_icl.masks.mask import Mask
-from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.model.layer import DecoderLayer, LayerCut
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.rows import Integers, Row
@@ -39,7 +38,7 @@ class GradientJob:
     rows: Sequence[Row]
     choose: Choose
     mask: Mask = WHOLE_MODEL
-    fills: Mapping[str, UnitMeans] = field(default_factory=dict)
+    fills: Fills = field(default_factory=dict)
 
     @property
     def residual_mask(self) -> Mask:
@@ -83,10 +82,13 @@ class UnitGradients:
 
 
 class LayerCuts:
-    """What each layer of each job's model lacks, and what stands or would stand in its units' place."""
+    """What each layer of each job's model lacks, and what stands or would stand in its units' place.
+
+    `donated`: what donors of values give at the layer in work.
+    """
 
     def __init__(self, model: StreamedModel, jobs: Sequence[GradientJob]) -> None:
-        self._model = model
+        self._model, self.donated = model, DonatedValues()
         self._removed = RemovedUnits([job.mask for job in jobs])
         widths = model.skeleton.attention_width, model.skeleton.width
         self._fills = MaskFills([fill_of(job.mask, job.fills) for job in jobs], *widths)
@@ -111,12 +113,20 @@ class LayerCuts:
             jobs = np.concatenate([np.full(len(block[i].row), block[i].job) for i in part])
             if keep_heads is not None and not keep_heads[jobs].all():
                 keep = torch.from_numpy(keep_heads[jobs]).to(self._model.device)
-            if fills is None:
-                groups.append((part, LayerCut(keep, without_ffn=not has_ffn)))
-                continue
-            head_fill, ffn_fill = fills.heads_at(jobs)[:, 0], fills.ffns_at(jobs)[:, 0]
-            groups.append((part, LayerCut(keep, not has_ffn, head_fill, ffn_fill)))
+            members = [block[index] for index in part]
+            given = (None, None) if fills is None else self._given(fills, members)
+            groups.append((part, LayerCut(keep, not has_ffn, *given)))
         return groups
+
+    def _given(self, fills: LayerFills, members: Sequence[BlockRow]) -> tuple[Tensor, Tensor]:
+        """Return what stands, or would stand, in units' place at all tokens of rows, [T, Z] and [T, D]."""
+        heads: list[Tensor] = []
+        ffns: list[Tensor] = []
+        for member in members:
+            of_job, row = slice(member.job, member.job + 1), member.row
+            for values, given in ((heads, self.donated.heads_in), (ffns, self.donated.ffns_in)):
+                values.append(given(fills, of_job, row, None)[0].expand(len(row), -1))
+        return torch.cat(heads), torch.cat(ffns)
 
 
 def answer_gradients(

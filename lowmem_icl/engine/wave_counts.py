@@ -47,9 +47,10 @@ def block_sizes(
     jobs: Sequence[Job], width: int, layers: int, limits: SweepLimits, *, keeps_clean: bool
 ) -> BlockSizes:
     """Return the blocks that rows of jobs are cut into; raises DoesNotFit where a single row does not fit."""
-    if any(isinstance(fill, RowValues) for job in jobs for fill in job.fills.values()):
+    fills = [job.fills for job in jobs]
+    if any(isinstance(fill, RowValues) for of_job in fills for fill in of_job.values()):
         members = [BlockRow(index, row) for index, job in enumerate(jobs) for row in job.packed.rows]
-        blocks = row_blocks(members, width, layers, limits, keeps_clean=keeps_clean, jobs=jobs)
+        blocks = row_blocks(members, width, layers, limits, keeps_clean=keeps_clean, fills=fills)
         return _of_blocks(blocks)
     packed = tuple(job.packed for job in jobs)
     return _sizes_without_donors(packed, width, layers, limits, keeps_clean=keeps_clean)
