@@ -67,6 +67,13 @@ Labels = Literal["right", "shuffled", "foreign"]
 """Whose answers the demonstrations of a prompt show: their own, each other's, or those of other documents."""
 LABELS: tuple[Labels, ...] = get_args(Labels)
 
+Corruption = Literal["shuffled", "wrong", "queries"]
+"""How the prompt of a few-shot document is corrupted: its demonstrations show each other's answers (the
+control of that name), none shows its own answer's text, or another document's query is asked after them."""
+CORRUPTIONS: tuple[Corruption, ...] = get_args(Corruption)
+PromptForm = Labels | Corruption
+"""What was done to the prompts of documents; `right`: nothing."""
+
 AGGREGATE = "aggregate"
 """The task that stands for the mean over tasks."""
 OUT_OF_DOMAIN_TASKS = ("mathqa", "lambada")

@@ -81,7 +81,8 @@ def run(
         warnings.append(slow_product_note())
     device = resolved_device(options.device)
     weights, tasks = prepared.store.manifest.digest, prepared.tasks_digest
-    identity = identity_of(options, device.type, weights, tasks, prepared.masks)
+    prompts = prepared.given.digest
+    identity = identity_of(options, device.type, weights, tasks, prepared.masks, prompts)
     with open_folder(folder, identity, announce=audience.announce) as opened:
         hours, now = None, time.monotonic()
         if options.hours is not None:

@@ -62,7 +62,7 @@ def test_defaults_are_read_from_the_fields() -> None:
     assert default_text("tolerance") == "0.01"
     assert default_text("rescore") == ""
     assert form_of("weights").choices == ("int8", "bfloat16", "float32")
-    assert form_of("experiments").choices[-1] == "overlap"
+    assert form_of("experiments").choices[-1] == "icl-heads"
 
 
 @pytest.mark.parametrize("name", BAD)

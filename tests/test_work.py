@@ -155,6 +155,7 @@ def arrays_of(work: Work, part: Part) -> dict[str, np.ndarray]:
     if isinstance(part, MeansPart):
         found = work.means(part)
     else:
+        assert isinstance(part, SweepPart | GradientsPart)
         found = work.sweep(part) if isinstance(part, SweepPart) else work.gradients(part)
     return {
         f"{index}.{name}": array

@@ -201,11 +201,14 @@ def _backward(
                 setup.account(SweepCost(backward_tokens=len(before)))
 
 
-def unit_means(setup: PassSetup, packed: Sequence[PackedRows], results: Sequence[MeanSums]) -> None:
+def unit_means(
+    setup: PassSetup, packed: Sequence[PackedRows], results: Sequence[MeanSums], *, ends_only: bool = False
+) -> None:
     """Add the rows of tasks to their sums, from one read of the weights per block of rows that fits.
 
-    Rows that are in the sums already are left out; rows must have no stem. Of a row only its residual is
-    held. Raises DoesNotFit where one row exceeds the memory.
+    Rows that are in the sums already are left out; rows must have no stem. `ends_only`: of a row its last
+    token alone is added. Of a row only its residual is held. Raises DoesNotFit where one row exceeds the
+    memory.
     """
     model = setup.model
     number_of = {
@@ -215,7 +218,7 @@ def unit_means(setup: PassSetup, packed: Sequence[PackedRows], results: Sequence
         BlockRow(job, row) for row, (job, number) in number_of.items() if not results[job].finished[number]
     ]
     for block in head_blocks(left, model.skeleton.width, model.skeleton.layers, setup.limits):
-        sums, rows = BlockSums(results), [member.row for member in block]
+        sums, rows = BlockSums(results, ends_only=ends_only), [member.row for member in block]
         residuals = [embedded(model, row) for row in rows]
         batches = list(row_batches(rows, setup.limits.micro_batch_tokens))
         with torch.no_grad():

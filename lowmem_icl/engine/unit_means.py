@@ -55,10 +55,14 @@ class MeanSums:
 
 
 class BlockSums:
-    """The sums with the rows of a block added; given to `results` when the block is whole."""
+    """The sums with the rows of a block added; given to `results` when the block is whole.
 
-    def __init__(self, results: Sequence[MeanSums]) -> None:
+    `ends_only`: of every row its last token alone is added.
+    """
+
+    def __init__(self, results: Sequence[MeanSums], *, ends_only: bool = False) -> None:
         self._results = results
+        self._added = slice(-1, None) if ends_only else slice(None)
         self._heads = [result.heads.copy() for result in results]
         self._ffns = [result.ffns.copy() for result in results]
 
@@ -68,8 +72,8 @@ class BlockSums:
         assert run.ffn is not None, "of the whole model"
         parts = zip(members, run.z.split(lengths), run.ffn.split(lengths), strict=True)
         for member, z, ffn in parts:
-            self._heads[member.job][number] += _summed(z)
-            self._ffns[member.job][number] += _summed(ffn)
+            self._heads[member.job][number] += _summed(z[self._added])
+            self._ffns[member.job][number] += _summed(ffn[self._added])
 
     def finish(self, numbers: Sequence[tuple[int, int]], block: Sequence[BlockRow]) -> None:
         """Keep the sums; numbers: of every row of the block its job and its number among this one's rows."""
@@ -77,7 +81,7 @@ class BlockSums:
             result.heads[:], result.ffns[:] = heads, ffns
         for (job, number), member in zip(numbers, block, strict=True):
             result = self._results[job]
-            result.tokens[0] += len(member.row)
+            result.tokens[0] += len(member.row.tokens[self._added])
             result.finished[number] = True
 
 

@@ -11,6 +11,7 @@ from lowmem_icl.experiments.evaluate import stage as evaluate
 from lowmem_icl.experiments.importance import stage as importance
 from lowmem_icl.experiments.induction import stage as induction
 from lowmem_icl.experiments.overlap import stage as overlap
+from lowmem_icl.experiments.patch import stage as patch
 from lowmem_icl.experiments.prune import stage as prune
 from lowmem_icl.options import Experiment
 from lowmem_icl.session.prepare import Prepared
@@ -76,6 +77,7 @@ STAGES = (
         early_after="importance",
         is_early=prune.is_early,
     ),
+    Stage("patch", (), patch.parts, patch.run),
     Stage("induction", ("importance", "ablate", "prune"), induction.parts, induction.run, rough=True),
     Stage("overlap", ("importance", "ablate"), overlap.parts, overlap.run),
 )

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from lowmem_icl.model.branches import attend_branches
+
 ATTENTION = "lowmem_icl_by_row"
 # 64 bytes of float32: with so many queries and keys every buffer of the attention starts on a full vector,
 # whichever thread works on it. MKL's products differ in the last bit between aligned and unaligned buffers.
@@ -133,13 +135,14 @@ class Segment:
     """One row's part of a micro-batch: `variants` times its tokens, all seen through one mask.
 
     stem_keys, stem_values: [V, G, P, d], what the row's stem put there under the same masks; None without a
-    stem.
+    stem. `shares_stem`: [1, G, P, d] instead, the same for all variants, which are then short.
     """
 
     variants: int
     mask: RowMask
     stem_keys: Tensor | None = None
     stem_values: Tensor | None = None
+    shares_stem: bool = False
 
     @property
     def tokens(self) -> int:
@@ -249,7 +252,8 @@ def attend_by_row(
             states[0, :, part].unflatten(1, (segment.variants, segment.tokens)).transpose(0, 1)
             for states in (query, key, value)
         )
-        z = _attend(segment, (q, k, v), scaling, row_attention.form)
+        attend = _attend_branches if segment.shares_stem else _attend
+        z = attend(segment, (q, k, v), scaling, row_attention.form)
         outputs.append(z[:, : segment.tokens].flatten(0, 1))
         start += segment.size
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
@@ -284,6 +288,20 @@ def _attend(
         )
         outputs.append(z.transpose(1, 2))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+def _attend_branches(
+    segment: Segment, states: tuple[Tensor, Tensor, Tensor], scaling: float, form: AttentionForm
+) -> Tensor:
+    """Return the same of variants that share a stem, [V, T, H, d]."""
+    assert segment.stem_keys is not None
+    assert segment.stem_values is not None
+    seen = segment.mask.within(form.window)[: segment.tokens, : len(segment.mask.key_positions)]
+    if form.key_bias is not None:
+        seen = seen + form.key_bias(segment.mask.key_positions)[:, None]
+    return attend_branches(
+        states, (segment.stem_keys[0], segment.stem_values[0]), seen, (scaling, form.softcap)
+    )
 
 
 def _attend_block(

@@ -301,7 +301,10 @@ class DecoderLayer:
         self, residual: Tensor, segments: Sequence[Segment], cut: LayerCut = WHOLE
     ) -> CapturedRun:
         """Run the whole layer, [N, D], without what is cut, and keep its units' outputs for gradients."""
-        z = self.attend(residual, segments).z
+        return self.finish_captured(residual, self.attend(residual, segments).z, cut)
+
+    def finish_captured(self, residual: Tensor, z: Tensor, cut: LayerCut = WHOLE) -> CapturedRun:
+        """Return the same from the residual at the layer's input, [N, D], and z, [N, Z]."""
         with self._capturing_ffn() as captured:
             output = cut.finish(self, residual, z)
         if cut.without_ffn:

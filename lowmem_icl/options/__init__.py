@@ -2,9 +2,9 @@
 in a TOML file.
 
 `fields` holds the options, `run_options` checks them together and fills in what is not given, `defaults` has
-what some are by model, `flags` how they are called and described, `forms` what values they take, in checks
-and in words, `hints` what a wrong name may have meant; `environment` reads variables, `reading` merges and
-checks what was given.
+what some are by model, `groups` what is said of them, `flags` how they are called and described, `forms` what
+values they take, in checks and in words, `hints` what a wrong name may have meant; `environment` reads
+variables, `reading` merges and checks what was given.
 """
 
 from lowmem_icl.options.defaults import DEMO, PACKAGED_MODEL_NAMES
@@ -18,15 +18,15 @@ from lowmem_icl.options.fields import (
     CURVES,
     DEFAULT_CURVES,
     DEFAULT_EXACT,
+    DEFAULT_EXPERIMENTS,
     EXPERIMENTS,
     FLAGS,
     Curve,
     Experiment,
-    Flag,
-    Group,
 )
 from lowmem_icl.options.flags import default_text, flag_name, form_of, names_of
 from lowmem_icl.options.forms import Form, parse_size
+from lowmem_icl.options.groups import Flag, Group
 from lowmem_icl.options.hints import did_you_mean, nearest
 from lowmem_icl.options.reading import read_config, run_options
 from lowmem_icl.options.run_options import RunOptions
@@ -36,6 +36,7 @@ __all__ = [
     "CURVES",
     "DEFAULT_CURVES",
     "DEFAULT_EXACT",
+    "DEFAULT_EXPERIMENTS",
     "DEMO",
     "EXPERIMENTS",
     "FLAGS",

@@ -3,8 +3,6 @@
 The command line and TOML files take their options from the fields of `RunFields`.
 """
 
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,39 +19,22 @@ from lowmem_icl.options.forms import (
     Size,
     SmallCount,
 )
-from lowmem_icl.protocols import LABELS, Ablation, Labels, ProtocolName
+from lowmem_icl.options.groups import Flag, Group
+from lowmem_icl.protocols import LABELS, Ablation, Corruption, Labels, ProtocolName
 
-Experiment = Literal["evaluate", "importance", "ablate", "prune", "induction", "overlap"]
+Experiment = Literal[
+    "evaluate", "importance", "ablate", "prune", "induction", "overlap", "patch", "icl-heads"
+]
 EXPERIMENTS: tuple[Experiment, ...] = get_args(Experiment)
+ON_REQUEST: tuple[Experiment, ...] = ("patch", "icl-heads")
+"""Experiments that are done only where they are named."""
+DEFAULT_EXPERIMENTS = tuple(name for name in EXPERIMENTS if name not in ON_REQUEST)
 Curve = Literal["heads", "ffns", "combined", "transfer", "cross-shot", "random"]
 CURVES: tuple[Curve, ...] = get_args(Curve)
 Copying = Literal["norm", "softmax", "bias"]
+PatchedTokens = Literal["last", "all"]
 DEFAULT_CURVES: tuple[Curve, ...] = ("heads", "ffns", "random")
 DEFAULT_EXACT = 500
-
-
-class Group(StrEnum):
-    """Where `--help` lists an option."""
-
-    MODEL = "Model"
-    TASKS = "Tasks"
-    EXPERIMENTS = "Experiments"
-    RESOURCES = "Resources"
-    OUTPUT = "Output"
-
-
-@dataclass(frozen=True)
-class Flag:
-    """What is said about an option, apart from its type and its check.
-
-    default: the text of a default that its value does not say, such as one that depends on other options.
-    changes_results: whether anything measured depends on it; those that do make up a run's identity.
-    """
-
-    group: Group
-    help: str
-    default: str = ""
-    changes_results: bool = True
 
 
 class RunFields(BaseModel):
@@ -180,8 +161,11 @@ class RunFields(BaseModel):
         ),
     ] = None
     experiments: Annotated[
-        tuple[Experiment, ...], *Listed, NotEmpty, Flag(Group.EXPERIMENTS, "What to measure.", "all")
-    ] = EXPERIMENTS
+        tuple[Experiment, ...],
+        *Listed,
+        NotEmpty,
+        Flag(Group.EXPERIMENTS, "What to measure.", "all but patch and icl-heads"),
+    ] = DEFAULT_EXPERIMENTS
     screen: Annotated[
         Literal["attribution"] | None,
         Flag(
@@ -286,6 +270,44 @@ class RunFields(BaseModel):
             "none: raw logits",
         ),
     ] = ()
+    corrupt: Annotated[
+        Corruption,
+        Flag(
+            Group.EXPERIMENTS,
+            "How prompts are corrupted for patching: demonstrations show each other's answers, or never "
+            "their own, or another query is asked.",
+        ),
+    ] = "shuffled"
+    at: Annotated[
+        tuple[PatchedTokens, ...],
+        *Listed,
+        NotEmpty,
+        Flag(Group.EXPERIMENTS, "Where units are patched: at a prompt's last token, at all of its tokens."),
+    ] = ("last",)
+    pairs: Annotated[
+        AnyPath | None,
+        Flag(
+            Group.EXPERIMENTS,
+            "JSON-lines file of pairs of prompts to patch: context, corrupted, options, gold.",
+            "pairs are made of the tasks' documents",
+        ),
+    ] = None
+    clean: Annotated[
+        AnyPath | None,
+        Flag(
+            Group.EXPERIMENTS,
+            "JSON-lines file of prompts that function vectors are means of: context or tokens, and target.",
+            "the tasks' documents",
+        ),
+    ] = None
+    corrupted: Annotated[
+        AnyPath | None,
+        Flag(
+            Group.EXPERIMENTS,
+            "The same, of prompts that function vectors are put into; with --clean.",
+            "the tasks' documents, corrupted",
+        ),
+    ] = None
     seed: Annotated[
         int,
         Field(ge=0, lt=2**32),

@@ -1,7 +1,8 @@
 """How the options are called and described on the command line."""
 
-from lowmem_icl.options.fields import FLAGS, Group, RunFields
+from lowmem_icl.options.fields import FLAGS, RunFields
 from lowmem_icl.options.forms import Form, describe_form
+from lowmem_icl.options.groups import Group
 
 
 def names_of(*groups: Group) -> tuple[str, ...]:

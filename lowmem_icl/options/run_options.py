@@ -9,8 +9,17 @@ from typing import Any
 from pydantic import model_validator
 
 from lowmem_icl.options.defaults import PRESETS, Defaults, defaults_of
-from lowmem_icl.options.fields import DEFAULT_EXACT, EXPERIMENTS, FLAGS, Experiment, RunFields
+from lowmem_icl.options.fields import (
+    DEFAULT_EXACT,
+    EXPERIMENTS,
+    FLAGS,
+    ON_REQUEST,
+    Experiment,
+    RunFields,
+)
 from lowmem_icl.protocols import PROTOCOLS, Labels, Protocol
+
+PATCHING_OPTIONS = ("corrupt", "at", "pairs", "clean", "corrupted")
 
 
 class RunOptions(RunFields):
@@ -43,7 +52,35 @@ class RunOptions(RunFields):
             raise ValueError("--rescore: expected importance and prune among --experiments; add them")
         if self.label_drops and "ablate" not in experiments:
             raise ValueError("--label-drops: expected ablate among --experiments; add it")
+        self._check_patching()
         return self
+
+    def _check_patching(self) -> None:
+        given = [name for name in PATCHING_OPTIONS if name in self.model_fields_set]
+        if given and not self.patches:
+            raise ValueError(f"--{given[0]}: expected patch or icl-heads among --experiments; add one")
+        if (self.clean is None) != (self.corrupted is None):
+            there, lacking = ("clean", "corrupted") if self.corrupted is None else ("corrupted", "clean")
+            raise ValueError(f"--{there}: expected --{lacking} with it, got only one of the two; give both")
+        if self.makes_pairs:
+            self._check_few_shot()
+        elif self.patches and "corrupt" in given:
+            raise ValueError("--corrupt: only given prompts are patched; name --tasks, or leave it out")
+
+    def _check_few_shot(self) -> None:
+        (name, *_) = [name for name in ON_REQUEST if name in self.experiments]
+        most = max(self.resolved_shots)
+        if most == 0:
+            or_files = ", or --pairs, or --clean and --corrupted" if name == "patch" else ""
+            raise ValueError(
+                f"--experiments {name}: expected demonstrations to corrupt, got --shots 0; add other "
+                f"--shots{or_files}"
+            )
+        if most == 1 and self.corrupt == "shuffled":
+            raise ValueError(
+                "--corrupt shuffled: expected --shots of at least 2, since one demonstration has no other "
+                "answer to show; add one, or corrupt by wrong or queries"
+            )
 
     @property
     def defaults(self) -> Defaults:
@@ -65,6 +102,27 @@ class RunOptions(RunFields):
         """Whether a run may go back through the layers: for importance, and for what a search estimates."""
         experiments = set(self.experiments)
         return "importance" in experiments or ("prune" in experiments and self.screen is not None)
+
+    @property
+    def patches(self) -> bool:
+        """Whether units' outputs are put into other prompts: for patch, or to find heads by it."""
+        return not set(ON_REQUEST).isdisjoint(self.experiments)
+
+    @property
+    def has_given_prompts(self) -> bool:
+        """Whether prompts are given in files."""
+        return self.pairs is not None or self.clean is not None
+
+    @property
+    def makes_pairs(self) -> bool:
+        """Whether pairs of prompts are made of tasks' documents: not where patch has only given ones."""
+        only_given = self.has_given_prompts and self.tasks is None
+        return "icl-heads" in self.experiments or ("patch" in self.experiments and not only_given)
+
+    @property
+    def takes_tasks(self) -> bool:
+        """Whether there are tasks in a run: not where it only patches prompts that are given."""
+        return self.makes_pairs or set(self.experiments) != {"patch"}
 
     @property
     def protocol_flags(self) -> Protocol:
@@ -123,6 +181,9 @@ class RunOptions(RunFields):
         if self.ablation == "zero":
             # As it was before there were others.
             del values["ablation"]
+        if not self.patches:
+            for name in PATCHING_OPTIONS:
+                del values[name]
         return values | {"shots": list(self.resolved_shots), **resolved}
 
     @property

@@ -9,6 +9,7 @@ from lowmem_icl.engine.schedule import DONOR_WEIGHT, FLOAT_BYTES, SweepLimits
 from lowmem_icl.engine.wave_counts import block_sizes
 from lowmem_icl.session.fills import MeansPart
 from lowmem_icl.session.jobs import outlined_jobs
+from lowmem_icl.session.patch_parts import EndMeansPart, PatchPart
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.work import GradientsPart, Part, SweepPart
 
@@ -38,6 +39,11 @@ def amount_of(part: Part, prepared: Prepared) -> Amount:
         tokens = sum(prepared.outline(task, gold_only=True).token_count for task in part.tasks)
         times = part.times if isinstance(part, GradientsPart) else 1
         return Amount(documents * times, tokens * times)
+    if isinstance(part, PatchPart):
+        return Amount(len(part.jobs), part.tokens, part.ablations)
+    if isinstance(part, EndMeansPart):
+        prompts = [row for group in part.packed for row in group.rows]
+        return Amount(len(prompts), sum(map(len, prompts)))
     return Amount(len(part.questions.rows), sum(map(len, part.questions.rows)))
 
 

@@ -12,6 +12,7 @@ from lowmem_icl.experiments.order import STAGES, Stage
 from lowmem_icl.rows import PackedRows, Row
 from lowmem_icl.session.fills import MeansPart
 from lowmem_icl.session.jobs import outlined_gold, outlined_jobs
+from lowmem_icl.session.patch_parts import EndMeansPart, PatchPart
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import StageResult
 from lowmem_icl.session.work import GradientsPart, HeadScoresPart, Part, SweepPart
@@ -106,7 +107,8 @@ def row_lengths(prepared: Prepared, planned: list[StageWork]) -> RowLengths:
     if not rows and not questions:
         rows = [row for task in prepared.evaluate for row in prepared.outline(task, slice(1)).rows]
         lengths = [len(row) for row in rows]
-    longest = max(_with_stem(row) for row in [*rows, *questions])
+    # A run without tasks may have no work that has rows.
+    longest = max((_with_stem(row) for row in [*rows, *questions]), default=1)
     return RowLengths(longest, sum(lengths) // len(lengths) if lengths else longest)
 
 
@@ -121,6 +123,11 @@ def _outlines(prepared: Prepared, parts: list[Part]) -> Iterator[PackedRows]:
         elif isinstance(part, GradientsPart):
             pairs = zip(part.tasks, part.masks, strict=True)
             outlines = [outlined_gold(prepared, task, mask)[0] for task, mask in pairs]
+        elif isinstance(part, PatchPart):
+            for patched in part.jobs:
+                yield PackedRows(tuple(patched.rows), 0)
+        elif isinstance(part, EndMeansPart):
+            outlines = list(part.packed)
         elif isinstance(part, SweepPart):
             outlines = [job.packed for job in outlined_jobs(prepared, part.jobs)]
         for packed in outlines:

@@ -21,8 +21,8 @@ SHOWN_DIGITS = 12
 class Identity(BaseModel):
     """All that results depend on: the parts in a run folder belong to one identity, never to two.
 
-    options: plain values by name, defaults filled in; device: its type, such as `cpu`; weights, tasks, masks:
-    digests.
+    options: plain values by name, defaults filled in; device: its type, such as `cpu`; weights, tasks, masks,
+    prompts (those given in files; empty where there are none): digests.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
@@ -33,12 +33,13 @@ class Identity(BaseModel):
     tasks: str
     masks: str
     version: str
+    prompts: str = ""
 
     def differences(self, earlier: "Identity") -> list[str]:
         """Name everything that differs from the identity of a folder, with both values."""
         digests = {
             name: tuple(f"digest {getattr(identity, name)[:SHOWN_DIGITS]}" for identity in (earlier, self))
-            for name in ("weights", "tasks", "masks")
+            for name in ("weights", "tasks", "masks", "prompts")
         }
         return option_differences(self.options, earlier.options) + [
             f"{name}: {there} in the folder, {here} asked for"
@@ -47,6 +48,7 @@ class Identity(BaseModel):
                 "the model's weights": digests["weights"],
                 "the tasks' rows": digests["tasks"],
                 "the masks given": digests["masks"],
+                "the prompts given": digests["prompts"],
                 "lowmem-icl's version": (earlier.version, self.version),
             }.items()
             if there != here
@@ -72,7 +74,12 @@ def _shown(value: Any) -> str:
 
 
 def identity_of(
-    options: RunOptions, device: str, weights_digest: str, tasks_digest: str, masks: Mapping[str, Mask]
+    options: RunOptions,
+    device: str,
+    weights_digest: str,
+    tasks_digest: str,
+    masks: Mapping[str, Mask],
+    prompts_digest: str = "",
 ) -> Identity:
     """Return a run's identity; device: the resolved one's type; masks: those given to `evaluate`, by name."""
     return Identity(
@@ -82,6 +89,7 @@ def identity_of(
         tasks=tasks_digest,
         masks=masks_digest(masks),
         version=__version__,
+        prompts=prompts_digest,
     )
 
 

@@ -1,7 +1,6 @@
 """Everything that must be right before the first sweep: the store, the tasks, their tokens and rows."""
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -19,6 +18,7 @@ from lowmem_icl.model.store import Store
 from lowmem_icl.options import DEMO, PACKAGED_MODEL_NAMES, RunOptions
 from lowmem_icl.rows import PackedRows
 from lowmem_icl.session.document_limits import count_prompts, part_limits
+from lowmem_icl.session.given_prompts import PromptFiles, prompt_files
 from lowmem_icl.session.sampled_texts import (
     SampledDocuments,
     SampledTexts,
@@ -27,8 +27,15 @@ from lowmem_icl.session.sampled_texts import (
     kept_sample,
     only_sizes,
 )
-from lowmem_icl.session.task_texts import DocumentMaker, KeptTable, LabelControls, TextMaker
-from lowmem_icl.session.text_form import TextForm, check_ids, packing_limits, text_form, text_tokeniser
+from lowmem_icl.session.task_texts import KeptTable, TaskDocuments, TextMaker, documents_of
+from lowmem_icl.session.text_form import (
+    TextForm,
+    check_ids,
+    packing_limits,
+    sequences_for,
+    text_form,
+    text_tokeniser,
+)
 from lowmem_icl.session.text_keys import TableName, sample_key, table_key, tokenizer_digest
 from lowmem_icl.session.texts import FOLDER, KeptTexts
 from lowmem_icl.system.progress import Progress, unseen
@@ -45,7 +52,9 @@ from lowmem_icl.tasks.packing import (
     first_options,
     packed,
 )
-from lowmem_icl.tasks.random_sequences import RandomSequences, drawable_ids, random_sequences
+from lowmem_icl.tasks.prompt_pairs.files import GivenPrompts
+from lowmem_icl.tasks.prompt_pairs.pair import PromptPair
+from lowmem_icl.tasks.random_sequences import RandomSequences
 from lowmem_icl.tasks.sources import rows_digest
 
 MOST_EXACT = 3000
@@ -60,7 +69,9 @@ class Prepared:
     training documents whose gradients are taken; `certify`: training documents that share no cluster with
     `train`, () where none are asked for; `curves`: the first of `evaluate`, as many as pruning curves are
     judged on; `label_controls`, `train_controls`: those of `evaluate` and of `train` that have
-    demonstrations, with other answers shown. `notes`: what is left out, and why, in sentences. `sample_note`:
+    demonstrations, with other answers shown; `corrupted`: those of `train` that are patched, after corrupted
+    prompts; `given`: prompts that the user gives. `notes`: what is left out, and why, in sentences;
+    `pair_notes`: which tasks make no pairs of prompts. `sample_note`:
     what the sizes of documents rest on where these have no texts, which does for a plan; else empty. `masks`:
     those that the user gives, by name, to be evaluated as well as the clean model; `given_means`: the tables
     of means that these name. The store may be only planned, with sizes and no files: `with_store` makes it.
@@ -80,7 +91,10 @@ class Prepared:
     certify: tuple[TaskRows, ...] = ()
     label_controls: tuple[TaskRows, ...] = ()
     train_controls: tuple[TaskRows, ...] = ()
+    corrupted: tuple[TaskRows, ...] = ()
+    given: PromptFiles = field(default_factory=PromptFiles)
     notes: tuple[str, ...] = ()
+    pair_notes: tuple[str, ...] = ()
     sample_note: str = ""
     masks: Mapping[str, Mask] = field(default_factory=dict)
     given_means: Mapping[str, UnitMeans] = field(default_factory=dict, repr=False)
@@ -112,6 +126,22 @@ class Prepared:
             heads=skeleton.heads,
             digest=source.digest,
         )
+
+    @property
+    def given_pairs(self) -> tuple[PromptPair, ...]:
+        """The pairs of --pairs, () without."""
+        return self.given.pairs
+
+    @property
+    def given_prompts(self) -> GivenPrompts | None:
+        """The prompts of --clean and --corrupted, None without."""
+        return self.given.prompts
+
+    @property
+    def pair_settings(self) -> tuple[tuple[TaskRows, TaskRows], ...]:
+        """The training documents that are patched, by task and shot count: as they are, and corrupted."""
+        clean = {(rows.task, rows.shots): rows for rows in self.train}
+        return tuple((clean[rows.task, rows.shots], rows) for rows in self.corrupted)
 
     def pack(self, task: TaskRows, documents: slice = slice(None), *, gold_only: bool = False) -> PackedTask:
         """Pack a slice of a task's documents; rows are planned when they are first asked for, and kept."""
@@ -157,14 +187,7 @@ class Prepared:
     @cached_property
     def random_sequences(self) -> RandomSequences:
         """The sequences that heads are scored on; raises InputError where the model allows none."""
-        tokenizer = load_tokenizer(self.store.tokenizer_folder)
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        form = {} if backend is None else json.loads(backend.to_str())
-        skeleton = self.skeleton
-        drawable = drawable_ids(form, tokenizer.all_special_ids, skeleton.vocabulary)
-        bos = tokenizer.bos_token_id
-        first = self.limits.empty_context if bos is None else bos
-        return random_sequences(drawable, first, skeleton.context_tokens, self.options.seed)
+        return sequences_for(self.store, self.limits, self.options.seed)
 
     @cached_property
     def tasks_digest(self) -> str:
@@ -180,14 +203,16 @@ class Prepared:
     @property
     def _all_documents(self) -> tuple[TaskRows, ...]:
         certify = (task for task in self.certify if task.documents)
-        controls = (*self.label_controls, *self.train_controls)
+        controls = (*self.label_controls, *self.train_controls, *self.corrupted)
         return (*self.evaluate, *self.train, *self.importance, *certify, *controls)
 
 
 def task_names(options: RunOptions) -> tuple[str, ...]:
     """Return the tasks asked for; where none are named the demo's own, those that small models learn from
-    demonstrations, or the paper's 14.
+    demonstrations, or the paper's 14; none where a run takes only prompts that are given.
     """
+    if not options.takes_tasks:
+        return ()
     if options.tasks is not None:
         return expanded(options.tasks)
     if options.model in PACKAGED_MODEL_NAMES:
@@ -266,9 +291,9 @@ class _Basis:
     def with_texts(self, tasks: Sequence[OpenTask], progress: Progress) -> Prepared:
         """Return the run with the texts of all its documents, found or made."""
         maker = TextMaker(self.options, self.limits, self.tokenise, self.tokenizer_digest, self.texts)
-        by_field, notes = _documents_of(tasks, maker, progress)
+        documents = documents_of(tasks, maker, progress)
         check_ids((kept.table.tokens.tokens for kept in maker.tables.values()), self.store)
-        return self._prepared(by_field, notes, maker.tables)
+        return self._prepared(documents, maker.tables)
 
     @cached_property
     def _sample_key(self) -> str:
@@ -283,16 +308,16 @@ class _Basis:
         sample = kept_sample(self.texts.folder, self._sample_key)
         if sample is None:
             maker = SampledTexts(self.options, self.limits, self.tokenise)
-            sample = SampledDocuments(*_documents_of(tasks(), maker, progress, only_sizes))
+            made = documents_of(tasks(), maker, progress, only_sizes)
+            sample = SampledDocuments(made.by_field, made.notes, made.pair_notes)
             keep_sample(self.texts.folder, self._sample_key, sample)
-        return replace(self._prepared(sample.by_field, sample.notes, {}), sample_note=sample.note)
+        return replace(self._prepared(sample, {}), sample_note=sample.note)
 
-    def _prepared(
-        self,
-        by_field: Mapping[str, tuple[TaskRows, ...]],
-        notes: tuple[str, ...],
-        tables: Mapping[TableName, KeptTable],
-    ) -> Prepared:
+    def _prepared(self, documents: TaskDocuments, tables: Mapping[TableName, KeptTable]) -> Prepared:
+        by_field, options = documents.by_field, self.options
+        vocabulary = self.store.skeleton.vocabulary
+        given = prompt_files(options, self.tokenizer, self.tokenise, self.limits, vocabulary)
+        documents.check_pairs(options)
         return Prepared(
             self.options,
             self.store,
@@ -308,7 +333,10 @@ class _Basis:
             certify=by_field.get("certify", ()),
             label_controls=by_field["label_controls"],
             train_controls=by_field["train_controls"],
-            notes=notes,
+            corrupted=by_field["corrupted"],
+            given=given,
+            notes=documents.notes,
+            pair_notes=documents.pair_notes,
         )
 
 
@@ -348,33 +376,6 @@ def _opened_once(opened: OpenedTasks, options: RunOptions) -> list[OpenTask]:
     if key not in opened:
         opened[key] = open_tasks(options)
     return opened[key]
-
-
-def _documents_of(
-    tasks: Sequence[OpenTask],
-    maker: DocumentMaker,
-    progress: Progress,
-    reduced: Callable[[TaskRows], TaskRows] = lambda rows: rows,
-) -> tuple[dict[str, tuple[TaskRows, ...]], tuple[str, ...]]:
-    """Return the documents of tasks at all shot counts, by field of Prepared, and what is left out; reduced:
-    to what is kept of them.
-    """
-    options, controls = maker.options, LabelControls(maker)
-    documents: dict[str, list[TaskRows]] = {name: [] for name in part_limits(options)}
-    wanted = [(task, shots) for task in tasks for shots in options.resolved_shots]
-    with progress("texts", len(wanted), "tasks") as advance:
-        for task, shots in wanted:
-            rows = maker.documents(task, shots)
-            controls.add(task, rows)
-            if "certify" in rows:
-                rows["certify"] = rows["certify"].unrelated_to(rows["train"])
-            for name, of_part in rows.items():
-                documents[name].append(reduced(of_part))
-            advance(1)
-    by_field = {name: tuple(rows) for name, rows in documents.items()}
-    by_field["label_controls"] = tuple(controls.found["evaluate"])
-    by_field["train_controls"] = tuple(controls.found["train"])
-    return by_field, controls.notes()
 
 
 def find_model(options: RunOptions, progress: Progress = unseen) -> ModelLocation:

@@ -15,15 +15,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lowmem_icl.options import RunOptions
-from lowmem_icl.protocols import Labels
+from lowmem_icl.protocols import CORRUPTIONS, LABELS, PromptForm
 from lowmem_icl.session.document_limits import part_limits
-from lowmem_icl.session.task_texts import changed_only, part_rows, with_others
+from lowmem_icl.session.task_texts import TaskDocuments, changed_only, part_rows, with_others
 from lowmem_icl.system.files import atomic_path
 from lowmem_icl.tasks.document_sizes import LONGEST, TOKENISED, SizeModel, fitted, with_sizes
 from lowmem_icl.tasks.documents import Document, TaskRows
@@ -44,17 +44,10 @@ COMPARED = 16
 """Documents of which a control must change one, else it is left out."""
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)
 
-ByField = dict[str, tuple[TaskRows, ...]]
-
 
 @dataclass(frozen=True)
-class SampledDocuments:
-    """The documents of a run without texts, by field of Prepared; `notes`: what is left out; `note`: what
-    their sizes rest on, in a sentence.
-    """
-
-    by_field: ByField
-    notes: tuple[str, ...]
+class SampledDocuments(TaskDocuments):
+    """The documents of a run without texts; `note`: what their sizes rest on, in a sentence."""
 
     @property
     def note(self) -> str:
@@ -93,10 +86,10 @@ class SampledTexts:
         return {name: with_sizes(of_part, model) for name, of_part in rows.items()}
 
     def label_controls(
-        self, task: OpenTask, rows: Mapping[str, TaskRows], labels: Labels
+        self, task: OpenTask, rows: Mapping[str, TaskRows], labels: PromptForm
     ) -> dict[str, TaskRows]:
-        """Return documents, by field of Prepared, with other answers shown; whether these change anything is
-        seen by the first few.
+        """Return documents, by field of Prepared, with other answers shown or corrupted; whether these change
+        anything is seen by the first few.
         """
         controls = with_others(self.options, task, rows, labels, self._prompter())
         few = {name: _first_read(rows[name]) for name in controls}
@@ -189,6 +182,7 @@ def _arrays_of(sample: SampledDocuments) -> dict[str, NDArray[Any]]:
     described = {
         "fields": list(sample.by_field),
         "notes": sample.notes,
+        "pair_notes": sample.pair_notes,
         "rows": [
             [name, of_task.task, of_task.shots, of_task.split, of_task.metric, of_task.labels]
             for name, of_task in rows
@@ -228,12 +222,16 @@ def _of_arrays(arrays: Mapping[str, NDArray[Any]]) -> SampledDocuments:
     by_field: dict[str, list[TaskRows]] = {name: [] for name in described["fields"]}
     start = 0
     for count, (name, task, shots, split, metric, labels) in zip(counts, described["rows"], strict=True):
-        if labels not in get_args(Labels):
+        if labels not in (*LABELS, *CORRUPTIONS):
             raise ValueError(f"labels {labels!r}")
         some = tuple(documents[start : start + count])
         by_field[name].append(TaskRows(task, shots, split, some, metric, (), labels))
         start += count
-    return SampledDocuments({name: tuple(rows) for name, rows in by_field.items()}, tuple(described["notes"]))
+    return SampledDocuments(
+        {name: tuple(rows) for name, rows in by_field.items()},
+        tuple(described["notes"]),
+        tuple(described["pair_notes"]),
+    )
 
 
 def _document(values: Sequence[int], demonstrations: tuple[int, ...]) -> Document:

@@ -6,18 +6,21 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from lowmem_icl.errors import InputError
 from lowmem_icl.options import RunOptions
-from lowmem_icl.protocols import Labels
+from lowmem_icl.protocols import PromptForm
 from lowmem_icl.session.document_limits import part_limits
 from lowmem_icl.session.text_keys import TableName, table_key
 from lowmem_icl.session.texts import KeptTexts
+from lowmem_icl.system.progress import Progress
 from lowmem_icl.tasks.demonstrations import Demonstrations
 from lowmem_icl.tasks.documents import TaskRows
 from lowmem_icl.tasks.label_controls import NoLabelControl, changes_a_prompt, with_other_labels
 from lowmem_icl.tasks.loading import OpenTask
 from lowmem_icl.tasks.packing import PackingLimits, Tokenise
+from lowmem_icl.tasks.prompt_pairs.corruptions import check_one_prompt, corrupted
 from lowmem_icl.tasks.prompt_table import MissingPrompt, PromptTable, TablePrompter, TableWriter
-from lowmem_icl.tasks.prompting import Prompter
+from lowmem_icl.tasks.prompting import MeasuringPrompter, Prompter
 from lowmem_icl.tasks.selection import Part
 
 
@@ -59,9 +62,9 @@ class DocumentMaker(Protocol):
         ...
 
     def label_controls(
-        self, task: OpenTask, rows: Mapping[str, TaskRows], labels: Labels
+        self, task: OpenTask, rows: Mapping[str, TaskRows], labels: PromptForm
     ) -> dict[str, TaskRows]:
-        """Return documents, by field of Prepared, with other answers shown.
+        """Return documents, by field of Prepared, with other answers shown, or corrupted.
 
         Those for which that is not defined, or changes nothing, are left out; raises NoLabelControl where all
         are.
@@ -95,9 +98,9 @@ class TextMaker:
         )
 
     def label_controls(
-        self, task: OpenTask, rows: Mapping[str, TaskRows], labels: Labels
+        self, task: OpenTask, rows: Mapping[str, TaskRows], labels: PromptForm
     ) -> dict[str, TaskRows]:
-        """Return documents, by field of Prepared, with other answers shown; see DocumentMaker."""
+        """Return documents, by field of Prepared, with other answers shown or corrupted; see above."""
         (shots,) = {of_part.shots for of_part in rows.values()}
         controls = self._from_table(
             TableName(task.name, shots, labels),
@@ -112,7 +115,7 @@ class TextMaker:
         name: TableName,
         task: OpenTask,
         fields: Sequence[str],
-        prompted: Callable[[Prompter], dict[str, TaskRows]],
+        prompted: Callable[[MeasuringPrompter], dict[str, TaskRows]],
     ) -> dict[str, TaskRows]:
         """Return documents whose prompts come from a table, which is made where it is not there."""
 
@@ -139,16 +142,23 @@ class TextMaker:
 
 
 def with_others(
-    options: RunOptions, task: OpenTask, rows: Mapping[str, TaskRows], labels: Labels, prompter: Prompter
+    options: RunOptions,
+    task: OpenTask,
+    rows: Mapping[str, TaskRows],
+    labels: PromptForm,
+    prompter: MeasuringPrompter,
 ) -> dict[str, TaskRows]:
-    """Return documents, by field of Prepared, with other answers shown, where that is defined; raise
-    NoLabelControl where it is for none.
+    """Return documents, by field of Prepared, with other answers shown or corrupted, where that is defined;
+    raise NoLabelControl where it is for none.
     """
     parts, protocol = part_limits(options), options.protocol_flags
     found, errors = {}, []
     for name, of_part in rows.items():
         try:
-            found[name] = with_other_labels(task, of_part, labels, protocol, prompter, parts[name][0])
+            if labels == "wrong" or labels == "queries":
+                found[name] = corrupted(task, of_part, labels, protocol, prompter, parts[name][0])
+            else:
+                found[name] = with_other_labels(task, of_part, labels, protocol, prompter, parts[name][0])
         except NoLabelControl as error:
             errors.append(error)
     if not found:
@@ -166,32 +176,50 @@ def changed_only(rows: Mapping[str, TaskRows], controls: Mapping[str, TaskRows])
 
 @dataclass
 class LabelControls:
-    """The documents with other answers shown, by field of Prepared, as they are made, and why some have
-    none.
+    """The documents with other answers shown or corrupted, by field of Prepared, as they are made, and why
+    some have none.
     """
 
     maker: DocumentMaker
-    found: dict[str, list[TaskRows]] = field(default_factory=lambda: {"evaluate": [], "train": []})
-    _reasons: dict[tuple[str, str], dict[Labels, None]] = field(default_factory=dict)
+    _found: dict[str, list[TaskRows]] = field(default_factory=lambda: {"evaluate": [], "train": []})
+    _reasons: dict[tuple[str, str], dict[PromptForm, None]] = field(default_factory=dict)
+    _without_pairs: dict[str, str] = field(default_factory=dict)
 
     def add(self, task: OpenTask, rows: Mapping[str, TaskRows]) -> None:
         """Add the controls of a task at one shot count; one demonstration alone is not shuffled."""
-        fewest: dict[Labels, int] = {"shuffled": 2, "foreign": 1}
         shots = rows["evaluate"].shots
         for labels, fields in self._fields().items():
-            if shots < fewest[labels]:
+            if shots < (2 if labels == "shuffled" else 1):
                 continue
             wanted = {name: rows[name] for name in fields}
             try:
                 controls = self.maker.label_controls(task, wanted, labels)
             except NoLabelControl as error:
-                self._note(task, str(error), labels)
+                for name in wanted:
+                    self._note(task, str(error), labels, name)
                 continue
             for name in wanted:
                 if name in controls:
-                    self.found[name].append(controls[name])
+                    self._found[name].append(controls[name])
                 else:
-                    self._note(task, f"no demonstrations before its {name} documents allow it", labels)
+                    self._note(task, f"no demonstrations before its {name} documents allow it", labels, name)
+        if self._options.makes_pairs:
+            self._note_where_answers_stand_in_contexts(task)
+
+    def by_field(self) -> dict[str, tuple[TaskRows, ...]]:
+        """Return the documents that were made, by field of Prepared."""
+        options, train = self._options, self._found["train"]
+        drops = [rows for rows in train if options.label_drops and rows.labels == "shuffled"]
+        pairs = [
+            rows
+            for rows in train
+            if options.makes_pairs and rows.labels == options.corrupt and rows.task not in self._without_pairs
+        ]
+        return {
+            "label_controls": tuple(self._found["evaluate"]),
+            "train_controls": tuple(drops),
+            "corrupted": tuple(pairs),
+        }
 
     def notes(self) -> tuple[str, ...]:
         """Return a sentence for every task and reason."""
@@ -200,13 +228,79 @@ class LabelControls:
             for (task, reason), labels in self._reasons.items()
         )
 
-    def _fields(self) -> dict[Labels, list[str]]:
-        """Return which documents are also shown other labels, by labels."""
-        options = self.maker.options
-        fields: dict[Labels, list[str]] = {labels: ["evaluate"] for labels in options.control_labels}
+    def pair_notes(self) -> tuple[str, ...]:
+        """Return a sentence for every task without pairs of prompts at a shot count that could have some."""
+        return tuple(
+            f"task {task}: no pairs of prompts ({self._options.corrupt}): {reason}"
+            for task, reason in self._without_pairs.items()
+        )
+
+    @property
+    def _options(self) -> RunOptions:
+        return self.maker.options
+
+    def _fields(self) -> dict[PromptForm, list[str]]:
+        """Return which documents are also shown other labels, or corrupted, by labels."""
+        options = self._options
+        fields: dict[PromptForm, list[str]] = {labels: ["evaluate"] for labels in options.control_labels}
         if options.label_drops:
             fields.setdefault("shuffled", []).append("train")
+        if options.makes_pairs and "train" not in fields.get(options.corrupt, []):
+            fields.setdefault(options.corrupt, []).append("train")
         return fields
 
-    def _note(self, task: OpenTask, reason: str, labels: Labels) -> None:
-        self._reasons.setdefault((task.name, reason), {})[labels] = None
+    def _note(self, task: OpenTask, reason: str, labels: PromptForm, name: str) -> None:
+        options = self._options
+        is_pair = name == "train" and options.makes_pairs and labels == options.corrupt
+        if is_pair:
+            self._without_pairs.setdefault(task.name, reason)
+        if not is_pair or (options.label_drops and labels == "shuffled"):
+            self._reasons.setdefault((task.name, reason), {})[labels] = None
+
+    def _note_where_answers_stand_in_contexts(self, task: OpenTask) -> None:
+        try:
+            check_one_prompt(task)
+        except NoLabelControl as error:
+            self._without_pairs[task.name] = str(error)
+
+
+def documents_of(
+    tasks: Sequence[OpenTask],
+    maker: DocumentMaker,
+    progress: Progress,
+    reduced: Callable[[TaskRows], TaskRows] = lambda rows: rows,
+) -> "TaskDocuments":
+    """Return the documents of tasks at all shot counts; reduced: to what is kept of them."""
+    options, controls = maker.options, LabelControls(maker)
+    documents: dict[str, list[TaskRows]] = {name: [] for name in part_limits(options)}
+    wanted = [(task, shots) for task in tasks for shots in options.resolved_shots]
+    with progress("texts", len(wanted), "tasks") as advance:
+        for task, shots in wanted:
+            rows = maker.documents(task, shots)
+            controls.add(task, rows)
+            if "certify" in rows:
+                rows["certify"] = rows["certify"].unrelated_to(rows["train"])
+            for name, of_part in rows.items():
+                documents[name].append(reduced(of_part))
+            advance(1)
+    by_field = {name: tuple(rows) for name, rows in documents.items()}
+    return TaskDocuments(by_field | controls.by_field(), controls.notes(), controls.pair_notes())
+
+
+@dataclass(frozen=True)
+class TaskDocuments:
+    """The documents of a run, by field of Prepared; `notes`: what is left out; `pair_notes`: which tasks make
+    no pairs of prompts. Both in sentences.
+    """
+
+    by_field: Mapping[str, tuple[TaskRows, ...]]
+    notes: tuple[str, ...]
+    pair_notes: tuple[str, ...] = ()
+
+    def check_pairs(self, options: RunOptions) -> None:
+        """Raise InputError where no task makes the pairs of prompts that a run patches."""
+        if options.makes_pairs and not options.has_given_prompts and not self.by_field["corrupted"]:
+            raise InputError(
+                f"--corrupt {options.corrupt}: {'; '.join(self.pair_notes)}; give other --tasks, or corrupt "
+                "otherwise"
+            )

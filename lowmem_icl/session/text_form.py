@@ -1,5 +1,6 @@
 """How a model's tokenizer is used: what stands before a prompt, and texts to token ids."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -8,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowmem_icl.conversion.locate import begins_with_bos
+from lowmem_icl.conversion.locate import begins_with_bos, load_tokenizer
 from lowmem_icl.errors import InputError
 from lowmem_icl.model.store import Store
 from lowmem_icl.options import RunOptions
 from lowmem_icl.tasks.packing import PackingLimits, Tokenise
+from lowmem_icl.tasks.random_sequences import RandomSequences, drawable_ids, random_sequences
 
 LONGEST_REMEMBERED_TEXT = 200
 WORD_START = "▁"
@@ -91,6 +93,17 @@ def check_ids(tokens: Iterable[NDArray[np.int32]], store: Store) -> None:
             f"{store.tokenizer_folder}: the tokenizer gives token {largest}, the model knows only "
             f"{store.skeleton.vocabulary}; they do not belong together"
         )
+
+
+def sequences_for(store: Store, limits: PackingLimits, seed: int) -> RandomSequences:
+    """Return the sequences that a model's heads are scored on; raises InputError where it allows none."""
+    tokenizer, skeleton = load_tokenizer(store.tokenizer_folder), store.skeleton
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    form = {} if backend is None else json.loads(backend.to_str())
+    drawable = drawable_ids(form, tokenizer.all_special_ids, skeleton.vocabulary)
+    bos = tokenizer.bos_token_id
+    first = limits.empty_context if bos is None else bos
+    return random_sequences(drawable, first, skeleton.context_tokens, seed)
 
 
 def text_tokeniser(tokenizer: Any) -> Tokenise:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lowmem_icl import __version__
 from lowmem_icl.options import RunOptions
-from lowmem_icl.protocols import Labels
+from lowmem_icl.protocols import PromptForm
 from lowmem_icl.session.document_limits import certify_limit, part_limits
 from lowmem_icl.tasks.catalogue import is_file_name
 from lowmem_icl.tasks.packing import PackingLimits
@@ -26,11 +26,13 @@ TEXT_SOURCES = ("rows.py", "tasks", "demo/tasks", "session/text_form.py", "sessi
 
 @dataclass(frozen=True)
 class TableName:
-    """Which texts of a run a table holds: a task's at a shot count, with whose answers shown."""
+    """Which texts of a run a table holds: a task's at a shot count, with whose answers shown or
+    corrupted how.
+    """
 
     task: str
     shots: int
-    labels: Labels
+    labels: PromptForm
 
 
 def table_key(
@@ -67,6 +69,7 @@ def sample_key(
         "tasks": list(rows_digests.items()),
         "shots": options.resolved_shots,
         "controls": [options.control_labels, options.label_drops],
+        "corrupted": options.corrupt if options.makes_pairs else None,
         "fields": list(part_limits(options)),
     }
     return _digest(depends_on)

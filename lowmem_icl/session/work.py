@@ -1,7 +1,8 @@
 """The work that stages ask for: parts described as data, which the planner counts and a run executes.
 
-A part is one resumable piece of work and its file. Three kinds read the weights: sweeps of documents under
-masks, the gradients of documents, and the scores of heads on random sequences. Each says what it is called
+A part is one resumable piece of work and its file. These kinds read the weights: sweeps of documents under
+masks, the gradients of documents, means of units' outputs, the scores of heads on random sequences, and
+patches of prompts. Each says what it is called
 and what it consists of, once; `cost` counts that, and `Work` does it.
 """
 
@@ -36,6 +37,7 @@ from lowmem_icl.session.jobs import (
     rows_of_gold,
 )
 from lowmem_icl.session.parts import Draft, Parts, by_job, of_jobs
+from lowmem_icl.session.patch_parts import EndMeansPart, PatchPart
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.rows_on_the_way import RowsOnTheWay
 from lowmem_icl.system.progress import Advance, PartProgress
@@ -126,7 +128,7 @@ class HeadScoresPart:
         return heads_cost(tokens, copied, skeleton, form, limits.micro_batch_tokens, layers_read)
 
 
-Part = SweepPart | GradientsPart | HeadScoresPart | MeansPart
+Part = SweepPart | GradientsPart | HeadScoresPart | MeansPart | PatchPart | EndMeansPart
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,12 @@ class Work:
             draft.resume(lambda: by_job(scores))
             skeleton = self.prepared.skeleton
             cost = sweep_cost(jobs, skeleton.width, skeleton.layers, self.limits, cached=part.cached)
-            with self._counted(part.label, cost, part.ablations) as advance:
-                sweep(self._setup(advance, draft), jobs, scores, keep_clean=part.keep_clean)
+            with self.counted(part.label, cost, part.ablations) as advance:
+                sweep(self.setup(advance, draft), jobs, scores, keep_clean=part.keep_clean)
             made = iter(scores)
             return by_job([gathered(of_job, list(itertools.islice(made, len(of_job)))) for of_job in rows])
 
-        return [Scores(**fields) for fields in of_jobs(self._made(part.name, make))]
+        return [Scores(**fields) for fields in of_jobs(self.made(part.name, make))]
 
     def gradients(self, part: GradientsPart) -> list[UnitGradients]:
         """Return the unit gradients of a part's tasks, from its file or from two reads of the weights per
@@ -201,11 +203,11 @@ class Work:
                 jobs.append(GradientJob(rows.rows, partial(best_gold, of_task), mask, fills))
             # The vocabulary's share is not reported as progress.
             cost = replace(part.cost(self.prepared, self.limits, ()), answers=0)
-            with self._counted(part.label, cost) as advance:
-                unit_gradients(self._setup(advance, draft), jobs, gradients)
+            with self.counted(part.label, cost) as advance:
+                unit_gradients(self.setup(advance, draft), jobs, gradients)
             return by_job(gradients)
 
-        return [UnitGradients(**fields) for fields in of_jobs(self._made(part.name, make))]
+        return [UnitGradients(**fields) for fields in of_jobs(self.made(part.name, make))]
 
     def head_scores(self, part: HeadScoresPart) -> HeadScores:
         """Return the scores of all heads, from the part's file or from a read of the weights per block of
@@ -228,13 +230,13 @@ class Work:
             )
             # The vocabulary's share is not reported as progress.
             cost = replace(part.cost(self.prepared, self.limits, ()), answers=0)
-            with self._counted(part.label, cost) as advance:
-                setup = replace(self._setup(advance, draft), after_step=rows.after_layer)
+            with self.counted(part.label, cost) as advance:
+                setup = replace(self.setup(advance, draft), after_step=rows.after_layer)
                 score_heads(setup, questions, scores, begin=rows.begin)
             rows.discard()
             return scores.arrays()
 
-        return HeadScores(**self._made(part.name, make))
+        return HeadScores(**self.made(part.name, make))
 
     def means(self, part: MeansPart) -> list[MeanSums]:
         """Return what units' outputs add up to, of every task of a part, from its file or from a read of the
@@ -248,11 +250,11 @@ class Work:
             widths = skeleton.attention_width, skeleton.width
             sums = [MeanSums.empty(len(of_task.rows), skeleton.layers, *widths) for of_task in packed]
             draft.resume(lambda: by_job(sums))
-            with self._counted(part.label, part.cost(self.prepared, self.limits, ())) as advance:
-                unit_means(self._setup(advance, draft), packed, sums)
+            with self.counted(part.label, part.cost(self.prepared, self.limits, ())) as advance:
+                unit_means(self.setup(advance, draft), packed, sums)
             return by_job(sums)
 
-        return [MeanSums(**fields) for fields in of_jobs(self._made(part.name, make))]
+        return [MeanSums(**fields) for fields in of_jobs(self.made(part.name, make))]
 
     def _tables(self, masks: Iterable[Mask]) -> Mapping[str, UnitMeans]:
         """Return the tables that names of means stand for: given with masks, or made by the first part."""
@@ -264,15 +266,19 @@ class Work:
                 self.known_tables.update(tables_of(part.tasks, self.means(part)))
         return self.known_tables
 
-    def _made(self, name: str, make: Callable[[Draft], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    def made(self, name: str, make: Callable[[Draft], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+        """Return the arrays of a part, from its file or as they are made."""
         arrays = self.parts.get_or_make(name, make)
         self.after_part()
         return arrays
 
-    def _counted(self, label: str, cost: SweepCost, ablations: int = 0) -> Any:
+    def counted(self, label: str, cost: SweepCost, ablations: int = 0) -> Any:
+        """Show a part as it goes on; gives what its progress is told to."""
         return self.progress(self.stage, label, operations(cost, self.prepared.skeleton), ablations)
 
-    def _setup(self, advance: Advance, draft: Draft) -> PassSetup:
+    def setup(self, advance: Advance, draft: Draft) -> PassSetup:
+        """Return what a pass works with, whose progress `advance` and whose draft `draft` hear of."""
+
         def after_step() -> None:
             draft.save_if_due()
             self.check_time()

@@ -15,6 +15,9 @@ from lowmem_icl.statistics.intervals import Values
 
 Counts = NDArray[np.int64]
 
+LARGEST_ROUNDING = 1e-4
+"""Nats by which scores may differ from the reference's: a drop of no more counts as none."""
+
 
 class SignCounts(NamedTuple):
     """How many clusters of documents lose without each unit, [U], and how many gain."""
@@ -31,6 +34,13 @@ def sign_counts(values: Values, clusters: Sequence[str]) -> SignCounts:
     """
     net = cluster_sums(np.sign(values), clusters)
     return SignCounts((net > 0).sum(1), (net < 0).sum(1))
+
+
+def differing_signs(values: Values, clusters: Sequence[str]) -> SignCounts:
+    """Return how many clusters lose without each unit and how many gain, from drops [U, N]; what rounding may
+    make counts as neither.
+    """
+    return sign_counts(np.where(np.abs(values) > LARGEST_ROUNDING, values, 0.0), clusters)
 
 
 def q_values(counts: SignCounts) -> Values:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowmem_icl.protocols import Labels
+from lowmem_icl.protocols import PromptForm
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -45,7 +45,7 @@ class TaskRows:
 
     `chance`: expected accuracy of a uniform guess; `majority`: that of always giving the option that is right
     most often; both exact over these documents. `metric`: the task's main metric. `labels`: whose answers
-    their demonstrations show.
+    their demonstrations show, or how their prompts are corrupted.
     """
 
     task: str
@@ -54,7 +54,7 @@ class TaskRows:
     documents: tuple[Document, ...]
     metric: str
     members: "tuple[ConfigurableTask, ...]" = field(repr=False, compare=False)
-    labels: Labels = "right"
+    labels: PromptForm = "right"
 
     @cached_property
     def chance(self) -> float:

@@ -1,7 +1,7 @@
 """The same documents after demonstrations with other answers: controls for what right labels give."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -61,16 +61,14 @@ def with_other_labels(
     not say which part of it they are.
     """
     documents: list[Document] = []
-    offset = 0
-    for member in task.members:
-        of_member = [document for document in rows.documents if document.member == member.number]
-        draw = _AnswerDraw(member, part, labels, protocol, offset)
-        prompts = prompter.prompts([draw.request(document) for document in of_member])
+    for member, of_member in documents_by_member(task, rows, part, protocol):
+        requests = [
+            member.request(document, answers=_answers(member, document, labels)) for document in of_member
+        ]
         documents += [
             replace(document, options=prompt.options)
-            for document, prompt in zip(of_member, prompts, strict=True)
+            for document, prompt in zip(of_member, prompter.prompts(requests), strict=True)
         ]
-        offset += len(member.scored(part))
     return replace(rows, documents=tuple(documents), labels=labels)
 
 
@@ -82,44 +80,91 @@ def changes_a_prompt(rows: TaskRows, control: TaskRows) -> bool:
     )
 
 
+def documents_by_member(
+    task: OpenTask, rows: TaskRows, part: Part, protocol: Protocol
+) -> Iterator[tuple["MemberDraws", list[Document]]]:
+    """Yield the members of a task, each with its documents of a part, in the order of the documents."""
+    offset = 0
+    for member in task.members:
+        of_member = [document for document in rows.documents if document.member == member.number]
+        yield MemberDraws(member, part, protocol, offset), of_member
+        offset += len(member.scored(part))
+
+
 @dataclass(frozen=True)
-class _AnswerDraw:
-    """Whose answers the demonstrations of one member's documents show; their indices start at `offset`."""
+class MemberDraws:
+    """What is drawn for the documents of one member in a part; their indices start at `offset`."""
 
     member: Member
     part: Part
-    labels: Labels
     protocol: Protocol
     offset: int
 
-    def request(self, document: Document) -> PromptRequest:
+    def request(
+        self, document: Document, *, answers: tuple[int, ...] = (), query: int | None = None
+    ) -> PromptRequest:
+        """Return what prompts a document after the answers of other rows, or with another row asked in its
+        place; raises NoLabelControl where that is not defined.
+        """
         member = self.member
         if member.task.multiple_input and with_answer_of_another(member.task) is None:
             raise NoLabelControl("its answers stand in the context, and its definition does not say where")
         if not document.demonstrations:
             raise NoLabelControl("there are no demonstrations")
-        index = document.index - self.offset
         key = PromptKey(
             member.number,
-            from_train=self.part != "evaluate" and member.train is not None,
-            index=index,
+            from_train=self._is_from_train,
+            index=self.index(document),
             demonstrations=document.demonstrations,
-            answers=self._answers(document, index),
+            answers=answers,
+            query=query,
         )
-        split = "evaluate" if self.part == "evaluate" else "train"
-        return PromptRequest(key, split, member.task, document.row, member.shown, self.protocol)
+        asked = None if query is None else member.scored(self.part)(query)
+        return PromptRequest(key, self._split, member.task, document.row, member.shown, self.protocol, asked)
 
-    def _answers(self, document: Document, index: int) -> tuple[int, ...]:
-        shared = document.set_number is not None
-        whose = f"set {document.set_number}" if shared else f"document {index}"
-        # A generator of its own, so that an answer depends neither on the limit nor on other documents.
-        rng = random.Random(f"{PROTOCOL_SEED} {self.labels} {self.member.number} {whose}")
-        if self.labels == "shuffled":
-            return shuffled_answers(document.demonstrations, rng)
+    def bare_request(self, index: int) -> PromptRequest:
+        """Return what prompts a row that the part scores without demonstrations."""
+        member, row = self.member, self.member.scored(self.part)(index)
+        key = PromptKey(member.number, self._is_from_train, index, ())
+        return PromptRequest(key, self._split, member.task, row, member.shown, self.protocol)
+
+    @property
+    def _is_from_train(self) -> bool:
+        return self.part != "evaluate" and self.member.train is not None
+
+    @property
+    def _split(self) -> str:
+        return "evaluate" if self.part == "evaluate" else "train"
+
+    def index(self, document: Document) -> int:
+        """Return the index of a document among the member's rows."""
+        return document.index - self.offset
+
+    def generator(self, document: Document, purpose: str, *, of_set: bool = True) -> random.Random:
+        """Return a document's generator for a purpose, or that of the set that it shares: one of its own, so
+        that what is drawn depends neither on the limit nor on other documents.
+        """
+        shared = of_set and document.set_number is not None
+        whose = f"set {document.set_number}" if shared else f"document {self.index(document)}"
+        return random.Random(f"{PROTOCOL_SEED} {purpose} {self.member.number} {whose}")
+
+    def index_shown(self, document: Document) -> int | None:
+        """Return the index of a document among the rows that are shown, None where it is of another split."""
         # Training documents, and all where there is no training split, are of the rows that are shown.
-        scored = index if self.member.scored(self.part) is self.member.shown else None
-        return foreign_answers(document.demonstrations, self._pool, scored, rng)
+        is_shown = self.member.scored(self.part) is self.member.shown
+        return self.index(document) if is_shown else None
 
     @cached_property
-    def _pool(self) -> Sequence[int]:
+    def pool(self) -> Sequence[int]:
+        """The indices of the rows that demonstrations come from."""
         return demonstration_pool(self.member, self.part, self.protocol)
+
+
+def _answers(member: MemberDraws, document: Document, labels: Labels) -> tuple[int, ...]:
+    """Return the rows whose answers a document's demonstrations show."""
+    if not document.demonstrations:
+        raise NoLabelControl("there are no demonstrations")
+    rng = member.generator(document, labels)
+    if labels == "shuffled":
+        return shuffled_answers(document.demonstrations, rng)
+    return foreign_answers(document.demonstrations, member.pool, member.index_shown(document), rng)

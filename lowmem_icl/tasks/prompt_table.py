@@ -133,7 +133,8 @@ def _numbers_of(options: OptionTexts) -> Integers:
 
 
 def _flat(key: PromptKey) -> tuple[int, ...]:
-    whose = (key.member, int(key.from_train), key.index, int(key.for_gradients), len(key.answers))
+    query = -1 if key.query is None else key.query
+    whose = (key.member, int(key.from_train), key.index, int(key.for_gradients), query, len(key.answers))
     return (*whose, *key.answers, *key.demonstrations)
 
 
@@ -154,6 +155,11 @@ class TablePrompter:
         return lengths_fit(
             lengths[self.table.contexts[numbers]], lengths[self.table.continuations[numbers]], self.limits
         )
+
+    def context_tokens(self, prompt: Prompt) -> int:
+        """Return the tokens of the first option's context, without BOS and before anything is cut."""
+        number = self.table.contexts[_numbers_of(prompt.options)[0]]
+        return int(self.table.tokens.lengths[number])
 
 
 class TableWriter:
@@ -182,6 +188,10 @@ class TableWriter:
             [[len(self._tokens[self._texts[text]]) for text in option] for option in prompt.options]
         )
         return lengths_fit(lengths[:, 0], lengths[:, 1], self._limits)
+
+    def context_tokens(self, prompt: Prompt) -> int:
+        """Return the tokens of the first option's context, without BOS and before anything is cut."""
+        return len(self._tokens[self._texts[prompt.options[0][0]]])
 
     def _tokenise_new(self, texts: Iterator[str]) -> None:
         new = [text for text in dict.fromkeys(texts) if text not in self._texts]

@@ -28,6 +28,8 @@ class PromptKey:
     it, and its form.
 
     `answers`: the rows whose answers are shown, one per demonstration; empty where each shows its own.
+    `query`: the row that is asked in this one's place, whose options stay this one's; None where it is asked
+    itself.
     """
 
     member: int
@@ -36,13 +38,15 @@ class PromptKey:
     demonstrations: tuple[int, ...]
     for_gradients: bool = False
     answers: tuple[int, ...] = ()
+    query: int | None = None
 
 
 @dataclass(frozen=True)
 class PromptRequest:
     """A row that is to be prompted, with all that lm-eval needs; `key` tells it from others of its task.
 
-    `shown`: the rows that demonstrations are of, by index; `part`: how a message calls the split.
+    `shown`: the rows that demonstrations are of, by index; `part`: how a message calls the split; `query`:
+    the row that is asked in its place, if any.
     """
 
     key: PromptKey
@@ -51,6 +55,7 @@ class PromptRequest:
     row: Row = field(repr=False)
     shown: Callable[[int], Row] = field(repr=False)
     protocol: protocols.Protocol
+    query: Row | None = field(default=None, repr=False)
 
     @property
     def has_gradient_form(self) -> bool:
@@ -68,6 +73,14 @@ class Prompter(Protocol):
 
     def fits(self, prompt: Prompt) -> bool:
         """Tell whether all options fit the model's context whole."""
+        ...
+
+
+class MeasuringPrompter(Prompter, Protocol):
+    """A prompter that knows how long prompts are."""
+
+    def context_tokens(self, prompt: Prompt) -> int:
+        """Return the tokens of the first option's context, without BOS and before anything is cut."""
         ...
 
 
@@ -133,24 +146,25 @@ def _scored_prompt(request: PromptRequest) -> Prompt:
 def _context(request: PromptRequest) -> Any:
     """Return what lm-eval puts before a row's continuations, the answers asked for in its demonstrations."""
     task = request.task
+    asked = request.row if request.query is None else request.query
     demonstrations = [request.shown(index) for index in request.key.demonstrations]
     others = [request.shown(index) for index in request.key.answers]
     sampler = _DrawnSampler()
     sampler.drawn = demonstrations
     task.sampler = sampler
     if not others:
-        return task.fewshot_context(request.row, len(demonstrations))
+        return task.fewshot_context(asked, len(demonstrations))
     with_answer_of = with_answer_of_another(task)
     if with_answer_of is not None:
         sampler.drawn = [
             with_answer_of(row, other) for row, other in zip(demonstrations, others, strict=True)
         ]
-        return task.fewshot_context(request.row, len(demonstrations))
+        return task.fewshot_context(asked, len(demonstrations))
     answers = {id(row): _shown_answer(task, other) for row, other in zip(demonstrations, others, strict=True)}
     own = task.fewshot_cfg.doc_to_target
     task.fewshot_cfg.doc_to_target = lambda row: answers[id(row)]
     try:
-        return task.fewshot_context(request.row, len(demonstrations))
+        return task.fewshot_context(asked, len(demonstrations))
     finally:
         task.fewshot_cfg.doc_to_target = own
 
@@ -159,6 +173,22 @@ def with_answer_of_another(task: ConfigurableTask) -> Callable[[Row, Row], Row] 
     """Return how a task's definition gives a row the answer of another one; None where it does not say."""
     found: Callable[[Row, Row], Row] | None = (task.config.metadata or {}).get("with_answer_of")
     return found
+
+
+def answer_as_shown(task: ConfigurableTask, row: Row, before: Row) -> str:
+    """Return the text that a row's answer has as a demonstration's; where a definition says how a row gets
+    the answer of another one, the text that the row `before` has with it.
+
+    Raises InputError for a row that lacks a field.
+    """
+    with_answer_of = with_answer_of_another(task)
+    try:
+        return _shown_answer(task, row if with_answer_of is None else with_answer_of(before, row))
+    except ROW_ERRORS as error:
+        raise InputError(
+            f"task {task.config.task}: a row that demonstrations come from does not have the expected fields "
+            f"({error!r}): {str(row)[:60]}"
+        ) from error
 
 
 def _shown_answer(task: ConfigurableTask, row: Row) -> str:

@@ -150,6 +150,18 @@ def demonstration_pool(member: Member, part: Part, protocol: Protocol) -> Sequen
     return _order_and_pool(member, part, protocol, _generator(member))[1]
 
 
+def scored_order(member: Member, part: Part, protocol: Protocol) -> Sequence[int]:
+    """Return the indices of all rows that a part scores under no limit, in order."""
+    return _order_and_pool(member, part, protocol, _generator(member))[0]
+
+
+def answer_pool(member: Member, part: Part, protocol: Protocol) -> Sequence[int]:
+    """Return the indices of the rows that demonstrations of a part come from, with those of other answers
+    where only some answers are shown.
+    """
+    return _shuffled_order_and_pool(member, part, protocol, _generator(member))[1]
+
+
 def _generator(member: Member) -> random.Random:
     # A group's members are drawn apart, else they would all ask and show the rows of the same indices.
     return random.Random(PROTOCOL_SEED + member.number)
@@ -158,7 +170,19 @@ def _generator(member: Member) -> random.Random:
 def _order_and_pool(
     member: Member, part: Part, protocol: Protocol, rng: random.Random
 ) -> tuple[Sequence[int], Sequence[int]]:
-    """Return the indices a part scores, in order, and those that demonstrations come from.
+    """Return the indices a part scores, in order, and those that demonstrations come from."""
+    order, pool = _shuffled_order_and_pool(member, part, protocol, rng)
+    restricted = (member.task.config.metadata or {}).get("demonstrations_with") or {}
+    for name, wanted in restricted.items():
+        column = list(member.shown.table[name])
+        pool = [index for index in pool if column[index] == wanted]
+    return order, pool
+
+
+def _shuffled_order_and_pool(
+    member: Member, part: Part, protocol: Protocol, rng: random.Random
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the indices a part scores, in order, and all of the rows that it may show.
 
     Without a training split the shuffled evaluation rows are halved: the first half is evaluated on, the
     second is for training and demonstrations; under `reference` all rows are for everything.
@@ -171,10 +195,6 @@ def _order_and_pool(
         half = (len(shuffled) + 1) // 2
         order = shuffled[:half] if part == "evaluate" else shuffled[half:]
         pool = sorted(shuffled[half:])
-    restricted = (member.task.config.metadata or {}).get("demonstrations_with") or {}
-    for name, wanted in restricted.items():
-        column = list(member.shown.table[name])
-        pool = [index for index in pool if column[index] == wanted]
     if part != "evaluate" and protocol.training_in_file_order:
         order = sorted(order)
     return order, pool

@@ -120,9 +120,16 @@ class UnreadPrompter:
             self._longest_that_fits = options.length
         return True
 
+    def context_tokens(self, prompt: Prompt) -> int:
+        """Return 0, since nobody knows yet: all prompts are taken to be equally long."""
+        return 0
+
     def _options(self, request: PromptRequest) -> UnreadOptions:
         key = request.key
         digest, length = self._of_row(request.row)
+        if request.query is not None:
+            asked, length = self._of_row(request.query)
+            digest = f"{digest} {asked}"
         shown = sum(self._of_row(request.shown(index))[1] for index in key.demonstrations)
         identity = f"{key.member} {digest} {key.demonstrations} {key.answers}"
         return UnreadOptions(identity, length + shown, request)

@@ -17,7 +17,7 @@ from lowmem_icl.masks.mask import Unit
 from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.session.result import task_fields
 from lowmem_icl.statistics.selection import top_mean
-from lowmem_icl.statistics.significance import SignCounts, q_values, sign_counts
+from lowmem_icl.statistics.significance import SignCounts, differing_signs, q_values
 from lowmem_icl.tables.blocks import Block, unit_blocks
 from lowmem_icl.tables.unit_table import q_metric
 from lowmem_icl.tasks.loading import TaskRows
@@ -25,9 +25,6 @@ from lowmem_icl.tasks.loading import TaskRows
 TOP_COUNTS = (1, 3, 10)
 LISTED_COUNTS = (3, 5)
 """How many units the lists of the costliest have, on the page and in the terminal."""
-LARGEST_ROUNDING = 1e-4
-"""Nats by which scores may differ from the reference's: a drop of no more counts as none."""
-
 COUNTED = "gold_logprob_drop"
 """The metric whose documents that lose and gain are reported as numbers."""
 
@@ -89,13 +86,6 @@ class SignedUnits:
     indices: Indices
     signs: SignCounts
     fields: Mapping[str, Any]
-
-
-def differing_signs(values: Values, clusters: Sequence[str]) -> SignCounts:
-    """Return how many clusters lose without each unit and how many gain, from drops [U, N]; what rounding may
-    make counts as neither.
-    """
-    return sign_counts(np.where(np.abs(values) > LARGEST_ROUNDING, values, 0.0), clusters)
 
 
 def claim_blocks(units: Sequence[Unit], drops: Sequence[ExactDrops]) -> list[Block]:

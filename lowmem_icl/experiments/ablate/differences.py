@@ -15,12 +15,12 @@ from lowmem_icl.experiments.ablate.claims import (
     Indices,
     SignedUnits,
     Values,
-    differing_signs,
     signed_blocks,
 )
 from lowmem_icl.experiments.ablate.measure import single_fields
 from lowmem_icl.masks.mask import Unit
 from lowmem_icl.statistics.intervals import CHANGE_OF_CHANGES, MEAN, mean_intervals
+from lowmem_icl.statistics.significance import differing_signs
 from lowmem_icl.tables.blocks import Block, unit_blocks
 from lowmem_icl.tasks.documents import TaskRows
 

@@ -1,0 +1,289 @@
+"""Patching: many changes to prompts' clean runs at chosen tokens, from one read of the weights per block.
+
+A change takes from the clean run what lies before its first layer and before its row: of a prompt of which
+only the end is changed, the rest is a stem that is run once, and a change is as long as that end.
+
+Axis letters: S changes of a job that go together, V those of a micro-batch, T tokens of a row, P those that
+are patched, R those that are read, N tokens of a micro-batch, D width, H heads, Z their outputs' width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowmem_icl.engine.answers import AnswerReader, PendingAnswers, Scores
+from lowmem_icl.engine.cost import SweepCost
+from lowmem_icl.engine.micro_batches import Piece, Slots, micro_batches, row_batches
+from lowmem_icl.engine.patch_jobs import Addition, PatchBlock, PatchJob, PatchMember, patch_blocks
+from lowmem_icl.engine.removed_units import RemovedUnits
+from lowmem_icl.engine.row_masks import RowMasks, embedded
+from lowmem_icl.engine.setup import PassSetup
+from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.means import UnitMeans
+from lowmem_icl.model.attention import Segment
+from lowmem_icl.model.layer import DecoderLayer, cut_heads
+from lowmem_icl.model.streamed import StreamedModel
+from lowmem_icl.rows import Row
+
+
+def patch(setup: PassSetup, jobs: Sequence[PatchJob], results: Sequence[Scores]) -> None:
+    """Fill in the option scores under every change of all jobs.
+
+    They depend neither on the limits nor on which jobs and changes go together. What is scored is not scored
+    again. Raises DoesNotFit where one change of a row exceeds the memory.
+    """
+    wanted = [np.flatnonzero(result.missing(job.into.row)) for job, result in zip(jobs, results, strict=True)]
+    model = setup.model
+    for block in patch_blocks(jobs, wanted, model.skeleton.width, setup.limits.alive_bytes):
+        runs = _PatchedBlock(setup, jobs, results, block)
+        for number, layer in model.layers(range(model.skeleton.layers)):
+            with torch.no_grad():
+                runs.step(number, layer)
+        runs.finish()
+        setup.after_step()
+
+
+@dataclass(frozen=True, eq=False)
+class _CleanLayer:
+    """A row's clean run through the layer in work: the residual at its input and output, [T, D], what heads,
+    [T, Z], and the FFN, [T, D], give, and keys and values [G, T, d].
+    """
+
+    entering: Tensor
+    leaving: Tensor
+    z: Tensor
+    ffn: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class _CleanRows:
+    """Rows without changes, layer by layer; rows that grow from a stem see it."""
+
+    def __init__(self, setup: PassSetup, rows: Sequence[Row], masks: RowMasks) -> None:
+        self._setup, self._masks = setup, masks
+        grown = [row for row in rows if row.stem is not None]
+        most = setup.limits.micro_batch_tokens
+        self._batches = [
+            [part[index] for index in batch]
+            # Stems first: what grows from them needs their keys.
+            for part in ([row for row in rows if row.stem is None], grown)
+            for batch in row_batches(part, most)
+        ]
+        self._residuals = {row: embedded(setup.model, row) for row in rows}
+        self.at: dict[Row, _CleanLayer] = {}
+
+    def step(self, layer: DecoderLayer) -> None:
+        """Take all rows through a layer."""
+        self.at.clear()
+        for batch in self._batches:
+            lengths = [len(row) for row in batch]
+            flat = torch.cat([self._residuals[row] for row in batch])
+            attention = layer.attend(flat, [self.segment(row, 1) for row in batch])
+            run = layer.finish_captured(flat, attention.z)
+            assert run.ffn is not None, "of the whole model"
+            self._setup.account(SweepCost(len(flat), len(flat), len(flat)))
+            parts = (flat, run.output, attention.z, run.ffn)
+            entering, leaving, z, ffn = (part.split(lengths) for part in parts)
+            keys, values = (states.split(lengths, 1) for states in (attention.keys, attention.values))
+            for row, *of_row in zip(batch, entering, leaving, z, ffn, keys, values, strict=True):
+                self.at[row] = _CleanLayer(*of_row)
+                self._residuals[row] = self.at[row].leaving
+
+    def segment(self, row: Row, variants: int) -> Segment:
+        """Return a row's part of a micro-batch of the layer in work; its stem has been there already."""
+        mask = self._masks.of(row)
+        if row.stem is None:
+            return Segment(variants, mask)
+        stem = self.at[row.stem]
+        return Segment(variants, mask, stem.keys[None], stem.values[None], shares_stem=True)
+
+
+class _ChangedRow:
+    """Changes of one job that go together, in the order of their first layers.
+
+    residual: [S, T, D]; `reads` [R], in the last layer alone: the tokens that go on.
+    """
+
+    def __init__(self, model: StreamedModel, job: PatchJob, member: PatchMember) -> None:
+        self.job, self.member, self._model = job, member, model
+        self.row, self.firsts = job.into.row, job.firsts[member.changes]
+        changes = [job.changes[index] for index in member.changes]
+        self._removed = RemovedUnits([each if isinstance(each, Mask) else Mask() for each in changes])
+        self._vectors = [each.vector if isinstance(each, Addition) else None for each in changes]
+        self.into = torch.from_numpy(job.into.tokens).to(model.device)
+        shape = len(changes), len(self.row), model.skeleton.width
+        self.residual = torch.empty(shape, device=model.device)
+        self.reads: Tensor | None = None
+        self.keep_heads: Tensor | None = None
+        self.keep_ffn = np.ones(len(changes), dtype=np.bool_)
+
+    def enter(self, number: int) -> None:
+        """Come to a layer."""
+        skeleton, device = self._model.skeleton, self._model.device
+        keep_heads, self.keep_ffn = self._removed.keep_tensors(number, skeleton.heads)
+        self.keep_heads = None if keep_heads is None else torch.from_numpy(keep_heads).to(device)
+        if number == skeleton.layers - 1:
+            self.reads = torch.from_numpy(self.row.reads).to(device)
+
+    def continuing(self, number: int) -> Slots:
+        """Return the slots whose changes began before a layer."""
+        return np.flatnonzero((self.firsts >= 0) & (self.firsts < number))
+
+    def at_first_layer(self, number: int, *, additions: bool) -> Slots:
+        """Return the slots whose changes begin in a layer: additions at its output, or units."""
+        mine = [(vector is not None) == additions for vector in self._vectors]
+        return np.flatnonzero((self.firsts == number) & mine)
+
+    def added(self, slots: Slots) -> Tensor:
+        """Return the vectors of some additions, [V, 1, D]."""
+        names = [self._vectors[slot] for slot in slots]
+        vectors = np.stack([self.job.vectors[name] for name in names if name is not None])
+        return torch.from_numpy(vectors).to(self._model.device)[:, None]
+
+    def cut(self, z: Tensor, selection: slice | Slots, fill: Tensor | None) -> Tensor:
+        """Return z [V, T, Z] under some changes: what stands in heads' place, [P or 1, Z], is put in."""
+        if self.keep_heads is None:
+            return z
+        given = None if fill is None else fill[None]
+        cut = cut_heads(z[:, self.into], self.keep_heads[selection], given)
+        return z.index_copy(1, self.into, cut)
+
+    def without_ffn(self, selection: slice | Slots) -> Tensor:
+        """Return at which tokens of some changes the FFN is replaced, [V, T]."""
+        replaced = torch.from_numpy(~self.keep_ffn[selection]).to(self._model.device)
+        at = torch.zeros(len(replaced), len(self.row), dtype=torch.bool, device=self._model.device)
+        at[:, self.into] = replaced[:, None]
+        return at
+
+    def spread(self, fill: Tensor | None) -> Tensor:
+        """Return what stands in the FFN's place, [P or 1, D], where it does, at all tokens, [T, D]."""
+        by_token = torch.zeros(len(self.row), self._model.skeleton.width, device=self._model.device)
+        if fill is not None:
+            by_token[self.into] = fill
+        return by_token
+
+
+class _PatchedBlock:
+    """A block on its way through the layers."""
+
+    def __init__(
+        self, setup: PassSetup, jobs: Sequence[PatchJob], results: Sequence[Scores], block: PatchBlock
+    ) -> None:
+        self._model, self._account = setup.model, setup.account
+        self._most_tokens = setup.limits.micro_batch_tokens
+        self._clean = _CleanRows(setup, block.rows, RowMasks(setup.model))
+        self._changed = [_ChangedRow(setup.model, jobs[member.job], member) for member in block.members]
+        self._results = [results[member.job] for member in block.members]
+        self._lengths = [len(changed.row) for changed in self._changed]
+        self._reader = AnswerReader(setup.model)
+        self._number = 0
+
+    def step(self, number: int, layer: DecoderLayer) -> None:
+        """Take everything through one layer."""
+        self._number = number
+        self._clean.step(layer)
+        for changed in self._changed:
+            changed.enter(number)
+        continuing = [changed.continuing(number) for changed in self._changed]
+        for batch in micro_batches(enumerate(continuing), self._lengths, self._most_tokens):
+            self._finish(layer, batch, *self._continued(layer, batch))
+        branching = [changed.at_first_layer(number, additions=False) for changed in self._changed]
+        for batch in micro_batches(enumerate(branching), self._lengths, self._most_tokens):
+            self._finish(layer, batch, *self._branched(batch))
+        for index, changed in enumerate(self._changed):
+            leaving = self._clean.at[changed.row].leaving
+            reads = slice(None) if changed.reads is None else changed.reads
+            if len(slots := changed.at_first_layer(number, additions=True)):
+                states = leaving.repeat(len(slots), 1, 1)
+                states[:, changed.into] += changed.added(slots)
+                self._leave(Piece(index, slots), states[:, reads])
+            if changed.reads is not None and len(slots := np.flatnonzero(changed.firsts < 0)):
+                self._leave(Piece(index, slots), leaving.expand(len(slots), -1, -1)[:, reads])
+
+    def finish(self) -> None:
+        """Score what is still to be read."""
+        self._reader.flush()
+
+    def _continued(self, layer: DecoderLayer, batch: Sequence[Piece]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the residuals [V, T, D] of changes that began in earlier layers, and their z [V, T, Z]."""
+        inputs = [self._changed[piece.index].residual[piece.selection] for piece in batch]
+        flat = _flattened(inputs)
+        segments = [self._clean.segment(self._changed[p.index].row, len(p.slots)) for p in batch]
+        attention = layer.attend(flat, segments)
+        self._account(SweepCost(attention_tokens=len(flat)))
+        parts = attention.z.split([segment.size for segment in segments])
+        return inputs, [z.view(*states.shape[:-1], -1) for z, states in zip(parts, inputs, strict=True)]
+
+    def _branched(self, batch: Sequence[Piece]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the same of changes that begin in this layer: the clean run's."""
+        at = [self._clean.at[self._changed[piece.index].row] for piece in batch]
+        counts = [len(piece.slots) for piece in batch]
+        return (
+            [clean.entering.expand(count, -1, -1) for clean, count in zip(at, counts, strict=True)],
+            [clean.z.expand(count, -1, -1) for clean, count in zip(at, counts, strict=True)],
+        )
+
+    def _finish(
+        self, layer: DecoderLayer, batch: Sequence[Piece], inputs: list[Tensor], zs: list[Tensor]
+    ) -> None:
+        """Put what stands in units' place, and take a micro-batch through the layer's second half."""
+        residuals, cut, replaced, fills = [], [], [], []
+        for piece, states, z in zip(batch, inputs, zs, strict=True):
+            changed = self._changed[piece.index]
+            head_fill, ffn_fill = self._fills(changed)
+            reads = slice(None) if changed.reads is None else changed.reads
+            residuals.append(states[:, reads])
+            cut.append(changed.cut(z, piece.selection, head_fill)[:, reads])
+            where = changed.without_ffn(piece.selection)[:, reads]
+            replaced.append(where.flatten())
+            fills.append(changed.spread(ffn_fill)[reads].expand(*where.shape, -1)[where])
+        shapes = [states.shape for states in residuals]
+        flat, z, without = _flattened(residuals), _flattened(cut), torch.cat(replaced)
+        tokens, spared = len(flat), int(without.sum())
+        if spared:
+            after = torch.empty_like(flat)
+            after[~without] = layer.finish(flat[~without], z[~without])
+            fill = torch.cat(fills)
+            after[without] = layer.finish(flat[without], z[without], without_ffn=True, ffn_fill=fill)
+        elif tokens:
+            after = layer.finish(flat, z)
+        else:
+            return
+        self._account(SweepCost(projection_tokens=tokens, ffn_tokens=tokens - spared))
+        parts = after.split([shape[0] * shape[1] for shape in shapes])
+        for piece, part, shape in zip(batch, parts, shapes, strict=True):
+            self._leave(piece, part.view(shape))
+
+    def _fills(self, changed: _ChangedRow) -> tuple[Tensor | None, Tensor | None]:
+        """Return what stands in the place of heads, [P or 1, Z], and of the FFN, [P or 1, D], in the layer in
+        work; None for zeros.
+        """
+        source, device = changed.job.source, self._model.device
+        if source is None:
+            return None, None
+        if isinstance(source, UnitMeans):
+            tables = source.heads[self._number], source.ffns[self._number]
+            heads, ffn = (torch.from_numpy(table).to(device)[None] for table in tables)
+            return heads, ffn
+        run, tokens = self._clean.at[source.row], torch.from_numpy(source.tokens).to(device)
+        return run.z[tokens], run.ffn[tokens]
+
+    def _leave(self, piece: Piece, states: Tensor) -> None:
+        """Take the residuals [V, T, D] of some changes at the layer's output, after the last [V, R, D]."""
+        changed = self._changed[piece.index]
+        if changed.reads is None:
+            changed.residual[piece.selection] = states
+        elif states.numel():
+            self._account(SweepCost(answers=states.shape[0] * states.shape[1]))
+            masks = changed.member.changes[piece.slots]
+            self._reader.add(PendingAnswers(self._results[piece.index], masks, changed.row, states))
+
+
+def _flattened(parts: Sequence[Tensor]) -> Tensor:
+    """Return [V, T, D] each as one [N, D]."""
+    flat = [part.flatten(0, 1) for part in parts]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)

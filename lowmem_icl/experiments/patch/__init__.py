@@ -1,0 +1,1 @@
+"""Patching: units' outputs put from one prompt into another, and function vectors."""

@@ -1,0 +1,146 @@
+"""The patch stage: every unit's value from one prompt of a pair in the other, and function-vector scores."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from lowmem_icl.engine.answers import Scores
+from lowmem_icl.experiments.ablate.measure import ablated_units
+from lowmem_icl.experiments.patch import function_vectors, measure
+from lowmem_icl.experiments.patch.prompts import (
+    At,
+    Pairs,
+    PromptsFound,
+    VectorPrompts,
+    pair_jobs,
+    prompts_of,
+    vector_jobs,
+)
+from lowmem_icl.masks.mask import Unit, all_heads
+from lowmem_icl.masks.means import UnitMeans
+from lowmem_icl.session.patch_parts import EndMeansPart, PatchPart
+from lowmem_icl.session.patch_work import end_means, patched
+from lowmem_icl.session.prepare import Prepared
+from lowmem_icl.session.result import StageResult, stamp
+from lowmem_icl.session.work import Part, Work
+from lowmem_icl.tables import blocks
+from lowmem_icl.tables.aggregate import over_tasks
+
+Setting = tuple[str, int | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchResult(StageResult):
+    """What the stage finds; by task and shot count, `vectors` [H, N] of all heads and prompts: what each
+    head's mean adds to the probability of the target's first token; `end_means`: the means themselves.
+    """
+
+    vectors: Mapping[Setting, NDArray[np.float64]] = field(default_factory=dict)
+    end_means: Mapping[Setting, UnitMeans] = field(default_factory=dict)
+
+
+def parts(prepared: Prepared) -> list[Part]:
+    """Return the passes that patch pairs, take means and put them into corrupted prompts."""
+    found = prompts_of(prepared)
+    asked: list[Part] = [pairs_part(prepared, found)] if found.pairs else []
+    if found.vectors:
+        nothing = [None] * len(found.vectors)
+        asked += [means_part(found.vectors), vectors_part(prepared, found.vectors, nothing)]
+    return asked
+
+
+def pairs_part(prepared: Prepared, found: PromptsFound) -> PatchPart:
+    """Return the pass that patches all pairs, in both directions and everywhere asked for."""
+    units = units_of(prepared)
+    jobs = [
+        job
+        for pairs in found.pairs
+        for at in prepared.options.at
+        for job in pair_jobs(pairs.at(at).pairs, units, at)
+    ]
+    return PatchPart("patch", "patch", tuple(jobs))
+
+
+def means_part(vectors: Sequence[VectorPrompts]) -> EndMeansPart:
+    """Return the pass that takes the means at the last tokens of clean prompts."""
+    return EndMeansPart("patch-means", "means at last tokens", tuple(prompts.clean for prompts in vectors))
+
+
+def vectors_part(
+    prepared: Prepared, vectors: Sequence[VectorPrompts], means: Sequence[UnitMeans | None]
+) -> PatchPart:
+    """Return the pass that puts heads' means into corrupted prompts; before there are means, None."""
+    heads = [unit.as_mask() for unit in heads_of(prepared)]
+    jobs = [
+        job
+        for prompts, of_task in zip(vectors, means, strict=True)
+        for job in vector_jobs(prompts, of_task, heads)
+    ]
+    return PatchPart("patch-vectors", "function vectors", tuple(jobs))
+
+
+def units_of(prepared: Prepared) -> list[Unit]:
+    """Return all units of the model, heads first."""
+    return ablated_units(prepared.skeleton.layers, prepared.skeleton.heads)
+
+
+def heads_of(prepared: Prepared) -> list[Unit]:
+    """Return all heads of the model."""
+    return all_heads(prepared.skeleton.layers, prepared.skeleton.heads)
+
+
+def run(work: Work) -> Iterator[PatchResult]:
+    """Patch all pairs, then score heads by their means; yields after each."""
+    prepared = work.prepared
+    found = prompts_of(prepared)
+    stamped = stamp(prepared, "patch") | {"ablation": None}
+    results, effects = blocks.frame("results", []), blocks.frame("effects", [])
+    if found.pairs:
+        scores = iter(patched(work, pairs_part(prepared, found)))
+        rows, per_pair = list[blocks.Block](), list[blocks.Block]()
+        for pairs in found.pairs:
+            for at in prepared.options.at:
+                _add_effects(prepared, (pairs.at(at), at), scores, (rows, per_pair))
+        results, effects = blocks.frame("results", rows, stamped), blocks.frame("effects", per_pair)
+        yield PatchResult(results=results, effects=effects, warnings=found.notes)
+    if not found.vectors:
+        return
+    means = end_means(work, means_part(found.vectors))
+    scores = iter(patched(work, vectors_part(prepared, found.vectors, means)))
+    rows, heads = [], heads_of(prepared)
+    vectors: dict[Setting, NDArray[np.float64]] = {}
+    for prompts in found.vectors:
+        of_task = function_vectors.head_effects([next(scores) for _ in prompts.corrupted])
+        rows += function_vectors.score_blocks(prompts, heads, of_task)
+        vectors[prompts.task, prompts.shots] = of_task[0]
+    scored = blocks.frame("results", rows, stamped)
+    settings = [(prompts.task, prompts.shots) for prompts in found.vectors]
+    yield PatchResult(
+        results=pl.concat([results, scored, over_tasks(scored)]),
+        effects=effects,
+        warnings=found.notes,
+        vectors=vectors,
+        end_means=dict(zip(settings, means, strict=True)),
+    )
+
+
+def _add_effects(
+    prepared: Prepared,
+    of: tuple[Pairs, At],
+    scores: Iterator[Scores],
+    into: tuple[list[blocks.Block], list[blocks.Block]],
+) -> None:
+    """Take the scores of some pairs and add what they say to both tables' blocks."""
+    (pairs, at), (results, effects), units = of, into, units_of(prepared)
+    found = [next(scores).logprobs for _ in range(2 * len(pairs.pairs))]
+    if not found:
+        return
+    measured = measure.PairEffects.of(pairs.pairs, found[::2], found[1::2])
+    results += measure.prompt_records(pairs, measured, at)
+    results += measure.effect_blocks(pairs, units, measured, at)
+    if at == prepared.options.at[0]:
+        effects += measure.per_pair_blocks(pairs, units, measured, "restore")
+        effects += measure.per_pair_blocks(pairs, units, measured, "break")

@@ -1,0 +1,63 @@
+"""Parts that patch prompts, and those that patches take means from, as data that a plan counts."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from lowmem_icl.engine.cost import SweepCost
+from lowmem_icl.engine.patch_jobs import PatchJob, patch_blocks, patch_cost
+from lowmem_icl.engine.schedule import BlockRow, SweepLimits, head_blocks
+from lowmem_icl.engine.unit_means import means_cost
+from lowmem_icl.rows import PackedRows, stem_of
+from lowmem_icl.session.prepare import Prepared
+
+
+@dataclass(frozen=True, eq=False)
+class PatchPart:
+    """Changes to prompts, all from the same reads of the weights."""
+
+    name: str
+    label: str
+    jobs: tuple[PatchJob, ...]
+
+    @cached_property
+    def ablations(self) -> int:
+        """How many times a prompt is scored under a change."""
+        return sum(int((job.firsts >= 0).sum()) for job in self.jobs)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows that are run clean."""
+        return sum(len(row) for job in self.jobs for row in job.rows)
+
+    def cost(self, prepared: Prepared, limits: SweepLimits, resident: Collection[int]) -> SweepCost:
+        """Return what patching takes; layers that are `resident` are not read."""
+        skeleton = prepared.skeleton
+        size, wanted = (skeleton.layers, skeleton.width), [np.arange(len(job.changes)) for job in self.jobs]
+        cost = patch_cost(self.jobs, wanted, size, limits.alive_bytes)
+        blocks = sum(1 for _ in patch_blocks(self.jobs, wanted, skeleton.width, limits.alive_bytes))
+        return replace(cost, layers_read=blocks * (skeleton.layers - len(resident)))
+
+
+@dataclass(frozen=True, eq=False)
+class EndMeansPart:
+    """The means of all units' outputs at the last tokens of prompts, [tokens] each, by group."""
+
+    name: str
+    label: str
+    groups: tuple[tuple[tuple[int, ...], ...], ...]
+
+    @cached_property
+    def packed(self) -> list[PackedRows]:
+        """The prompts as rows, by group."""
+        return [PackedRows(tuple(stem_of(prompt) for prompt in group), 0) for group in self.groups]
+
+    def cost(self, prepared: Prepared, limits: SweepLimits, resident: Collection[int]) -> SweepCost:
+        """Return what a pass over all prompts takes."""
+        skeleton = prepared.skeleton
+        rows = [BlockRow(index, row) for index, group in enumerate(self.packed) for row in group.rows]
+        blocks = head_blocks(rows, skeleton.width, skeleton.layers, limits)
+        layers_read = (skeleton.layers - len(resident)) * len(blocks)
+        return replace(means_cost(self.packed, skeleton.layers), layers_read=layers_read)

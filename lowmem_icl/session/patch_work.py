@@ -1,0 +1,48 @@
+"""How parts that patch prompts are done, or found where an earlier run did them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from numpy.typing import NDArray
+
+from lowmem_icl.engine.answers import Scores
+from lowmem_icl.engine.passes import unit_means
+from lowmem_icl.engine.patching import patch
+from lowmem_icl.engine.unit_means import MeanSums
+from lowmem_icl.masks.means import UnitMeans
+from lowmem_icl.session.parts import Draft, by_job, of_jobs
+from lowmem_icl.session.patch_parts import EndMeansPart, PatchPart
+from lowmem_icl.session.work import Work
+
+
+def patched(work: Work, part: PatchPart) -> list[Scores]:
+    """Return the scores of a part's jobs under every change; raise OutOfTime between two blocks."""
+
+    def make(draft: Draft) -> dict[str, NDArray[Any]]:
+        work.check_time()
+        scores = [Scores.empty(len(job.changes), len(job.into.row.answered)) for job in part.jobs]
+        draft.resume(lambda: by_job(scores))
+        cost = part.cost(work.prepared, work.limits, ())
+        with work.counted(part.label, cost, part.ablations) as advance:
+            patch(work.setup(advance, draft), part.jobs, scores)
+        return by_job(scores)
+
+    return [Scores(**fields) for fields in of_jobs(work.made(part.name, make))]
+
+
+def end_means(work: Work, part: EndMeansPart) -> Sequence[UnitMeans]:
+    """Return the means at the last tokens of every group's prompts."""
+
+    def make(draft: Draft) -> dict[str, NDArray[Any]]:
+        work.check_time()
+        skeleton = work.prepared.skeleton
+        widths = skeleton.attention_width, skeleton.width
+        sums = [MeanSums.empty(len(group.rows), skeleton.layers, *widths) for group in part.packed]
+        draft.resume(lambda: by_job(sums))
+        cost = replace(part.cost(work.prepared, work.limits, ()), answers=0)
+        with work.counted(part.label, cost) as advance:
+            unit_means(work.setup(advance, draft), part.packed, sums, ends_only=True)
+        return by_job(sums)
+
+    return [MeanSums(**fields).means() for fields in of_jobs(work.made(part.name, make))]
