@@ -197,8 +197,8 @@ def make_store(checkpoint_folder: Path, folder: Path, weights: str) -> Store:
 
 
 def without_documents(store: Store, options: RunOptions) -> Any:
-    """What the planner of memory asks of a prepared run: options and store, no documents."""
-    return SimpleNamespace(options=options, store=store, skeleton=store.skeleton)
+    """What the planner of memory asks of a prepared run: options and store, no documents and no masks."""
+    return SimpleNamespace(options=options, store=store, skeleton=store.skeleton, masks={})
 
 
 @pytest.fixture(scope="session")
