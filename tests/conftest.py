@@ -47,8 +47,10 @@ import torch
 from commands import run_small
 from demo_scores import DemoScores
 from hypothesis import settings
+from synthetic_run import SyntheticRun
 from transformers import OPTConfig, OPTForCausalLM
 
+from lowmem_icl import run as running
 from lowmem_icl.conversion.calibration import CalibrationText, fixed_text
 from lowmem_icl.conversion.checkpoint import open_checkpoint
 from lowmem_icl.conversion.claim import Conversion
@@ -56,6 +58,8 @@ from lowmem_icl.conversion.convert import convert
 from lowmem_icl.model.store import Store
 from lowmem_icl.options import RunOptions
 from lowmem_icl.planning import measure
+from lowmem_icl.report.files import publish_run
+from lowmem_icl.session.run_form import State
 
 # Machines are noisy: a slow example is no failure. CI draws the same examples every time.
 settings.register_profile("unhurried", deadline=None, derandomize="CI" in os.environ)
@@ -63,6 +67,8 @@ settings.load_profile("unhurried")
 
 SHARED = Path(os.environ.get("LOWMEM_ICL_SHARED", Path(__file__).parents[2] / "shared"))
 VOCABULARY = 300
+# As a run ends where no test asks for less.
+WRITE_PAGE = running._write_page
 
 
 @pytest.fixture(scope="session")
@@ -125,6 +131,20 @@ def hasty_measurements() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def undrawn_runs() -> Iterator[None]:
+    """Runs of this process end with a page without figures, which take as long as all else;
+    `small_run` has them, as the command `report` and processes of their own do.
+    """
+
+    def write_page(folder: Path, ends_as: State | None) -> None:
+        publish_run(folder, ends_as=ends_as, with_figures=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "_write_page", write_page)
+        yield
+
+
 @pytest.fixture(scope="session")
 def stores() -> Path:
     """Folder of stores that all tests share, so that the demo is converted once;
@@ -145,10 +165,18 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
     by tests.
     """
     out = tmp_path_factory.mktemp("runs") / "demo"
-    result = run_small(out, stores, "--masks-dir", out.parent / "masks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "_write_page", WRITE_PAGE)
+        result = run_small(out, stores, "--masks-dir", out.parent / "masks")
     assert result.exit_code == 0, result.output
     assert "accuracy by demonstrations" in result.stdout
     return out
+
+
+@pytest.fixture(scope="session")
+def opt66b_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a synthetic run of OPT-66B's size; read, never written to, by tests."""
+    return SyntheticRun().write(tmp_path_factory.mktemp("opt66b") / "run")
 
 
 @pytest.fixture(scope="session")
@@ -169,8 +197,8 @@ def make_store(checkpoint_folder: Path, folder: Path, weights: str) -> Store:
 
 
 def without_documents(store: Store, options: RunOptions) -> Any:
-    """What the planner of memory asks of a prepared run: options and store, no documents."""
-    return SimpleNamespace(options=options, store=store, skeleton=store.skeleton)
+    """What the planner of memory asks of a prepared run: options and store, no documents and no masks."""
+    return SimpleNamespace(options=options, store=store, skeleton=store.skeleton, masks={})
 
 
 @pytest.fixture(scope="session")

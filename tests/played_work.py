@@ -3,9 +3,14 @@
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from numpy.typing import NDArray
 
 from lowmem_icl.engine.answers import Scores
@@ -15,9 +20,11 @@ from lowmem_icl.engine.unit_gradients import UnitGradients
 from lowmem_icl.experiments.order import run_stages
 from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.measure import Rates
+from lowmem_icl.session import prepare as preparing
 from lowmem_icl.session.prepare import Prepared, prepare
 from lowmem_icl.session.result import StageResult
 from lowmem_icl.session.work import GradientsPart, HeadScoresPart, OutOfTime, Part, SweepPart, Work
+from lowmem_icl.tasks.loading import OpenTask, open_task
 
 RATES = Rates(
     call_seconds=0,
@@ -86,10 +93,13 @@ class PlayedWork(Work):
         return scores
 
     def made(self, name: str, make: Callable[[Any], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-        """Parts that patch: the arrays that they would fill, without what fills them."""
-        rng = self._ask(PatchingPart(name))
+        """Parts that patch: the arrays that they would fill, without what fills them. What begins no pass is
+        made.
+        """
+        draft = _NoDraft()
         with suppress(_Begun):
-            make(draft := _NoDraft())
+            return make(draft)
+        rng = self._ask(PatchingPart(name))
         return {
             key: np.ones_like(array) if array.dtype == np.bool_ else rng.random(array.shape)
             for key, array in draft.arrays.items()
@@ -124,11 +134,23 @@ class NoParts:
 def played(prepared: Prepared, **changes: Any) -> PlayedWork:
     nothing: Any = None
     parts: Any = NoParts()
-    return PlayedWork(prepared, nothing, SweepLimits.of(1 << 30), nothing, parts, nothing, **changes)
+    unread: Any = SimpleNamespace(
+        skeleton=prepared.skeleton, device=torch.device("cpu"), layers=lambda numbers: ()
+    )
+    return PlayedWork(prepared, unread, SweepLimits.of(1 << 30), nothing, parts, nothing, **changes)
+
+
+@cache
+def opened(name: str, data_dir: Path | None) -> OpenTask:
+    """A task whose rows are read once for all tests."""
+    return open_task(name, data_dir)
 
 
 def prepared_for(**changes: Any) -> Prepared:
-    return prepare(RunOptions.model_validate({"tasks": ("recall", "knowledge", "repeat")} | SMALL | changes))
+    options = {"tasks": ("recall", "knowledge", "repeat")} | SMALL | changes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparing, "open_task", opened)
+        return prepare(RunOptions.model_validate(options))
 
 
 def content_of(part: Part | PatchingPart) -> Any:
