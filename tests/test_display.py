@@ -63,7 +63,7 @@ def shown(*, terminal: bool) -> str:
             time.sleep(0.4)
             words = display.words()
         display.over("ablate", 7.0, "")
-    assert words.startswith("ablate (3 of 6): ")
+    assert words.startswith("ablate (3 of 8): ")
     assert ": 33% of the run, " in words
     assert " left, 1.5 k ablations, " in words
     assert words.endswith("/s, chunk 1 of 2")
@@ -74,7 +74,7 @@ def test_the_same_words_stand_on_a_terminal_and_in_a_pipe(monkeypatch: pytest.Mo
     monkeypatch.setattr("lowmem_icl.cli.terminal.SECONDS_BETWEEN_LINES", 0.1)
     for output in (shown(terminal=False), shown(terminal=True)):
         assert "evaluate 14.2 s: recall 0.25 → 0.98 at 16 shots" in output
-        assert "ablate (3 of 6): " in output
+        assert "ablate (3 of 8): " in output
         assert "1.5 k ablations" in output
         assert "ablate 7.0 s\n" in output
     assert output.count("\x1b[?25l") == output.count("\x1b[?25h") == 1, "the cursor is there again"

@@ -48,7 +48,7 @@ from lowmem_icl.tasks.text_windows import TextWindows, text_windows
 
 PLENTY = SweepLimits.of(1 << 28)
 SOME = Mask(frozenset([(0, 1), (1, 0), (1, 1), (3, 5)]))
-FLAGS = ("--experiments", "icl-heads", "--tasks", "recall,repeat", "--shots", 4, "--train-limit", 6)
+FLAGS = ("--tasks", "recall,repeat", "--shots", 4, "--train-limit", 4, "--limit", 4, "--quiet")
 
 
 @pytest.fixture(scope="module")
@@ -268,31 +268,55 @@ def test_a_text_that_is_too_short_says_how_many_tokens_are_needed(tmp_path: Path
     assert "expected UTF-8 text" in refused(tmp_path / "b", b"\xff\xfe\x00")
 
 
-def test_a_run_does_the_passes_it_needs_and_others_find_them(tmp_path: Path, stores: Path) -> None:
-    flags = (*FLAGS, "--limit", 4, "--store-dir", stores, "--quiet")
-    run = invoke("run", *flags, "--out", tmp_path / "alone")
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"experiments": "patch", "text": "a"}, "--text: expected icl-heads among --experiments; add it"),
+        ({"experiments": "icl-heads", "corrupt": "queries"}, "--corrupt queries: icl-heads scores heads"),
+    ],
+)
+def test_options_that_do_not_go_with_it_are_refused(given: dict[str, str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        RunOptions.model_validate({"tasks": "recall", "shots": "4"} | given)
+
+
+def test_other_runs_keep_their_folders() -> None:
+    assert "text" not in RunOptions(experiments=("patch",), shots=(4,)).identity_values
+    assert "text" in RunOptions(experiments=("icl-heads",), shots=(4,)).identity_values
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
+    """Folder of a run that has no other experiments."""
+    out = tmp_path_factory.mktemp("icl-heads") / "alone"
+    run = invoke("run", "--experiments", "icl-heads", *FLAGS, "--store-dir", stores, "--out", out)
     assert run.exit_code == 0, run.output
-    names = {path.name for path in (tmp_path / "alone" / "parts").iterdir()}
-    wanted = (
-        "patch-means",
-        "patch-vectors",
-        "icl-heads-induction",
-        "icl-heads",
-        "icl-heads-text-means",
-        "icl-heads-text",
-    )
-    assert {f"{name}.npz" for name in wanted} <= names
-    alone = pl.read_parquet(tmp_path / "alone" / "results.parquet")
-    flags = (*flags[:1], "patch,induction,icl-heads", *flags[2:])
-    run = invoke("run", *flags, "--out", tmp_path / "all")
-    assert run.exit_code == 0, run.output
-    both = pl.read_parquet(tmp_path / "all" / "results.parquet")
-    assert both.filter(pl.col("experiment") == "icl-heads").equals(alone)
-    removal = alone.filter((pl.col("procedure") == "removal") & (pl.col("task") == "aggregate"))
+    return out
+
+
+def test_a_run_does_the_passes_it_needs_and_has_bands_and_means(alone: Path) -> None:
+    own = ("icl-heads", "icl-heads-induction", "icl-heads-text-means", "icl-heads-text")
+    names = {path.name for path in (alone / "parts").iterdir()}
+    assert {f"{name}.npz" for name in ("patch-means", "patch-vectors", *own)} <= names
+    results = pl.read_parquet(alone / "results.parquet")
+    removal = results.filter((pl.col("procedure") == "removal") & (pl.col("task") == "aggregate"))
     assert set(removal["other_method"].unique()) == {None, "own-mean", "task-mean"}
     drops = removal.filter((pl.col("metric") == "acc_drop") & (pl.col("percent") == 5))
     assert drops.filter(pl.col("method") == "random").height == 2 * 20
     bands = drops.filter(pl.col("method") == "random-median")
     assert bands.height == 2
     assert (bands["low"] <= bands["value"]).all()
-    assert alone.filter(pl.col("value").is_null()).is_empty()
+    assert results.filter(pl.col("value").is_null()).is_empty()
+    explained = (Path(__file__).parents[1] / "docs" / "tables.md").read_text(encoding="utf-8")
+    assert not [metric for metric in results["metric"].unique() if f"`{metric}`" not in explained]
+
+
+@pytest.mark.slow
+def test_what_other_experiments_found_gives_the_same(alone: Path, tmp_path: Path, stores: Path) -> None:
+    out = tmp_path / "all"
+    flags = ("--experiments", "patch,induction,icl-heads", *FLAGS, "--store-dir", stores, "--out", out)
+    run = invoke("run", *flags)
+    assert run.exit_code == 0, run.output
+    results = pl.read_parquet(out / "results.parquet").filter(pl.col("experiment") == "icl-heads")
+    assert results.equals(pl.read_parquet(alone / "results.parquet"))
+    assert not (out / "parts" / "icl-heads-induction.npz").exists()
