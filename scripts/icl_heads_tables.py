@@ -69,6 +69,20 @@ def overlap_table(records: pl.DataFrame) -> str:
     return markdown(columns, rows)
 
 
+def removal_tables(removal: pl.DataFrame) -> Iterator[str]:
+    """Yield what removing heads leaves of both accuracies, by both kinds of means."""
+    for metric, said in {"acc": "Accuracy by options", "first_token_acc": "First-token accuracy"}.items():
+        of_metric = mean_over_tasks(removal.filter(pl.col("metric") == metric))
+        for means, named in MEANS.items():
+            records = of_metric.filter(pl.col("other_method") == means)
+            if records.is_empty():
+                continue
+            clean = of_metric.filter(pl.col("mask") == "clean").row(0, named=True)
+            documents = f"{clean['documents']} documents"
+            yield f"{said}, {named} in heads' place ({documents}; with all heads {with_bounds(clean)}):"
+            yield by_level(records)
+
+
 def sections(folder: Path) -> Iterator[str]:
     """Yield a run's tables with what they are of."""
     run = read_run(folder)
@@ -79,14 +93,7 @@ def sections(folder: Path) -> Iterator[str]:
     yield f"Rank correlation of both scores over all heads: {with_bounds(correlation)}."
     yield overlap_table(results.filter(pl.col("procedure") == "overlap"))
     removal = results.filter(pl.col("procedure") == "removal")
-    for metric, said in {"acc": "Accuracy by options", "first_token_acc": "First-token accuracy"}.items():
-        of_metric = mean_over_tasks(removal.filter(pl.col("metric") == metric))
-        clean = of_metric.filter(pl.col("mask") == "clean").row(0, named=True)
-        for means, named in MEANS.items():
-            table = by_level(of_metric.filter(pl.col("other_method") == means))
-            documents = f"{clean['documents']} documents"
-            yield f"{said}, {named} in heads' place ({documents}; with all heads {with_bounds(clean)}):"
-            yield table
+    yield from removal_tables(removal)
     text = results.filter((pl.col("procedure") == "text") & (pl.col("metric") == "loss_difference"))
     if len(text):
         clean = text.filter(pl.col("mask") == "clean").row(0, named=True)

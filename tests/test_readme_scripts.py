@@ -126,6 +126,7 @@ def test_a_table_goes_between_its_marks_or_nowhere(tmp_path: Path) -> None:
         ("docs/experiments.md", "ablations", "compare_ablations.py"),
         ("docs/benchmarks.md", "memory", "bench_memory.py"),
         ("docs/real-models.md", "tables", "real_models_tables.py"),
+        ("docs/real-models.md", "icl-heads", "icl_heads_tables.py"),
     ],
 )
 def test_every_table_has_its_place(page: str, name: str, made_by: str) -> None:
