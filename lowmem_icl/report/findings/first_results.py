@@ -115,8 +115,9 @@ def _patch(results: pl.DataFrame) -> str:
 
 
 def _icl_heads(results: pl.DataFrame) -> str:
-    """Return what removing 5 % of the heads (where that is none, the most) by each score costs beside random ones, by the mean over tasks
-    where there is one: of first-token accuracy, since options are told apart without knowing the task.
+    """Return what removing 5 % of the heads by each score (the most where that is none) costs beside random
+    ones, by the mean over tasks where there is one: of first-token accuracy, since options are told apart
+    without knowing the task.
     """
     drops = results.filter((pl.col("procedure") == "removal") & (pl.col("metric") == "first_token_acc_drop"))
     levels = drops["percent"].unique().to_list()
