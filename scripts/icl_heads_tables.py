@@ -99,10 +99,10 @@ def sections(folder: Path) -> Iterator[str]:
         clean = text.filter(pl.col("mask") == "clean").row(0, named=True)
         positions = run.record["icl_heads"]["text"]
         yield (
-            f"Loss at token {positions['early']} less loss at token {positions['late']} of plain text, nats "
-            f"({clean['documents']} windows; with all heads {with_bounds(clean)}):"
+            f"Loss at token {positions['early']} less loss at token {positions['late']} of plain text is "
+            f"{with_bounds(clean)} nats with all heads ({clean['documents']} windows); of that, removal takes:"
         )
-        yield by_level(text.filter(pl.col("mask") != "clean"))
+        yield by_level(results.filter(pl.col("metric") == "loss_difference_drop"))
 
 
 def main(
