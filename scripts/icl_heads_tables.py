@@ -97,10 +97,11 @@ def sections(folder: Path) -> Iterator[str]:
     text = results.filter((pl.col("procedure") == "text") & (pl.col("metric") == "loss_difference"))
     if len(text):
         clean = text.filter(pl.col("mask") == "clean").row(0, named=True)
+        windows = clean["documents"]
         positions = run.record["icl_heads"]["text"]
         yield (
             f"Loss at token {positions['early']} less loss at token {positions['late']} of plain text is "
-            f"{with_bounds(clean)} nats with all heads ({clean['documents']} windows); of that, removal takes:"
+            f"{with_bounds(clean)} nats with all heads ({windows} windows); of that, removal takes:"
         )
         yield by_level(results.filter(pl.col("metric") == "loss_difference_drop"))
 
