@@ -28,6 +28,7 @@ from lowmem_icl.session.result import StageResult, stamp
 from lowmem_icl.session.work import Part, Work
 from lowmem_icl.tables import blocks
 from lowmem_icl.tables.aggregate import over_tasks
+from lowmem_icl.tables.unit_table import GOLD_Q_VALUE
 
 Setting = tuple[str, int | None]
 
@@ -104,7 +105,8 @@ def run(work: Work) -> Iterator[PatchResult]:
         for pairs in found.pairs:
             for at in prepared.options.at:
                 _add_effects(prepared, (pairs.at(at), at), scores, (rows, per_pair))
-        results, effects = blocks.frame("results", rows, stamped), blocks.frame("effects", per_pair)
+        results = _with_means(blocks.frame("results", rows, stamped))
+        effects = blocks.frame("effects", per_pair)
         yield PatchResult(results=results, effects=effects, warnings=found.notes)
     if not found.vectors:
         return
@@ -119,12 +121,20 @@ def run(work: Work) -> Iterator[PatchResult]:
     scored = blocks.frame("results", rows, stamped)
     settings = [(prompts.task, prompts.shots) for prompts in found.vectors]
     yield PatchResult(
-        results=pl.concat([results, scored, over_tasks(scored)]),
+        results=pl.concat([results, _with_means(scored)]),
         effects=effects,
         warnings=found.notes,
         vectors=vectors,
         end_means=dict(zip(settings, means, strict=True)),
     )
+
+
+def _with_means(results: pl.DataFrame) -> pl.DataFrame:
+    """Return results with their means over tasks: prompts that were given are of no task, and a mean of
+    q-values says nothing.
+    """
+    is_of_task = pl.col("shots").is_not_null() & ~pl.col("metric").str.ends_with(GOLD_Q_VALUE)
+    return pl.concat([results, over_tasks(results.filter(is_of_task))])
 
 
 def _add_effects(
