@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 ProtocolName = Literal["corrected", "reference"]
-Ablation = Literal["zero", "mean"]
+Ablation = Literal["zero", "mean", "resample"]
 ABLATIONS: tuple[Ablation, ...] = get_args(Ablation)
 """What may be put in place of a removed unit's output."""
 

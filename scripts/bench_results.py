@@ -15,7 +15,7 @@ Say = Callable[[str], None]
 
 TARGETS = {
     "1": 3.0, "2": 18.0, "3a": 2.0, "3b": 10.0, "4a": 3.0, "4b": 12.0, "5": 0.8, "real 0-shot": 3.0,
-    "real 5-shot": 15.0,
+    "real 5-shot": 15.0, "patch": 50.0,
 }  # fmt: skip
 COMPARISON_COLUMNS = (
     "case", "against", "ours", "theirs", "ratio", "target", "", "largest difference", "sample",

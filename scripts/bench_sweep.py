@@ -1,7 +1,7 @@
 """The sweep against other ways to do the same, on this machine, all sides in one run on the same rows.
 
     pip install -e '.[bench]'
-    python scripts/bench_sweep.py [--case 1,2,3a,3b,4a,4b,5,6,real] [--json FILE] [--folder DIR]
+    python scripts/bench_sweep.py [--case 1,2,3a,3b,4a,4b,5,6,real,patch] [--json FILE] [--folder DIR]
         [--data-dir DIR] [--tokenizer DIR] [--model NAME] [--peer-units 12] [--documents 32]
 
     1   all single-unit ablations of OPT-125M's shape, float32, 32 documents of piqa and hellaswag, 0-shot:
@@ -20,6 +20,9 @@
         --model (a GGUF file, checkpoint folder or float32 store), 32 documents of copa and arc_easy at 0 and
         at 5 shots with one shared set: against transformers' own model in float32 with hooks, --peer-units
         passes scaled to all. Ours in float32, targets 3 and 15; in int8 as well, without a target.
+    patch  every head of the same real model patched at the last token of 16 prompts of 5 demonstrations, in
+        float32, against a loop of one hooked pass per head and prompt, --peer-units heads scaled to all.
+        Target 50.
 
 Peers run a stated sample of the ablations, spread over the layers, and are scaled to all; results are
 compared before times are. Every side runs in a process of its own; where several rounds are run, sides
@@ -50,6 +53,7 @@ from bench_common import (
     random_checkpoint,
     random_store,
 )
+from bench_patch import patching
 from bench_real import real_model
 from bench_results import Say, ablations_of, compared, largest_difference, sample_of, show
 from bench_sides import (
@@ -71,7 +75,7 @@ from lowmem_icl.errors import InputError
 from lowmem_icl.experiments.ablate.measure import ablated_units
 from lowmem_icl.masks.mask import Mask
 
-CASES = ("1", "2", "3a", "3b", "4a", "4b", "5", "6", "real")
+CASES = ("1", "2", "3a", "3b", "4a", "4b", "5", "6", "real", "patch")
 READ_TARGET = 60.0
 TASKS = ("piqa", "hellaswag")
 PEERS = ("HuggingFace", "TransformerLens")
@@ -233,21 +237,21 @@ def growth(case: str, inputs: Inputs, say: Say) -> list[Row]:
 
 RUN = {
     "1": ablations, "2": ablations, "3a": evaluation, "3b": evaluation, "4a": from_disk, "4b": from_disk,
-    "5": near_the_limit, "6": growth, "real": real_model,
+    "5": near_the_limit, "6": growth, "real": real_model, "patch": patching,
 }  # fmt: skip
 
 
 def main(
-    case: Annotated[str, typer.Option(help="Comma-separated, of " + ", ".join(CASES))] = ",".join(CASES[:-1]),
+    case: Annotated[str, typer.Option(help="Comma-separated, of " + ", ".join(CASES))] = ",".join(CASES[:-2]),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     folder: Annotated[
         Path | None, typer.Option(help="Where models are built and kept; else a temporary folder.")
     ] = None,
     data_dir: Annotated[Path, typer.Option(help="Rows of the tasks.")] = SHARED / "data",
     tokenizer: Annotated[Path, typer.Option(help="OPT's tokenizer.")] = SHARED / "tokenizer" / "opt",
-    model: Annotated[str, typer.Option(help="The real case's model.")] = "smollm2",
-    peer_units: Annotated[int, typer.Option(min=2, help="The real case: ablations that the peer runs.")] = 12,
-    documents: Annotated[int, typer.Option(min=1, help="The real case: documents per task.")] = 32,
+    model: Annotated[str, typer.Option(help="The model of real and patch.")] = "smollm2",
+    peer_units: Annotated[int, typer.Option(min=2, help="Real, patch: units that the peer runs.")] = 12,
+    documents: Annotated[int, typer.Option(min=1, help="Real: documents per task.")] = 32,
 ) -> None:
     """Measure the sweep against its peers on this machine."""
     asked = [part.strip() for part in case.split(",") if part.strip()]

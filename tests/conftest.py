@@ -1,6 +1,7 @@
 """Models, checkpoints and rows that several tests share; all small, all made here."""
 
 import atexit
+import json
 import logging
 import os
 import shutil
@@ -44,11 +45,13 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import pytest
 import torch
-from commands import run_small
+from commands import invoke, run_small
 from demo_scores import DemoScores
 from hypothesis import settings
+from synthetic_run import SyntheticRun
 from transformers import OPTConfig, OPTForCausalLM
 
+from lowmem_icl import run as running
 from lowmem_icl.conversion.calibration import CalibrationText, fixed_text
 from lowmem_icl.conversion.checkpoint import open_checkpoint
 from lowmem_icl.conversion.claim import Conversion
@@ -56,6 +59,8 @@ from lowmem_icl.conversion.convert import convert
 from lowmem_icl.model.store import Store
 from lowmem_icl.options import RunOptions
 from lowmem_icl.planning import measure
+from lowmem_icl.report.files import publish_run
+from lowmem_icl.session.run_form import State
 
 # Machines are noisy: a slow example is no failure. CI draws the same examples every time.
 settings.register_profile("unhurried", deadline=None, derandomize="CI" in os.environ)
@@ -63,6 +68,8 @@ settings.load_profile("unhurried")
 
 SHARED = Path(os.environ.get("LOWMEM_ICL_SHARED", Path(__file__).parents[2] / "shared"))
 VOCABULARY = 300
+# As a run ends where no test asks for less.
+WRITE_PAGE = running._write_page
 
 
 @pytest.fixture(scope="session")
@@ -125,6 +132,20 @@ def hasty_measurements() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def undrawn_runs() -> Iterator[None]:
+    """Runs of this process end with a page without figures, which take as long as all else;
+    `small_run` has them, as the command `report` and processes of their own do.
+    """
+
+    def write_page(folder: Path, ends_as: State | None) -> None:
+        publish_run(folder, ends_as=ends_as, with_figures=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "_write_page", write_page)
+        yield
+
+
 @pytest.fixture(scope="session")
 def stores() -> Path:
     """Folder of stores that all tests share, so that the demo is converted once;
@@ -145,10 +166,39 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
     by tests.
     """
     out = tmp_path_factory.mktemp("runs") / "demo"
-    result = run_small(out, stores, "--masks-dir", out.parent / "masks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "_write_page", WRITE_PAGE)
+        result = run_small(out, stores, "--masks-dir", out.parent / "masks")
     assert result.exit_code == 0, result.output
     assert "accuracy by demonstrations" in result.stdout
     return out
+
+
+@pytest.fixture(scope="session")
+def given_run(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
+    """Folder of a finished run that patches prompts given in files, without any task; read by tests."""
+    folder = tmp_path_factory.mktemp("given")
+    clean, corrupted = "Q: lusa\nA: tiro\n\nQ: lusa\nA:", "Q: lusa\nA: mepi\n\nQ: lusa\nA:"
+    pair = {"context": clean, "corrupted": corrupted, "options": [" mepi", " tiro"], "gold": 1}
+    files: dict[str, list[dict[str, Any]]] = {
+        "pairs": [pair, pair | {"context": corrupted, "corrupted": clean, "gold": 0}],
+        "clean": [{"context": clean, "target": " tiro"}],
+        "corrupted": [{"context": corrupted, "target": " tiro"}] * 2,
+    }
+    flags: list[object] = []
+    for name, lines in files.items():
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+        flags += [f"--{name}", path]
+    run = invoke("run", "--experiments", "patch", "--store-dir", stores, "--out", folder / "out", *flags)
+    assert run.exit_code == 0, run.output
+    return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def opt66b_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a synthetic run of OPT-66B's size; read, never written to, by tests."""
+    return SyntheticRun().write(tmp_path_factory.mktemp("opt66b") / "run")
 
 
 @pytest.fixture(scope="session")
@@ -169,8 +219,8 @@ def make_store(checkpoint_folder: Path, folder: Path, weights: str) -> Store:
 
 
 def without_documents(store: Store, options: RunOptions) -> Any:
-    """What the planner of memory asks of a prepared run: options and store, no documents."""
-    return SimpleNamespace(options=options, store=store, skeleton=store.skeleton)
+    """What the planner of memory asks of a prepared run: options and store, no documents and no masks."""
+    return SimpleNamespace(options=options, store=store, skeleton=store.skeleton, masks={})
 
 
 @pytest.fixture(scope="session")

@@ -58,6 +58,55 @@ def option_logprobs(case: FamilyCase, model: Any, options: Sequence[Any], mask: 
         return np.array([float(option_logprob(case, model, option, mask)) for option in options])
 
 
+@contextmanager
+def without_each(case: FamilyCase, model: Any, masks: Sequence[Mask]) -> Iterator[None]:
+    """As `without`, of as many equal rows as there are masks: each row under its own."""
+
+    def rows_of(tensor: Tensor) -> Tensor:
+        # OPT's FFNs see all rows as one.
+        return tensor.view(len(masks), -1, tensor.shape[-1])
+
+    handles = []
+    for number in range(LAYERS):
+
+        def cut(module: Module, arguments: tuple[Tensor, ...], number: int = number) -> tuple[Tensor]:
+            z = arguments[0].clone()
+            for row, mask in zip(rows_of(z), masks, strict=True):
+                for head in (head for layer, head in mask.heads if layer == number):
+                    slices(row)[head].zero_()
+            return (z,)
+
+        def silence(module: Module, given: Any, output: Tensor, number: int = number) -> Tensor:
+            silenced = output.clone()
+            for row, mask in zip(rows_of(silenced), masks, strict=True):
+                if number in mask.ffns:
+                    row.zero_()
+            return silenced
+
+        handles.append(case.module(model, number, case.output).register_forward_pre_hook(cut))
+        handles.append(case.module(model, number, case.ffn).register_forward_hook(silence))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def option_logprobs_by_mask(
+    case: FamilyCase, model: Any, options: Sequence[Any], masks: Sequence[Mask]
+) -> NDArray[np.float64]:
+    """Summed log-probabilities of options, each by itself, a row of the whole model per mask, [M, O]."""
+    columns = []
+    with torch.no_grad(), without_each(case, model, masks):
+        for option in options:
+            path, continuation = list(option.path), list(option.continuation)
+            logits = model(torch.tensor([path]).repeat(len(masks), 1)).logits
+            ends = logits[:, -len(continuation) :].float().log_softmax(-1).double()
+            chosen = torch.tensor(continuation).repeat(len(masks), 1)[..., None]
+            columns.append(ends.gather(-1, chosen)[..., 0].sum(1).numpy())
+    return np.stack(columns, axis=1)
+
+
 def unit_gradients(case: FamilyCase, model: Any, option: Any) -> tuple[NDArray[Any], ...]:
     """Σ_t |⟨z, g⟩| and Σ_t ⟨z, g⟩ by head [L, H] and by FFN [L], from the whole graph at once."""
     kept: dict[tuple[str, int], Tensor] = {}

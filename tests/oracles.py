@@ -58,6 +58,18 @@ def hook_mask(model: OPTForCausalLM, mask: Mask) -> list[torch.utils.hooks.Remov
     return handles
 
 
+def places_from_the_end(tokens: int, context: int, donor_tokens: int, donor_context: int) -> list[int]:
+    """Which token of a donor stands for each token of a path, one by one, counted from the last token of the
+    context: the donor's first token for all that is further before, its last for all that is further behind.
+    """
+    places = []
+    for token in range(tokens):
+        before_the_end = (context - 1) - token
+        place = (donor_context - 1) - before_the_end
+        places.append(0 if place < 0 else donor_tokens - 1 if place >= donor_tokens else place)
+    return places
+
+
 def gradient_of(tensor: Tensor) -> Tensor:
     """Return the gradient retained at a tensor; 0 where it leads nowhere, as a removed FFN's output."""
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad

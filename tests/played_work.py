@@ -1,9 +1,12 @@
 """Work that is only described: parts answered with arbitrary numbers, so that stages run without a model."""
 
 from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.head_scores import HeadScores
@@ -12,9 +15,11 @@ from lowmem_icl.engine.unit_gradients import UnitGradients
 from lowmem_icl.experiments.order import run_stages
 from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.measure import Rates
+from lowmem_icl.session import prepare as preparing
 from lowmem_icl.session.prepare import Prepared, prepare
 from lowmem_icl.session.result import StageResult
 from lowmem_icl.session.work import GradientsPart, HeadScoresPart, OutOfTime, Part, SweepPart, Work
+from lowmem_icl.tasks.loading import OpenTask, open_task
 
 RATES = Rates(
     call_seconds=0,
@@ -93,8 +98,17 @@ def played(prepared: Prepared, **changes: Any) -> PlayedWork:
     return PlayedWork(prepared, nothing, SweepLimits.of(1 << 30), nothing, parts, nothing, **changes)
 
 
+@cache
+def opened(name: str, data_dir: Path | None) -> OpenTask:
+    """A task whose rows are read once for all tests."""
+    return open_task(name, data_dir)
+
+
 def prepared_for(**changes: Any) -> Prepared:
-    return prepare(RunOptions.model_validate({"tasks": ("recall", "knowledge", "repeat")} | SMALL | changes))
+    options = {"tasks": ("recall", "knowledge", "repeat")} | SMALL | changes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparing, "open_task", opened)
+        return prepare(RunOptions.model_validate(options))
 
 
 def content_of(part: Part) -> Any:

@@ -249,6 +249,8 @@ def paper_run(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
     result = invoke(
         "run", "--tasks", "recall,category,knowledge", "--shots", "0,4", "--limit", 24, "--train-limit", 8,
         "--curve-limit", 16, "--experiments", "evaluate,importance,ablate,prune", "--random-draws", 2,
+        # Certificates take hundreds of documents more per task.
+        "--certify-limit", 0,
         "--rescore", "--curves", "heads,ffns,combined,transfer,cross-shot,random", "--direction", "up",
         "--order", "joint", "--store-dir", stores, "--out", folder / "run", "--quiet",
     )  # fmt: skip

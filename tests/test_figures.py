@@ -76,15 +76,15 @@ def patched(results: pl.DataFrame) -> list[pl.DataFrame]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+def runs(opt66b_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """OPT-66B's size, one task at one shot count, the demo's size, and hostile names at many shot counts."""
     sizes = {
-        "full": SyntheticRun(),
         "tiny": SyntheticRun(layers=4, heads=8, tasks=("recall",), shots=(0,)),
         "small": SyntheticRun(4, 8, ("recall", "category", "knowledge", "repeat"), (0, 4, 16)),
         "hostile": SyntheticRun(12, 12, (HOSTILE, HOSTILE + "!", "_x"), (0, 1, 2, 64)),
     }
-    return {name: read(run.write(tmp_path_factory.mktemp(name))) for name, run in sizes.items()}
+    folders = {name: run.write(tmp_path_factory.mktemp(name)) for name, run in sizes.items()}
+    return {name: read(folder) for name, folder in ({"full": opt66b_run} | folders).items()}
 
 
 def read(folder: Path) -> Run:
@@ -138,25 +138,35 @@ def check_texts(figure: Figure) -> None:
     assert not [(boxes[i], boxes[j]) for i, j in zip(*np.nonzero(np.triu(meet, 1)), strict=True)]
 
 
-@pytest.mark.parametrize(
-    ("run", "name"),
-    [
-        pytest.param(run, name, marks=pytest.mark.slow if run == "full" and name in DRAWN_ALIKE else ())
-        for run, name in itertools.product(("full", "tiny", "small", "hostile"), FIGURES)
-    ],
-)
-def test_no_two_texts_meet_and_none_leaves_the_figure(runs: dict[str, Run], run: str, name: str) -> None:
-    one = (HOSTILE,) if run == "hostile" else ()
-    figures = []
+def drawings() -> Iterator[Any]:
+    """Yield every figure of every run at every width, of all tasks and of one with a hostile name.
+
+    For the long run: what is wide, where there is most room, but for the tiny run and hostile names; of the
+    largest run what the functions of others draw.
+    """
+    for run, name, width in itertools.product(("full", "tiny", "small", "hostile"), FIGURES, WIDTHS):
+        tasks = (None, HOSTILE) if run == "hostile" else (None,)
+        for task in tasks:
+            wide = width == max(WIDTHS)
+            is_slow = wide and (run in ("full", "small") or task is not None)
+            is_slow |= run == "full" and name in DRAWN_ALIKE
+            marks = [pytest.mark.slow] if is_slow else []
+            shown = f"{run}-{name}-{width}" + "-one" * (task is not None)
+            yield pytest.param(run, name, width, task, marks=marks, id=shown)
+
+
+@pytest.mark.parametrize(("run", "name", "width", "task"), tuple(drawings()))
+def test_no_two_texts_meet_and_none_leaves_the_figure(
+    runs: dict[str, Run], run: str, name: str, width: float, task: str | None
+) -> None:
     with figure_style():
-        for width, task in itertools.product(WIDTHS, (None, *one)):
-            figure = FIGURES[name].draw(*runs[run], Asked(width, task))
-            if figure is not None:
-                check_texts(figure)
-                assert figure.get_size_inches()[0] == width
-                assert figure.get_size_inches()[1] <= TALLEST_INCHES
-                figures.append(figure)
-    assert figures or (run == "tiny" and name in NOTHING_FOR_ONE_SETTING)
+        figure = FIGURES[name].draw(*runs[run], Asked(width, task))
+        if figure is None:
+            assert task is not None or (run == "tiny" and name in NOTHING_FOR_ONE_SETTING)
+        else:
+            check_texts(figure)
+            assert figure.get_size_inches()[0] == width
+            assert figure.get_size_inches()[1] <= TALLEST_INCHES
 
 
 @pytest.mark.parametrize("name", ["importance-heads", "ablate-heads", "ablate-estimates", "prune-heads"])
@@ -172,14 +182,23 @@ def folder(tmp_path: Path) -> Path:
     return SyntheticRun(4, 8, ("recall", "<script>$x$", "_x"), (0, 4)).write(tmp_path / "run [1]")
 
 
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw a figure of each kind alone: a dot plot, maps, an image within a figure, curves."""
-    names = ("accuracy", "ablate-heads", "ablate-estimates", "prune-heads")
+def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(files, "FIGURES", {name: FIGURES[name] for name in names})
 
 
-@pytest.mark.usefixtures("few")
+@pytest.fixture
+def one_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw a figure of each kind alone: a dot plot, maps, an image within a figure, curves."""
+    only(monkeypatch, "accuracy", "ablate-heads", "ablate-estimates", "prune-heads")
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw two figures alone, where it is files that are asked about."""
+    only(monkeypatch, "accuracy", "ablate-heads")
+
+
+@pytest.mark.usefixtures("one_of_each_kind")
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_same_numbers_give_the_same_bytes_of_exactly_the_width(folder: Path, width: float) -> None:
     asked = FigureFiles(files.FORMATS, (width,), ("recall",))
@@ -200,7 +219,7 @@ def test_the_same_numbers_give_the_same_bytes_of_exactly_the_width(folder: Path,
             assert b"CreationDate" not in content
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("two")
 def test_texts_stay_texts_and_names_are_no_markup(folder: Path) -> None:
     (accuracy,) = [path for path in write_figures(read_run(folder)) if path.name == "accuracy.svg"]
     root = ET.fromstring(accuracy.read_bytes())
@@ -222,7 +241,7 @@ def test_file_names_are_safe_and_differ() -> None:
     assert file_stem("accuracy") == "accuracy"
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("two")
 def test_only_our_own_figures_are_removed(folder: Path) -> None:
     figures = folder / "figures"
     figures.mkdir()
@@ -252,7 +271,7 @@ def test_what_is_not_understood_is_refused(folder: Path, arguments: list[str], m
     assert not (folder / "report.html").exists()
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("two")
 def test_report_writes_the_figures_asked_for(folder: Path) -> None:
     asked = ["--figures", "svg,png", "--figure-width", "3.25,5.5", "--task", "recall"]
     result = CliRunner().invoke(app, ["report", str(folder), *asked])

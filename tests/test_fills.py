@@ -1,6 +1,6 @@
 """What is put in removed units' place, against plain hooks on Hugging Face's own model of three families."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,8 +23,9 @@ from test_engine import (
 )
 from torch import Tensor
 
-from lowmem_icl.engine.cost import SweepCost
-from lowmem_icl.engine.passes import GradientJob, PassSetup, unit_gradients, unit_means
+from lowmem_icl.engine.cost import SweepCost, sweep_cost
+from lowmem_icl.engine.fills import Donor, Fill, Fills, RowValues
+from lowmem_icl.engine.passes import GradientJob, PassSetup, sweep, unit_gradients, unit_means
 from lowmem_icl.engine.schedule import Job, SweepLimits
 from lowmem_icl.engine.unit_gradients import UnitGradients
 from lowmem_icl.engine.unit_means import MeanSums, means_cost
@@ -32,6 +33,7 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.means import UnitMeans, mean_of_tables
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import StreamedModel
+from lowmem_icl.rows import Row, stem_of, with_stems
 from lowmem_icl.tasks.packing import OptionTokens, PackedTask
 
 # Norms before what is written (OPT, Llama), and after it as well (Gemma).
@@ -260,28 +262,130 @@ def estimates(
     return torch.stack(heads).numpy(), torch.stack(ffns).numpy()
 
 
+def donor_row(seed: int, tokens: int = 7) -> Row:
+    return stem_of(np.random.default_rng(seed).integers(3, 90, tokens).tolist())
+
+
+def row_values(task: PackedTask, seed: int) -> RowValues:
+    """A donor of a few tokens for every row and stem, at random places."""
+    rng, rows = np.random.default_rng(seed), with_stems(task.packed.rows)
+    return RowValues(
+        {
+            row: Donor(donor_row(seed + number), rng.integers(0, 7, len(row)))
+            for number, row in enumerate(rows)
+        }
+    )
+
+
+def tokens_of(task: PackedTask, number: int) -> tuple[Row, list[int]]:
+    """The row of an option and where in it the tokens of its path stand, its stem's left aside."""
+    row = next(row for row in task.packed.rows if number in row.options)
+    last = int(row.read_at[row.options == number].max())
+    return row, [index for index in range(last + 1) if row.ends[index] > last]
+
+
+def donated(made: Made, values: RowValues, row: Row) -> tuple[list[Tensor], list[Tensor]]:
+    """What a row's donor gives at the row's tokens, by layer: [T, Z] and [T, D]."""
+    donor = values.donors[row]
+    option = OptionTokens(tuple(donor.row.tokens.tolist()), (1,), 0, False)
+    heads, ffns = captured(made, option)
+    return [z[donor.source] for z in heads], [ffn[donor.source] for ffn in ffns]
+
+
+@pytest.mark.parametrize("shared", [0, 40], ids=["own prompts", "shared demonstrations"])
+def test_other_rows_values_equal_one_hooked_run_a_unit(made: Made, shared: int) -> None:
+    task = packed_task(2, shared=shared)
+    values = row_values(task, 1)
+    masks = [mask.filled("mean:rows") for mask in (*ablation_masks(LAYERS, HEADS)[1:], EVERYTHING)]
+    fills: Fills = {"mean:rows": values, "mean:a": made.random_means(1)}
+    (scores,) = swept(made.store, [Job(task.packed, (Mask(), *masks, EVERYTHING.filled("mean:a")), fills)])
+    given = {row: donated(made, values, row) for row in with_stems(task.packed.rows)}
+    for number, option in enumerate(task.options):
+        row, indices = tokens_of(task, number)
+        at_path = []
+        for kind in (0, 1):
+            before = [] if row.stem is None else [given[row.stem][kind]]
+            own = [layer[indices] for layer in given[row][kind]]
+            at_path.append([torch.cat([*(stem[at] for stem in before), of]) for at, of in enumerate(own)])
+        for mask, found in zip(masks, scores.logprobs[1:-1, number], strict=True):
+            with torch.no_grad(), replaced(made, mask, *at_path):
+                expected = float(logprob(made.model, option))
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_given_its_own_values_is_as_it_was(int8_store: Store) -> None:
+    task = packed_task(1)
+    own = RowValues({row: Donor(row, np.arange(len(row))) for row in task.packed.rows})
+    masks = [
+        mask.filled("mean:own")
+        for mask in (*ablation_masks(3, 4)[1:], Mask(frozenset([(0, 1)]), frozenset([1])))
+    ]
+    (scores,) = swept(int8_store, [Job(task.packed, (Mask(), *masks), {"mean:own": own})])
+    for values in scores.logprobs[1:]:
+        np.testing.assert_array_equal(values, scores.logprobs[0])
+
+
 def filled(drawn: Sweep) -> list[Mask]:
-    """The masks of a sweep, every third with zeros, others with one of two tables."""
-    names: Mapping[int, str | None] = {0: None, 1: "mean:a", 2: "mean:b"}
-    return [mask.filled(names[index % 3]) for index, mask in enumerate(drawn.masks)]
+    """The masks of a sweep, every fifth with zeros, others with one of two tables or of two donors."""
+    names = (None, "mean:a", "mean:rows", "mean:b", "mean:others")
+    return [mask.filled(names[index % 5]) for index, mask in enumerate(drawn.masks)]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(drawn=sweeps)
 def test_int8_results_are_bitwise_the_same_for_any_memory_and_company(
     int8_store: Store, tmp_path_factory: pytest.TempPathFactory, drawn: Sweep
 ) -> None:
     spill, rng, masks = tmp_path_factory.getbasetemp() / "spill", np.random.default_rng(0), filled(drawn)
-    fills = {
+    tables: dict[str, Fill] = {
         name: UnitMeans(*(rng.normal(0, 0.5, (3, 32)).astype(np.float32) for _ in range(2)))
         for name in ("mean:a", "mean:b")
     }
-    jobs = [Job(job.packed, tuple(masks), fills) for job in drawn.jobs]
-    tight = swept(int8_store, jobs, drawn.limits, drawn.resident_bytes, spill)
+    jobs = []
+    for seed in drawn.seeds:
+        task = packed_task(seed, shared=drawn.shared)
+        rows: dict[str, Fill] = {
+            "mean:rows": row_values(task, seed),
+            "mean:others": row_values(task, 50 + seed),
+        }
+        jobs.append(Job(task.packed, tuple(masks), tables | rows))
+    # Donors take room of their own.
+    limits = replace(drawn, total_bytes=drawn.total_bytes + 30_000).limits
+    tight = swept(int8_store, jobs, limits, drawn.resident_bytes, spill)
     for job, scores in zip(jobs, tight, strict=True):
         for index, mask in enumerate(masks):
-            (alone,) = swept(int8_store, [Job(job.packed, (mask,), fills)])
+            (alone,) = swept(int8_store, [Job(job.packed, (mask,), job.fills)])
             np.testing.assert_array_equal(scores.logprobs[index], alone.logprobs[0])
+    assert not list(spill.glob("*")), "spilled residuals are removed"
+
+
+@pytest.mark.parametrize("shared", [0, 40])
+def test_work_and_reads_with_donors_are_as_planned(float_store: Store, shared: int) -> None:
+    masks = (*ablation_masks(3, 4), Mask(frozenset([(1, 2)]), frozenset([1, 2])))
+    jobs = []
+    for seed in (1, 2):
+        task = packed_task(seed, shared=shared)
+        own = masks[: 9 if seed == 1 else None]
+        jobs.append(
+            Job(
+                task.packed,
+                tuple(mask.filled("mean:rows") for mask in own),
+                {"mean:rows": row_values(task, seed)},
+            )
+        )
+    for limits in (
+        PLENTY,
+        SweepLimits.of(200_000, 1 << 20),
+        SweepLimits.of(400_000),
+        SweepLimits(1 << 30, 1 << 20, wave_tokens=1500),
+    ):
+        done: list[SweepCost] = []
+        with StreamedModel(float_store, device=CPU, resident_bytes=0) as model, cache_of(limits) as cache:
+            sweep(PassSetup(model, limits, cache, done.append), jobs)
+            reads = model.read_bytes / float_store.layer_bytes
+        planned = sweep_cost(jobs, 32, 3, limits)
+        assert reads == planned.layers_read
+        assert sum(done, SweepCost()) + SweepCost(layers_read=reads) == planned
 
 
 def test_the_mean_over_tables_counts_each_the_same(made: Made) -> None:

@@ -1,6 +1,6 @@
 """Stages under limited hours: how far they come, what waits, and what is shown of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,8 +85,17 @@ def timed(prepared: Prepared, limits: SweepLimits) -> TimedWork:
     return TimedWork(prepared, nothing, limits, nothing, parts, nothing, clock=PlayedClock())
 
 
-@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.8, 1.1])
-@pytest.mark.parametrize(("postponed", "label_drops"), [(False, False), (True, False), (False, True)])
+def cut_stages() -> Iterator[Any]:
+    """Yield shares of the ablations that hours allow, with stages behind them, or label drops; of the last
+    two, shares between others are for the long run.
+    """
+    for postponed, label_drops in ((False, False), (True, False), (False, True)):
+        for share in (0.05, 0.2, 0.5, 0.8, 1.1):
+            is_slow = (postponed or label_drops) and share in (0.05, 0.5)
+            yield pytest.param(share, postponed, label_drops, marks=[pytest.mark.slow] if is_slow else [])
+
+
+@pytest.mark.parametrize(("share", "postponed", "label_drops"), tuple(cut_stages()))
 def test_hours_reach_the_documents_that_the_plan_names(
     share: float, postponed: bool, label_drops: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,7 +126,7 @@ def test_function_vector_scores_of_given_prompts_are_those_of_a_loop_over_heads_
 def test_patches_of_given_pairs_are_those_of_a_loop_over_heads_and_pairs(
     peer: Peer, tmp_path: Path, stores: Path
 ) -> None:
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"context": clean, "corrupted": corrupted, "options": OPTIONS, "gold": gold}
         for clean, corrupted, gold in zip(CLEAN, CORRUPTED, (0, 1), strict=True)
     ]

@@ -22,6 +22,7 @@ from lowmem_icl.engine.passes import PassSetup
 from lowmem_icl.engine.patch_jobs import Addition, Change, PatchJob, RowTokens, patch_cost
 from lowmem_icl.engine.patching import patch
 from lowmem_icl.engine.schedule import SweepLimits
+from lowmem_icl.engine.written import written_by_heads
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.means import UnitMeans
@@ -268,3 +269,32 @@ def test_patching_takes_what_is_planned_and_goes_on_where_it_was(float_store: St
 def test_a_prompt_that_does_not_fit_is_told_with_what_it_needs(float_store: Store) -> None:
     with pytest.raises(DoesNotFit, match="a prompt of 14 tokens and one change to it take"):
         scored(float_store, [Pair.drawn(1).job((Mask(),), "all")], SweepLimits(1000))
+
+
+def test_vectors_are_what_heads_write_into_the_residual(made: Made) -> None:
+    """The residual after a layer's attention, with heads' means in place of zeros, differs by the vector."""
+    skeleton, rng = made.store.skeleton, np.random.default_rng(10)
+    shapes = (LAYERS, skeleton.attention_width), (LAYERS, skeleton.width)
+    means = UnitMeans(*(rng.normal(0, 0.5, shape).astype(np.float32) for shape in shapes))
+    masks = [Mask(frozenset([(1, 0)])), Mask(frozenset([(0, 1), (1, 2), (1, 3)]))]
+    with StreamedModel(made.store, device=CPU, resident_bytes=0) as model:
+        found = written_by_heads(model, [(means, mask) for mask in masks])
+    expected = np.zeros_like(found)
+    for number in range(LAYERS):
+        projection, _ = made.units(number)
+        weight = projection.weight.detach().numpy()
+        z = means.heads[number]
+        # Gemma norms what attention writes: by the root mean square of the whole.
+        whole = torch.tensor(z @ weight.T)[None]
+        scale = np.ones(len(weight))
+        if made.case.model_type == "gemma3_text":
+            norm = made.case.module(made.model, number, "post_attention_layernorm")
+            with torch.no_grad():
+                scale = (norm(whole) / whole)[0].numpy()
+        for index, mask in enumerate(masks):
+            width = len(z) // HEADS
+            part = np.zeros_like(z)
+            for head in mask.heads_in(number):
+                part[head * width : (head + 1) * width] = z[head * width : (head + 1) * width]
+            expected[index] += part @ weight.T * scale
+    np.testing.assert_allclose(found, expected, atol=1e-5)

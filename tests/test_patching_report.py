@@ -1,6 +1,8 @@
 """What people see of patches: units.parquet, page, figures, summary, terminal; also of runs without tasks."""
 
+import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,13 @@ import polars as pl
 import pytest
 from commands import invoke
 from polars.testing import assert_frame_equal
+from rich.console import Console
 
+from lowmem_icl.cli.tables import show_summary
 from lowmem_icl.report.figures.layout import Asked
 from lowmem_icl.report.figures.registry import FIGURES
 from lowmem_icl.report.figures.style import figure_style
+from lowmem_icl.report.files import publish_run
 from lowmem_icl.report.findings.above_chance import Settings
 from lowmem_icl.report.findings.patching import patch_sentence
 from lowmem_icl.report.page.payload import payload
@@ -20,7 +25,7 @@ from lowmem_icl.report.page.sections.labels import learnt_sentence
 from lowmem_icl.report.page.sections.patching import patching_section
 from lowmem_icl.report.page.unit_arrays import Grid
 from lowmem_icl.report.page.write import run_page
-from lowmem_icl.report.patches import prompt_scores, top_patches, vector_heads
+from lowmem_icl.report.patches import added_vectors, prompt_scores, top_patches, vector_heads
 from lowmem_icl.report.run_tables import RunTables, read_run
 from lowmem_icl.tables.blocks import frame
 from lowmem_icl.tables.mask_table import Judging, mask_table
@@ -124,6 +129,30 @@ def test_sentences_name_what_is_significant_and_has_its_sign() -> None:
     assert patch_sentence(units(effects().clear()), NO_CHANCE) == ""
 
 
+def test_added_vectors_stand_at_the_layer_that_is_best_for_the_tasks_own() -> None:
+    same = {
+        "experiment": "patch", "procedure": "added", "metric": "first_token_acc",
+        "task": "recall", "shots": 0, "documents": 8, "exact": True,
+    }  # fmt: skip
+    hits = {"own": (0.25, 0.75), "other_task": (0.5, 0.125), "random": (0.0, 0.0625)}
+    rows = [same | {"value": 0.125}]
+    for shots, gain in ((4, 0.0), (16, 0.1)):
+        rows += [
+            same
+            | {"method": method, "mask_task": method, "mask_shots": shots, "layer": layer,
+               "value": value + gain, "low": 0.0, "high": 1.0}
+            for method, values in hits.items()
+            for layer, value in enumerate(values)
+        ]  # fmt: skip
+    first, second = added_vectors(frame("results", rows)).to_dicts()
+    assert first == {
+        "task": "recall", "layer": 1, "mask_shots": 4, "documents": 8, "own": 0.75, "low": 0.0, "high": 1.0,
+        "without": 0.125, "other_task": 0.125, "random": 0.0625,
+    }  # fmt: skip
+    assert (second["mask_shots"], second["own"], second["random"]) == (16, 0.85, 0.1625)
+    assert units(frame("results", rows)).is_empty()
+
+
 def label_effect(task: str, shots: int, low: float | None, labels: str = "shuffled") -> Row:
     return {
         "experiment": "evaluate", "mask": "clean", "metric": "acc_label_effect", "task": task, "shots": shots,
@@ -139,8 +168,8 @@ def test_tasks_that_learn_from_labels_are_named_with_their_shots() -> None:
         label_effect("repeat", 4, 0.1, "foreign"),
     ]
     assert learnt_sentence(frame("results", learnt + others)) == (
-        "Accuracy credibly falls with shuffled labels in recall (at 4, 16 shots) and wic (at 4 shots); that is "
-        "not shown for repeat."
+        "Accuracy credibly falls with shuffled labels in recall (at 4, 16 shots) and wic (at 4 shots); "
+        "that is not shown for repeat."
     )
     assert learnt_sentence(frame("results", [others[0], label_effect("cb", 4, 0.0)])) == (
         "Accuracy credibly falls with shuffled labels in none of repeat and cb."
@@ -149,31 +178,19 @@ def test_tasks_that_learn_from_labels_are_named_with_their_shots() -> None:
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> RunTables:
-    """A run of prompts that are given in files, without any task."""
-    folder = tmp_path_factory.mktemp("given")
-    clean, corrupted = "Q: lusa\nA: tiro\n\nQ: lusa\nA:", "Q: lusa\nA: mepi\n\nQ: lusa\nA:"
-    pair = {"context": clean, "corrupted": corrupted, "options": [" mepi", " tiro"], "gold": 1}
-    files: dict[str, list[dict[str, Any]]] = {
-        "pairs": [pair, pair | {"context": corrupted, "corrupted": clean, "gold": 0}],
-        "clean": [{"context": clean, "target": " tiro"}],
-        "corrupted": [{"context": corrupted, "target": " tiro"}] * 2,
-    }
-    flags: list[object] = []
-    for name, lines in files.items():
-        path = folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        flags += [f"--{name}", path]
-    run = invoke("run", "--experiments", "patch", "--store-dir", stores, "--out", folder / "out", *flags)
-    assert run.exit_code == 0, run.output
-    assert "restores" in run.output
-    assert "function vectors, clean" in run.output
-    return read_run(folder / "out")
+def given(given_run: Path) -> RunTables:
+    return read_run(given_run)
 
 
-def test_a_run_without_tasks_has_all_that_others_have(given: RunTables) -> None:
-    names = {path.name for path in (given.folder / "figures").iterdir()}
+def test_a_run_without_tasks_has_all_that_others_have(given: RunTables, tmp_path: Path) -> None:
+    shutil.copytree(given.folder, tmp_path / "copy")
+    publish_run(tmp_path / "copy")
+    names = {path.name for path in (tmp_path / "copy" / "figures").iterdir()}
     assert names == {"patch-heads.svg", "function-vectors.svg"}
+    console = Console(file=io.StringIO(), width=100)
+    show_summary(given.folder, console)
+    assert "restores" in console.file.getvalue()
+    assert "function vectors, clean" in console.file.getvalue()
     summary = json.loads((given.folder / "summary.json").read_text("utf-8"))
     assert [row["task"] for row in summary["patched_prompts"]] == ["pairs"]
     assert len(summary["answer"]["sentences"]) == 1
@@ -191,7 +208,7 @@ def test_a_run_without_tasks_has_all_that_others_have(given: RunTables) -> None:
     assert (given.tasks, given.shots) == (["pairs", "clean"], [None])
     assert payload(given)["start"] == {"task": "pairs", "shots": None}
     assert_frame_equal(given.units, read_table(given.folder / "units.parquet", "units"))
-    again = invoke("report", given.folder, given.folder, "--out", given.folder / "both.html")
+    again = invoke("report", given.folder, given.folder, "--out", tmp_path / "both.html")
     assert again.exit_code == 0, again.output
 
 

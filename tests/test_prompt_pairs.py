@@ -2,9 +2,10 @@
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,38 @@ def test_real_tasks_are_corrupted_and_a_table_finds_the_same(
         assert left.options[0][0] != clean.options[0][0]
 
 
+@pytest.mark.parametrize("name", ["boolq", "wsc", "multirc"])
+def test_wrong_verdicts_are_the_other_ones(shared_data: Path, name: str) -> None:
+    found = corrupt(open_task(name, shared_data), "wrong", shots=3, limit=6)
+
+    def verdicts(context: str) -> list[str]:
+        return re.findall(r"(?:\nAnswer:|\nIs the answer correct\?) (yes|no)\n", context)
+
+    for clean, changed in zip(found.clean.documents, found.changed.documents, strict=True):
+        left, right = (verdicts(document.options[0][0]) for document in (clean, changed))
+        assert len(left) == len(right) == 3
+        assert all(own != other for own, other in zip(left, right, strict=True))
+
+
+def test_no_query_of_the_same_passage_is_asked(shared_data: Path) -> None:
+    found = corrupt(open_task("multirc", shared_data), "queries", shots=1, limit=4)
+    for clean, changed in zip(found.clean.documents, found.changed.documents, strict=True):
+        own, asked = (document.options[0][0].rsplit("\n\n", 1)[1] for document in (clean, changed))
+        assert own.startswith(clean.row["paragraph"])
+        assert not asked.startswith(clean.row["paragraph"])
+
+
+def test_documents_of_a_set_show_the_same_wrong_answers(tmp_path: Path) -> None:
+    task = own_task(tmp_path, lambda number: [f"{number}", "no"], lambda _: 0)
+    found = corrupt(task, "wrong", demonstrations=Demonstrations("shared", 3), limit=None)
+    shown: dict[tuple[int, ...], set[str]] = {}
+    for document in found.changed.documents:
+        before = document.options[0][0].rpartition("\n\n")[0]
+        shown.setdefault(document.demonstrations, set()).add(before)
+    assert len(shown) < len(found.changed.documents)
+    assert all(len(texts) == 1 for texts in shown.values())
+
+
 def test_answers_in_the_context_make_no_pairs(shared_data: Path) -> None:
     task = open_task("winogrande", shared_data)
     rows = task.rows(shots=2, part="train", limit=2)
@@ -223,6 +256,17 @@ def test_equal_and_truncated_prompts_are_counted_and_left_out(tmp_path: Path) ->
     short = PackingLimits(context_tokens=33, row_tokens=128, empty_context=0, bos=BOS)
     cut = pairs_of(pack(found.clean, by_bytes, short), pack(found.changed, by_bytes, short))
     assert (cut.pairs, cut.truncated) == ((), len(found.clean.documents))
+
+
+def test_prompts_of_fewer_demonstrations_are_whole(tmp_path: Path) -> None:
+    found = corrupt(mostly_yes(tmp_path), "wrong", demonstrations=Demonstrations("shared", 3))
+    fewer = replace(
+        found.clean, documents=tuple(replace(document, dropped=1) for document in found.clean.documents)
+    )
+    clean = pack(fewer, by_bytes, LIMITS)
+    assert clean.options.truncated.all()
+    made = pairs_of(clean, pack(found.changed, by_bytes, LIMITS))
+    assert (len(made.pairs), made.truncated) == (8, 0)
 
 
 # --- Files. ---

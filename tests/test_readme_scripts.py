@@ -123,6 +123,7 @@ def test_a_table_goes_between_its_marks_or_nowhere(tmp_path: Path) -> None:
         ("README.md", "sizes", "plan_sizes.py"),
         ("docs/overnight.md", "night", "plan_night.py"),
         ("docs/pruning.md", "searches", "compare_searches.py"),
+        ("docs/experiments.md", "ablations", "compare_ablations.py"),
         ("docs/benchmarks.md", "memory", "bench_memory.py"),
         ("docs/real-models.md", "tables", "real_models_tables.py"),
     ],

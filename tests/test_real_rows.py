@@ -27,7 +27,7 @@ def small_opt(opt_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_real_rows_of_all_14_tasks_run(small_opt: Path, shared_data: Path, tmp_path: Path) -> None:
     result = invoke(
-        "run", "--model", small_opt, "--data-dir", shared_data, "--shots", "0,1", "--limit", 8,
+        "run", "--model", small_opt, "--data-dir", shared_data, "--shots", "0,1", "--limit", 4,
         "--train-limit", 2, "--store-dir", small_opt / "stores", "--out", tmp_path / "run", "--quiet",
         # Certificates take hundreds of documents more per task.
         "--certify-limit", 0, "--curve-limit", 2, "--curve-levels", "half", "--random-draws", 1,
@@ -51,7 +51,7 @@ def test_real_rows_of_all_14_tasks_run(small_opt: Path, shared_data: Path, tmp_p
     ]
     answers = read_table(tmp_path / "run" / "answers.parquet", "answers")
     assert answers["logprob"].is_finite().all()
-    assert answers.filter(pl.col("task") == "multirc")["document"].n_unique() > 8, (
+    assert answers.filter(pl.col("task") == "multirc")["document"].n_unique() > 4, (
         "a question's rows all count"
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from commands import PROCESS, SMALL, invoke, run_small
+from commands import PROCESS, SMALL, UNDRAWN, invoke, run_small
 
 from lowmem_icl.masks.files import read_mask
 from lowmem_icl.tables.schema import read_table
@@ -406,7 +406,8 @@ def test_a_stopped_run_says_so_and_goes_on(small_run: Path, stores: Path, tmp_pa
     for path in [*(out / "parts").iterdir(), *out.glob("*.parquet"), out / "report.html"]:
         if not path.name.startswith("induction"):
             path.unlink()
-    command = [*PROCESS, "run", *SMALL, "--store-dir", str(stores), "--out", str(out), "--quiet"]
+    start = (*PROCESS[:-1], f"{UNDRAWN}; {PROCESS[-1]}")
+    command = [*start, "run", *SMALL, "--store-dir", str(stores), "--out", str(out), "--quiet"]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

@@ -67,6 +67,13 @@ def test_on_real_rows_operations_are_within_five_percent_of_the_exact_plan(
     assert prepare_plan(options).sample_note == "", "what is tokenised is counted"
 
 
+def test_documents_that_give_their_values_are_estimated_too(small_checkpoint: Path, tmp_path: Path) -> None:
+    few = {"tasks": "recall,knowledge", "shots": "4", "limit": 64, "train_limit": 16}
+    options = options_of(small_checkpoint, tmp_path / "stores", **few, ablation="resample")
+    sampled = prepare_plan(options)
+    assert operations_of(sampled) == pytest.approx(operations_of(prepare(options)), rel=0.05)
+
+
 def test_a_second_plan_finds_the_sizes_and_says_the_same(
     small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

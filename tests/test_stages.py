@@ -61,10 +61,29 @@ def all_options() -> Iterator[Mapping[str, Any]]:
     yield {"search": "nested", "screen": "attribution", "exact": 8, "direction": "up"}
 
 
+QUICK = (
+    {"screen": None, "protocol": "corrected", "curves": ALL_CURVES},
+    {"screen": None, "protocol": "reference", "curves": ()},
+    {"screen": "attribution", "protocol": "reference", "curves": ALL_CURVES},
+    {"screen": "attribution", "protocol": "corrected", "curves": ()},
+)
+"""Every two of a screen, a protocol and curves, as they go together."""
+
+
+def is_for_the_long_run(changes: Mapping[str, Any]) -> bool:
+    """Whether others have every two of these options; or all experiments but one at an end, where others
+    have fewer of the first, or all of the last.
+    """
+    if "protocol" in changes:
+        return "demonstrations" in changes or not any(changes.items() >= quick.items() for quick in QUICK)
+    return set(changes) == {"experiments"} and changes["experiments"] in (
+        EXPERIMENTS[:4], EXPERIMENTS[:5], EXPERIMENTS[-5:],
+    )  # fmt: skip
+
+
 def with_slow_ones() -> Iterator[Any]:
-    """What differs by shared demonstrations alone is for the long run."""
     for changes in all_options():
-        marks = [pytest.mark.slow] if "demonstrations" in changes and changes.get("protocol") else []
+        marks = [pytest.mark.slow] if is_for_the_long_run(changes) else []
         yield pytest.param(changes, marks=marks, id=str(changes))
 
 

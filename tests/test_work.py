@@ -25,11 +25,11 @@ from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.planning.amounts import held_by
 from lowmem_icl.rows import PackedRows, stem_of
 from lowmem_icl.session.fills import MeansPart
+from lowmem_icl.session.jobs import MaskedDocuments
 from lowmem_icl.session.parts import Parts
 from lowmem_icl.session.work import (
     GradientsPart,
     HeadScoresPart,
-    MaskedDocuments,
     OutOfTime,
     Part,
     SweepPart,
@@ -46,9 +46,19 @@ NARROW = SweepLimits(60_000, 30_000, 1 << 24, micro_batch_tokens=64)
 
 @dataclass(frozen=True)
 class Packing:
-    """What parts ask of a prepared run: the model's shape, and rows of a task's documents."""
+    """What parts ask of a prepared run: the model's shape, rows of a task's documents, and which give each
+    other their values.
+    """
 
     skeleton: Skeleton
+    evaluate: tuple[TaskRows, ...] = ()
+    train: tuple[TaskRows, ...] = ()
+    importance: tuple[TaskRows, ...] = ()
+    curves: tuple[TaskRows, ...] = ()
+    label_controls: tuple[TaskRows, ...] = ()
+    train_controls: tuple[TaskRows, ...] = ()
+    sample_note: str = ""
+    resampled: dict[Any, Any] = field(default_factory=dict)
 
     def pack(self, task: TaskRows, documents: slice = slice(None), *, gold_only: bool = False) -> PackedTask:
         chosen = replace(task, documents=task.documents[documents])
@@ -85,7 +95,7 @@ def work_of(
     limits: SweepLimits = NARROW,
     **changes: Any,
 ) -> Iterator[Work]:
-    prepared: Any = Packing(store.skeleton)
+    prepared: Any = Packing(store.skeleton, (*TASKS, SHORT))
     account = account or Account()
     with (
         StreamedModel(store, device=CPU, resident_bytes=0) as model,
@@ -112,7 +122,29 @@ SWEEP = SweepPart(
 GRADIENTS = GradientsPart("differentiated", "gradients", TASKS, (Mask(), Mask(frozenset([(0, 1)]))))
 HEADS = HeadScoresPart("scored", "heads", QUESTIONS)
 MEANS = MeansPart("meant", "means", TASKS)
-PARTS = (SWEEP, GRADIENTS, HEADS, MEANS)
+OTHERS = "resample:1"
+SHORT = replace(random_task(2, 9, shared=30), task="short")
+RESAMPLED = SweepPart(
+    "resampled",
+    "resampling",
+    (
+        MaskedDocuments(TASKS[0], slice(0, 3), tuple(mask.filled(OTHERS) for mask in ablation_masks(3, 4))),
+        MaskedDocuments(
+            SHORT,
+            slice(1, None, 2),
+            (
+                Mask(),
+                Mask(frozenset([(1, 2)]), fill=OTHERS),
+                Mask(ffns=frozenset([2])),
+                Mask(ffns=frozenset([0]), fill="resample:2"),
+            ),
+        ),
+    ),
+)
+RESAMPLED_GRADIENTS = GradientsPart(
+    "estimated", "estimates", (TASKS[0], SHORT), (Mask(fill=OTHERS), Mask(frozenset([(0, 1)]), fill=OTHERS))
+)
+PARTS = (SWEEP, GRADIENTS, HEADS, MEANS, RESAMPLED, RESAMPLED_GRADIENTS)
 
 
 def arrays_of(work: Work, part: Part) -> dict[str, np.ndarray]:
@@ -169,14 +201,14 @@ def test_what_a_plan_expects_to_be_kept_is_no_less_than_what_is(
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 def test_resident_layers_are_not_counted_as_read(int8_store: Store, part: Part) -> None:
-    prepared: Any = Packing(int8_store.skeleton)
+    prepared: Any = Packing(int8_store.skeleton, (*TASKS, SHORT))
     nothing, some, everything = (part.cost(prepared, NARROW, resident) for resident in ((), {0}, {0, 1, 2}))
     assert everything.layers_read == 0 < some.layers_read < nothing.layers_read
     assert replace(some, layers_read=0) == replace(nothing, layers_read=0) == everything
 
 
 def test_a_sweep_that_is_expected_several_times_costs_as_often(int8_store: Store) -> None:
-    prepared: Any = Packing(int8_store.skeleton)
+    prepared: Any = Packing(int8_store.skeleton, (*TASKS, SHORT))
     once, often = (replace(SWEEP, times=times).cost(prepared, NARROW, ()) for times in (1, 3.5))
     assert often == once * 3.5
     branching = replace(SWEEP, jobs=SWEEP.jobs[1:])

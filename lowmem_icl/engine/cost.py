@@ -62,14 +62,14 @@ def sweep_cost(
     if not jobs:
         return SweepCost()
     streamed = np.array([layer not in resident for layer in range(layers)])
-    packed = tuple(job.packed for job in jobs)
-    blocks = block_sizes(packed, width, layers, limits, keeps_clean=has_variants(jobs))
+    blocks = block_sizes(jobs, width, layers, limits, keeps_clean=has_variants(jobs))
     masks = JobMasks.of(jobs, layers)
     waves = count_waves(blocks, masks, width, limits, streamed, cached=cached)
     return (
         _clean_cost(blocks, masks, waves, layers)
         + _variants_cost(blocks, masks, layers)
         + SweepCost(attention_tokens=waves.branching_tokens, layers_read=waves.layers_read)
+        + SweepCost(waves.donor_tokens, waves.donor_tokens, waves.donor_tokens)
     )
 
 
@@ -105,8 +105,13 @@ def _variants_cost(blocks: BlockSizes, masks: JobMasks, layers: int) -> SweepCos
     return SweepCost(attention, attention + answers, ffn, answers=answers)
 
 
-def gradients_cost(packed: Sequence[PackedRows], layers: int) -> SweepCost:
-    """Return what the gradients of rows take: forward through all layers, and back."""
+def gradients_cost(packed: Sequence[PackedRows], layers: int, donor_tokens: int = 0) -> SweepCost:
+    """Return what the gradients of rows take: forward through all layers, and back; donors of values go
+    forward in both.
+    """
     tokens = layers * sum(rows.token_count for rows in packed)
+    forward = tokens + 2 * layers * donor_tokens
     answers = sum(len(row.reads) for rows in packed for row in rows.rows)
-    return SweepCost(tokens, tokens, tokens, backward_tokens=tokens, answers=answers, layers_read=2 * layers)
+    return SweepCost(
+        forward, forward, forward, backward_tokens=tokens, answers=answers, layers_read=2 * layers
+    )

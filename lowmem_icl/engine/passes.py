@@ -4,13 +4,14 @@ Loop order is layers outside, rows inside, variants of a row in micro-batches in
 for all that is alive at it. Axis letters: T tokens, D width, H heads, L layers, N owners.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.cost import SweepCost
+from lowmem_icl.engine.fills import DonatedValues, donors_of
 from lowmem_icl.engine.head_scores import HeadQuestions, HeadReader, HeadScores, PassCheckpoint
 from lowmem_icl.engine.micro_batches import row_batches
 from lowmem_icl.engine.row_masks import embedded, plain_segments
@@ -38,7 +39,8 @@ from lowmem_icl.engine.unit_gradients import (
 from lowmem_icl.engine.unit_means import BlockSums, MeanSums
 from lowmem_icl.engine.wave import Wave
 from lowmem_icl.errors import DoesNotFit
-from lowmem_icl.rows import PackedRows
+from lowmem_icl.model.layer import DecoderLayer
+from lowmem_icl.rows import PackedRows, Row
 
 __all__ = ["GradientJob", "PassSetup", "score_heads", "sweep", "unit_gradients", "unit_means"]
 
@@ -90,22 +92,25 @@ def unit_gradients(setup: PassSetup, jobs: Sequence[GradientJob], results: Seque
         for row in job.rows
         if not results[index].finished[row.owners].all()
     ]
-    _check_cache(members, width, layers, setup.limits)
+    fills = [job.fills for job in jobs]
+    together = [sum(map(len, (member.row, *donors_of(fills[member.job], member.row)))) for member in members]
+    _check_cache(max(together, default=0), width, layers, setup.limits)
     cuts = LayerCuts(setup.model, jobs)
-    for block in row_blocks(members, width, layers, setup.limits, keeps_clean=True):
-        with setup.cache.holding([member.row for member in block]):
-            residuals = _forward(setup, jobs, block, cuts)
+    for rows in row_blocks(members, width, layers, setup.limits, keeps_clean=True, fills=fills):
+        block = tuple(member for member in rows if not member.is_donor)
+        donors = [member.row for member in rows if member.is_donor]
+        with setup.cache.holding([member.row for member in rows]):
+            residuals = _forward(setup, jobs, block, donors, cuts)
             gradients = answer_gradients(setup.model, jobs, block, residuals, results)
             del residuals
-            _backward(setup, jobs, block, cuts, gradients, results)
+            _backward(setup, jobs, block, donors, cuts, (gradients, results))
         for member in block:
             results[member.job].finished[member.row.owners] = True
         setup.after_step()
 
 
-def _check_cache(members: Sequence[BlockRow], width: int, layers: int, limits: SweepLimits) -> None:
-    """Raise DoesNotFit where the cache does not hold the longest row at every layer."""
-    longest = max((len(member.row) for member in members), default=0)
+def _check_cache(longest: int, width: int, layers: int, limits: SweepLimits) -> None:
+    """Raise DoesNotFit where the cache does not hold the longest row, with its donors, at every layer."""
     row_bytes = max(1, longest * width * FLOAT_BYTES)
     if limits.cache_bytes // row_bytes + limits.disk_bytes // row_bytes < layers:
         raise DoesNotFit(
@@ -115,15 +120,23 @@ def _check_cache(members: Sequence[BlockRow], width: int, layers: int, limits: S
         )
 
 
-def _forward(setup: PassSetup, jobs: Sequence[GradientJob], block: Block, cuts: LayerCuts) -> list[Tensor]:
-    """Take a block's rows through all layers, keeping their inputs; return the last residuals [T, D]."""
+def _forward(
+    setup: PassSetup, jobs: Sequence[GradientJob], block: Block, donors: Sequence[Row], cuts: LayerCuts
+) -> list[Tensor]:
+    """Take a block's rows, and their donors, through all layers, keeping their inputs; return the last
+    residuals of the rows, [T, D].
+    """
     model, rows = setup.model, [member.row for member in block]
     batches = list(row_batches(rows, setup.limits.micro_batch_tokens))
     with torch.no_grad():
         residuals = [embedded(model, row) for row in rows]
+        donating = {row: embedded(model, row) for row in donors}
         for number, layer in model.layers(range(model.skeleton.layers)):
             for member, residual in zip(block, residuals, strict=True):
                 setup.cache.keep(member.row, number, residual, jobs[member.job].residual_mask)
+            for row, residual in donating.items():
+                setup.cache.keep(row, number, residual)
+            donating = _donate(setup, layer, donating, cuts.donated)
             for batch in batches:
                 for part, cut in cuts.groups(number, block, batch):
                     entering = torch.cat([residuals[index] for index in part])
@@ -137,18 +150,41 @@ def _forward(setup: PassSetup, jobs: Sequence[GradientJob], block: Block, cuts: 
     return residuals
 
 
+def _donate(
+    setup: PassSetup, layer: DecoderLayer, entering: Mapping[Row, Tensor], donated: DonatedValues
+) -> dict[Row, Tensor]:
+    """Take donors through a layer, where what their units give is kept; return their residuals, [T, D]."""
+    donated.clear()
+    rows = list(entering)
+    leaving: dict[Row, Tensor] = {}
+    for batch in row_batches(rows, setup.limits.micro_batch_tokens):
+        here = [rows[index] for index in batch]
+        flat = torch.cat([entering[row] for row in here])
+        with torch.no_grad():
+            run = layer.run_captured(flat, plain_segments(setup.model, here))
+        donated.keep(here, run)
+        leaving.update(zip(here, run.output.split([len(row) for row in here]), strict=True))
+        setup.account(SweepCost(len(flat), len(flat), len(flat)))
+    return leaving
+
+
 def _backward(
     setup: PassSetup,
     jobs: Sequence[GradientJob],
     block: Block,
+    donors: Sequence[Row],
     cuts: LayerCuts,
-    gradients: list[Tensor],
-    results: Sequence[UnitGradients],
+    found: tuple[list[Tensor], Sequence[UnitGradients]],
 ) -> None:
-    """Take the gradients [T, D] of a block's rows back through all layers, adding up its units' terms."""
+    """Take the gradients [T, D] of a block's rows back through all layers, adding up its units' terms in the
+    results.
+    """
+    gradients, results = found
     model, rows = setup.model, [member.row for member in block]
     batches = list(row_batches(rows, setup.limits.micro_batch_tokens))
     for number, layer in model.layers(range(model.skeleton.layers - 1, -1, -1)):
+        entering_donors = {row: setup.cache.get(row, number, model.device) for row in donors}
+        _donate(setup, layer, entering_donors, cuts.donated)
         for batch in batches:
             for part, cut in cuts.groups(number, block, batch):
                 here = [block[index] for index in part]

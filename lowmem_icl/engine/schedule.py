@@ -5,21 +5,24 @@ by that layer and each wave takes as many as fit, so every wave starts as late a
 boundaries reads less. The clean run goes with the first wave that needs it.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lowmem_icl.engine.fills import Fills, donors_of
 from lowmem_icl.engine.micro_batches import MICRO_BATCH_TOKENS
-from lowmem_icl.engine.removed_units import Fills
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.rows import Integers, PackedRows, Row, with_stems
 
 FLOAT_BYTES = 4
 CACHE_SHARE = 0.25
+DONOR_WEIGHT = 3
+"""Of a donor there are its residual and, in the layer in work, what its heads and its FFN give."""
 
 Flags = NDArray[np.bool_]
 
@@ -113,10 +116,13 @@ class Variants:
 
 @dataclass(frozen=True, eq=False)
 class BlockRow:
-    """A row of a block, or a stem that rows of it grow from, and the index of its job."""
+    """A row of a block, a stem that rows of it grow from, or a donor of values to these, and the index of its
+    job.
+    """
 
     job: int
     row: Row
+    is_donor: bool = False
 
 
 Block = tuple[BlockRow, ...]
@@ -129,7 +135,7 @@ class PlannedWave:
     `clean_layers`: how many layers the clean run passes whole with this wave, None where it is not in it; in
     the layer after these it goes as far as z, from which variants branch there. `kept_layers`: the layers at
     whose input its residual is kept. `variants`, by first layer, branch from the clean run or from what an
-    earlier wave kept of it.
+    earlier wave kept of it. Donors of values go along with every wave, through all its layers.
     """
 
     clean_layers: int | None
@@ -191,18 +197,15 @@ def schedule(
         for index, job in enumerate(jobs)
         for row in job.packed.rows
     }
-    partial: list[BlockRow] = []
+    begun: list[BlockRow] = []
     untouched = list(missing)
     if earlier.missing is not None:
         # Rows that were stopped on their way go first and by themselves: others would repeat what they have.
-        partial = [row for row, flags in missing.items() if flags.any() and not flags.all()]
+        begun = [row for row, flags in missing.items() if flags.any() and not flags.all()]
         untouched = [row for row, flags in missing.items() if flags.any() and flags.all()]
     waves = _Waves(jobs, width, layers, limits, earlier, keep_clean)
-    keeps_clean = has_variants(jobs)
-    for rows in [
-        *row_blocks(partial, width, layers, limits, keeps_clean=keeps_clean),
-        *row_blocks(untouched, width, layers, limits, keeps_clean=keeps_clean),
-    ]:
+    cut = partial(row_blocks, keeps_clean=has_variants(jobs), fills=[job.fills for job in jobs])
+    for rows in itertools.chain(*(cut(part, width, layers, limits) for part in (begun, untouched))):
         wanted: dict[int, Flags] = {}
         for member in rows:
             if member in missing:
@@ -227,18 +230,21 @@ class _Waves:
     def of_block(self, block: Block, wanted: Mapping[int, Flags]) -> Iterator[PlannedWave]:
         """Yield a block's waves; `wanted`: by job, which of its masks."""
         rows, tokens = [member.row for member in block], block_tokens(block)
+        whole = sum(map(len, rows))
+        donors = whole - sum(tokens.values())
         variants, asked = self._variants_of(wanted)
         sizes = _VariantSizes(variants, tokens, self.width, self.layers)
         fitting = self.limits.kept_tokens(self.width, max(map(len, rows)))
         # A row too large for the cache has the clean run in each of its waves.
-        keeps = sum(tokens.values()) * self.layers <= fitting
+        keeps = whole * self.layers <= fitting
         branching = frozenset(np.unique(variants.first_layer).tolist())
         cached = {layer for layer in branching if keeps and self.earlier.is_cached(rows, layer)}
         start = 0
         while start < len(variants) or asked:
             needed = _from_layer_of(branching, variants, start)
             clean = asked or not needed <= cached
-            end = start + self._next_wave(sizes, start, sum(tokens.values()), clean=clean)
+            others = DONOR_WEIGHT * donors + (whole - donors if clean else 0)
+            end = start + self._next_wave(sizes, start, others, clean=clean)
             later = branching if self.keep_clean else _from_layer_of(branching, variants, end)
             kept = frozenset(later if keeps and clean else ())
             until = self.layers if asked else max(needed, default=0)
@@ -246,11 +252,13 @@ class _Waves:
             cached |= kept
             asked, start = False, end
 
-    def _next_wave(self, sizes: "_VariantSizes", start: int, clean_tokens: int, *, clean: bool) -> int:
-        """Return how many variants, in order, fit in the next wave: at least one without the clean run."""
+    def _next_wave(self, sizes: "_VariantSizes", start: int, other_tokens: int, *, clean: bool) -> int:
+        """Return how many variants, in order, fit in the next wave: at least one without the clean run.
+
+        other_tokens: what goes along, of the clean run and of donors.
+        """
         limits = self.limits
-        held = clean_tokens * self.width * FLOAT_BYTES if clean else 0
-        steps = clean_tokens * self.layers if clean else 0
+        held, steps = other_tokens * self.width * FLOAT_BYTES, other_tokens * self.layers
         taken = max(_within(sizes.held_bytes, start, limits.alive_bytes - held), 0 if clean else 1)
         if limits.wave_tokens is not None:
             taken = min(taken, max(1, _within(sizes.steps, start, limits.wave_tokens - steps)))
@@ -322,35 +330,44 @@ def _from_layer_of(branching: frozenset[int], variants: Variants, index: int) ->
 
 
 def row_blocks(
-    members: Sequence[BlockRow], width: int, layers: int, limits: SweepLimits, *, keeps_clean: bool
+    members: Sequence[BlockRow],
+    width: int,
+    layers: int,
+    limits: SweepLimits,
+    *,
+    keeps_clean: bool,
+    fills: Sequence[Fills] = (),
 ) -> list[Block]:
     """Cut rows into blocks so that the clean run and one variant of a block fit in memory.
 
     Blocks are as large as that and `wave_tokens` allow: total reads grow with their number. Where the clean
     run is kept (`keeps_clean`), all layers of a block must also fit the cache. A stem goes into every block
-    that has rows of it. Raises DoesNotFit naming the smallest allowance where a single row does not fit.
+    that has rows of it, and so do the donors that rows have by their jobs' `fills`. Raises DoesNotFit naming
+    the smallest allowance where a single row does not fit.
     """
-    rows = with_stems([member.row for member in members]) if keeps_clean else []
-    most = limits.block_tokens(width, layers, max(map(len, rows), default=None))
+    given = {member: donors_of(fills[member.job], member.row) if fills else () for member in members}
+    rows = [*with_stems([member.row for member in members]), *itertools.chain(*given.values())]
+    most = limits.block_tokens(width, layers, max(map(len, rows), default=None) if keeps_clean else None)
     blocks: list[list[BlockRow]] = [[]]
-    stems: set[Row] = set()
+    there: set[Row] = set()
     held = 0
     for member in members:
-        stem = member.row.stem
-        alone = len(member.row) + (len(stem) if stem is not None else 0)
+        stem, donors = member.row.stem, given[member]
+        shared = {donor: DONOR_WEIGHT * len(donor) for donor in donors}
+        shared |= {} if stem is None else {stem: len(stem)}
+        alone = len(member.row) + sum(shared.values())
         needed_bytes = 2 * alone * width * FLOAT_BYTES
         if needed_bytes > limits.alive_bytes:
             raise DoesNotFit(
                 f"a row of {alone} tokens needs {int(needed_bytes / (1 - CACHE_SHARE)) + 1} bytes for "
                 f"residuals, {limits.alive_bytes} are left; give more --memory"
             )
-        grows = len(member.row) if stem in stems else alone
+        grows = len(member.row) + sum(size for row, size in shared.items() if row not in there)
         if held and held + grows > most:
             blocks.append([])
-            stems, held, grows = set(), 0, alone
-        if stem is not None and stem not in stems:
-            stems.add(stem)
-            blocks[-1].append(BlockRow(member.job, stem))
+            there, held, grows = set(), 0, alone
+        blocks[-1] += [BlockRow(member.job, row, row is not stem) for row in shared if row not in there]
+        there.update(shared)
         blocks[-1].append(member)
         held += grows
     return [tuple(block) for block in blocks if block]
@@ -371,8 +388,10 @@ def has_variants(jobs: Sequence[Job]) -> bool:
 
 
 def block_tokens(block: Sequence[BlockRow]) -> dict[int, int]:
-    """Return the tokens of a block's rows by job."""
+    """Return the tokens of a block's rows by job, donors left aside."""
     tokens: dict[int, int] = {}
     for member in block:
+        if member.is_donor:
+            continue
         tokens[member.job] = tokens.get(member.job, 0) + len(member.row)
     return tokens

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowmem_icl.engine.cache import WHOLE_MODEL
-from lowmem_icl.engine.removed_units import Fills, MaskFills, RemovedUnits, fill_of
+from lowmem_icl.engine.fills import DonatedValues, Fills, LayerFills, MaskFills, fill_of
+from lowmem_icl.engine.removed_units import RemovedUnits
 from lowmem_icl.engine.row_masks import plain_segments
 from lowmem_icl.engine.schedule import BlockRow
 from lowmem_icl.masks.mask import Mask
@@ -81,12 +82,16 @@ class UnitGradients:
 
 
 class LayerCuts:
-    """What each layer of each job's model lacks, and what stands or would stand in its units' place."""
+    """What each layer of each job's model lacks, and what stands or would stand in its units' place.
+
+    `donated`: what donors of values give at the layer in work.
+    """
 
     def __init__(self, model: StreamedModel, jobs: Sequence[GradientJob]) -> None:
-        self._model = model
+        self._model, self.donated = model, DonatedValues()
         self._removed = RemovedUnits([job.mask for job in jobs])
-        self._fills = MaskFills([fill_of(job.mask, job.fills) for job in jobs])
+        widths = model.skeleton.attention_width, model.skeleton.width
+        self._fills = MaskFills([fill_of(job.mask, job.fills) for job in jobs], *widths)
 
     def groups(
         self, number: int, block: Sequence[BlockRow], indices: Sequence[int]
@@ -108,12 +113,20 @@ class LayerCuts:
             jobs = np.concatenate([np.full(len(block[i].row), block[i].job) for i in part])
             if keep_heads is not None and not keep_heads[jobs].all():
                 keep = torch.from_numpy(keep_heads[jobs]).to(self._model.device)
-            if fills is None:
-                groups.append((part, LayerCut(keep, without_ffn=not has_ffn)))
-                continue
-            head_fill, ffn_fill = fills.heads_of(jobs)[:, 0], fills.ffns_of(jobs)[:, 0]
-            groups.append((part, LayerCut(keep, not has_ffn, head_fill, ffn_fill)))
+            members = [block[index] for index in part]
+            given = (None, None) if fills is None else self._given(fills, members)
+            groups.append((part, LayerCut(keep, not has_ffn, *given)))
         return groups
+
+    def _given(self, fills: LayerFills, members: Sequence[BlockRow]) -> tuple[Tensor, Tensor]:
+        """Return what stands, or would stand, in units' place at all tokens of rows, [T, Z] and [T, D]."""
+        heads: list[Tensor] = []
+        ffns: list[Tensor] = []
+        for member in members:
+            of_job, row = slice(member.job, member.job + 1), member.row
+            for values, given in ((heads, self.donated.heads_in), (ffns, self.donated.ffns_in)):
+                values.append(given(fills, of_job, row, None)[0].expand(len(row), -1))
+        return torch.cat(heads), torch.cat(ffns)
 
 
 def answer_gradients(

@@ -13,15 +13,23 @@ from torch import Tensor
 
 from lowmem_icl.engine.answers import AnswerReader, PendingAnswers, Scores
 from lowmem_icl.engine.cost import SweepCost
-from lowmem_icl.engine.micro_batches import Piece, RowGroup, Slots, micro_batches, row_groups
-from lowmem_icl.engine.removed_units import LayerFills, MaskFills, RemovedUnits, fill_of
-from lowmem_icl.engine.row_masks import embedded, row_mask
+from lowmem_icl.engine.fills import DonatedValues, LayerFills, MaskFills, fill_of
+from lowmem_icl.engine.micro_batches import (
+    Piece,
+    RowGroup,
+    Slots,
+    micro_batches,
+    row_batches,
+    row_groups,
+)
+from lowmem_icl.engine.removed_units import RemovedUnits
+from lowmem_icl.engine.row_masks import embedded, plain_segments, row_mask
 from lowmem_icl.engine.schedule import Block, Job, PlannedWave, Variant
 from lowmem_icl.engine.setup import PassSetup
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.attention import RowMask, Segment
 from lowmem_icl.model.layer import AttentionOutput, DecoderLayer, cut_heads
-from lowmem_icl.rows import Integers
+from lowmem_icl.rows import Integers, Row
 
 _CLEAN = -1
 _CLEAN_SLOT: Slots = np.zeros(1, dtype=np.int64)
@@ -41,14 +49,6 @@ class _LayerSlots:
     keep_heads: Tensor | None
     fills: LayerFills | None
 
-    def cut(self, z: Tensor, piece: Piece) -> Tensor:
-        """Return z under the masks of a piece's slots, [V, T, Z]: z [V, T, Z], or [T, Z] for all of them."""
-        if self.keep_heads is None:
-            variants = len(piece.slots)
-            return z.expand(variants, *z.shape[-2:])
-        fill = None if self.fills is None else self.fills.heads_of(piece.selection)
-        return cut_heads(z, self.keep_heads[piece.selection], fill)
-
 
 class _JobSlots:
     """The variants of one job in a wave; the clean run, where it is among them, is slot 0.
@@ -56,7 +56,9 @@ class _JobSlots:
     `masks` [S]: the index of each slot's mask in the job's list, _CLEAN for the clean run.
     """
 
-    def __init__(self, job: Job, variants: Sequence[Variant], *, clean: bool) -> None:
+    def __init__(
+        self, job: Job, variants: Sequence[Variant], widths: tuple[int, int], *, clean: bool
+    ) -> None:
         indices = [variant.mask for variant in variants]
         self.masks: Integers = np.array([_CLEAN, *indices] if clean else indices, dtype=np.int64)
         firsts = [variant.first_layer for variant in variants]
@@ -64,7 +66,7 @@ class _JobSlots:
         masks = [Mask()] * clean + [job.masks[index] for index in indices]
         self._removed = RemovedUnits(masks)
         # The clean run has nothing to put in place of.
-        self._fills = MaskFills([fill_of(mask, job.fills) if mask else None for mask in masks])
+        self._fills = MaskFills([fill_of(mask, job.fills) if mask else None for mask in masks], *widths)
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -94,23 +96,29 @@ class Wave:
         """Allocate the residuals. What variants branch from without the clean run must be in the cache."""
         self._model, self._cache, self._account = setup.model, setup.cache, setup.account
         self._most_tokens = setup.limits.micro_batch_tokens
-        self._jobs, self._scores, self._block, self._plan = jobs, scores, block, plan
+        self._jobs, self._scores, self._plan = jobs, scores, plan
+        self._block = tuple(member for member in block if not member.is_donor)
         clean = plan.clean_layers is not None
         self._clean_layers = -1 if plan.clean_layers is None else plan.clean_layers
-        self._rows = [member.row for member in block]
+        self._rows = [member.row for member in self._block]
         self._lengths = [len(row) for row in self._rows]
         self._groups = row_groups(self._rows, self._most_tokens)
-        variants: dict[int, list[Variant]] = {member.job: [] for member in block}
+        self._donors = {member.row: self._donor_source(member.row) for member in block if member.is_donor}
+        self._donated = DonatedValues()
+        variants: dict[int, list[Variant]] = {member.job: [] for member in self._block}
         for variant in plan.variants:
             variants[variant.job].append(variant)
-        self._slots = {job: _JobSlots(jobs[job], of_job, clean=clean) for job, of_job in variants.items()}
+        widths = self._model.skeleton.attention_width, self._model.skeleton.width
+        self._slots = {
+            job: _JobSlots(jobs[job], of_job, widths, clean=clean) for job, of_job in variants.items()
+        }
         self._at: Mapping[int, _LayerSlots] = {}
         self._reader = AnswerReader(setup.model)
-        self._reads: list[Tensor | None] = [None] * len(block)
+        self._reads: list[Tensor | None] = [None] * len(self._block)
         self._masks: dict[int, RowMask] = {}
         self._mask_room = KEPT_MASK_ELEMENTS
         self._residuals: list[Tensor] = []
-        for member in block:
+        for member in self._block:
             shape = len(self._slots[member.job]), len(member.row), self._model.skeleton.width
             self._residuals.append(torch.empty(shape, device=self._model.device))
             if clean:
@@ -123,6 +131,9 @@ class Wave:
         if number == skeleton.layers - 1:
             # Only where answers are read does anything follow.
             self._reads = [torch.from_numpy(row.reads).to(device) for row in self._rows]
+        donors = list(self._donors)
+        for batch in row_batches(donors, self._most_tokens):
+            self._donate(number, layer, [donors[index] for index in batch])
         for group in self._groups:
             self._clean_and_branching(number, layer, group)
             for removed in (False, True):
@@ -132,6 +143,34 @@ class Wave:
         """Score what was read and drop the residuals."""
         self._reader.flush()
         self._residuals.clear()
+        self._donors.clear()
+
+    def _donor_source(self, row: Row) -> Tensor:
+        """Return a donor's residual where the wave begins, [T, D]."""
+        first = self._plan.first_layer
+        return self._cache.get(row, first, self._model.device) if first else embedded(self._model, row)
+
+    def _donate(self, number: int, layer: DecoderLayer, rows: Sequence[Row]) -> None:
+        """Take donors through a layer, and keep what their units give there."""
+        for row in rows:
+            if number in self._plan.kept_layers:
+                self._cache.keep(row, number, self._donors[row])
+        flat = torch.cat([self._donors[row] for row in rows])
+        run = layer.run_captured(flat, plain_segments(self._model, rows))
+        self._donated.keep(rows, run)
+        self._account(SweepCost(len(flat), len(flat), len(flat)))
+        self._donors.update(zip(rows, run.output.split([len(row) for row in rows]), strict=True))
+
+    def _cut(self, z: Tensor, piece: Piece) -> Tensor:
+        """Return z under the masks of a piece's slots, [V, T, Z]: z [V, T, Z], or [T, Z] for all of them."""
+        slots, selection = self._layer_slots(piece.index), piece.selection
+        if slots.keep_heads is None:
+            return z.expand(len(piece.slots), *z.shape[-2:])
+        fill = None
+        if slots.fills is not None:
+            row, reads = self._rows[piece.index], self._reads[piece.index]
+            fill = self._donated.heads_in(slots.fills, selection, row, reads)
+        return cut_heads(z, slots.keep_heads[selection], fill)
 
     def _layer_slots(self, index: int) -> _LayerSlots:
         """Return what the layer in work means for the slots of a row."""
@@ -167,7 +206,7 @@ class Wave:
                 for piece in batch:
                     z, source = (self._at_reads(x[piece.index], piece.index) for x in (zs, inputs))
                     residuals.append(source.expand(len(piece.slots), *source.shape))
-                    cut.append(self._layer_slots(piece.index).cut(z, piece))
+                    cut.append(self._cut(z, piece))
                 self._finish(layer, batch, residuals, cut, removed)
         if number < self._clean_layers:
             # Last: it overwrites the residuals that the others start from.
@@ -228,7 +267,7 @@ class Wave:
         for piece, source, part in zip(batch, inputs, parts, strict=True):
             z = self._at_reads(part.view(*source.shape[:-1], -1), piece.index)
             residuals.append(self._at_reads(source, piece.index))
-            zs.append(self._layer_slots(piece.index).cut(z, piece))
+            zs.append(self._cut(z, piece))
         self._finish(layer, batch, residuals, zs, removed)
         return attention
 
@@ -266,7 +305,9 @@ class Wave:
             [
                 torch.zeros(shape, device=self._model.device)
                 if fill is None
-                else fill.ffns_of(piece.selection).expand(shape)
+                else self._donated.ffns_in(
+                    fill, piece.selection, self._rows[piece.index], self._reads[piece.index]
+                ).expand(shape)
                 for piece, shape, fill in zip(batch, shapes, fills, strict=True)
             ]
         )

@@ -8,13 +8,22 @@ Axis letters: B blocks, J jobs of a block, L layers, N jobs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lowmem_icl.engine.schedule import FLOAT_BYTES, BlockRow, Job, SweepLimits, row_blocks
+from lowmem_icl.engine.fills import RowValues
+from lowmem_icl.engine.schedule import (
+    DONOR_WEIGHT,
+    FLOAT_BYTES,
+    Block,
+    BlockRow,
+    Job,
+    SweepLimits,
+    row_blocks,
+)
 from lowmem_icl.rows import Integers, PackedRows
 
 Flags = NDArray[np.bool_]
@@ -24,20 +33,33 @@ NO_BOUND = 1 << 62
 @dataclass(frozen=True, eq=False)
 class BlockSizes:
     """The blocks of a sweep: tokens and reads of each of its jobs, [B, J], 0 where it has fewer; the jobs'
-    indices, [B, J], ascending; the tokens of its longest row, [B].
+    indices, [B, J], ascending; the tokens of its longest row, [B]; those of its donors, [B].
     """
 
     tokens: Integers
     reads: Integers
     jobs: Integers
     longest: Integers
+    donors: Integers
+
+
+def block_sizes(
+    jobs: Sequence[Job], width: int, layers: int, limits: SweepLimits, *, keeps_clean: bool
+) -> BlockSizes:
+    """Return the blocks that rows of jobs are cut into; raises DoesNotFit where a single row does not fit."""
+    fills = [job.fills for job in jobs]
+    if any(isinstance(fill, RowValues) for of_job in fills for fill in of_job.values()):
+        members = [BlockRow(index, row) for index, job in enumerate(jobs) for row in job.packed.rows]
+        blocks = row_blocks(members, width, layers, limits, keeps_clean=keeps_clean, fills=fills)
+        return _of_blocks(blocks)
+    packed = tuple(job.packed for job in jobs)
+    return _sizes_without_donors(packed, width, layers, limits, keeps_clean=keeps_clean)
 
 
 @lru_cache(maxsize=8)
-def block_sizes(
+def _sizes_without_donors(
     packed: tuple[PackedRows, ...], width: int, layers: int, limits: SweepLimits, *, keeps_clean: bool
 ) -> BlockSizes:
-    """Return the blocks that rows of jobs are cut into; raises DoesNotFit where a single row does not fit."""
     n_rows = np.array([len(of_job.rows) for of_job in packed])
     tokens, reads = np.concatenate([of_job.sizes for of_job in packed]).T
     jobs = np.repeat(np.arange(len(packed)), n_rows)
@@ -47,13 +69,21 @@ def block_sizes(
         most = limits.block_tokens(width, layers, longest if keeps_clean else None)
         return _summed_up(_plain_starts(tokens, most), jobs, tokens, reads)
     members = [BlockRow(index, row) for index, of_job in enumerate(packed) for row in of_job.rows]
-    blocks = row_blocks(members, width, layers, limits, keeps_clean=keeps_clean)
-    sizes = [
-        (member.job, len(member.row.tokens), len(member.row.reads)) for block in blocks for member in block
-    ]
+    return _of_blocks(row_blocks(members, width, layers, limits, keeps_clean=keeps_clean))
+
+
+def _of_blocks(blocks: Sequence[Block]) -> BlockSizes:
+    """Return the sizes of blocks that are cut."""
+    own = [[member for member in block if not member.is_donor] for block in blocks]
+    sizes = [(member.job, len(member.row), len(member.row.reads)) for block in own for member in block]
     jobs, tokens, reads = np.array(sizes, dtype=np.int64).reshape(-1, 3).T
-    starts = np.cumsum([0, *map(len, blocks)])[:-1]
-    return _summed_up(starts, jobs, tokens, reads)
+    starts = np.cumsum([0, *map(len, own)])[:-1]
+    donors = [[len(member.row) for member in block if member.is_donor] for block in blocks]
+    summed = _summed_up(starts, jobs, tokens, reads)
+    if not any(donors):
+        return summed
+    longest = np.maximum(summed.longest, [max(of_block, default=0) for of_block in donors])
+    return replace(summed, longest=longest, donors=np.array([sum(of_block) for of_block in donors]))
 
 
 def _plain_starts(tokens: Integers, most: int) -> Integers:
@@ -74,7 +104,7 @@ def _summed_up(starts: Integers, jobs: Integers, tokens: Integers, reads: Intege
     """Return the sizes of blocks that begin at these rows, of rows in order."""
     if not len(tokens):
         nothing = np.zeros((0, 0), dtype=np.int64)
-        return BlockSizes(nothing, nothing, nothing, nothing.ravel())
+        return BlockSizes(nothing, nothing, nothing, nothing.ravel(), nothing.ravel())
     n_jobs = int(jobs.max()) + 1
     block = np.repeat(np.arange(len(starts)), np.diff([*starts, len(tokens)]))
     pairs, of_row = np.unique(block * n_jobs + jobs, return_inverse=True)
@@ -84,7 +114,8 @@ def _summed_up(starts: Integers, jobs: Integers, tokens: Integers, reads: Intege
     columns[0, of_pair, slots] = np.bincount(of_row, tokens).astype(np.int64)
     columns[1, of_pair, slots] = np.bincount(of_row, reads).astype(np.int64)
     columns[2, of_pair, slots] = job
-    return BlockSizes(columns[0], columns[1], columns[2], np.maximum.reduceat(tokens, starts))
+    longest = np.maximum.reduceat(tokens, starts)
+    return BlockSizes(columns[0], columns[1], columns[2], longest, np.zeros_like(longest))
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,13 +155,14 @@ class WaveCounts:
 
     asked, clean: by block, whether the clean run is wanted, [B], and in how many waves it is, [B];
     clean_layers: how far it goes where it is not wanted, [B]. branching_tokens: through the attention that
-    variants branch from where no clean run passes; layers_read.
+    variants branch from where no clean run passes; donor_tokens: of donors, through layers; layers_read.
     """
 
     asked: Flags
     clean: Integers
     clean_layers: Integers
     branching_tokens: int
+    donor_tokens: int
     layers_read: int
 
 
@@ -138,13 +170,15 @@ class _OpenWaves:
     """The last wave of every block, while variants are put into it, group by group."""
 
     def __init__(
-        self, tokens: Integers, width: int, layers: int, limits: SweepLimits, later_clean: Flags
+        self, blocks: BlockSizes, width: int, layers: int, limits: SweepLimits, later_clean: Flags
     ) -> None:
+        tokens, donors = blocks.tokens.sum(1), DONOR_WEIGHT * blocks.donors
         wave_tokens = NO_BOUND if limits.wave_tokens is None else limits.wave_tokens
         self._bounds = np.array([limits.alive_bytes, wave_tokens])
-        # Residual bytes and layer-tokens of a clean run, [B, 2].
-        self._clean = tokens[:, None] * np.array([width * FLOAT_BYTES, layers])
-        self._later = self._clean * later_clean[:, None]
+        # Residual bytes and layer-tokens of a clean run and of donors, [B, 2].
+        of_token = np.array([width * FLOAT_BYTES, layers])
+        self._clean = (tokens + donors)[:, None] * of_token
+        self._later = (tokens * later_clean + donors)[:, None] * of_token
         self._used = np.zeros_like(self._clean)
         self._taken = np.zeros_like(tokens)
         self._is_open = np.zeros(len(tokens), dtype=np.bool_)
@@ -193,13 +227,14 @@ def count_waves(
     last = np.where(has_variants, layers - 1 - by_layer[:, ::-1].argmax(1), 0)
     lengths, of_block = np.unique(blocks.longest, return_inverse=True)
     fitting = np.array([limits.kept_tokens(width, longest) for longest in lengths.tolist()])[of_block]
-    keeps = tokens * layers <= fitting
+    keeps = (tokens + blocks.donors) * layers <= fitting
     first_clean = asked | (has_variants & ~(keeps & cached))
     clean = first_clean.astype(np.int64)
-    waves = _OpenWaves(tokens, width, layers, limits, ~keeps)
+    waves = _OpenWaves(blocks, width, layers, limits, ~keeps)
     waves.open_clean(first_clean)
     open_is_clean = first_clean.copy()
     read, branching_tokens = int(clean.sum()) * int(read_from[0]), 0
+    donor_tokens = layers * int((clean * blocks.donors).sum())
     for layer in np.flatnonzero(by_layer.any(0)).tolist():
         for slot in range(blocks.tokens.shape[1]):
             count, own = branching[:, slot, layer], blocks.tokens[:, slot]
@@ -208,6 +243,8 @@ def count_waves(
             touched = np.where(keeps, new, 0) + ((joined > 0) & ~open_is_clean)
             branching_tokens += int((touched * own).sum())
             read += int((new * np.where(keeps, read_from[layer], read_from[0])).sum())
+            passed = np.where(keeps, layers - layer, layers)
+            donor_tokens += int((new * passed * blocks.donors).sum())
             clean += np.where(keeps, 0, new)
             open_is_clean = np.where(new > 0, ~keeps, open_is_clean)
-    return WaveCounts(asked, clean, last, branching_tokens, read)
+    return WaveCounts(asked, clean, last, branching_tokens, donor_tokens, read)

@@ -8,12 +8,12 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.mask import Mask, resampling, resampling_seed
 from lowmem_icl.protocols import Ablation
 from lowmem_icl.system.files import write_text_atomic
 
@@ -69,17 +69,24 @@ class _Made(_File):
     date: str | None = None
 
 
+class _Resample(_File):
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)]
+    rule: Literal["another document of the task, shot count and split; tokens aligned from the context's end"]
+
+
 class _Content(_File):
     format: Literal["lowmem-icl-mask/1"]
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     ablation: Ablation
     means: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    resample: _Resample | None = None
     model: MaskModel
     removed: _Removed
     made: _Made
     scores: dict[str, Any] = Field(default_factory=dict)
 
 
+(RESAMPLING_RULE,) = get_args(_Resample.model_fields["rule"].annotation)
 MASK_SCHEMA = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | _Content.model_json_schema()
 
 
@@ -103,6 +110,7 @@ class MaskFile:
     def to_json(self) -> str:
         """Return the file's text: a layer's heads on a line, keys in a fixed order."""
         heads: dict[str, list[int]] = {}
+        seed = resampling_seed(self.mask.fill)
         for layer, head in sorted(self.mask.heads):
             heads.setdefault(str(layer), []).append(head)
         content = {
@@ -110,6 +118,7 @@ class MaskFile:
             "name": self.name,
             "ablation": self.mask.ablation,
             **({} if self.means is None else {"means": self.means.digest}),
+            **({} if seed is None else {"resample": {"seed": seed, "rule": RESAMPLING_RULE}}),
             "model": self.model.model_dump(),
             "removed": {"heads": heads, "ffns": sorted(self.mask.ffns)},
             "made": self.made,
@@ -159,7 +168,7 @@ def read_mask(path: Path) -> MaskFile:
             f"of {content.model.heads} heads"
         )
     means = _read_table(path, content)
-    fill = None if means is None else fill_of_table(means)
+    fill = _read_seed(path, content) if means is None else fill_of_table(means)
     return MaskFile(
         name=content.name,
         mask=Mask(frozenset(heads), frozenset(ffns), fill),
@@ -174,6 +183,18 @@ def read_mask(path: Path) -> MaskFile:
 def fill_of_table(means: "UnitMeans") -> str:
     """Return the name by which masks of files call a table."""
     return f"mean:{means.digest}"
+
+
+def _read_seed(path: Path, content: _Content) -> str | None:
+    """Return the name of other documents' values by the seed that a mask file gives; None where it needs
+    none.
+    """
+    if (content.resample is None) != (content.ablation != "resample"):
+        raise InputError(
+            f"mask {path}: resample: expected seed and rule with ablation resample, and only there, got "
+            f"{content.resample} with ablation {content.ablation}; see masks/README.md for the form"
+        )
+    return None if content.resample is None else resampling(content.resample.seed)
 
 
 def _read_table(path: Path, content: _Content) -> "UnitMeans | None":

@@ -44,8 +44,9 @@ class Unit:
 class Mask:
     """Removed units: heads as (layer, head) and FFNs as layers. The empty mask is the clean run.
 
-    `fill` names what is put in their place, None for zeros: `mean:` and which table of means. Whoever sweeps
-    a mask with a name knows what it stands for. Where estimates are taken, it is what they are of.
+    `fill` names what is put in their place, None for zeros: `mean:` and which table of means, or `resample:`
+    and the seed by which other documents give their values. Whoever sweeps a mask with a name knows what it
+    stands for. Where estimates are taken, it is what they are of.
     """
 
     heads: frozenset[tuple[int, int]] = frozenset()
@@ -93,6 +94,18 @@ def ablation_of(fill: str | None) -> Ablation:
     kind = "zero" if fill is None else fill.partition(":")[0]
     (ablation,) = (name for name in ABLATIONS if name == kind)
     return ablation
+
+
+def resampling(seed: int) -> str:
+    """Return the name of other documents' values, given out by a seed."""
+    return f"resample:{seed}"
+
+
+def resampling_seed(fill: str | None) -> int | None:
+    """Return the seed by which other documents give their values; None where something else stands for
+    removed units.
+    """
+    return int(fill.partition(":")[2]) if fill is not None and ablation_of(fill) == "resample" else None
 
 
 def all_heads(layers: int, heads: int) -> list[Unit]:

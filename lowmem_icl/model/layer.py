@@ -217,6 +217,17 @@ class DecoderLayer:
         norm = self._module.get_submodule(self._family.attention_norm)
         return NormForm.of(norm, plus_one=self._family.normed_plus_one).scale
 
+    def written_by(self, part: Tensor, whole: Tensor) -> Tensor:
+        """Return what some heads write into the residual, [N, D], where all heads give `whole` [N, Z] and
+        these `part` [N, Z], the others' slices being zero; the projection's bias is nobody's.
+
+        Where what attention writes is normed or scaled, it is by as much as for the whole.
+        """
+        weight, bias = self.output_weight, self.output_bias
+        projected = whole @ weight.T if bias is None else whole @ weight.T + bias
+        written = self.finish(torch.zeros_like(projected), whole, without_ffn=True)
+        return part @ weight.T * (written.norm(dim=-1) / projected.norm(dim=-1))[:, None]
+
     def head_weights(self, head: int) -> tuple[Tensor, Tensor]:
         """Return a query head's projection to its values, [d, D], and its part of `output_weight`, [D, d].
 

@@ -186,8 +186,8 @@ class RunFields(BaseModel):
         Ablation,
         Flag(
             Group.EXPERIMENTS,
-            "What stands in place of a removed unit's output: zeros, as in the paper, or its mean over the "
-            "task's training documents.",
+            "What stands in place of a removed unit's output: zeros, as in the paper, its mean over the "
+            "task's training documents, or what it gives in another document, drawn by --seed.",
         ),
     ] = "zero"
     label_drops: Annotated[
@@ -313,7 +313,7 @@ class RunFields(BaseModel):
         Field(ge=0, lt=2**32),
         Flag(
             Group.EXPERIMENTS,
-            "Seed of random controls and bootstraps; documents are always drawn by Random(42).",
+            "Seed of random controls, bootstraps and resampling; documents are always drawn by Random(42).",
         ),
     ] = 42
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lowmem_icl.engine.schedule import FLOAT_BYTES, SweepLimits
+from lowmem_icl.engine.schedule import DONOR_WEIGHT, FLOAT_BYTES, SweepLimits
 from lowmem_icl.engine.wave_counts import block_sizes
 from lowmem_icl.session.fills import MeansPart
+from lowmem_icl.session.jobs import outlined_jobs
 from lowmem_icl.session.patch_parts import EndMeansPart, PatchPart
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.work import GradientsPart, Part, SweepPart
@@ -80,18 +81,19 @@ def held_by(parts: Iterable[Part], prepared: Prepared, limits: SweepLimits) -> H
 
 def _held_by_sweep(part: SweepPart, prepared: Prepared, limits: SweepLimits) -> tuple[int, int]:
     skeleton = prepared.skeleton
-    packed = tuple(prepared.outline(job.task, job.documents) for job in part.jobs)
-    variants = np.array([sum(map(bool, job.masks)) for job in part.jobs])
+    jobs = outlined_jobs(prepared, part.jobs)
+    variants = np.array([sum(map(bool, job.masks)) for job in jobs])
     keeps = bool(variants.any())
-    blocks = block_sizes(packed, skeleton.width, skeleton.layers, limits, keeps_clean=keeps)
+    blocks = block_sizes(jobs, skeleton.width, skeleton.layers, limits, keeps_clean=keeps)
     tokens = blocks.tokens.sum(1)
     if not len(tokens):
         return 0, 0
-    together = tokens + (variants[blocks.jobs] * blocks.tokens).sum(1)
+    together = tokens + DONOR_WEIGHT * blocks.donors + (variants[blocks.jobs] * blocks.tokens).sum(1)
     bytes_each = skeleton.width * FLOAT_BYTES
     waves_are_long = limits.wave_tokens is not None and together * skeleton.layers > limits.wave_tokens
     is_cut = (together * bytes_each > limits.alive_bytes) | waves_are_long
-    kept = int((tokens * (is_cut | part.keep_clean)).max()) if keeps else 0
+    clean = tokens + blocks.donors
+    kept = int((clean * (is_cut | part.keep_clean)).max()) if keeps else 0
     if part.keep_clean:
-        kept = int(tokens.sum())
+        kept = int(clean.sum())
     return int(together.max()) * bytes_each, kept * skeleton.layers * bytes_each

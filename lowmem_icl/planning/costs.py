@@ -11,6 +11,7 @@ from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.experiments.order import STAGES, Stage
 from lowmem_icl.rows import PackedRows, Row
 from lowmem_icl.session.fills import MeansPart
+from lowmem_icl.session.jobs import outlined_gold, outlined_jobs
 from lowmem_icl.session.patch_parts import EndMeansPart, PatchPart
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import StageResult
@@ -113,23 +114,26 @@ def row_lengths(prepared: Prepared, planned: list[StageWork]) -> RowLengths:
 
 def _outlines(prepared: Prepared, parts: list[Part]) -> Iterator[PackedRows]:
     """Yield the rows of parts, those of the same documents once."""
-    seen: set[tuple[int, str]] = set()
+    # They are kept, so that one's id stays its.
+    seen: set[int] = set()
     for part in parts:
-        if isinstance(part, GradientsPart | MeansPart):
-            for task in part.tasks:
-                if (key := (id(task), "gold")) not in seen:
-                    seen.add(key)
-                    yield prepared.outline(task, gold_only=True)
+        outlines: list[PackedRows] = []
+        if isinstance(part, MeansPart):
+            outlines = [prepared.outline(task, gold_only=True) for task in part.tasks]
+        elif isinstance(part, GradientsPart):
+            pairs = zip(part.tasks, part.masks, strict=True)
+            outlines = [outlined_gold(prepared, task, mask)[0] for task, mask in pairs]
         elif isinstance(part, PatchPart):
             for patched in part.jobs:
                 yield PackedRows(tuple(patched.rows), 0)
         elif isinstance(part, EndMeansPart):
-            yield from part.packed
+            outlines = list(part.packed)
         elif isinstance(part, SweepPart):
-            for job in part.jobs:
-                if (key := (id(job.task), str(job.documents))) not in seen:
-                    seen.add(key)
-                    yield prepared.outline(job.task, job.documents)
+            outlines = [job.packed for job in outlined_jobs(prepared, part.jobs)]
+        for packed in outlines:
+            if id(packed) not in seen:
+                seen.add(id(packed))
+                yield packed
 
 
 def _with_stem(row: Row) -> int:

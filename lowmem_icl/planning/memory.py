@@ -8,7 +8,7 @@ import psutil
 
 from lowmem_icl.engine.head_scores import kept_bytes, reading_bytes
 from lowmem_icl.engine.micro_batches import MICRO_BATCH_TOKENS
-from lowmem_icl.engine.schedule import CACHE_SHARE, FLOAT_BYTES, SweepLimits
+from lowmem_icl.engine.schedule import CACHE_SHARE, DONOR_WEIGHT, FLOAT_BYTES, SweepLimits
 from lowmem_icl.engine.wave import KEPT_MASK_ELEMENTS
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.experiments.induction.stage import copying_form
@@ -19,6 +19,7 @@ from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import NON_LAYER
 from lowmem_icl.model.tables import VOCABULARY_BLOCK
 from lowmem_icl.model.vocabulary import READ_ROWS
+from lowmem_icl.session.donors import is_resampled
 from lowmem_icl.session.identity import run_folder
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.system.files import free_bytes
@@ -132,7 +133,9 @@ class _Needs:
         if self.on_device:
             # Two layers are in turn copied and used there.
             self.in_use += 2 * store.layer_bytes + DEVICE_LIBRARIES
-        self._row_bytes = longest_tokens * store.skeleton.width * FLOAT_BYTES
+        # Where another document gives its values, it may be as long.
+        times = 1 + DONOR_WEIGHT if is_resampled(prepared) else 1
+        self._row_bytes = longest_tokens * times * store.skeleton.width * FLOAT_BYTES
         self.least = (
             2 * self._row_bytes
             if self.on_device

@@ -87,6 +87,36 @@ def vector_heads(results: pl.DataFrame, n: int = TOP_HEADS) -> pl.DataFrame:
     )
 
 
+def added_vectors(results: pl.DataFrame) -> pl.DataFrame:
+    """Return a record per task and shot count that a function vector is made of (`mask_shots`): how often
+    the answer's first token comes without demonstrations, `without` a vector, with the task's `own` at the
+    `layer` where that is best, its bounds `low` and `high`, and with `other_task`'s and a `random` vector
+    there, null where there is none.
+    """
+    records = patch_records(results).filter(pl.col("metric") == "first_token_acc")
+    keys = ["task", "layer", "setting"]
+    # Another task's vector says whose it is, not what it is compared with: the order of records does.
+    is_own = (pl.col("method") == "own").fill_null(value=False)
+    starts = is_own & (pl.col("layer") == 0)
+    of_vectors = records.with_columns(setting=starts.cast(pl.Int64).cum_sum()).filter(
+        pl.col("layer").is_not_null()
+    )
+    own = of_vectors.filter(is_own).sort("value", "layer", descending=[True, False], maintain_order=True)
+    table = (
+        own.unique("setting", keep="first", maintain_order=True)
+        .sort("setting")
+        .select(*keys, "mask_shots", "documents", pl.col("value").alias("own"), "low", "high")
+    )
+    clean = records.filter(pl.col("layer").is_null()).unique("task", maintain_order=True)
+    table = table.join(
+        clean.select("task", pl.col("value").alias("without")), on="task", how="left", maintain_order="left"
+    )
+    for method in ("other_task", "random"):
+        other = of_vectors.filter(pl.col("method") == method).select(*keys, pl.col("value").alias(method))
+        table = table.join(other, on=keys, how="left", maintain_order="left")
+    return table.drop("setting")
+
+
 def effect_text(unit: Mapping[str, Any], *, with_bounds: bool = False) -> str:
     """Return a unit of `top_patches` with its effect, interval and star: "L1H0 6.58 [3.91, 8.67]*"."""
     bounds = "" if unit["low"] is None or not with_bounds else f" [{unit['low']:.2f}, {unit['high']:.2f}]"

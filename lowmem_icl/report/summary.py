@@ -14,7 +14,7 @@ from lowmem_icl.report.numbers import (
     top_units,
     total_seconds,
 )
-from lowmem_icl.report.patches import prompt_scores, top_patches, vector_heads
+from lowmem_icl.report.patches import added_vectors, prompt_scores, top_patches, vector_heads
 from lowmem_icl.report.run_tables import RunTables
 
 
@@ -46,6 +46,7 @@ def run_summary(tables: RunTables) -> dict[str, Any]:
         "patched_prompts": prompt_scores(results).to_dicts(),
         "patched_units": top_patches(results).to_dicts(),
         "function_vector_heads": vector_heads(results).to_dicts(),
+        "function_vectors_added": added_vectors(results).to_dicts(),
         "warnings": record["warnings"],
         "seconds": total_seconds(record),
     }

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from lowmem_icl.engine.cost import SweepCost
 from lowmem_icl.engine.schedule import BlockRow, SweepLimits, head_blocks
 from lowmem_icl.engine.unit_means import MeanSums, means_cost
-from lowmem_icl.masks.mask import Mask
+from lowmem_icl.masks.mask import Mask, ablation_of, resampling
 from lowmem_icl.masks.means import UnitMeans, mean_of_tables
 from lowmem_icl.options import RunOptions
 from lowmem_icl.protocols import AGGREGATE, in_domain
@@ -21,12 +21,28 @@ def fill_for(options: RunOptions, task: str, shots: int) -> str | None:
     """Return the name of what stands in place of units that are removed for a task, or for all tasks together
     (AGGREGATE), at a shot count.
     """
+    if options.ablation == "resample":
+        return resampling(options.seed)
     return None if options.ablation == "zero" else f"mean:{task}:{shots}"
 
 
 def fill_for_all(options: RunOptions) -> str | None:
     """Return the name of what stands in place of units that are removed for no task of their own."""
+    if options.ablation == "resample":
+        return resampling(options.seed)
     return None if options.ablation == "zero" else f"mean:{AGGREGATE}"
+
+
+def clean_beside(fill: str | None) -> Mask:
+    """Return the clean run that masks are compared with in one sweep: where each document has rows of its own
+    under them, it goes over these, so that differences are of the masks alone.
+    """
+    return Mask(fill=fill) if ablation_of(fill) == "resample" else Mask()
+
+
+def expected_mask(options: RunOptions, mask: Mask) -> Mask:
+    """Return a mask that stands in a plan for one that is found later, with what stands for its units."""
+    return mask.filled(fill_for_all(options)) if mask else mask
 
 
 def filled(options: RunOptions, task: TaskRows, mask: Mask) -> Mask:
@@ -55,14 +71,14 @@ class MeansPart:
 
 
 def means_parts(prepared: Prepared) -> list[MeansPart]:
-    """Return the pass that what removes units needs first; none where zeros stand in their place."""
-    if prepared.options.ablation == "zero":
+    """Return the pass that what removes units needs first; none where no means stand in their place."""
+    if prepared.options.ablation != "mean":
         return []
     return [MeansPart(PART, "means of units", prepared.train)]
 
 
 def kept_tables(prepared: Prepared, parts: Parts) -> Mapping[str, UnitMeans]:
-    """Return the tables of a run whose first part is there; none where zeros stand in units' place."""
+    """Return the tables of a run whose first part is there; none where no means stand in units' place."""
     (tables,) = [
         tables_of(part.tasks, [MeanSums(**arrays) for arrays in of_jobs(parts.read(part.name))])
         for part in means_parts(prepared)

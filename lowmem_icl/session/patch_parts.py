@@ -16,11 +16,14 @@ from lowmem_icl.session.prepare import Prepared
 
 @dataclass(frozen=True, eq=False)
 class PatchPart:
-    """Changes to prompts, all from the same reads of the weights."""
+    """Changes to prompts, all from the same reads of the weights; `reads_before`: how often these are read
+    for what is put in.
+    """
 
     name: str
     label: str
     jobs: tuple[PatchJob, ...]
+    reads_before: int = 0
 
     @cached_property
     def ablations(self) -> int:
@@ -37,7 +40,9 @@ class PatchPart:
         skeleton = prepared.skeleton
         size, wanted = (skeleton.layers, skeleton.width), [np.arange(len(job.changes)) for job in self.jobs]
         cost = patch_cost(self.jobs, wanted, size, limits.alive_bytes)
-        blocks = sum(1 for _ in patch_blocks(self.jobs, wanted, skeleton.width, limits.alive_bytes))
+        blocks = self.reads_before + sum(
+            1 for _ in patch_blocks(self.jobs, wanted, skeleton.width, limits.alive_bytes)
+        )
         return replace(cost, layers_read=blocks * (skeleton.layers - len(resident)))
 
 

@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.passes import unit_means
 from lowmem_icl.engine.patching import patch
 from lowmem_icl.engine.unit_means import MeanSums
+from lowmem_icl.engine.written import written_by_heads
+from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.session.parts import Draft, by_job, of_jobs
 from lowmem_icl.session.patch_parts import EndMeansPart, PatchPart
@@ -46,3 +49,17 @@ def end_means(work: Work, part: EndMeansPart) -> Sequence[UnitMeans]:
         return by_job(sums)
 
     return [MeanSums(**fields).means() for fields in of_jobs(work.made(part.name, make))]
+
+
+def written_vectors(
+    work: Work, name: str, heads: Sequence[tuple[UnitMeans, Mask]]
+) -> Sequence[NDArray[np.float32]]:
+    """Return what the heads of each mask write into the residual at their means, [D] each; `name`: the file
+    that keeps it.
+    """
+
+    def make(draft: Draft) -> dict[str, NDArray[Any]]:
+        work.check_time()
+        return {"vectors": written_by_heads(work.model, heads)}
+
+    return list(work.made(name, make)["vectors"])

@@ -101,6 +101,10 @@ class Prepared:
     counted: dict[tuple[object, ...], Any] | None = field(default=None, repr=False, compare=False)
     """What a plan has counted, by what it depends on, so that alternatives are counted by what differs; None
     for a run, whose memory it would take."""
+    resampled: dict[tuple[object, ...], tuple[TaskRows, object]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    """Sizes of rows whose units get other documents' values, kept likewise, by `session.donors`."""
     _outlines: dict[tuple[object, ...], tuple[TaskRows, PackedRows]] = field(
         default_factory=dict, repr=False, compare=False
     )

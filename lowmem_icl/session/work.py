@@ -8,7 +8,7 @@ and what it consists of, once; `cost` counts that, and `Work` does it.
 
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,14 +21,21 @@ from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.engine.cost import SweepCost, gradients_cost, operations, sweep_cost
 from lowmem_icl.engine.head_scores import HeadQuestions, HeadScores, heads_cost
 from lowmem_icl.engine.passes import GradientJob, PassSetup, score_heads, sweep, unit_gradients, unit_means
-from lowmem_icl.engine.removed_units import Fills
-from lowmem_icl.engine.schedule import BlockRow, Job, SweepLimits, head_blocks, row_blocks
+from lowmem_icl.engine.schedule import BlockRow, SweepLimits, head_blocks, row_blocks
 from lowmem_icl.engine.unit_gradients import UnitGradients
 from lowmem_icl.engine.unit_means import MeanSums
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.session.fills import MeansPart, means_parts, tables_of
+from lowmem_icl.session.jobs import (
+    MaskedDocuments,
+    gathered,
+    masked_rows,
+    outlined_gold,
+    outlined_jobs,
+    rows_of_gold,
+)
 from lowmem_icl.session.parts import Draft, Parts, by_job, of_jobs
 from lowmem_icl.session.patch_parts import EndMeansPart, PatchPart
 from lowmem_icl.session.prepare import Prepared
@@ -42,15 +49,6 @@ Resident = Collection[int]
 
 class OutOfTime(Exception):
     """The hours given to a run are over; what is finished is kept."""
-
-
-@dataclass(frozen=True)
-class MaskedDocuments:
-    """Some documents of a task, and the masks they are scored under; the empty mask is the clean run."""
-
-    task: TaskRows
-    documents: slice
-    masks: tuple[Mask, ...]
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,7 @@ class SweepPart:
 
     def cost(self, prepared: Prepared, limits: SweepLimits, resident: Resident) -> SweepCost:
         """Return what the sweep takes; layers that are `resident` are not read."""
-        jobs = [Job(prepared.outline(job.task, job.documents), job.masks) for job in self.jobs]
-        skeleton = prepared.skeleton
+        jobs, skeleton = outlined_jobs(prepared, self.jobs), prepared.skeleton
         once = sweep_cost(jobs, skeleton.width, skeleton.layers, limits, resident, cached=self.cached)
         return once * self.times
 
@@ -101,11 +98,14 @@ class GradientsPart:
     def cost(self, prepared: Prepared, limits: SweepLimits, resident: Resident) -> SweepCost:
         """Return what a pass forward and back over all documents takes."""
         skeleton = prepared.skeleton
-        packed = [prepared.outline(task, gold_only=True) for task in self.tasks]
+        pairs = zip(self.tasks, self.masks, strict=True)
+        packed, fills = zip(*(outlined_gold(prepared, *pair) for pair in pairs), strict=True)
         members = [BlockRow(index, row) for index, rows in enumerate(packed) for row in rows.rows]
-        blocks = row_blocks(members, skeleton.width, skeleton.layers, limits, keeps_clean=True)
+        blocks = row_blocks(members, skeleton.width, skeleton.layers, limits, keeps_clean=True, fills=fills)
+        donor_tokens = sum(len(member.row) for block in blocks for member in block if member.is_donor)
         layers_read = 2 * (skeleton.layers - len(resident)) * len(blocks)
-        return replace(gradients_cost(packed, skeleton.layers), layers_read=layers_read) * self.times
+        cost = gradients_cost(packed, skeleton.layers, donor_tokens)
+        return replace(cost, layers_read=layers_read) * self.times
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,8 +137,8 @@ class Work:
 
     `deadline`: the time by `clock` at which the stage must stop. `wants_results`: whether anybody would look
     at what there is before a stage is over; it costs seconds to compute. `after_part`: called whenever a part
-    is there. `stage`: whose parts these are. `known_fills`: what names in masks stand for, as far as that was
-    asked for.
+    is there. `stage`: whose parts these are. `known_tables`: of means, by the names that masks have for them,
+    as far as these were asked for.
     """
 
     prepared: Prepared
@@ -152,7 +152,7 @@ class Work:
     wants_results: Callable[[], bool] = lambda: True
     after_part: Callable[[], None] = lambda: None
     stage: str = ""
-    known_fills: dict[str, UnitMeans] = field(default_factory=dict)
+    known_tables: dict[str, UnitMeans] = field(default_factory=dict)
 
     def check_time(self) -> None:
         """Raise OutOfTime where the stage's time is over."""
@@ -166,17 +166,17 @@ class Work:
 
         def make(draft: Draft) -> dict[str, NDArray[Any]]:
             self.check_time()
-            fills = self._fills(itertools.chain.from_iterable(job.masks for job in part.jobs))
-            jobs = [
-                Job(self.prepared.pack(job.task, job.documents).packed, job.masks, fills) for job in part.jobs
-            ]
+            tables = self._tables(itertools.chain.from_iterable(job.masks for job in part.jobs))
+            rows = [masked_rows(self.prepared, job, tables) for job in part.jobs]
+            jobs = [each.job for of_job in rows for each in of_job]
             scores = [Scores.empty(len(job.masks), job.packed.option_count) for job in jobs]
             draft.resume(lambda: by_job(scores))
             skeleton = self.prepared.skeleton
             cost = sweep_cost(jobs, skeleton.width, skeleton.layers, self.limits, cached=part.cached)
             with self.counted(part.label, cost, part.ablations) as advance:
                 sweep(self.setup(advance, draft), jobs, scores, keep_clean=part.keep_clean)
-            return by_job(scores)
+            made = iter(scores)
+            return by_job([gathered(of_job, list(itertools.islice(made, len(of_job)))) for of_job in rows])
 
         return [Scores(**fields) for fields in of_jobs(self.made(part.name, make))]
 
@@ -191,18 +191,18 @@ class Work:
             skeleton = self.prepared.skeleton
             gradients = [
                 UnitGradients.empty(
-                    len(task.task.documents), task.packed.option_count, skeleton.layers, skeleton.heads
+                    len(task.task.documents), len(task.options), skeleton.layers, skeleton.heads
                 )
                 for task in packed
             ]
             draft.resume(lambda: by_job(gradients))
-            fills = self._fills(part.masks)
-            jobs = [
-                GradientJob(task.packed.rows, partial(best_gold, task), mask, fills)
-                for task, mask in zip(packed, part.masks, strict=True)
-            ]
+            tables = self._tables(part.masks)
+            jobs = []
+            for task, of_task, mask in zip(part.tasks, packed, part.masks, strict=True):
+                rows, fills = rows_of_gold(self.prepared, task, mask, tables)
+                jobs.append(GradientJob(rows.rows, partial(best_gold, of_task), mask, fills))
             # The vocabulary's share is not reported as progress.
-            cost = replace(gradients_cost([task.packed for task in packed], skeleton.layers), answers=0)
+            cost = replace(part.cost(self.prepared, self.limits, ()), answers=0)
             with self.counted(part.label, cost) as advance:
                 unit_gradients(self.setup(advance, draft), jobs, gradients)
             return by_job(gradients)
@@ -256,15 +256,15 @@ class Work:
 
         return [MeanSums(**fields) for fields in of_jobs(self.made(part.name, make))]
 
-    def _fills(self, masks: Iterable[Mask]) -> Fills:
-        """Return what names in masks stand for: given with them, or made by the run's first part."""
-        named = {mask.fill for mask in masks if mask.fill is not None}
-        if not named <= self.known_fills.keys():
-            self.known_fills.update(self.prepared.given_means)
-        if not named <= self.known_fills.keys():
+    def _tables(self, masks: Iterable[Mask]) -> Mapping[str, UnitMeans]:
+        """Return the tables that names of means stand for: given with masks, or made by the first part."""
+        named = {mask.fill for mask in masks if mask.fill is not None and mask.ablation == "mean"}
+        if not named <= self.known_tables.keys():
+            self.known_tables.update(self.prepared.given_means)
+        if not named <= self.known_tables.keys():
             for part in means_parts(self.prepared):
-                self.known_fills.update(tables_of(part.tasks, self.means(part)))
-        return self.known_fills
+                self.known_tables.update(tables_of(part.tasks, self.means(part)))
+        return self.known_tables
 
     def made(self, name: str, make: Callable[[Draft], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
         """Return the arrays of a part, from its file or as they are made."""

@@ -29,7 +29,7 @@ def unit_table(results: pl.DataFrame, masks: pl.DataFrame) -> pl.DataFrame:
     Records stand by task, the mean over tasks last, then shots, layer and head, an FFN after its layer's
     heads. Where only heads were scored, they have one record each, without task and shots.
     """
-    of_units = results.filter(pl.col("layer").is_not_null()).select(
+    of_units = results.filter(pl.col("layer").is_not_null() & pl.col("kind").is_not_null()).select(
         *KEYS, "experiment", "procedure", "metric", "value", "low", "high", "exact", "documents"
     )
     ablated, scored = (of_units.filter(pl.col("experiment") == name) for name in ("ablate", "importance"))

@@ -11,7 +11,7 @@ from lowmem_icl.engine.answers import Scores
 from lowmem_icl.experiments.ablate import measure
 from lowmem_icl.experiments.importance.stage import ImportanceResult
 from lowmem_icl.masks.mask import Mask, Unit
-from lowmem_icl.session.fills import fill_for
+from lowmem_icl.session.fills import clean_beside, fill_for
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.work import SweepPart, joined, masked_chunk, most_documents
 from lowmem_icl.tasks.documents import Document, TaskRows
@@ -126,7 +126,7 @@ class Pass:
             fill = fill_for(prepared.options, task.task, task.shots)
             if (key := (id(selection), fill)) not in made:
                 removed = (units[index].as_mask().filled(fill) for index in selection.exact)
-                made[key] = (Mask(), *removed)
+                made[key] = (clean_beside(fill), *removed)
             masks.append(made[key])
         name, label = ("ablate-labels", "ablate, labels shuffled") if is_control else ("ablate", "ablate")
         whole = most_documents(prepared.train)

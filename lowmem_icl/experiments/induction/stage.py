@@ -18,7 +18,7 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.options import RunOptions
 from lowmem_icl.rows import stem_of
-from lowmem_icl.session.fills import fill_for_all, means_parts
+from lowmem_icl.session.fills import expected_mask, fill_for_all, means_parts
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import MaskResult, Rankings, StageResult, rankings_of, stamp
 from lowmem_icl.session.work import (
@@ -82,7 +82,7 @@ def parts(
     scoring = scores_part(head_questions(prepared))
     if not _tasks_with_demonstrations(prepared):
         return [scoring]
-    middle = Mask(frozenset([(prepared.skeleton.layers // 2, 0)]))
+    middle = expected_mask(prepared.options, Mask(frozenset([(prepared.skeleton.layers // 2, 0)])))
     removal = removal_part(prepared, [Mask(), *[middle] * (measure.RANDOM_DRAWS + 1)])
     return [scoring, *means_parts(prepared), removal]
 

@@ -1,7 +1,8 @@
 """The patch stage: every unit's value from one prompt of a pair in the other, and function-vector scores."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.experiments.ablate.measure import ablated_units
-from lowmem_icl.experiments.patch import function_vectors, measure
+from lowmem_icl.experiments.patch import added, function_vectors, measure
 from lowmem_icl.experiments.patch.prompts import (
     At,
     Pairs,
@@ -22,7 +23,7 @@ from lowmem_icl.experiments.patch.prompts import (
 from lowmem_icl.masks.mask import Unit, all_heads
 from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.session.patch_parts import EndMeansPart, PatchPart
-from lowmem_icl.session.patch_work import end_means, patched
+from lowmem_icl.session.patch_work import end_means, patched, written_vectors
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import StageResult, stamp
 from lowmem_icl.session.work import Part, Work
@@ -31,6 +32,8 @@ from lowmem_icl.tables.aggregate import over_tasks
 from lowmem_icl.tables.unit_table import GOLD_Q_VALUE
 
 Setting = tuple[str, int | None]
+
+NO_ZERO_SHOT = "patch: function vectors are added to prompts without demonstrations; add 0 to --shots for it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,8 @@ def parts(prepared: Prepared) -> list[Part]:
     if found.vectors:
         nothing = [None] * len(found.vectors)
         asked += [means_part(found.vectors), vectors_part(prepared, found.vectors, nothing)]
+        if found_zero := added.zero_shot(prepared, found.vectors):
+            asked.append(added_part(prepared, found_zero, {}))
     return asked
 
 
@@ -81,6 +86,14 @@ def vectors_part(
         for job in vector_jobs(prompts, of_task, heads)
     ]
     return PatchPart("patch-vectors", "function vectors", tuple(jobs))
+
+
+def added_part(
+    prepared: Prepared, found: Sequence[added.ZeroShot], vectors: Mapping[str, added.Vectors]
+) -> PatchPart:
+    """Return the pass that adds vectors to prompts without demonstrations; before there are vectors, none."""
+    jobs = added.jobs_of(found, prepared.skeleton.layers, vectors)
+    return PatchPart("patch-added", "function vectors added", tuple(jobs), reads_before=1)
 
 
 def units_of(prepared: Prepared) -> list[Unit]:
@@ -120,13 +133,32 @@ def run(work: Work) -> Iterator[PatchResult]:
         vectors[prompts.task, prompts.shots] = of_task[0]
     scored = blocks.frame("results", rows, stamped)
     settings = [(prompts.task, prompts.shots) for prompts in found.vectors]
-    yield PatchResult(
+    whole = PatchResult(
         results=pl.concat([results, _with_means(scored)]),
         effects=effects,
         warnings=found.notes,
         vectors=vectors,
         end_means=dict(zip(settings, means, strict=True)),
     )
+    yield whole
+    if found_zero := added.zero_shot(prepared, found.vectors):
+        gained = blocks.frame("results", _added_records(work, found_zero, whole), stamped)
+        yield replace(whole, results=pl.concat([whole.results, gained]))
+    elif any(prompts.shots for prompts in found.vectors):
+        yield replace(whole, warnings=(*whole.warnings, NO_ZERO_SHOT))
+
+
+def _added_records(
+    work: Work, found: Sequence[added.ZeroShot], result: PatchResult
+) -> Iterator[dict[str, Any]]:
+    """Make every task's function vector of the heads that score best over all tasks, and add it."""
+    prepared, heads = work.prepared, heads_of(work.prepared)
+    top = added.top_heads(np.mean([values.mean(1) for values in result.vectors.values()], 0), heads)
+    settings = [(of_task.vectors.task, of_task.vectors.shots) for of_task in found]
+    own = written_vectors(work, "patch-written", [(result.end_means[of], top) for of in settings])
+    vectors = added.named_vectors(found, own, prepared.options.seed)
+    scores = iter(patched(work, added_part(prepared, found, vectors)))
+    yield from added.records(found, prepared.skeleton.layers, len(top), scores)
 
 
 def _with_means(results: pl.DataFrame) -> pl.DataFrame:

@@ -18,6 +18,7 @@ from lowmem_icl.experiments.prune.search import SearchPlan
 from lowmem_icl.experiments.prune.settings import Setting, settings_of
 from lowmem_icl.masks.mask import Mask, Unit
 from lowmem_icl.session.document_limits import BOUNDED_OBJECTIVES
+from lowmem_icl.session.fills import clean_beside, fill_for_all
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.work import Part, SweepPart, Work, scores_by_task, sweep_in_chunks
 from lowmem_icl.statistics.certificate import (
@@ -197,10 +198,11 @@ class _Step:
     ) -> None:
         self._prepared, self._settings = prepared, settings
         self._asked = {name: settings[name].filled(prepared.options, masks) for name, masks in asked.items()}
+        clean = clean_beside(fill_for_all(prepared.options))
         self._masks: dict[int, dict[Mask, int]] = {}
         for name, masks in self._asked.items():
             for index in settings[name].tasks:
-                numbers = self._masks.setdefault(index, {Mask(): 0})
+                numbers = self._masks.setdefault(index, {clean: 0})
                 for mask in masks:
                     numbers.setdefault(mask, len(numbers))
         self._tasks = [prepared.certify[index] for index in self._masks]

@@ -9,6 +9,7 @@ from lowmem_icl.experiments.prune.search import Half, SearchPlan
 from lowmem_icl.experiments.prune.settings import effort_of, most_searches
 from lowmem_icl.experiments.prune.steps import AskedMasks, estimates_part, half_of, sweep_part
 from lowmem_icl.masks.mask import Mask, Unit
+from lowmem_icl.session.fills import expected_mask, fill_for_all
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.work import Part
 
@@ -46,7 +47,8 @@ def _nested(prepared: Prepared, plan: SearchPlan, effort: Effort) -> Iterator[Pa
     for number, together in enumerate(visits):
         lowest = min(unit.layer for unit in together)
         if number in again:
-            asked = {(index, Mask()): None for index in range(len(prepared.train))}
+            whole = Mask(fill=fill_for_all(prepared.options))
+            asked = {(index, whole): None for index in range(len(prepared.train))}
             part = estimates_part(prepared, "", "prune", asked)
             yield replace(part, times=most_searches(prepared))
         cached = lowest in seen
@@ -71,6 +73,7 @@ def _sweep(prepared: Prepared, half: Half, masks: Sequence[Mask], times: float, 
     """Return a step of all searches: every task's documents are in one of its own and, where there are two
     searches of it, in one of all tasks.
     """
-    asked: AskedMasks = {(index, half): tuple(masks) for index in range(len(prepared.train))}
+    expected = tuple(expected_mask(prepared.options, mask) for mask in masks)
+    asked: AskedMasks = {(index, half): expected for index in range(len(prepared.train))}
     part = sweep_part(prepared, "", "prune", asked)
     return replace(part, cached=cached, times=times * most_searches(prepared))

@@ -29,6 +29,7 @@ from lowmem_icl.experiments.prune.steps import StepScorer, half_of
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.rankings import RankingKey, lowest_ffns, lowest_heads, random_mask
 from lowmem_icl.protocols import AGGREGATE
+from lowmem_icl.session.fills import expected_mask
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import MaskResult, Rankings, StageResult, rankings_of
 from lowmem_icl.session.work import Part, Work
@@ -46,7 +47,7 @@ def parts(prepared: Prepared) -> Iterator[Part]:
     plan = search_plan(prepared)
     yield from search_parts(prepared, plan)
     yield from certify.parts(prepared, plan)
-    stand_in = Mask(ffns=frozenset([0]))
+    stand_in = expected_mask(prepared.options, Mask(ffns=frozenset([0])))
     certifiable = certify.certifiable(prepared)
     yield from judging_parts(
         prepared,

@@ -14,6 +14,7 @@ from lowmem_icl.experiments.prune.judging import mask_fields
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.protocols import AGGREGATE, in_domain
+from lowmem_icl.session.fills import expected_mask
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import MaskResult, stamp
 from lowmem_icl.session.work import SweepPart, Work, scores_by_task, sweep_in_chunks
@@ -30,7 +31,7 @@ Masks = Sequence[Mask]
 
 def expected_parts(prepared: Prepared) -> list[SweepPart]:
     """Return the sweeps as if no two tasks had the same mask and every mask began in the first layer."""
-    stand_in = Mask(ffns=frozenset([0]))
+    stand_in = expected_mask(prepared.options, Mask(ffns=frozenset([0])))
     made = [MaskResult("", stand_in, "greedy", task.task, task.shots, 0) for task in prepared.curves]
     return _parts(prepared, [[Mask(), *[stand_in] * len(_masks_for(made, task))] for task in prepared.curves])
 

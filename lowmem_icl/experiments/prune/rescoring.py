@@ -10,7 +10,7 @@ from lowmem_icl.experiments.prune.points import LEVELS, CurvePoint, CurveRanking
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import CLEAN, mask_name
 from lowmem_icl.masks.rankings import RankingKey, lowest_heads, removed_count
-from lowmem_icl.session.fills import filled
+from lowmem_icl.session.fills import fill_for, filled
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import Values
 from lowmem_icl.session.work import GradientsPart, Work
@@ -24,7 +24,10 @@ def level_part(prepared: Prepared, level: int, masks: Sequence[Mask]) -> Gradien
     """Return the pass that scores all tasks' models again after a level, without the units of their masks."""
     label = f"importance with {level} % of the heads removed"
     tasks = prepared.importance
-    removed = tuple(filled(prepared.options, task, mask) for task, mask in zip(tasks, masks, strict=True))
+    removed = tuple(
+        mask.filled(fill_for(prepared.options, task.task, task.shots))
+        for task, mask in zip(tasks, masks, strict=True)
+    )
     return GradientsPart(f"rescore-{level:02d}", label, tasks, removed)
 
 

@@ -9,7 +9,7 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import mask_name
 from lowmem_icl.options import RunOptions
 from lowmem_icl.protocols import AGGREGATE, in_domain
-from lowmem_icl.session.fills import fill_for
+from lowmem_icl.session.fills import clean_beside, fill_for
 from lowmem_icl.session.prepare import Prepared
 
 CERTIFIED = "certified"
@@ -39,8 +39,9 @@ class Setting:
         return fill_for(options, self.task, self.shots)
 
     def filled(self, options: RunOptions, masks: Sequence[Mask]) -> tuple[Mask, ...]:
-        """Return its masks with that in units' place; the clean run stays what it is."""
-        return tuple(mask.filled(self.fill(options)) if mask else mask for mask in masks)
+        """Return its masks with that in units' place; the clean run goes over the same rows."""
+        fill = self.fill(options)
+        return tuple(mask.filled(fill) if mask else clean_beside(fill) for mask in masks)
 
 
 def settings_of(prepared: Prepared) -> list[Setting]:

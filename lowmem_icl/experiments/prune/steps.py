@@ -11,8 +11,9 @@ from lowmem_icl.experiments.prune import search
 from lowmem_icl.experiments.prune.search import Values
 from lowmem_icl.experiments.prune.settings import Setting
 from lowmem_icl.masks.mask import Mask
+from lowmem_icl.session.jobs import MaskedDocuments
 from lowmem_icl.session.prepare import Prepared
-from lowmem_icl.session.work import GradientsPart, MaskedDocuments, SweepPart, Work
+from lowmem_icl.session.work import GradientsPart, SweepPart, Work
 from lowmem_icl.tasks.documents import TaskRows
 from lowmem_icl.tasks.scoring import document_scores
 

@@ -2,13 +2,30 @@
 
 from dataclasses import dataclass
 
-from lowmem_icl.tasks.documents import Document
-from lowmem_icl.tasks.packing import OptionTokens, PackedTask
+from lowmem_icl.tasks.packing import PackedTask
 from lowmem_icl.tasks.prompt_pairs.pair import PromptPair, Tokens
 
 
 class NoPromptPairs(Exception):
     """The documents of a task make no pairs; the message says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A document's prompt by itself: its index, its tokens, its options and which are right, and what
+    intervals cluster by.
+    """
+
+    document: int
+    tokens: Tokens
+    options: tuple[Tokens, ...]
+    gold: tuple[bool, ...]
+    cluster: str
+
+    @property
+    def right(self) -> Tokens:
+        """The first right option."""
+        return self.options[self.gold.index(True)]
 
 
 @dataclass(frozen=True)
@@ -35,35 +52,46 @@ def pairs_of(clean: PackedTask, corrupted: PackedTask) -> MadePairs:
     """
     pairs: list[PromptPair] = []
     equal = truncated = 0
-    clusters = clean.task.clusters
-    documents = zip(clean.task.documents, corrupted.task.documents, clusters, strict=True)
-    for place, (document, other, cluster) in enumerate(documents):
-        assert document.index == other.index, "both are of the same documents"
-        options = _options_of(clean, place, document)
-        prompt, changed = _prompt(options, clean), _prompt(_options_of(corrupted, place, other), corrupted)
+    for prompt, changed in zip(_prompts(clean), _prompts(corrupted), strict=True):
         if prompt is None or changed is None:
             truncated += 1
-        elif prompt == changed:
+            continue
+        assert prompt.document == changed.document, "both are of the same documents"
+        if prompt.tokens == changed.tokens:
             equal += 1
-        else:
-            continuations = tuple(option.continuation for option in options)
-            pairs.append(PromptPair(document.index, prompt, changed, continuations, document.gold, cluster))
+            continue
+        same = prompt.options, prompt.gold, prompt.cluster
+        pairs.append(PromptPair(prompt.document, prompt.tokens, changed.tokens, *same))
     return MadePairs(tuple(pairs), equal, truncated)
 
 
-def _options_of(packed: PackedTask, place: int, document: Document) -> list[OptionTokens]:
-    first = int(packed.first_option[place])
-    return packed.options[first : first + len(document.gold)]
+def prompts_of(packed: PackedTask) -> tuple[Prompt, ...]:
+    """Return the prompts of documents that fit the context; raises NoPromptPairs as `pairs_of` does."""
+    return tuple(prompt for prompt in _prompts(packed) if prompt is not None)
 
 
-def _prompt(options: list[OptionTokens], packed: PackedTask) -> Tokens | None:
-    """Return the one context of a document's options; None where it was cut to fit."""
-    if any(option.truncated for option in options):
-        return None
-    contexts = {option.path[: option.context_tokens] for option in options}
-    if len(contexts) > 1:
-        raise NoPromptPairs(
-            f"task {packed.task.task}: its answers stand in the context, so a document has a prompt per "
-            "option and not one to patch"
-        )
-    return contexts.pop()
+def _prompts(packed: PackedTask) -> list[Prompt | None]:
+    """Return every document's prompt; None where it was cut to fit."""
+    options = packed.options
+    # Not `truncated`, which is also said of whole prompts from which demonstrations were left out.
+    whole_tokens = options.limits.context_lengths(options.table.lengths[options.contexts])
+    is_cut = options.context_tokens < whole_tokens
+    task = packed.task
+    found: list[Prompt | None] = []
+    for document, cluster, first in zip(
+        task.documents, task.clusters, packed.first_option.tolist(), strict=True
+    ):
+        end = first + len(document.gold)
+        if is_cut[first:end].any():
+            found.append(None)
+            continue
+        own = options[first:end]
+        contexts = {option.path[: option.context_tokens] for option in own}
+        if len(contexts) > 1:
+            raise NoPromptPairs(
+                f"task {task.task}: its answers stand in the context, so a document has a prompt per option "
+                "and not one to patch"
+            )
+        continuations = tuple(option.continuation for option in own)
+        found.append(Prompt(document.index, contexts.pop(), continuations, document.gold, cluster))
+    return found

@@ -17,6 +17,7 @@ from lowmem_icl.report.page.plots.style import PagePlot
 from lowmem_icl.report.page.section import Section, Table, interval_text, number_text
 from lowmem_icl.report.patches import (
     DIRECTIONS,
+    added_vectors,
     by_setting,
     effect_text,
     patch_records,
@@ -61,6 +62,15 @@ HEADS_TEXT = (
     "al. 2024). What it adds is the task and not this question's answer, since a mean knows nothing of the "
     "question."
 )
+ADDED_COLUMNS = (
+    "task", "made at shots", "without", "layer", "own vector", "95 %", "another task's", "random", "prompts",
+)  # fmt: skip
+ADDED_TEXT = (
+    "The mean outputs of the heads with the highest scores, summed, are added to what a layer writes at "
+    "the last token of a prompt without demonstrations: how often the answer's first token is then the "
+    "most likely one, beside another task's vector and a random one as long, at the layer where the own "
+    "vector does best. That layer is picked and measured on the same prompts."
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ def patching_section(run: RunTables) -> Section | None:
     records = patch_records(run.results)
     if records.is_empty():
         return None
-    parts = [*_prompts(run), *_units(run), *_heads(run)]
+    parts = [*_prompts(run), *_units(run), *_heads(run), *_added(run)]
     plots = [plot for part in parts for plot in part.plots]
     return Section("patching", "Patching", TEXT, plots, data=parts)
 
@@ -139,6 +149,22 @@ def _heads(run: RunTables) -> Iterator[PatchingPart]:
     ]
     text = " ".join([HEADS_TEXT, *depths])
     yield PatchingPart("Function vectors", text, Table(HEAD_COLUMNS, rows, "heads by function-vector score"))
+
+
+def _added(run: RunTables) -> Iterator[PatchingPart]:
+    added = added_vectors(run.results)
+    if added.is_empty():
+        return
+    rows = [
+        [
+            row["task"], str(row["mask_shots"]), number_text(row["without"]), str(row["layer"]),
+            number_text(row["own"]), interval_text(row["low"], row["high"]), number_text(row["other_task"]),
+            number_text(row["random"]), str(row["documents"]),
+        ]
+        for row in added.iter_rows(named=True)
+    ]  # fmt: skip
+    table = Table(ADDED_COLUMNS, rows, "function vectors added")
+    yield PatchingPart("Function vectors added to prompts without demonstrations", ADDED_TEXT, table)
 
 
 def depth_sentence(heads: Sequence[Mapping[str, Any]], model: Mapping[str, Any]) -> str:
