@@ -187,10 +187,10 @@ def test_a_run_without_tasks_has_all_that_others_have(given: RunTables, tmp_path
     publish_run(tmp_path / "copy")
     names = {path.name for path in (tmp_path / "copy" / "figures").iterdir()}
     assert names == {"patch-heads.svg", "function-vectors.svg"}
-    console = Console(file=io.StringIO(), width=100)
-    show_summary(given.folder, console)
-    assert "restores" in console.file.getvalue()
-    assert "function vectors, clean" in console.file.getvalue()
+    printed = io.StringIO()
+    show_summary(given.folder, Console(file=printed, width=100))
+    assert "restores" in printed.getvalue()
+    assert "function vectors, clean" in printed.getvalue()
     summary = json.loads((given.folder / "summary.json").read_text("utf-8"))
     assert [row["task"] for row in summary["patched_prompts"]] == ["pairs"]
     assert len(summary["answer"]["sentences"]) == 1

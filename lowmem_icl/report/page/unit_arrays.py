@@ -43,10 +43,10 @@ METRICS = {
     "label_effect": UnitMetric("label effect", "nats"),
     "attribution": UnitMetric("attribution, to first order", "nats", 6),
     "gradient": UnitMetric("gradient importance", "nats per token", 6, signed=False),
-    "restore_gold_logprob": UnitMetric("restored by the clean value", "nats"),
-    "break_gold_logprob": UnitMetric("changed by the corrupted value", "nats"),
-    "restore_normalised": UnitMetric("restored, normalised", "1: the clean run"),
-    "function_vector": UnitMetric("function-vector score", "probability"),
+    "restore_gold_logprob": UnitMetric("restored by the clean value", "nats", 6),
+    "break_gold_logprob": UnitMetric("changed by the corrupted value", "nats", 6),
+    "restore_normalised": UnitMetric("restored, normalised", "1: the clean run", 6),
+    "function_vector": UnitMetric("function-vector score", "probability", 6),
 }
 """What the maps can show, in the order of the menu."""
 BOUND_BITS = 5

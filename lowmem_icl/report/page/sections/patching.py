@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import polars as pl
 
+from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.findings.above_chance import settings_of
 from lowmem_icl.report.findings.patching import patch_sentence
 from lowmem_icl.report.findings.wording import listed, setting_text, span_text
@@ -31,7 +33,7 @@ CORRUPTIONS = {
     "shuffled": "the demonstrations' answers exchanged among them",
     "wrong": "a wrong answer in every demonstration",
     "queries": "another question after the same demonstrations",
-    "given": "prompts of a file",
+    "given": "whatever a file says",
 }
 PLACES = {"last": "the last token", "all": "all tokens"}
 PROMPT_COLUMNS = (
@@ -41,6 +43,8 @@ PROMPT_COLUMNS = (
 UNIT_COLUMNS = ("task", "shots", "patched at", "restore most", "break most")
 HEAD_COLUMNS = ("task", "shots", "head", "score", "95 %")
 UNITS_LISTED = 3
+MOST_SETTINGS = 12
+"""Of more than these the page lists the units of the means over tasks; units.parquet has them all."""
 TEXT = (
     "Two prompts with one right answer: the clean one shows the task, the corrupted one does not. A patch "
     "puts what one head or FFN computed on one of them into the run on the other. To restore is to put the "
@@ -94,30 +98,35 @@ def patching_section(run: RunTables) -> Section | None:
 
 
 def _prompts(run: RunTables) -> Iterator[PatchingPart]:
-    scores = prompt_scores(run.results)
+    scores = prompt_scores(run.results).unique(["task", "shots"], keep="first", maintain_order=True)
     if scores.is_empty():
         return
+    corruptions = list(dict.fromkeys(scores["corruption"]))
     rows = [
         [
-            row["task"], shots_text(row["shots"]), row["corruption"], str(row["pairs"]),
-            str(row["pairs_apart"]), *(number_text(row[f"{metric}_{prompt}"])
+            row["task"], shots_text(row["shots"]), *([row["corruption"]] if len(corruptions) > 1 else []),
+            str(row["pairs"]), str(row["pairs_apart"]),
+            *(number_text(row[f"{metric}_{prompt}"])
             for metric in ("gold_logprob", "acc") for prompt in ("clean", "corrupted")),
         ]
-        for row in scores.unique(["task", "shots"], keep="first", maintain_order=True).iter_rows(named=True)
+        for row in scores.iter_rows(named=True)
     ]  # fmt: skip
-    corruptions = dict.fromkeys(scores["corruption"])
-    said = listed([f"{name}: {CORRUPTIONS.get(name, name)}" for name in corruptions])
+    said = listed([f"{CORRUPTIONS.get(name, name)} ({name})" for name in corruptions])
     text = (
-        f"Corrupted prompts: {said}. Where they score as well as clean ones there is nothing to restore. "
+        f"Corrupted prompts have {said}. Where they score as well as clean ones there is nothing to restore. "
         "Pairs less than 0.1 nats apart are left out of normalised effects."
     )
-    yield PatchingPart("What the prompts score", text, Table(PROMPT_COLUMNS, rows, "what prompts score"))
+    columns = [name for name in PROMPT_COLUMNS if len(corruptions) > 1 or name != "corrupted prompt"]
+    yield PatchingPart("What the prompts score", text, Table(columns, rows, "what prompts score"))
 
 
 def _units(run: RunTables) -> Iterator[PatchingPart]:
     tops = top_patches(run.results, UNITS_LISTED)
     if tops.is_empty():
         return
+    means = tops.filter(pl.col("task") == AGGREGATE)
+    if tops.select("task", "shots").n_unique() > MOST_SETTINGS and len(means):
+        tops = means
     rows = [
         [str(task), shots_text(shots), PLACES[place], *(effect_text(unit, with_bounds=True) for unit in pair)]
         for (task, shots, place), units in by_setting(tops, "task", "shots", "procedure")
