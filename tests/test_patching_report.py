@@ -14,6 +14,8 @@ from polars.testing import assert_frame_equal
 from rich.console import Console
 
 from lowmem_icl.cli.tables import show_summary
+from lowmem_icl.experiments.patch.stage import with_means
+from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.figures.layout import Asked
 from lowmem_icl.report.figures.registry import FIGURES
 from lowmem_icl.report.figures.style import figure_style
@@ -151,6 +153,17 @@ def test_added_vectors_stand_at_the_layer_that_is_best_for_the_tasks_own() -> No
     }  # fmt: skip
     assert (second["mask_shots"], second["own"], second["random"]) == (16, 0.85, 0.1625)
     assert units(frame("results", rows)).is_empty()
+
+
+def test_means_over_tasks_are_of_tasks_alone_and_never_of_q_values() -> None:
+    values = {("recall", 4): 0.25, ("repeat", 4): 0.75, ("file", None): 9.0}
+    rows = [
+        patch(metric, value, 0, task=task, shots=shots)
+        for (task, shots), value in values.items()
+        for metric in ("function_vector", "restore_gold_logprob_q_value")
+    ]
+    found = with_means(frame("results", rows)).filter(pl.col("task") == AGGREGATE)
+    assert found.select("shots", "metric", "value").rows() == [(4, "function_vector", 0.5)]
 
 
 def label_effect(task: str, shots: int, low: float | None, labels: str = "shuffled") -> Row:

@@ -118,7 +118,7 @@ def run(work: Work) -> Iterator[PatchResult]:
         for pairs in found.pairs:
             for at in prepared.options.at:
                 _add_effects(prepared, (pairs.at(at), at), scores, (rows, per_pair))
-        results = _with_means(blocks.frame("results", rows, stamped))
+        results = with_means(blocks.frame("results", rows, stamped))
         effects = blocks.frame("effects", per_pair)
         yield PatchResult(results=results, effects=effects, warnings=found.notes)
     if not found.vectors:
@@ -134,7 +134,7 @@ def run(work: Work) -> Iterator[PatchResult]:
     scored = blocks.frame("results", rows, stamped)
     settings = [(prompts.task, prompts.shots) for prompts in found.vectors]
     whole = PatchResult(
-        results=pl.concat([results, _with_means(scored)]),
+        results=pl.concat([results, with_means(scored)]),
         effects=effects,
         warnings=found.notes,
         vectors=vectors,
@@ -161,7 +161,7 @@ def _added_records(
     yield from added.records(found, prepared.skeleton.layers, len(top), scores)
 
 
-def _with_means(results: pl.DataFrame) -> pl.DataFrame:
+def with_means(results: pl.DataFrame) -> pl.DataFrame:
     """Return results with their means over tasks: prompts that were given are of no task, and a mean of
     q-values says nothing.
     """

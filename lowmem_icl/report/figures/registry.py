@@ -94,9 +94,9 @@ FIGURES: dict[str, FigureKind] = {
     ),
     "patch-heads": FigureKind(
         patch_heads,
-        "What one unit's value changes in the gold answer's log-probability, by layer (up) and head (across, "
-        "FFNs in the last column): the clean value in the corrupted prompt (restored, red) and the corrupted "
-        "value in the clean prompt (broken, blue); one symmetric-log scale for all maps.",
+        "What one unit's value from the other prompt changes, by layer (up) and head (across; last, "
+        "FFNs): the clean one restores (red) in corrupted prompts, the corrupted one breaks (blue) clean "
+        "ones; one symmetric-log scale.",
     ),
     "function-vectors": FigureKind(
         function_vectors,
