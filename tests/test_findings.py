@@ -357,10 +357,12 @@ def test_given_masks_are_told_by_what_they_cost_the_cheapest_first() -> None:
     )
 
 
-def test_a_run_of_nothing_has_no_sentence_and_says_its_protocol() -> None:
-    found = answer_of([], protocol="reference")
+def test_a_run_of_nothing_has_no_sentence_and_says_its_protocol_and_ablation() -> None:
+    found = answer_of([], protocol="reference", ablation="mean")
     assert found.sentences == ()
-    assert ("protocol", "reference") in {(chip.label, chip.value) for chip in found.chips}
+    chips = {chip.label: chip.value for chip in found.chips}
+    assert chips["protocol"] == "reference"
+    assert chips["in removed units' place"] == "their mean output"
     assert any(note.startswith("Protocol reference:") for note in found.notes)
 
 

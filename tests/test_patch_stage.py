@@ -25,6 +25,7 @@ class Peer:
         self.model: Any = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(DEMO)
         self.heads: int = self.model.config.num_attention_heads
+        self.width = self.model.config.hidden_size // self.heads
         self.layers = self.model.model.decoder.layers
 
     def ids(self, text: str) -> list[int]:
@@ -67,6 +68,22 @@ class Peer:
         found = logits.log_softmax(-1)[len(prompt) - 1 :]
         each = [float(found[index, token]) for index, token in enumerate(following)]
         return sum(each), each[0]
+
+    def last_gradients(self, prompt: list[int], following: list[int]) -> list[Tensor]:
+        """The gradients of what follows a prompt, by what heads give at its last token, by layer, [Z]."""
+        kept: list[Tensor] = []
+
+        def keep(module: Any, given: tuple[Tensor, ...]) -> None:
+            given[0].retain_grad()
+            kept.append(given[0])
+
+        handles = [layer.self_attn.out_proj.register_forward_pre_hook(keep) for layer in self.layers]
+        found = self.model(torch.tensor([(prompt + following)[:-1]])).logits[0].log_softmax(-1)
+        at = len(prompt) - 1
+        sum(found[at + index, token] for index, token in enumerate(following)).backward()
+        for handle in handles:
+            handle.remove()
+        return [z.grad.reshape(-1, z.shape[-1])[at] for z in kept if z.grad is not None]
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +151,7 @@ def test_patches_of_given_pairs_are_those_of_a_loop_over_heads_and_pairs(
     results = patched(tmp_path / "out", stores, "--pairs", pairs)
     restored, broken = (of_heads(results, f"{kind}_logit_difference") for kind in ("restore", "break"))
     normalised = of_heads(results, "restore_normalised")
+    estimated = of_heads(results.filter(pl.col("method") == "attribution"), "restore_gold_logprob")
 
     def difference(prompt: str, gold: int, patch: Any) -> float:
         scores = [peer.logprobs(peer.ids(prompt), peer.ids(option), patch)[0] for option in OPTIONS]
@@ -146,7 +164,16 @@ def test_patches_of_given_pairs_are_those_of_a_loop_over_heads_and_pairs(
         (difference(line["context"], line["gold"], None), difference(line["corrupted"], line["gold"], None))
         for line in lines
     ]
+    gradients = [
+        peer.last_gradients(peer.ids(line["corrupted"]), peer.ids(OPTIONS[line["gold"]])) for line in lines
+    ]
     for layer, head in restored:
+        mine = slice(head * peer.width, (head + 1) * peer.width)
+        estimates = [
+            float(((clean[layer] - corrupted[layer]) * gradient[layer])[mine].sum())
+            for (clean, corrupted), gradient in zip(values, gradients, strict=True)
+        ]
+        assert estimated[layer, head] == pytest.approx(np.mean(estimates), abs=1e-4)
         into_corrupted, into_clean = [], []
         for line, (clean, corrupted) in zip(lines, values, strict=True):
             given = (layer, head, clean[layer]), (layer, head, corrupted[layer])

@@ -369,7 +369,7 @@ def test_bad_prompts_are_named(tmp_path: Path, line: Any, expected: str) -> None
 def test_files_without_lines_and_texts_with_bos_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no lines"):
         READER.pairs(write_lines(tmp_path, ""))
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="there is no such file"):
         READER.pairs(tmp_path / "missing.jsonl")
     doubled = PromptReader(lambda texts: [[BOS, 7] for _ in texts], chr, LIMITS, VOCABULARY)
     with pytest.raises(InputError, match="without the beginning-of-sequence token"):

@@ -20,8 +20,8 @@ TOP_HEADS = 10
 
 
 def patch_records(results: pl.DataFrame) -> pl.DataFrame:
-    """Return the records of patching."""
-    return results.filter(pl.col("experiment") == "patch")
+    """Return the records of patching, without estimates of what is measured exactly as well."""
+    return results.filter((pl.col("experiment") == "patch") & pl.col("exact"))
 
 
 def prompt_scores(results: pl.DataFrame) -> pl.DataFrame:
@@ -115,6 +115,20 @@ def added_vectors(results: pl.DataFrame) -> pl.DataFrame:
         other = of_vectors.filter(pl.col("method") == method).select(*keys, pl.col("value").alias(method))
         table = table.join(other, on=keys, how="left", maintain_order="left")
     return table.drop("setting")
+
+
+def estimate_ranks(results: pl.DataFrame) -> dict[str, float]:
+    """Return by direction how attribution patching ranks units as the exact effects do: Spearman's
+    correlation, mean over tasks and shot counts.
+    """
+    records = patch_records(results)
+    found = {}
+    for direction in DIRECTIONS:
+        of_direction = records.filter(pl.col("metric") == f"{direction}_estimate_spearman")
+        values = mean_over_tasks(of_direction)["value"].to_numpy()
+        if len(values):
+            found[direction] = float(values.mean())
+    return found
 
 
 def effect_text(unit: Mapping[str, Any], *, with_bounds: bool = False) -> str:

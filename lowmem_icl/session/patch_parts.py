@@ -1,17 +1,20 @@
 """Parts that patch prompts, and those that patches take means from, as data that a plan counts."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from lowmem_icl.engine.cost import SweepCost
+from lowmem_icl.engine.cost import SweepCost, gradients_cost
+from lowmem_icl.engine.fills import Donor, Fills, RowValues
 from lowmem_icl.engine.patch_jobs import PatchJob, patch_blocks, patch_cost
-from lowmem_icl.engine.schedule import BlockRow, SweepLimits, head_blocks
+from lowmem_icl.engine.schedule import BlockRow, SweepLimits, head_blocks, row_blocks
 from lowmem_icl.engine.unit_means import means_cost
-from lowmem_icl.rows import PackedRows, stem_of
+from lowmem_icl.rows import PackedRows, Row, stem_of
 from lowmem_icl.session.prepare import Prepared
+
+FROM_THE_OTHER = "other prompt"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,3 +69,36 @@ class EndMeansPart:
         blocks = head_blocks(rows, skeleton.width, skeleton.layers, limits)
         layers_read = (skeleton.layers - len(resident)) * len(blocks)
         return replace(means_cost(self.packed, skeleton.layers), layers_read=layers_read)
+
+
+@dataclass(frozen=True, eq=False)
+class PatchEstimatesPart:
+    """First-order estimates of patches: the gradients of rows without stems, and whose values would stand in
+    theirs.
+    """
+
+    name: str
+    label: str
+    rows: tuple[Row, ...]
+    donors: Mapping[Row, Donor]
+
+    @property
+    def fills(self) -> Fills:
+        """What stands in units' place, by the one name there is."""
+        return {FROM_THE_OTHER: RowValues(self.donors)}
+
+    def cost(self, prepared: Prepared, limits: SweepLimits, resident: Collection[int]) -> SweepCost:
+        """Return what a pass forward and back takes, with the donors along."""
+        skeleton = prepared.skeleton
+        members = [BlockRow(0, row) for row in self.rows]
+        blocks = row_blocks(
+            members, skeleton.width, skeleton.layers, limits, keeps_clean=True, fills=[self.fills]
+        )
+        layers_read = 2 * len(blocks) * (skeleton.layers - len(resident))
+        donated = (
+            2
+            * skeleton.layers
+            * sum(len(member.row) for block in blocks for member in block if member.is_donor)
+        )
+        own = gradients_cost([PackedRows(self.rows, len(self.rows))], skeleton.layers)
+        return replace(own + SweepCost(donated, donated, donated), layers_read=layers_read)

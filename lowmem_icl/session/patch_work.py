@@ -8,14 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowmem_icl.engine.answers import Scores
-from lowmem_icl.engine.passes import unit_means
+from lowmem_icl.engine.passes import GradientJob, unit_gradients, unit_means
 from lowmem_icl.engine.patching import patch
+from lowmem_icl.engine.unit_gradients import UnitGradients
 from lowmem_icl.engine.unit_means import MeanSums
 from lowmem_icl.engine.written import written_by_heads
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.session.parts import Draft, by_job, of_jobs
-from lowmem_icl.session.patch_parts import EndMeansPart, PatchPart
+from lowmem_icl.session.patch_parts import FROM_THE_OTHER, EndMeansPart, PatchEstimatesPart, PatchPart
 from lowmem_icl.session.work import Work
 
 
@@ -63,3 +64,25 @@ def written_vectors(
         return {"vectors": written_by_heads(work.model, heads)}
 
     return list(work.made(name, make)["vectors"])
+
+
+def patch_estimates(work: Work, part: PatchEstimatesPart) -> UnitGradients:
+    """Return the unit gradients of a part's rows, whose signed terms are of the other prompt's values."""
+
+    def make(draft: Draft) -> dict[str, NDArray[Any]]:
+        work.check_time()
+        skeleton = work.prepared.skeleton
+        owners = 1 + max(int(row.owners.max()) for row in part.rows)
+        found = UnitGradients.empty(owners, len(part.rows), skeleton.layers, skeleton.heads)
+        draft.resume(found.arrays)
+        job = GradientJob(part.rows, _every_option, Mask(fill=FROM_THE_OTHER), part.fills)
+        cost = replace(part.cost(work.prepared, work.limits, ()), answers=0)
+        with work.counted(part.label, cost) as advance:
+            unit_gradients(work.setup(advance, draft), [job], [found])
+        return found.arrays()
+
+    return UnitGradients(**work.made(part.name, make))
+
+
+def _every_option(logprobs: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return np.ones(len(logprobs), dtype=np.bool_)

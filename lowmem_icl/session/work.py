@@ -37,7 +37,7 @@ from lowmem_icl.session.jobs import (
     rows_of_gold,
 )
 from lowmem_icl.session.parts import Draft, Parts, by_job, of_jobs
-from lowmem_icl.session.patch_parts import EndMeansPart, PatchPart
+from lowmem_icl.session.patch_parts import EndMeansPart, PatchEstimatesPart, PatchPart
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.rows_on_the_way import RowsOnTheWay
 from lowmem_icl.system.progress import Advance, PartProgress
@@ -128,7 +128,7 @@ class HeadScoresPart:
         return heads_cost(tokens, copied, skeleton, form, limits.micro_batch_tokens, layers_read)
 
 
-Part = SweepPart | GradientsPart | HeadScoresPart | MeansPart | PatchPart | EndMeansPart
+Part = SweepPart | GradientsPart | HeadScoresPart | MeansPart | PatchPart | EndMeansPart | PatchEstimatesPart
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def unit_table(results: pl.DataFrame, masks: pl.DataFrame) -> pl.DataFrame:
     )
     ablated, scored = (of_units.filter(pl.col("experiment") == name) for name in ("ablate", "importance"))
     heads = of_units.filter(pl.col("experiment") == "induction")
-    patched = _at_last_token(of_units.filter(pl.col("experiment") == "patch"))
+    patched = _at_last_token(of_units.filter((pl.col("experiment") == "patch") & pl.col("exact")))
     table = _settings(pl.concat([ablated, scored, patched]), heads)
     for source, metrics in ((ablated, UNIT_METRICS), (patched, PATCH_METRICS)):
         for column, metric in metrics.items():

@@ -50,5 +50,9 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path} is a folder; expected a file of {FORM_BY_SUFFIX.get(path.suffix, 'text')}")
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file; correct the path") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give a file that can") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from error

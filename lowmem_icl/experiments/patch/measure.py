@@ -5,7 +5,7 @@ Axis letters: N pairs, U units, O options.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ from lowmem_icl.tasks.prompt_pairs.pair import PromptPair
 
 Values = NDArray[np.float64]
 Direction = Literal["restore", "break"]
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+"""The clean prompt's values in the corrupted one, and the reverse."""
 
 SMALLEST_DIFFERENCE = 0.1
 """Nats between the runs of a pair: what lies less apart is no scale to normalise by."""
@@ -115,8 +117,7 @@ def effect_blocks(pairs: Pairs, units: Sequence[Unit], effects: PairEffects, at:
         "procedure": at, "method": METHOD, "labels": pairs.labels, "exact": True,
         "heads_removed": None, "ffns_removed": None,
     }  # fmt: skip
-    directions: tuple[Direction, ...] = ("restore", "break")
-    for direction in directions:
+    for direction in DIRECTIONS:
         for name, values in effects.changes(direction).items():
             if not values.size or np.isnan(values).any():
                 continue

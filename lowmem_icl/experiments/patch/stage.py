@@ -8,13 +8,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from lowmem_icl.engine.answers import Scores
 from lowmem_icl.experiments.ablate.measure import ablated_units
 from lowmem_icl.experiments.patch import added, function_vectors, measure
+from lowmem_icl.experiments.patch.estimates import estimate_blocks, estimates_of, estimates_part
 from lowmem_icl.experiments.patch.prompts import (
-    At,
     Pairs,
-    PromptsFound,
     VectorPrompts,
     pair_jobs,
     prompts_of,
@@ -23,7 +21,7 @@ from lowmem_icl.experiments.patch.prompts import (
 from lowmem_icl.masks.mask import Unit, all_heads
 from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.session.patch_parts import EndMeansPart, PatchPart
-from lowmem_icl.session.patch_work import end_means, patched, written_vectors
+from lowmem_icl.session.patch_work import end_means, patch_estimates, patched, written_vectors
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import StageResult, stamp
 from lowmem_icl.session.work import Part, Work
@@ -49,7 +47,9 @@ class PatchResult(StageResult):
 def parts(prepared: Prepared) -> list[Part]:
     """Return the passes that patch pairs, take means and put them into corrupted prompts."""
     found = prompts_of(prepared)
-    asked: list[Part] = [pairs_part(prepared, found)] if found.pairs else []
+    asked: list[Part] = []
+    if found.pairs:
+        asked += [pairs_part(prepared, found.pairs), estimates_part(found.pairs)]
     if found.vectors:
         nothing = [None] * len(found.vectors)
         asked += [means_part(found.vectors), vectors_part(prepared, found.vectors, nothing)]
@@ -58,12 +58,12 @@ def parts(prepared: Prepared) -> list[Part]:
     return asked
 
 
-def pairs_part(prepared: Prepared, found: PromptsFound) -> PatchPart:
+def pairs_part(prepared: Prepared, every: Sequence[Pairs]) -> PatchPart:
     """Return the pass that patches all pairs, in both directions and everywhere asked for."""
     units = units_of(prepared)
     jobs = [
         job
-        for pairs in found.pairs
+        for pairs in every
         for at in prepared.options.at
         for job in pair_jobs(pairs.at(at).pairs, units, at)
     ]
@@ -113,19 +113,14 @@ def run(work: Work) -> Iterator[PatchResult]:
     stamped = stamp(prepared, "patch") | {"ablation": None}
     results, effects = blocks.frame("results", []), blocks.frame("effects", [])
     if found.pairs:
-        scores = iter(patched(work, pairs_part(prepared, found)))
-        rows, per_pair = list[blocks.Block](), list[blocks.Block]()
-        for pairs in found.pairs:
-            for at in prepared.options.at:
-                _add_effects(prepared, (pairs.at(at), at), scores, (rows, per_pair))
-        results = with_means(blocks.frame("results", rows, stamped))
-        effects = blocks.frame("effects", per_pair)
+        results, effects = _pair_tables(work, found.pairs, stamped)
         yield PatchResult(results=results, effects=effects, warnings=found.notes)
     if not found.vectors:
         return
     means = end_means(work, means_part(found.vectors))
     scores = iter(patched(work, vectors_part(prepared, found.vectors, means)))
-    rows, heads = [], heads_of(prepared)
+    rows: list[blocks.Block] = []
+    heads = heads_of(prepared)
     vectors: dict[Setting, NDArray[np.float64]] = {}
     for prompts in found.vectors:
         of_task = function_vectors.head_effects([next(scores) for _ in prompts.corrupted])
@@ -169,20 +164,28 @@ def with_means(results: pl.DataFrame) -> pl.DataFrame:
     return pl.concat([results, over_tasks(results.filter(is_of_task))])
 
 
-def _add_effects(
-    prepared: Prepared,
-    of: tuple[Pairs, At],
-    scores: Iterator[Scores],
-    into: tuple[list[blocks.Block], list[blocks.Block]],
-) -> None:
-    """Take the scores of some pairs and add what they say to both tables' blocks."""
-    (pairs, at), (results, effects), units = of, into, units_of(prepared)
-    found = [next(scores).logprobs for _ in range(2 * len(pairs.pairs))]
-    if not found:
-        return
-    measured = measure.PairEffects.of(pairs.pairs, found[::2], found[1::2])
-    results += measure.prompt_records(pairs, measured, at)
-    results += measure.effect_blocks(pairs, units, measured, at)
-    if at == prepared.options.at[0]:
-        effects += measure.per_pair_blocks(pairs, units, measured, "restore")
-        effects += measure.per_pair_blocks(pairs, units, measured, "break")
+def _pair_tables(
+    work: Work, every: Sequence[Pairs], stamped: blocks.Block
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Patch all pairs, and estimate the same; return results and effects by pair."""
+    prepared = work.prepared
+    units, scores = units_of(prepared), iter(patched(work, pairs_part(prepared, every)))
+    estimates = estimates_of(every, patch_estimates(work, estimates_part(every)))
+    rows, per_pair = list[blocks.Block](), list[blocks.Block]()
+    for whole, estimated in zip(every, estimates, strict=True):
+        for at in prepared.options.at:
+            pairs = whole.at(at)
+            found = [next(scores).logprobs for _ in range(2 * len(pairs.pairs))]
+            if not found:
+                continue
+            effects = measure.PairEffects.of(pairs.pairs, found[::2], found[1::2])
+            exact = {name: effects.changes(name)["gold_logprob"] for name in measure.DIRECTIONS}
+            same = [pair in pairs.pairs for pair in whole.pairs]
+            of_these = {name: values[:, same] for name, values in estimated.at(at).items()}
+            rows += measure.prompt_records(pairs, effects, at)
+            rows += measure.effect_blocks(pairs, units, effects, at)
+            rows += estimate_blocks(pairs, units, at, of_these, exact)
+            if at == prepared.options.at[0]:
+                for name in measure.DIRECTIONS:
+                    per_pair += measure.per_pair_blocks(pairs, units, effects, name)
+    return with_means(blocks.frame("results", rows, stamped)), blocks.frame("effects", per_pair)

@@ -19,6 +19,7 @@ from lowmem_icl.report.numbers import clean_accuracy
 Level = Literal["plain", "warning"]
 Record = Mapping[str, Any]
 MOST_SENTENCES = 3
+IN_PLACE = {"mean": "their mean output", "resample": "another document's output"}
 MOST_SETTINGS_NAMED = 4
 
 
@@ -125,6 +126,9 @@ def _chips(results: pl.DataFrame, units: pl.DataFrame, record: Record, settings:
         level: Level = "warning" if count or unknown else "plain"
         text = f"{count} of {len(settings.every)}" + (f", {unknown} unknown" if unknown else "")
         yield Chip("settings at chance", text, level)
+    ablation = record["options"].get("ablation", "zero")
+    if ablation in IN_PLACE:
+        yield Chip("in removed units' place", IN_PLACE[ablation])
     if record["options"]["protocol"] != "corrected":
         yield Chip("protocol", record["options"]["protocol"], "warning")
     if record["state"] != "finished":

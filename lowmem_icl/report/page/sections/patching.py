@@ -22,6 +22,7 @@ from lowmem_icl.report.patches import (
     added_vectors,
     by_setting,
     effect_text,
+    estimate_ranks,
     patch_records,
     prompt_scores,
     top_patches,
@@ -136,10 +137,19 @@ def _units(run: RunTables) -> Iterator[PatchingPart]:
     table = Table(UNIT_COLUMNS, rows, "units that restore and break most")
     yield PatchingPart(
         "What restores, and what breaks",
-        " ".join(filter(None, [sentence, UNITS_TEXT])),
+        " ".join(filter(None, [sentence, UNITS_TEXT, estimates_note(run)])),
         table,
         [patch_plot()],
     )
+
+
+def estimates_note(run: RunTables) -> str:
+    """Return how attribution patching ranks units, beside the exact patches; empty where it is not known."""
+    ranks = estimate_ranks(run.results)
+    if not ranks:
+        return ""
+    named = listed([f"{rank:.2f} for what {direction}s" for direction, rank in ranks.items()])
+    return f"Attribution patching, an estimate to first order, ranks units alike: rank correlation {named}."
 
 
 def _heads(run: RunTables) -> Iterator[PatchingPart]:
