@@ -1,6 +1,7 @@
 """Models, checkpoints and rows that several tests share; all small, all made here."""
 
 import atexit
+import json
 import logging
 import os
 import shutil
@@ -44,7 +45,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import pytest
 import torch
-from commands import run_small
+from commands import invoke, run_small
 from demo_scores import DemoScores
 from hypothesis import settings
 from synthetic_run import SyntheticRun
@@ -171,6 +172,27 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
     assert result.exit_code == 0, result.output
     assert "accuracy by demonstrations" in result.stdout
     return out
+
+
+@pytest.fixture(scope="session")
+def given_run(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
+    """Folder of a finished run that patches prompts given in files, without any task; read by tests."""
+    folder = tmp_path_factory.mktemp("given")
+    clean, corrupted = "Q: lusa\nA: tiro\n\nQ: lusa\nA:", "Q: lusa\nA: mepi\n\nQ: lusa\nA:"
+    pair = {"context": clean, "corrupted": corrupted, "options": [" mepi", " tiro"], "gold": 1}
+    files: dict[str, list[dict[str, Any]]] = {
+        "pairs": [pair, pair | {"context": corrupted, "corrupted": clean, "gold": 0}],
+        "clean": [{"context": clean, "target": " tiro"}],
+        "corrupted": [{"context": corrupted, "target": " tiro"}] * 2,
+    }
+    flags: list[object] = []
+    for name, lines in files.items():
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+        flags += [f"--{name}", path]
+    run = invoke("run", "--experiments", "patch", "--store-dir", stores, "--out", folder / "out", *flags)
+    assert run.exit_code == 0, run.output
+    return folder / "out"
 
 
 @pytest.fixture(scope="session")

@@ -311,6 +311,33 @@ def test_a_metric_that_is_0_everywhere_and_unknown_agreement_draw(windows: Any, 
     assert cells == 3 + 2 * 2, "the diagonal, and the two pairs that are known"
 
 
+def test_prompts_that_were_given_have_a_page_without_any_task(windows: Any, given_run: Path) -> None:
+    window = windows().open(given_run / "report.html")
+    assert window.page.locator("#atlas button").count() == 2
+    assert window.page.locator("[name=shots] option").all_text_contents() == ["given prompts"]
+    labels = window.page.locator("[name=metric] option").all_text_contents()
+    assert labels[0] == "restored by the clean value"
+    assert len(labels) == 4
+    assert window.page.locator("#unit-rows tr").count() == 25
+    window.page.locator("[name=task]").select_option("clean")
+    assert "Nothing measured here" in window.page.locator("#nothing").inner_text()
+    window.page.locator("[name=metric]").select_option("function_vector")
+    assert window.page.locator("#nothing").inner_text() == ""
+    assert "metric=function_vector" in window.page.url
+    window.page.locator("#atlas button").first.click()
+    records = read_table(given_run / "results.parquet", "results").filter(
+        (pl.col("metric") == "break_gold_logprob") & (pl.col("kind") == "ffn") & pl.col("exact")
+    )
+    window.page.locator("[name=metric]").select_option("break_gold_logprob")
+    for row in records.iter_rows(named=True):
+        window.page.locator("[name=unit]").fill(f"L{row['layer']}F")
+        window.page.keyboard.press("Enter")
+        shown = window.page.locator("#unit [data-cell='pairs|null']").inner_text()
+        assert close(shown, row["value"])
+    heads = window.page.evaluate("source('patched-heads').data.x.length")
+    assert heads == 32
+
+
 def test_several_runs_are_compared(windows: Any, demo_page: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(demo_page.parent, other)

@@ -36,7 +36,7 @@ Run = tuple[pl.DataFrame, dict[str, Any]]
 WIDTHS = (3.25, 6.75)
 HOSTILE = "<script>alert('[v2]')</script> & $x$ of a very long name that goes on"
 LARGEST_SVG_BYTES = 1_000_000
-DRAWN_ALIKE = ("importance-heads", "ablate-in-context", "ablate-labels", "prune-ffns")
+DRAWN_ALIKE = ("importance-heads", "ablate-in-context", "ablate-labels", "prune-ffns", "function-vectors")
 """Figures that the functions of others draw."""
 TALLEST_INCHES = 9.0
 NOTHING_FOR_ONE_SETTING = ("ablate-in-context", "ablate-labels", "agreement-heads")
@@ -44,7 +44,7 @@ NOTHING_FOR_ONE_SETTING = ("ablate-in-context", "ablate-labels", "agreement-head
 
 
 def completed(results: pl.DataFrame) -> pl.DataFrame:
-    """Return results with what the synthetic run lacks: label effects, the grid, every kind of curve."""
+    """Return results with what the synthetic run lacks: label effects, the grid, all curves, patches."""
     effects = results.filter(pl.col("metric") == "icl_effect").with_columns(metric=pl.lit("label_effect"))
     is_curve = (pl.col("procedure") == "curve-heads") & (pl.col("method") == "gradient")
     curves = results.filter(is_curve & (pl.col("metric") == "acc"))
@@ -59,7 +59,20 @@ def completed(results: pl.DataFrame) -> pl.DataFrame:
         )
         for step in range(6)
     ]
-    return pl.concat([results, effects, *more, *grid])
+    return pl.concat([results, effects, *more, *grid, *patched(results)])
+
+
+def patched(results: pl.DataFrame) -> list[pl.DataFrame]:
+    """Return drops as if they were effects of patches."""
+    drops = results.filter((pl.col("metric") == "gold_logprob_drop") & pl.col("layer").is_not_null())
+    same = {"experiment": pl.lit("patch"), "procedure": pl.lit("last"), "labels": pl.lit("shuffled")}
+    signs = {"restore_gold_logprob": 1, "break_gold_logprob": -1, "function_vector": 0.1}
+    return [
+        drops.filter((pl.col("kind") == "head") | (metric != "function_vector")).with_columns(
+            **same, metric=pl.lit(metric), value=sign * pl.col("value")
+        )
+        for metric, sign in signs.items()
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from lowmem_icl.report.findings.above_chance import Settings, settings_of
 from lowmem_icl.report.findings.answer import answer
 from lowmem_icl.report.findings.circuits import kept_texts
 from lowmem_icl.report.findings.headline import MATTERS, NONE_SIGNIFICANT, headline_text, headline_units
-from lowmem_icl.report.findings.wording import counts_text, setting_text
+from lowmem_icl.report.findings.wording import counts_text, decimal_text, setting_text
 from lowmem_icl.report.losses import AT_CHANCE, SearchMask, greedy_losses, searches_without_certificate
 from lowmem_icl.report.numbers import (
     PICKED,
@@ -23,10 +23,20 @@ from lowmem_icl.report.numbers import (
     total_seconds,
     unit_name,
 )
+from lowmem_icl.report.patches import (
+    DIRECTIONS,
+    SETTING,
+    by_setting,
+    effect_text,
+    prompt_scores,
+    top_patches,
+    vector_heads,
+)
 from lowmem_icl.report.run_tables import RunTables, read_run
 
 MEANING = "what each number means, and when there is none: docs/numbers.md"
 CHANCE_MARK = "°"
+HEADS_LISTED = 5
 COMPARED_METHODS = ("gradient", "random")
 VERDICTS = {"holds": "yes", "fails": "no", "cannot tell": "?", AT_CHANCE: "chance"}
 """Of whether a tolerance is kept, as the table of searches has room for."""
@@ -45,6 +55,7 @@ def show_summary(folder: Path, console: Console) -> None:
     _print_accuracy(results, record, settings, console)
     _print_greedy(tables, console)
     _print_units(tables.units, settings, console)
+    _print_patching(tables, console)
     scored = ", ".join(
         f"{unit_name('head', row['layer'], row['head'])} {row['value']:.2f}"
         for row in induction_heads(results).iter_rows(named=True)
@@ -145,6 +156,40 @@ def _print_certified(masks: pl.DataFrame, record: Mapping[str, Any], console: Co
     found += [f"{setting_text(*search)}: none" for search in sorted(searches_without_certificate(record))]
     if found:
         console.print(Text(f"certified to be removable: {'; '.join(found)}"))
+
+
+def _print_patching(tables: RunTables, console: Console) -> None:
+    """Print what patched prompts score, the unit that restores and that breaks most, and which heads make
+    function vectors.
+    """
+    tops = {
+        keys: {unit["direction"]: effect_text(unit) for unit in units}
+        for keys, units in by_setting(top_patches(tables.results, 1), *SETTING)
+    }
+    table = _table(
+        "patching: log-probability of the right answer after clean and corrupted prompts, in nats, and "
+        "the units that restore and break most of it alone; *: q ≤ 0.05",
+        ("task", "shots", "pairs", "clean", "corrupted", "restores", "breaks"),
+    )
+    for row in prompt_scores(tables.results).iter_rows(named=True):
+        top = tops.get(tuple(row[name] for name in SETTING), {})
+        place = "" if row["procedure"] == "last" else ", all tokens"
+        table.add_row(
+            Text(f"{row['task']}{place}"),
+            "" if row["shots"] is None else str(row["shots"]),
+            str(row["pairs"]),
+            *(decimal_text(row[f"gold_logprob_{prompt}"]) for prompt in ("clean", "corrupted")),
+            *(top.get(direction, "") for direction in DIRECTIONS),
+        )
+    if table.rows:
+        console.print(table)
+    for (task, shots), heads in by_setting(vector_heads(tables.results, HEADS_LISTED), "task", "shots"):
+        named = ", ".join(
+            f"{unit_name('head', head['layer'], head['head'])} {head['value']:.3f}" for head in heads
+        )
+        console.print(
+            Text(f"function vectors, {setting_text(task, shots)}: probability added by heads: {named}")
+        )
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:

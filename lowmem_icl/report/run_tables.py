@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from lowmem_icl.tables.unit_table import unit_table
 
 Setting = tuple[str, int]
 """A task, or the mean over tasks, at a shot count."""
+PromptSetting = tuple[str, int | None]
+"""Likewise, or the name of a file of prompts that a user gave, which have no shot count."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,15 +39,28 @@ class RunTables:
     mask_files: Mapping[str, MaskFile]
 
     @cached_property
-    def tasks(self) -> list[str]:
-        """The run's tasks in their order, and after them their mean where the tables hold one."""
+    def settings(self) -> list[PromptSetting]:
+        """The run's tasks at all shot counts, then files of prompts that were given, then the mean over tasks
+        where the tables hold one.
+        """
         own = list(dict.fromkeys(task["task"] for task in self.record["tasks"]))
-        return [*own, AGGREGATE] if (self.results["task"] == AGGREGATE).any() else own
+        mean = [AGGREGATE] if (self.results["task"] == AGGREGATE).any() else []
+        counts: list[int] = sorted(self.record["shots"])
+        given: list[PromptSetting] = [(name, None) for name in given_prompts(self.results)]
+        return [*product(own, counts), *given, *product(mean, counts)]
 
     @cached_property
-    def shots(self) -> list[int]:
-        """The numbers of demonstrations, ascending."""
-        return sorted(self.record["shots"])
+    def tasks(self) -> list[str]:
+        """The run's tasks in their order, files of prompts that were given, and after them the mean over
+        tasks where the tables hold one.
+        """
+        return list(dict.fromkeys(task for task, _ in self.settings))
+
+    @cached_property
+    def shots(self) -> list[int | None]:
+        """The numbers of demonstrations, ascending; at the end None where prompts were given."""
+        counts = dict.fromkeys(n_shots for _, n_shots in self.settings)
+        return sorted(counts, key=lambda n_shots: (n_shots is None, n_shots))
 
     @cached_property
     def at_chance(self) -> frozenset[Setting]:
@@ -67,6 +83,10 @@ class RunTables:
             if mask in self.mask_files
         }
 
+    def mask_of(self, task: str, n_shots: int | None) -> MaskFile | None:
+        """Return the file of a setting's greedy mask, or None."""
+        return None if n_shots is None else self.greedy_masks.get((task, n_shots))
+
     def n_units(self, kind: str) -> int:
         """Return how many heads or FFNs the model has."""
         model = self.record["model"]
@@ -75,6 +95,12 @@ class RunTables:
     def kept(self, mask: Mask) -> int:
         """Return how many units a mask leaves."""
         return self.n_units("head") + self.n_units("ffn") - len(mask)
+
+
+def given_prompts(results: pl.DataFrame) -> list[str]:
+    """Return the names of files of prompts that were patched."""
+    is_given = (pl.col("experiment") == "patch") & pl.col("shots").is_null()
+    return results.filter(is_given)["task"].drop_nulls().unique(maintain_order=True).to_list()
 
 
 def read_run(folder: Path) -> RunTables:

@@ -14,6 +14,7 @@ from lowmem_icl.report.numbers import (
     top_units,
     total_seconds,
 )
+from lowmem_icl.report.patches import added_vectors, prompt_scores, top_patches, vector_heads
 from lowmem_icl.report.run_tables import RunTables
 
 
@@ -42,6 +43,10 @@ def run_summary(tables: RunTables) -> dict[str, Any]:
         "top_units": top_units(results).to_dicts(),
         "top_units_held_out": held_out_tops(results).to_dicts(),
         "induction_heads": induction_heads(results).to_dicts(),
+        "patched_prompts": prompt_scores(results).to_dicts(),
+        "patched_units": top_patches(results).to_dicts(),
+        "function_vector_heads": vector_heads(results).to_dicts(),
+        "function_vectors_added": added_vectors(results).to_dicts(),
         "warnings": record["warnings"],
         "seconds": total_seconds(record),
     }

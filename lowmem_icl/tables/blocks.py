@@ -92,8 +92,10 @@ def _with_derived(results: pl.DataFrame) -> pl.DataFrame:
     is NaN.
     """
     removed = pl.col("heads_removed").fill_null(0) + pl.col("ffns_removed").fill_null(0)
+    # Prompts that were given have no shot count, and show what their records say.
+    shown = pl.when(pl.col("shots") > 0).then(pl.col("labels").fill_null("right"))
     return results.with_columns(
         pl.col("stderr", "low", "high").fill_nan(None),
-        labels=pl.when(pl.col("shots") > 0).then(pl.col("labels").fill_null("right")),
+        labels=shown.when(pl.col("shots").is_null()).then(pl.col("labels")),
         ablation=pl.when(removed > 0).then(pl.col("ablation").fill_null("zero")),
     )

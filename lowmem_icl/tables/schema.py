@@ -14,6 +14,7 @@ chance value. `low, high` bound 95 %. Task `aggregate` is the mean over tasks; i
 
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import polars as pl
@@ -93,13 +94,29 @@ UNIT_METRICS = {
     "icl_effect": "icl_effect",
     "label_effect": "label_effect",
 }
-"""Columns of units.parquet and the metrics of results.parquet that they hold."""
+"""Columns of units.parquet and the metrics of ablations in results.parquet that they hold."""
+PATCH_METRICS = {
+    "restore": "restore_gold_logprob",
+    "break": "break_gold_logprob",
+    "restore_normalised": "restore_normalised",
+    "function_vector": "function_vector",
+}
+"""Likewise of patches: at the last token, or at all tokens where only these are patched."""
+UNIT_COLUMNS = UNIT_METRICS | PATCH_METRICS
+UNTESTED = ("restore_normalised", "function_vector")
+"""Those without q-values."""
 
 
 def unit_columns(column: str) -> dict[str, str]:
     """Return the columns of units.parquet that hold a metric's bounds and q-value, by what they hold."""
     prefix = "" if column == "drop" else f"{column}_"
-    return {name: f"{prefix}{name}" for name in ("low", "high", "q_value")}
+    names = ("low", "high") if column in UNTESTED else ("low", "high", "q_value")
+    return {name: f"{prefix}{name}" for name in names}
+
+
+def _with_bounds(columns: Iterable[str]) -> dict[str, pl.DataType]:
+    names = ((column, *unit_columns(column).values()) for column in columns)
+    return {name: pl.Float64() for group in names for name in group}
 
 
 UNITS: dict[str, pl.DataType] = {
@@ -116,13 +133,10 @@ UNITS: dict[str, pl.DataType] = {
     "q_value": pl.Float64(),
     "documents_hurt": pl.Int32(),
     "documents_helped": pl.Int32(),
-    **{
-        name: pl.Float64()
-        for column in list(UNIT_METRICS)[1:]
-        for name in (column, *unit_columns(column).values())
-    },
+    **_with_bounds(list(UNIT_METRICS)[1:]),
     "gradient": pl.Float64(),
     "attribution": pl.Float64(),
+    **_with_bounds(PATCH_METRICS),
     "prefix_matching": pl.Float64(),
     "copying": pl.Float64(),
     "previous_token": pl.Float64(),

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import polars as pl
 
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.tables.schema import UNIT_METRICS, UNITS, unit_columns
+from lowmem_icl.tables.schema import PATCH_METRICS, UNIT_METRICS, UNITS, unit_columns
 
 UNIT = ("kind", "layer", "head")
 SETTING = ("task", "shots")
@@ -29,24 +29,18 @@ def unit_table(results: pl.DataFrame, masks: pl.DataFrame) -> pl.DataFrame:
     Records stand by task, the mean over tasks last, then shots, layer and head, an FFN after its layer's
     heads. Where only heads were scored, they have one record each, without task and shots.
     """
-    of_units = results.filter(pl.col("layer").is_not_null()).select(
-        *KEYS, "experiment", "metric", "value", "low", "high", "exact", "documents"
+    of_units = results.filter(pl.col("layer").is_not_null() & pl.col("kind").is_not_null()).select(
+        *KEYS, "experiment", "procedure", "metric", "value", "low", "high", "exact", "documents"
     )
     ablated, scored = (of_units.filter(pl.col("experiment") == name) for name in ("ablate", "importance"))
     heads = of_units.filter(pl.col("experiment") == "induction")
-    table = _settings(pl.concat([ablated, scored]), heads)
-    for column, metric in UNIT_METRICS.items():
-        names = unit_columns(column)
-        values = [
-            pl.col("value").alias(column),
-            *(pl.col(bound).alias(names[bound]) for bound in ("low", "high")),
-        ]
-        if column == "drop":
-            values += [pl.col("exact"), pl.col("documents")]
-        table = _joined(table, ablated, metric, values)
-        table = _joined(table, ablated, q_metric(metric), [pl.col("value").alias(names["q_value"])])
-    for source, metrics in ((ablated, COUNTS), (scored, SCORES)):
-        for metric in metrics:
+    patched = _at_last_token(of_units.filter((pl.col("experiment") == "patch") & pl.col("exact")))
+    table = _settings(pl.concat([ablated, scored, patched]), heads)
+    for source, metrics in ((ablated, UNIT_METRICS), (patched, PATCH_METRICS)):
+        for column, metric in metrics.items():
+            table = _with_bounds(table, source, column, metric)
+    for source, others in ((ablated, COUNTS), (scored, SCORES)):
+        for metric in others:
             table = _joined(table, source, metric, [pl.col("value").alias(metric)])
     for metric in HEAD_SCORES:
         table = _joined(table, heads, metric, [pl.col("value").alias(metric)], UNIT)
@@ -72,6 +66,24 @@ def _settings(records: pl.DataFrame, heads: pl.DataFrame) -> pl.DataFrame:
         .sort("place", "shots", "layer", "head", nulls_last=True)
         .drop("place")
     )
+
+
+def _at_last_token(patched: pl.DataFrame) -> pl.DataFrame:
+    """Return the records of patches at the last token, and of those at all tokens what has no other."""
+    return patched.sort(pl.col("procedure") == "all", maintain_order=True).unique(
+        [*KEYS, "metric"], keep="first", maintain_order=True
+    )
+
+
+def _with_bounds(table: pl.DataFrame, records: pl.DataFrame, column: str, metric: str) -> pl.DataFrame:
+    """Return the table with a metric's values, bounds and q-values."""
+    names = unit_columns(column)
+    bounds = [pl.col(bound).alias(names[bound]) for bound in ("low", "high")]
+    more = [pl.col("exact"), pl.col("documents")] if column == "drop" else []
+    table = _joined(table, records, metric, [pl.col("value").alias(column), *bounds, *more])
+    if "q_value" not in names:
+        return table
+    return _joined(table, records, q_metric(metric), [pl.col("value").alias(names["q_value"])])
 
 
 def _joined(

@@ -27,6 +27,7 @@ from lowmem_icl.session.result import StageResult, stamp
 from lowmem_icl.session.work import Part, Work
 from lowmem_icl.tables import blocks
 from lowmem_icl.tables.aggregate import over_tasks
+from lowmem_icl.tables.unit_table import GOLD_Q_VALUE
 
 Setting = tuple[str, int | None]
 
@@ -133,7 +134,7 @@ def run(work: Work) -> Iterator[PatchResult]:
     scored = blocks.frame("results", rows, stamped)
     settings = [(prompts.task, prompts.shots) for prompts in found.vectors]
     whole = PatchResult(
-        results=pl.concat([results, scored, over_tasks(scored)]),
+        results=pl.concat([results, with_means(scored)]),
         effects=effects,
         warnings=found.notes,
         vectors=vectors,
@@ -171,6 +172,14 @@ def head_effects(
     return [function_vectors.head_effects([next(scores) for _ in of.corrupted]) for of in vectors], means
 
 
+def with_means(results: pl.DataFrame) -> pl.DataFrame:
+    """Return results with their means over tasks: prompts that were given are of no task, and a mean of
+    q-values says nothing.
+    """
+    is_of_task = pl.col("shots").is_not_null() & ~pl.col("metric").str.ends_with(GOLD_Q_VALUE)
+    return pl.concat([results, over_tasks(results.filter(is_of_task))])
+
+
 def _pair_tables(
     work: Work, every: Sequence[Pairs], stamped: blocks.Block
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -195,4 +204,4 @@ def _pair_tables(
             if at == prepared.options.at[0]:
                 for name in measure.DIRECTIONS:
                     per_pair += measure.per_pair_blocks(pairs, units, effects, name)
-    return blocks.frame("results", rows, stamped), blocks.frame("effects", per_pair)
+    return with_means(blocks.frame("results", rows, stamped)), blocks.frame("effects", per_pair)

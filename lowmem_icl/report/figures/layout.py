@@ -104,16 +104,20 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def task_panels(asked: Asked, tasks: Sequence[str], shots: Sequence[int], size: PanelSize) -> Panels:
+def task_panels(
+    asked: Asked, tasks: Sequence[str], shots: Sequence[int], size: PanelSize, together: int = 1
+) -> Panels:
     """Return a figure with a panel per task and shot count.
 
-    The panels of a task stand side by side; where there is room, tasks do too. The task's name stands above
-    its first panel, shot counts above the first row.
+    The panels of a task stand side by side; where there is room, tasks do too, and always so many `together`
+    that follow each other. The task's name stands above its first panel, shot counts above the first row.
     """
     count, room = len(shots), asked.width - SIDE
     across = max(1, min(len(tasks), int((room + GAP) / (count * size.narrowest + GAP))))
+    across -= across % together if across > together else 0
     rows = ceil(len(tasks) / across)
     across = ceil(len(tasks) / rows)
+    across += -across % together if across > together else 0
     width = (room - (across - 1) * GAP) / (across * count) - 0.05
     title = NORMAL * LEADING / 72 + 0.06
     height = size.height(width, rows, title)
@@ -156,7 +160,7 @@ def percent_ticks(axis: Axes, inches: float) -> None:
     marks = [0, 25, 50, 75, 100] if inches > 1.6 else [0, 50, 100] if inches > 0.6 else [0, 100]
     axis.set_xlim(-2, 102)
     axis.set_xticks(marks, [str(mark) for mark in marks])
-    _keep_inside(axis)
+    keep_inside(axis)
 
 
 def share_ticks(axis: Axes, which: str, inches: float) -> None:
@@ -166,13 +170,13 @@ def share_ticks(axis: Axes, which: str, inches: float) -> None:
     if which == "x":
         axis.set_xlim(-0.02, 1.02)
         axis.set_xticks(marks, texts)
-        _keep_inside(axis)
+        keep_inside(axis)
     else:
         axis.set_ylim(-0.03, 1.05)
         axis.set_yticks(marks, texts)
 
 
-def _keep_inside(axis: Axes) -> None:
+def keep_inside(axis: Axes) -> None:
     """Let the first and last label of an x axis end where its panel does."""
     ticks = axis.xaxis.get_major_ticks()
     ticks[0].label1.set_horizontalalignment("left")

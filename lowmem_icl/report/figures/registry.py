@@ -20,6 +20,7 @@ from lowmem_icl.report.figures.importance import (
 from lowmem_icl.report.figures.induction import induction_capacity, induction_removal, induction_scores
 from lowmem_icl.report.figures.layout import Asked, Record
 from lowmem_icl.report.figures.masks import prune_masks
+from lowmem_icl.report.figures.patching import function_vectors, patch_heads
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,17 @@ FIGURES: dict[str, FigureKind] = {
         prune_masks,
         "Accuracy under the greedy mask of every task and under masks of equal size, by gradient and at "
         "random, with 95 % intervals; tick: the whole model; dotted: chance.",
+    ),
+    "patch-heads": FigureKind(
+        patch_heads,
+        "What one unit's value from the other prompt changes, by layer (up) and head (across; last, "
+        "FFNs): the clean one restores (red) in corrupted prompts, the corrupted one breaks (blue) clean "
+        "ones; one symmetric-log scale.",
+    ),
+    "function-vectors": FigureKind(
+        function_vectors,
+        "Function-vector scores of every head by layer (up) and head (across): what its mean output over "
+        "clean prompts adds to the probability of the answer's first token in corrupted ones.",
     ),
     "induction-scores": FigureKind(
         induction_scores,

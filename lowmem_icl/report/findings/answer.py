@@ -11,6 +11,7 @@ from lowmem_icl.report.findings.above_chance import Settings, settings_of
 from lowmem_icl.report.findings.circuits import circuit_sentence, removable_sentence
 from lowmem_icl.report.findings.given_masks import given_mask_sentences
 from lowmem_icl.report.findings.headline import MATTERS, units_sentence
+from lowmem_icl.report.findings.patching import MEANS, patch_sentence, patched_units
 from lowmem_icl.report.findings.removal import removal_sentence
 from lowmem_icl.report.findings.wording import listed, setting_text, span_text
 from lowmem_icl.report.numbers import clean_accuracy
@@ -44,8 +45,8 @@ def answer(results: pl.DataFrame, units: pl.DataFrame, masks: pl.DataFrame, reco
     """Return the answer of a run from its tables and its run.json.
 
     First the smallest circuit that keeps a task, then what induction heads are for, then how much can go;
-    where one of them was not measured, which units matter and how well the clean model does stand in its
-    place.
+    where one of them was not measured, which units matter, which restore and break the right answer when
+    patched, and how well the clean model does stand in its place.
     Settings at chance have no part in any of it.
     """
     settings = settings_of(results, masks)
@@ -72,7 +73,11 @@ def _sentences(
         removal_sentence(results, masks, settings),
         removable_sentence(results, masks, settings, record),
     ]
-    instead = [units_sentence(units, settings), _accuracy_sentence(results, settings)]
+    instead = [
+        units_sentence(units, settings),
+        patch_sentence(units, settings),
+        _accuracy_sentence(results, settings),
+    ]
     said = [sentence for sentence in found if sentence]
     return [*said, *(sentence for sentence in instead if sentence)][:MOST_SENTENCES]
 
@@ -158,6 +163,8 @@ def _notes(units: pl.DataFrame, record: Record, settings: Settings) -> Iterator[
         drops = drops.clear()
     if len(drops) and drops["q_value"].null_count() < len(drops):
         yield f"{MATTERS[0].upper()}{MATTERS[1:]}."
+    if len(patched_units(units)):
+        yield f"{MEANS[0].upper()}{MEANS[1:]}."
     if len(drops) and not drops["exact"].all():
         yield "Drops that screening left out are estimates to first order, without interval or significance."
     if record["options"]["protocol"] != "corrected":

@@ -28,9 +28,9 @@ def task_text(task: str) -> str:
     return "mean over tasks" if task == AGGREGATE else task
 
 
-def setting_text(task: str, shots: int) -> str:
-    """Return a task at a shot count: "recall, 16 shots"."""
-    return f"{task_text(task)}, {shots} {'shot' if shots == 1 else 'shots'}"
+def setting_text(task: str, shots: int | None) -> str:
+    """Return a task at a shot count: "recall, 16 shots"; of prompts that were given, their file's name."""
+    return task if shots is None else f"{task_text(task)}, {shots} {'shot' if shots == 1 else 'shots'}"
 
 
 def decimal_text(value: float) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from lowmem_icl.report.page.unit_arrays import (
     linear_range,
     unit_column,
 )
-from lowmem_icl.report.run_tables import RunTables, Setting
+from lowmem_icl.report.run_tables import PromptSetting, RunTables
 from lowmem_icl.statistics.agreement import spearman
 
 ACCURACY_COLUMNS = ("task", "shots", "run", "accuracy", "95 %", "change", "95 %")
@@ -40,7 +41,10 @@ CHANGE_TEXT = (
     "Changes are from the first run; their bounds join those of both runs as if the documents were others, "
     "so they are wide where the documents are the same."
 )
-COMPARED = ("gold_logprob_drop", "gold_prob_drop", "acc_drop", "gradient", "attribution")
+COMPARED = (
+    "gold_logprob_drop", "gold_prob_drop", "acc_drop", "gradient", "attribution", "restore_gold_logprob",
+    "break_gold_logprob", "function_vector",
+)  # fmt: skip
 TOP = 10
 DROP = "gold_logprob_drop"
 
@@ -81,16 +85,15 @@ def comparison_sections(runs: Sequence[RunTables]) -> list[Section]:
     return [*sections, Section("runs", "Runs", table=Table(RUN_COLUMNS, list(run_rows(runs)), "runs"))]
 
 
-def common(runs: Sequence[RunTables]) -> list[Setting]:
+def common(runs: Sequence[RunTables]) -> list[PromptSetting]:
     """Return the settings that all runs have, in the first's order; means over tasks only where all are of
     the same tasks.
     """
     same_tasks = len({frozenset(run.tasks) for run in runs}) == 1
     return [
         (task, shots)
-        for task in runs[0].tasks
-        for shots in runs[0].shots
-        if all(task in run.tasks and shots in run.shots for run in runs) and (task != AGGREGATE or same_tasks)
+        for task, shots in runs[0].settings
+        if all((task, shots) in run.settings for run in runs) and (task != AGGREGATE or same_tasks)
     ]
 
 
@@ -101,9 +104,14 @@ def run_rows(runs: Sequence[RunTables]) -> Iterator[list[str]]:
         yield [
             label, f"{model['id']} {model['weights']}", f"{model['layers']} × {model['heads']}",
             f"{len(tasks)}: {', '.join(tasks)}" if len(tasks) <= MOST_TASKS_NAMED else str(len(tasks)),
-            ", ".join(map(str, run.shots)), run.record["options"]["protocol"],
+            shots_text(run), run.record["options"]["protocol"],
             run.record["versions"].get("lowmem_icl", ""), run.record["state"], run.record["command"],
         ]  # fmt: skip
+
+
+def shots_text(run: RunTables) -> str:
+    """Return the numbers of demonstrations of a run's tasks."""
+    return ", ".join(str(n_shots) for n_shots in run.shots if n_shots is not None)
 
 
 def accuracy_rows(runs: Sequence[RunTables]) -> Iterator[list[str]]:
@@ -151,7 +159,7 @@ def unit_rows(runs: Sequence[RunTables]) -> Iterator[list[str]]:
     grid = _grid(runs)
     drops = [grid.values(run.units, unit_column(DROP)) for run in runs]
     sizes = [_greedy_sizes(run) for run in runs]
-    for index, (task, shots) in enumerate((task, shots) for task in grid.tasks for shots in grid.shots):
+    for index, (task, shots) in enumerate(product(grid.tasks, grid.shots)):
         for number, label in list(enumerate(run_labels(runs)))[1:]:
             both = np.isfinite(drops[0][index]) & np.isfinite(drops[number][index])
             left, right = drops[0][index][both], drops[number][index][both]
@@ -178,13 +186,13 @@ def _greedy_sizes(run: RunTables) -> dict[tuple[str, int], str]:
 
 
 def _mask_cells(
-    first: RunTables, other: RunTables, setting: tuple[str, int], first_sizes: Any, other_sizes: Any
+    first: RunTables, other: RunTables, setting: PromptSetting, first_sizes: Any, other_sizes: Any
 ) -> list[str]:
     """Return what greedy masks keep before and after, how much of it in both, and the share of it."""
     sizes = [size[setting] for size in (first_sizes, other_sizes) if setting in size]
     if len(sizes) < 2:
         return ["", "", ""]
-    files = first.greedy_masks.get(setting), other.greedy_masks.get(setting)
+    files = first.mask_of(*setting), other.mask_of(*setting)
     if files[0] is None or files[1] is None:
         return [" → ".join(sizes), "", ""]
     left, right = files[0].mask, files[1].mask
@@ -196,7 +204,7 @@ def comparison_data(runs: Sequence[RunTables]) -> dict[str, Any]:
     """Return the numbers of several runs as the page's script reads those of one; of models of different
     shapes there is no unit in both.
     """
-    grid = _grid(runs)
+    grid, settings = _grid(runs), common(runs)
     nothing, significant = np.full(grid.shape, np.nan), np.zeros(grid.shape, dtype=np.bool_)
     none, metrics = np.zeros(grid.shape, dtype=np.bool_), {}
     if have_one_shape(runs):
@@ -205,8 +213,9 @@ def comparison_data(runs: Sequence[RunTables]) -> dict[str, Any]:
     model = runs[0].record["model"]
     return {
         "model": {name: model.get(name) for name in ("id", "layers", "heads")},
-        "tasks": list(grid.tasks), "shots": list(grid.shots), "atChance": [],
-        "start": {"task": grid.tasks[-1], "shots": grid.shots[-1]}, "inductionScore": 1.0,
+        "tasks": list(grid.tasks), "shots": list(grid.shots), "settings": [list(each) for each in settings],
+        "start": dict(zip(("task", "shots"), settings[-1], strict=True)),
+        "atChance": [], "inductionScore": 1.0,
         "units": {
             "metrics": metrics, "scores": {}, "significant": {DROP: encode_bits(significant).as_json()},
             **{name: encode_halves(nothing).as_json() for name in ("low", "high", "q")},

@@ -44,6 +44,7 @@ def payload(run: RunTables) -> dict[str, Any]:
         },
         "tasks": list(run.tasks),
         "shots": list(run.shots),
+        "settings": [list(setting) for setting in run.settings],
         "start": start(run),
         "inductionScore": INDUCTION_SCORE,
         "atChance": [[task, shots] for task, shots in sorted(run.at_chance)],
@@ -60,13 +61,15 @@ def payload(run: RunTables) -> dict[str, Any]:
 
 
 def start(run: RunTables) -> dict[str, Any]:
-    """Return the setting that the page shows first: of its first sentence, else the last above chance."""
+    """Return the setting that the page shows first: of its first sentence, else the last above chance, or
+    the first file of a run of given prompts alone; none before that has any numbers.
+    """
     told = told_search(run.masks, settings_of(run.results, run.masks), run.record["model"])
     if told is not None:
         return {"task": told["task"], "shots": told["shots"]}
-    settings = [(task, shots) for task in run.tasks for shots in run.shots]
-    above = [setting for setting in settings if setting not in run.at_chance]
-    task, shots = (above or settings)[-1]
+    above = [setting for setting in run.settings if setting not in run.at_chance]
+    last = 0 if None in run.shots and len(run.shots) == 1 else -1
+    task, shots = (above or run.settings or [("", None)])[last]
     return {"task": task, "shots": shots}
 
 

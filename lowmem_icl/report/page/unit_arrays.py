@@ -1,11 +1,13 @@
 """What is known of every unit at every task and shot count, as arrays for the page's script.
 
-A setting is a task at a shot count; settings [S] go by task, then by shots. Units [U] go by layer, its heads
-first, its FFN last: unit = layer · (heads + 1) + head, an FFN standing where head `heads` would.
+A setting is a task at a shot count, which is None of prompts that were given; settings [S] go by task, then
+by shots. Units [U] go by layer, its heads first, its FFN last: unit = layer · (heads + 1) + head, an FFN
+standing where head `heads` would.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.report.numbers import SIGNIFICANT_Q
 from lowmem_icl.report.page.encoding import encode_bits, encode_halves
 from lowmem_icl.report.run_tables import Setting
-from lowmem_icl.tables.schema import UNIT_METRICS, unit_columns
+from lowmem_icl.tables.schema import UNIT_COLUMNS, unit_columns
 from lowmem_icl.tables.unit_table import HEAD_SCORES
 
 Values = NDArray[np.float64]
@@ -41,6 +43,10 @@ METRICS = {
     "label_effect": UnitMetric("label effect", "nats"),
     "attribution": UnitMetric("attribution, to first order", "nats", 6),
     "gradient": UnitMetric("gradient importance", "nats per token", 6, signed=False),
+    "restore_gold_logprob": UnitMetric("restored by the clean value", "nats", 6),
+    "break_gold_logprob": UnitMetric("changed by the corrupted value", "nats", 6),
+    "restore_normalised": UnitMetric("restored, normalised", "1: the clean run", 6),
+    "function_vector": UnitMetric("function-vector score", "probability", 6),
 }
 """What the maps can show, in the order of the menu."""
 BOUND_BITS = 5
@@ -51,7 +57,7 @@ class Grid:
     """The axes of all arrays of a run."""
 
     tasks: Sequence[str]
-    shots: Sequence[int]
+    shots: Sequence[int | None]
     layers: int
     heads: int
 
@@ -60,15 +66,18 @@ class Grid:
         """Settings and units."""
         return len(self.tasks) * len(self.shots), self.layers * (self.heads + 1)
 
+    @property
+    def _settings(self) -> pl.DataFrame:
+        """The index of every setting."""
+        settings = [(*setting, index) for index, setting in enumerate(product(self.tasks, self.shots))]
+        schema = {"task": pl.String(), "shots": pl.Int32(), "setting": pl.Int64()}
+        return pl.DataFrame(settings, schema=schema, orient="row")
+
     def values(self, units: pl.DataFrame, column: str) -> Values:
         """Return a column of units.parquet as an array [S, U]; NaN where a unit or its value is not known."""
-        known = units.filter(pl.col("task").is_in(list(self.tasks)) & pl.col("shots").is_in(list(self.shots)))
-        setting = known.select(
-            pl.col("task").replace_strict(_indices(self.tasks), return_dtype=pl.Int64) * len(self.shots)
-            + pl.col("shots").replace_strict(_indices(self.shots), return_dtype=pl.Int64)
-        ).to_series()
+        known = units.join(self._settings, on=["task", "shots"], nulls_equal=True)
         found = np.full(self.shape, np.nan)
-        found[setting.to_numpy(), self._unit(known)] = known[column].cast(pl.Float64).to_numpy()
+        found[known["setting"].to_numpy(), self._unit(known)] = known[column].cast(pl.Float64).to_numpy()
         return found
 
     def head_values(self, units: pl.DataFrame, column: str) -> Values:
@@ -110,8 +119,9 @@ def unit_arrays(units: pl.DataFrame, greedy: Mapping[Setting, MaskFile], grid: G
             "largest": float(np.nanmax(np.abs(values))),
             "values": encode_halves(values, metric.mantissa_bits).as_json(),
         }
-        if unit_column(name) in UNIT_METRICS:
-            q_values = grid.values(units, unit_columns(unit_column(name))["q_value"])
+        q_column = unit_columns(unit_column(name)).get("q_value")
+        if q_column in units.columns:
+            q_values = grid.values(units, q_column)
             if np.isfinite(q_values).any():
                 significant[name] = encode_bits(is_significant(q_values)).as_json()
     scores = {name: grid.head_values(units, name) for name in HEAD_SCORES}
@@ -134,15 +144,15 @@ def unit_arrays(units: pl.DataFrame, greedy: Mapping[Setting, MaskFile], grid: G
 def _kept(greedy: Mapping[Setting, MaskFile], grid: Grid) -> NDArray[np.bool_]:
     """Return which units greedy masks keep, [S, U]; none where there is no mask."""
     kept = np.zeros(grid.shape, dtype=np.bool_)
-    for index, setting in enumerate((task, shots) for task in grid.tasks for shots in grid.shots):
-        if setting in greedy:
-            kept[index] = grid.kept(greedy[setting].mask)
+    for index, (task, shots) in enumerate(product(grid.tasks, grid.shots)):
+        if shots is not None and (task, shots) in greedy:
+            kept[index] = grid.kept(greedy[task, shots].mask)
     return kept
 
 
 def unit_column(metric: str) -> str:
     """Return the column of units.parquet that holds a metric of METRICS."""
-    return next((column for column, held in UNIT_METRICS.items() if held == metric), metric)
+    return next((column for column, held in UNIT_COLUMNS.items() if held == metric), metric)
 
 
 def is_significant(q_values: Values) -> NDArray[np.bool_]:
@@ -160,7 +170,3 @@ def linear_range(values: Values) -> float:
     middle = float(np.median(sizes))
     power = 10.0 ** np.floor(np.log10(middle))
     return float(power * max(step for step in (1, 2, 5) if step * power <= middle * (1 + 1e-9)))
-
-
-def _indices(names: Sequence[Any]) -> dict[Any, int]:
-    return {name: index for index, name in enumerate(names)}

@@ -18,10 +18,16 @@ from lowmem_icl.errors import InputError
 from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.report.findings.answer import Chip, answer
 from lowmem_icl.report.findings.wording import task_text
-from lowmem_icl.report.page.comparison import common, comparison_data, comparison_sections, run_labels
+from lowmem_icl.report.page.comparison import (
+    common,
+    comparison_data,
+    comparison_sections,
+    run_labels,
+    shots_text,
+)
 from lowmem_icl.report.page.encoding import encode_bytes
 from lowmem_icl.report.page.payload import payload
-from lowmem_icl.report.page.section import Section
+from lowmem_icl.report.page.section import Record, Section
 from lowmem_icl.report.page.sections.accuracy import accuracy_section
 from lowmem_icl.report.page.sections.agreement import agreement_section
 from lowmem_icl.report.page.sections.given_masks import given_masks_section
@@ -29,6 +35,7 @@ from lowmem_icl.report.page.sections.induction import induction_section
 from lowmem_icl.report.page.sections.labels import labels_section
 from lowmem_icl.report.page.sections.masks import masks_section
 from lowmem_icl.report.page.sections.method import method_section
+from lowmem_icl.report.page.sections.patching import patching_section
 from lowmem_icl.report.page.sections.pruning import pruning_section
 from lowmem_icl.report.page.sections.units import atlas_section, map_section, ranking_section
 from lowmem_icl.report.run_tables import RunTables
@@ -46,6 +53,7 @@ SECTIONS: dict[MakeSection, tuple[str, ...]] = {
     labels_section: ("Labels",),
     pruning_section: ("Curves and knees", "Random masks"),
     masks_section: ("The answer", "Greedy and certified masks"),
+    patching_section: ("Patching", "Function vectors", "Stars"),
     induction_section: ("Induction heads", "Random masks"),
     agreement_section: ("Agreement of rankings",),
     method_section: (),
@@ -171,18 +179,28 @@ def _title(run: RunTables, sections: Sequence[Section]) -> str:
     name = f"{model['id']} in {model['weights']}"
     if any(section.id == "given-masks" for section in sections):
         return f"{name}: what masks cost"
+    if not run.record["tasks"]:
+        return f"{name}: what heads and FFNs carry from prompt to prompt"
     return f"{name}: which heads and FFNs does in-context learning need?"
 
 
 def _lead(run: RunTables) -> str:
-    model, tasks = run.record["model"], [task for task in run.tasks if task != AGGREGATE]
-    return (
-        f"{model['layers']} layers of {model['heads']} heads and an FFN each; "
-        f"{len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}; "
-        f"{', '.join(map(str, run.shots))} demonstrations. Accuracies are measured on the evaluation split; "
-        "importance and ablations, and what masks are chosen by, on the training split. Bounds are 95 % "
-        "intervals over documents."
+    model, tasks = run.record["model"], {task["task"] for task in run.record["tasks"]}
+    given = [task for task, n_shots in run.settings if n_shots is None]
+    named = [f"{len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}; {shots_text(run)} demonstrations"]
+    named = (named if tasks else []) + ([f"prompts given: {', '.join(given)}"] if given else [])
+    splits = (
+        "Accuracies are measured on the evaluation split; importance, ablations and patches, and what masks "
+        "are chosen by, on the training split. "
     )
+    return (
+        f"{'; '.join([_units_text(model), *named])}. {splits if tasks else ''}Bounds are 95 % intervals over "
+        "documents."
+    )
+
+
+def _units_text(model: Record) -> str:
+    return f"{model['layers']} layers of {model['heads']} heads and an FFN each"
 
 
 def render(page: Page) -> str:

@@ -62,6 +62,27 @@ function drawScores(run) {
   if (plot) markAxis(plot.left.find((a) => a.axis_label !== undefined), metric);
 }
 
+// Restored against broken, heads and FFNs apart; both axes in the scales of the map.
+const RESTORED = "restore_gold_logprob", BROKEN = "break_gold_logprob";
+function drawPatched(run) {
+  const [across, up] = [RESTORED, BROKEN].map((name) => run.units.metrics[name]), plot = source("patched");
+  if (!plot || !across || !up) return;
+  const x = valuesAt(run, RESTORED), y = valuesAt(run, BROKEN), kinds = [0, 1].map(() => ({ x: [], y: [], unit: [], text: [], filled: [] }));
+  const start = settingIndex(run, state.task, state.shots) * run.perSetting, claimed = (unit) => [RESTORED, BROKEN].some((name) => run.units.significant[name]?.[start + unit]);
+  x.forEach((value, unit) => {
+    if (Number.isNaN(value) || Number.isNaN(y[unit])) return;
+    const columns = kinds[Number(isFfn(run, unit))];
+    columns.x.push(onScale(across, value)); columns.y.push(onScale(up, y[unit])); columns.unit.push(unitName(run, unit)); columns.filled.push(claimed(unit) ? 0.8 : 0.05);
+    columns.text.push(`restores ${shown(value)}, breaks ${shown(y[unit])} nats`);
+  });
+  fill("patched-heads", kinds[0]); fill("patched-ffns", kinds[1]);
+  for (const [axes, metric, range, name] of [[plot.below, across, plot.x_range, "x"], [plot.left, up, plot.y_range, "y"]]) {
+    markAxis(axes.find((a) => a.axis_label !== undefined), metric);
+    const ends = [0, ...kinds.flatMap((columns) => columns[name])];
+    range.start = Math.min(-0.2, ...ends) - 0.05; range.end = Math.max(0.2, ...ends) + 0.05;
+  }
+}
+
 function drawRemoval(run) {
   const plot = source("removal");
   if (!plot) return;

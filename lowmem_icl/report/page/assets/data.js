@@ -41,6 +41,9 @@ async function decodeRun(run) {
   return run;
 }
 
+// Prompts that were given have no shot count: null, in texts "null".
+const readShots = (text) => (text === "null" ? null : Number(text));
+const isSetting = (run, task, shots) => run.settings.some(([name, count]) => name === task && count === shots);
 const settingIndex = (run, task, shots) => run.tasks.indexOf(task) * run.shots.length + run.shots.indexOf(shots);
 const unitName = (run, unit) => {
   const width = run.model.heads + 1, head = unit % width, layer = Math.floor(unit / width);
@@ -73,6 +76,6 @@ const shown = (value, digits = 3) => {
   if (size >= 1000 || size < 0.001) return value.toExponential(1);
   return size >= 1 && digits < 2 ? String(Number(value.toPrecision(digits))) : value.toPrecision(digits);
 };
-const shotsText = (count) => `${count} ${count === 1 ? "shot" : "shots"}`;
+const shotsText = (count) => (count === null ? "given prompts" : `${count} ${count === 1 ? "shot" : "shots"}`);
 const taskName = (task) => (task === "aggregate" ? "mean over tasks" : task);
 const shownInterval = (low, high) => (Number.isNaN(low) || low == null || high == null ? "" : ` [${shown(low, 2)}, ${shown(high, 2)}]`);

@@ -11,6 +11,7 @@ const PER_PLOT = {
   "plot-grid": drawGrid,
   "plot-transfer": drawTransfer,
   "plot-scores": drawScores,
+  "plot-patched": drawPatched,
   "plot-removal": drawRemoval,
   "plot-prefix-capacity": (run) => drawCurves("prefix-capacity", run.capacity.prefix_matching, { unit: "% of heads", height: 180 }),
   "plot-copying-capacity": (run) => drawCurves("copying-capacity", run.capacity.copying, { unit: "% of heads", height: 180 }),
@@ -56,7 +57,7 @@ const MOST_LISTED = 300;
 function markMasks(run) {
   const place = document.getElementById("kept-units"), mask = run.masks.find((each) => each.task === state.task && each.shots === state.shots);
   if (place) place.textContent = mask ? keptText(run) : "";
-  for (const row of document.querySelectorAll("tr[data-task]")) row.classList.toggle("chosen", row.dataset.task === state.task && Number(row.dataset.shots) === state.shots);
+  for (const row of document.querySelectorAll("tr[data-task]")) row.classList.toggle("chosen", row.dataset.task === state.task && readShots(row.dataset.shots) === state.shots);
 }
 
 function keptText(run) {
@@ -69,7 +70,7 @@ function keptText(run) {
 function makeBar(run) {
   const bar = document.getElementById("bar"), fields = bar.elements, option = (value, text) => element("option", { value }, text);
   fields.task.append(...run.tasks.map((task) => option(task, taskName(task))));
-  fields.shots.append(...run.shots.map((shots) => option(shots, String(shots))));
+  fields.shots.append(...run.shots.map((shots) => option(shots, shots === null ? shotsText(shots) : String(shots))));
   fields.metric.append(...Object.entries(run.units.metrics).map(([name, { label }]) => option(name, label)));
   // What a run has not measured cannot be chosen.
   const hasUnits = Object.keys(run.units.metrics).length > 0, hasMore = [run.curves.head, run.curves.ffn, run.removal, run.agreement].some((rows) => rows.length);
@@ -81,8 +82,15 @@ function makeBar(run) {
   };
   show(); listeners.push(show);
   bar.addEventListener("submit", (event) => event.preventDefault());
-  fields.task.addEventListener("change", () => choose(run, { task: fields.task.value }));
-  fields.shots.addEventListener("change", () => choose(run, { shots: Number(fields.shots.value) }));
+  // Where one of both has no such other, the first that it has.
+  fields.task.addEventListener("change", () => {
+    const task = fields.task.value, shots = isSetting(run, task, state.shots) ? state.shots : run.settings.find(([name]) => name === task)[1];
+    choose(run, { task, shots });
+  });
+  fields.shots.addEventListener("change", () => {
+    const shots = readShots(fields.shots.value), task = isSetting(run, state.task, shots) ? state.task : run.settings.find(([, count]) => count === shots)[0];
+    choose(run, { task, shots });
+  });
   fields.metric.addEventListener("change", () => choose(run, { metric: fields.metric.value }));
   fields.significant.addEventListener("change", () => choose(run, { significant: fields.significant.checked }));
   fields.unit.addEventListener("change", () => findUnit(run, fields.unit.value));

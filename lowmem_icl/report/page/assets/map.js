@@ -108,7 +108,7 @@ function drawCard(run) {
   if (!card) return;
   const metric = run.units.metrics[state.metric];
   if (state.unit === null || !metric) { card.replaceChildren(element("p", { class: "soft" }, "Click a unit of the map, or type its name above, to see what it costs every task, and which masks keep it.")); return; }
-  const unit = state.unit, head = element("tr", {}, element("th", {}, "shots"), ...run.shots.map((n) => element("th", {}, String(n))));
+  const unit = state.unit, head = element("tr", {}, element("th", {}, "shots"), ...run.shots.map((n) => element("th", {}, n === null ? "given" : String(n))));
   const rows = run.tasks.map((task) => element("tr", { class: task === state.task ? "chosen" : "" }, element("td", {}, taskName(task)),
     ...run.shots.map((shots) => {
       const index = settingIndex(run, task, shots) * run.perSetting + unit;
@@ -155,7 +155,7 @@ function makeAtlas(run) {
   const group = Object.values(run.units.metrics)[0].group;
   const shown = group ? Object.values(run.units.metrics).filter((metric) => metric.group === group) : run.shots.map((shots) => ({ shots }));
   place.style.setProperty("--maps", shown.length);
-  place.append(...run.tasks.map((task) => element("div", {}, element("b", {}, taskName(task)), ...shown.map((each) => small(task, each)))));
+  place.append(...run.tasks.map((task) => element("div", {}, element("b", {}, taskName(task)), ...shown.filter((each) => each.short || isSetting(run, task, each.shots)).map((each) => small(task, each)))));
 }
 
 // Of several runs: the metric of the chosen one's kind that shows this run or difference.
@@ -170,7 +170,7 @@ function drawAtlas(run) {
   // A pixel as one number, red in the lowest byte.
   const colours = paletteOf(run, metric).map((hex) => [1, 3, 5].reduce((sum, at, byte) => sum + parseInt(hex.slice(at, at + 2), 16) * 256 ** byte, 255 * 256 ** 3));
   for (const button of document.querySelectorAll("#atlas button")) {
-    const { task, group } = button.dataset, shots = group ? state.shots : Number(button.dataset.shots), name = group ? metricOf(run, group) : state.metric;
+    const { task, group } = button.dataset, shots = group ? state.shots : readShots(button.dataset.shots), name = group ? metricOf(run, group) : state.metric;
     button.setAttribute("aria-pressed", String(task === state.task && shots === state.shots && name === state.metric));
     const canvas = button.firstElementChild, { width, height } = canvas, context = canvas.getContext("2d");
     const picture = context.createImageData(width, height), pixels = new Uint32Array(picture.data.buffer), values = valuesAt(run, name, task, shots);

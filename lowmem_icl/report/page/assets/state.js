@@ -5,13 +5,16 @@ const listeners = [];
 
 function readAddress(run) {
   const asked = new URLSearchParams(location.hash.slice(1));
-  const shots = Number(asked.get("shots")), metrics = Object.keys(run.units.metrics);
+  const metrics = Object.keys(run.units.metrics);
   state.task = run.tasks.includes(asked.get("task")) ? asked.get("task") : run.start.task;
-  state.shots = asked.has("shots") && run.shots.includes(shots) ? shots : run.start.shots;
-  state.metric = metrics.includes(asked.get("metric")) ? asked.get("metric") : metrics[0] || "";
+  state.shots = asked.has("shots") && run.shots.includes(readShots(asked.get("shots"))) ? readShots(asked.get("shots")) : run.start.shots;
+  state.metric = metrics.includes(asked.get("metric")) ? asked.get("metric") : firstMeasured(run, metrics);
   state.significant = asked.get("significant") === "1";
   state.unit = asked.has("unit") ? unitIndex(run, asked.get("unit")) : null;
 }
+
+// What a setting without drops shows first: the first metric that was measured there.
+const firstMeasured = (run, metrics) => metrics.find((name) => !valuesAt(run, name).every(Number.isNaN)) ?? metrics[0] ?? "";
 
 function writeAddress(run) {
   const parts = new URLSearchParams({ task: state.task, shots: state.shots, metric: state.metric });

@@ -42,7 +42,7 @@ def head_map(layers: int, heads: int) -> PagePlot:
     _draw_cells(plot, cell)
     profile = _layer_profile(plot, height)
     layout = row(plot, profile, sizing_mode="stretch_width", spacing=6)
-    return PagePlot("plot-map", layout, CAPTION, ("ablate-heads", "ablate-ffns"))
+    return PagePlot("plot-map", layout, CAPTION, ("ablate-heads", "ablate-ffns", "patch-heads"))
 
 
 def _mark_axes(plot: figure, heads: int) -> None:

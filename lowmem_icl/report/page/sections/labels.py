@@ -5,7 +5,8 @@ from typing import Any
 
 import polars as pl
 
-from lowmem_icl.protocols import LABELS
+from lowmem_icl.protocols import AGGREGATE, LABELS
+from lowmem_icl.report.findings.wording import listed
 from lowmem_icl.report.numbers import clean_evaluation
 from lowmem_icl.report.page.section import Section, Table, interval_text, number_text
 from lowmem_icl.report.run_tables import RunTables
@@ -30,7 +31,31 @@ def labels_section(run: RunTables) -> Section | None:
     rows = label_rows(run.results)
     if not rows:
         return None
-    return Section("labels", "What the labels give", TEXT, table=Table(COLUMNS, rows))
+    text = f"{TEXT} {learnt_sentence(run.results)}".strip()
+    return Section("labels", "What the labels give", text, table=Table(COLUMNS, rows))
+
+
+def learnt_sentence(results: pl.DataFrame) -> str:
+    """Return which tasks are learnt from labels: whose accuracy credibly falls when these are shuffled, or,
+    where nothing was shuffled, foreign, at any shot count; empty where no control has an interval.
+    """
+    is_effect = pl.col("metric").str.ends_with("_label_effect") & ~pl.col("metric").str.starts_with("gold")
+    effects = clean_evaluation(results).filter(is_effect & (pl.col("task") != AGGREGATE))
+    effects = effects.filter(pl.col("low").is_not_null())
+    if effects.is_empty():
+        return ""
+    first = "shuffled" if (effects["labels"] == "shuffled").any() else "foreign"
+    effects = effects.filter(pl.col("labels") == first)
+    learnt = {
+        task: [str(row["shots"]) for row in members.iter_rows(named=True) if row["low"] > 0]
+        for (task,), members in effects.group_by("task", maintain_order=True)
+    }
+    named = [f"{task} (at {', '.join(shots)} shots)" for task, shots in learnt.items() if shots]
+    others = [str(task) for task, shots in learnt.items() if not shots]
+    start = f"Accuracy credibly falls with {first} labels in"
+    if not named:
+        return f"{start} none of {listed(others)}." if len(others) > 1 else ""
+    return f"{start} {listed(named)}{f'; that is not shown for {listed(others)}' if others else ''}."
 
 
 def label_rows(results: pl.DataFrame) -> list[list[str]]:

@@ -81,7 +81,9 @@ def mask_rows(run: RunTables) -> Iterator[MaskRow]:
         (row["task"], row["shots"]): row["value"] for row in clean_accuracy(run.results).iter_rows(named=True)
     }
     searched = [
-        (task, shots) for task in run.tasks for shots in run.shots if (task, shots, "greedy") in by_mask
+        (task, shots)
+        for task, shots in run.settings
+        if shots is not None and (task, shots, "greedy") in by_mask
     ]
     kept = kept_texts(run.masks, run.record["model"])
     uncertified = searches_without_certificate(run.record)

@@ -15,6 +15,7 @@ COMPARED = {"attribution": "all exact units", "attribution-drawn": "those drawn 
 STARS_ARE_COUNTS = (
     "A star is about how many documents are hurt, not about their mean, whose interval may hold 0."
 )
+NOT_REMOVED = "No unit was removed alone."
 ATLAS_TEXT = "Every task and shot count in the scale of the map; click one to load it."
 
 
@@ -29,7 +30,7 @@ def map_section(run: RunTables) -> Section | None:
         return None
     model = run.record["model"]
     ablate = run.results.filter(pl.col("experiment") == "ablate")
-    text = exactness_note(ablate) if len(ablate) else "No unit was removed alone: gradients only."
+    text = exactness_note(ablate) if len(ablate) else NOT_REMOVED
     return Section("map", "Heads and FFNs", text, [head_map(model["layers"], model["heads"])])
 
 
