@@ -13,7 +13,8 @@ from typing import Any
 
 # The tests have a cache of their own. Set here, above the imports that read it, and so for every child
 # process too.
-CACHE = Path(tempfile.mkdtemp(prefix="lowmem-icl-tests-"))
+# Not within the cache of the process that started this one: Chromium wants short paths.
+CACHE = Path(tempfile.mkdtemp(prefix="lowmem-icl-tests-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT")))
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 for variable in (
     "HF_HUB_CACHE",
@@ -40,6 +41,9 @@ for variable, folder in {
     os.environ[variable] = str(folder)
 tempfile.tempdir = None
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several of them share the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

@@ -132,7 +132,7 @@ def mean_run(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
     out = tmp_path_factory.mktemp("means") / "demo"
     with pytest.MonkeyPatch.context() as patch:
         # Heads are scored on few sequences: scores are of no account here.
-        patch.setattr("lowmem_icl.session.prepare.random_sequences", partial(random_sequences, count=5))
+        patch.setattr("lowmem_icl.session.text_form.random_sequences", partial(random_sequences, count=5))
         result = run_by_mean(out, stores, "--experiments", "importance,ablate,prune,induction")
     assert result.exit_code == 0, result.output
     return out

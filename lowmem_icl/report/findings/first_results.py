@@ -99,7 +99,7 @@ def _patch(results: pl.DataFrame) -> str:
     """Return the head that restores most in the setting where one restores most; where no pairs were patched,
     the head with the highest function-vector score.
     """
-    heads = results.filter((pl.col("kind") == "head") & (pl.col("task") != AGGREGATE))
+    heads = results.filter((pl.col("kind") == "head") & (pl.col("task") != AGGREGATE) & pl.col("exact"))
     for metric, said in (
         ("restore_gold_logprob", "{unit} restores most, {value:.2f} nats of {where}"),
         ("function_vector", "{unit} has the highest function-vector score, {value:.2f} in {where}"),
