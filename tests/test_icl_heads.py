@@ -1,5 +1,6 @@
 """Which heads carry learning in context: rankings, sets, what removal costs, losses in text."""
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.masks.rankings import highest_heads
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.options import RunOptions
+from lowmem_icl.report.page.sections.icl_heads import icl_heads_section
+from lowmem_icl.report.run_tables import read_run
 from lowmem_icl.session.prepare import Prepared, prepare
 from lowmem_icl.statistics.shared_units import chance_of_sharing, chance_within_layers
 from lowmem_icl.tasks.text_windows import TextWindows, text_windows
@@ -309,6 +312,24 @@ def test_a_run_does_the_passes_it_needs_and_has_bands_and_means(alone: Path) -> 
     assert results.filter(pl.col("value").is_null()).is_empty()
     explained = (Path(__file__).parents[1] / "docs" / "tables.md").read_text(encoding="utf-8")
     assert not [metric for metric in results["metric"].unique() if f"`{metric}`" not in explained]
+
+
+def test_the_page_shows_what_is_left_without_heads_as_the_table_has_it(alone: Path) -> None:
+    run = read_run(alone)
+    section = icl_heads_section(run)
+    assert section is not None
+    assert section.table is not None
+    left = run.results.filter(metric="first_token_acc", task="aggregate")
+    left = left.filter(pl.col("method").is_not_null() & (pl.col("method") != "random"))
+    shown = {(row[0], row[1].partition(" ")[0]): row for row in section.table.rows}
+    assert len(shown) == left.select("other_method", "percent").n_unique()
+    place = {"task-mean": "the mean over tasks", "own-mean": "the task's own mean"}
+    for row in left.filter(pl.col("method").is_in(["function_vector", "induction"])).iter_rows(named=True):
+        cells = shown[place[row["other_method"]], str(row["percent"])]
+        assert cells[2 if row["method"] == "function_vector" else 3].startswith(f"{row['value']:.3f} (")
+    assert len(section.plots) == 2
+    assert "both rankings have" in section.text
+    assert icl_heads_section(replace(run, results=run.results.clear())) is None
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from lowmem_icl.report.page.section import Record, Section
 from lowmem_icl.report.page.sections.accuracy import accuracy_section
 from lowmem_icl.report.page.sections.agreement import agreement_section
 from lowmem_icl.report.page.sections.given_masks import given_masks_section
+from lowmem_icl.report.page.sections.icl_heads import icl_heads_section
 from lowmem_icl.report.page.sections.induction import induction_section
 from lowmem_icl.report.page.sections.labels import labels_section
 from lowmem_icl.report.page.sections.masks import masks_section
@@ -55,6 +56,7 @@ SECTIONS: dict[MakeSection, tuple[str, ...]] = {
     masks_section: ("The answer", "Greedy and certified masks"),
     patching_section: ("Patching", "Function vectors", "Stars"),
     induction_section: ("Induction heads", "Random masks"),
+    icl_heads_section: ("Which heads carry learning in context", "Function vectors", "Induction heads"),
     agreement_section: ("Agreement of rankings",),
     method_section: (),
 }
