@@ -268,7 +268,7 @@ def test_a_text_that_is_too_short_says_how_many_tokens_are_needed(tmp_path: Path
         return str(error.value)
 
     assert "expected at least 2048 tokens, which make 4 windows, got" in refused(tmp_path / "a", b"kova mepi")
-    assert "expected UTF-8 text" in refused(tmp_path / "b", b"\xff\xfe\x00")
+    assert "cannot be read as UTF-8 text" in refused(tmp_path / "b", b"\xff\xfe\x00")
 
 
 @pytest.mark.parametrize(

@@ -23,17 +23,16 @@ from lowmem_icl.engine.micro_batches import (
     row_groups,
 )
 from lowmem_icl.engine.removed_units import RemovedUnits
-from lowmem_icl.engine.row_masks import embedded, plain_segments, row_mask
+from lowmem_icl.engine.row_masks import RowMasks, embedded, plain_segments
 from lowmem_icl.engine.schedule import Block, Job, PlannedWave, Variant
 from lowmem_icl.engine.setup import PassSetup
 from lowmem_icl.masks.mask import Mask
-from lowmem_icl.model.attention import RowMask, Segment
+from lowmem_icl.model.attention import Segment
 from lowmem_icl.model.layer import AttentionOutput, DecoderLayer, cut_heads
 from lowmem_icl.rows import Integers, Row
 
 _CLEAN = -1
 _CLEAN_SLOT: Slots = np.zeros(1, dtype=np.int64)
-KEPT_MASK_ELEMENTS = 1 << 21
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +114,7 @@ class Wave:
         self._at: Mapping[int, _LayerSlots] = {}
         self._reader = AnswerReader(setup.model)
         self._reads: list[Tensor | None] = [None] * len(self._block)
-        self._masks: dict[int, RowMask] = {}
-        self._mask_room = KEPT_MASK_ELEMENTS
+        self._masks = RowMasks(setup.model)
         self._residuals: list[Tensor] = []
         for member in self._block:
             shape = len(self._slots[member.job]), len(member.row), self._model.skeleton.width
@@ -330,14 +328,7 @@ class Wave:
 
     def _segment(self, index: int, variants: int, stem: AttentionOutput | None) -> Segment:
         """Return a row's part of a micro-batch; `stem`: its stem's attention under the same masks."""
-        row = self._rows[index]
-        mask = self._masks.get(index)
-        if mask is None:
-            mask = row_mask(self._model, row)
-            if mask.seen.numel() <= self._mask_room:
-                # Kept for the next layers as long as they are small together.
-                self._masks[index] = mask
-                self._mask_room -= mask.seen.numel()
+        mask = self._masks.of(self._rows[index])
         if stem is None:
             return Segment(variants, mask)
         keys, values = (

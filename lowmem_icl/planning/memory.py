@@ -8,8 +8,8 @@ import psutil
 
 from lowmem_icl.engine.head_scores import kept_bytes, reading_bytes
 from lowmem_icl.engine.micro_batches import MICRO_BATCH_TOKENS
+from lowmem_icl.engine.row_masks import KEPT_MASK_ELEMENTS
 from lowmem_icl.engine.schedule import CACHE_SHARE, DONOR_WEIGHT, FLOAT_BYTES, SweepLimits
-from lowmem_icl.engine.wave import KEPT_MASK_ELEMENTS
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.experiments.induction.stage import copying_form
 from lowmem_icl.model.int8 import BACKWARD_INPUTS, BACKWARD_OUTPUTS, FIXED_ROWS

@@ -12,6 +12,7 @@ from lowmem_icl.options import RunOptions
 from lowmem_icl.tasks.packing import PackingLimits, Tokenise
 from lowmem_icl.tasks.prompt_pairs.files import GivenPrompts, PromptReader, given_digest
 from lowmem_icl.tasks.prompt_pairs.pair import PromptPair
+from lowmem_icl.tasks.row_files import read_text
 from lowmem_icl.tasks.text_windows import (
     FEWEST_WINDOWS,
     MOST_WINDOWS,
@@ -67,7 +68,7 @@ def _text(path: Path | None, reader: PromptReader) -> TextWindows | None:
     """Return the windows of a file's text, or of the tool's own page; raises InputError where the file
     cannot be read or is too short.
     """
-    text = fixed_text() if path is None else _read_text(path)
+    text = fixed_text() if path is None else read_text(path)
     (tokens,) = reader.tokenise([text[:MOST_CHARACTERS]])
     limits, largest = reader.limits, max(tokens, default=0)
     if largest >= reader.vocabulary:
@@ -84,12 +85,3 @@ def _text(path: Path | None, reader: PromptReader) -> TextWindows | None:
             f"{len(tokens)}; give a longer text"
         )
     return text_windows(tokens, limits.bos, limits.context_tokens)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"--text {path}: expected UTF-8 text ({error}); convert it") from error
-    except OSError as error:
-        raise InputError(f"--text {path}: cannot be read ({error.strerror}); give a text file") from error
