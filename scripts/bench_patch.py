@@ -15,12 +15,13 @@ from torch import Tensor
 
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.cache import CleanCache
+from lowmem_icl.engine.cost import SweepCost, operations
 from lowmem_icl.engine.passes import PassSetup, unit_means
 from lowmem_icl.engine.patching import patch
 from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.engine.unit_means import MeanSums
 from lowmem_icl.experiments.patch.prompts import VectorPrompts, prompts_of, vector_jobs
-from lowmem_icl.experiments.patch.stage import means_part
+from lowmem_icl.experiments.patch.stage import means_part, vectors_part
 from lowmem_icl.masks.mask import Mask, all_heads
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.options import RunOptions
@@ -36,9 +37,12 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Timed:
-    """What a side took, in seconds, and the log-probabilities that it found, [heads, prompts]."""
+    """What a side took, in seconds and in operations, and the log-probabilities that it found, [heads,
+    prompts].
+    """
 
     seconds: float
+    operations: float
     logprobs: Values
     threads: int
 
@@ -80,7 +84,9 @@ def our_side(inputs: Inputs) -> tuple[Timed, Values]:
         patch(setup, jobs, scores)
         seconds = time.perf_counter() - started
     found = np.stack([score.logprobs[1:, 0] for score in scores], 1)
-    return Timed(seconds, found, torch.get_num_threads()), means.heads.astype(np.float64)
+    cost = vectors_part(prepared, [prompts], [means]).cost(prepared, setup.limits, ())
+    done = operations(cost, skeleton)
+    return Timed(seconds, done, found, torch.get_num_threads()), means.heads.astype(np.float64)
 
 
 def peer_side(inputs: Inputs, means: Values, sampled: Sequence[int]) -> Timed:
@@ -111,7 +117,11 @@ def peer_side(inputs: Inputs, means: Values, sampled: Sequence[int]) -> Timed:
                 logits = model(torch.tensor([prompt]), logits_to_keep=1).logits[0, -1]
                 found[row, column] = float(logits.double().log_softmax(-1)[target[0]])
             handle.remove()
-    return Timed(time.perf_counter() - started, found, torch.get_num_threads())
+    seconds, tokens = time.perf_counter() - started, sum(map(len, prompts.corrupted))
+    through = tokens * prepared.skeleton.layers
+    once = SweepCost(through, through, through, answers=len(prompts.corrupted))
+    done = len(sampled) * operations(once, prepared.skeleton)
+    return Timed(seconds, done, found, torch.get_num_threads())
 
 
 def patching(case: str, inputs: Inputs, say: Say) -> list[Row]:
@@ -140,5 +150,6 @@ def patching(case: str, inputs: Inputs, say: Say) -> list[Row]:
             documents=PAIRS,
             threads=ours.threads,
             sampled=f"{len(sampled)} of {count}",
+            arithmetic_ratio=theirs.operations * count / len(sampled) / ours.operations,
         )
     ]
