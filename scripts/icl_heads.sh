@@ -10,7 +10,7 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 out=${OUT:-runs/icl-heads}
 for model in ${MODELS:-gemma3-270m smollm2}; do
     lowmem-icl run --model "$model" ${STORE_DIR:+--store-dir "$STORE_DIR"} --experiments icl-heads \
-        --tasks antonym,country_capital,present_past,next_item \
+        --tasks antonym,country_capital,present_past,singular_plural \
         --shots 10 --train-limit 8 --limit 16 --text "$here/docs/numbers.md" \
         --out "$out/$(basename "$model" .gguf)"
 done

@@ -81,3 +81,11 @@ def test_records_say_how_often_the_answer_comes_at_every_layer_and_what_is_gaine
     }
     others = {row["mask_task"] for row in of_a if row.get("method") == "other_task"}
     assert others == {"b"}
+
+
+def test_prompts_without_a_vector_are_told_once_for_vectors_of_several_shot_counts() -> None:
+    found = [of_task("a", 5), of_task("a", 10)]
+    made = [Scores.empty(1 + 2 * LAYERS, 1) for of in found for _ in of.prompts]
+    rows = list(records(found, LAYERS, 10, iter(made)))
+    assert sum("layer" not in row for row in rows) == 1
+    assert {row["mask_shots"] for row in rows if "layer" in row} == {5, 10}

@@ -13,6 +13,9 @@ from demo_scores import DEMO
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lowmem_icl.experiments.patch.measure import pair_scores
+from lowmem_icl.tasks.prompt_pairs.pair import PromptPair
+
 CLEAN = ["Q: kova\nA: mepi\n\nQ: lusa\nA: tiro\n\nQ: kova\nA:", "Q: lusa\nA: tiro\n\nQ: lusa\nA:"]
 CORRUPTED = ["Q: kova\nA: tiro\n\nQ: lusa\nA: mepi\n\nQ: kova\nA:", "Q: lusa\nA: mepi\n\nQ: lusa\nA:"]
 OPTIONS = [" mepi", " tiro", " kova"]
@@ -193,3 +196,17 @@ def test_pairs_of_documents_are_patched_at_both_places_and_go_on(tmp_path: Path,
     assert set(results["labels"].unique()) == {"right", "shuffled"}
     again = patched(tmp_path / "out", stores, *flags)
     assert again.equals(results)
+
+
+def test_a_files_name_is_no_mean_over_tasks(tmp_path: Path, stores: Path) -> None:
+    line = {"context": CLEAN[1], "corrupted": CORRUPTED[1], "options": OPTIONS, "gold": 1}
+    pairs = written(tmp_path / "aggregate.jsonl", [line])
+    refused = invoke("run", "--experiments", "patch", "--pairs", pairs, "--store-dir", stores)
+    assert refused.exit_code == 2
+    assert "names the mean over tasks" in refused.output
+
+
+def test_of_equal_options_the_first_counts() -> None:
+    pair = PromptPair(0, (1,), (2,), ((3,), (4,)), (False, True), "a")
+    scores = pair_scores(pair, np.array([[-1.0, -1.0], [-2.0, -1.0]]))
+    np.testing.assert_array_equal(scores["acc"], [0, 1])

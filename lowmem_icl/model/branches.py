@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 BRANCH_TOKENS = 64
+LONG_BRANCH = 8
 STEM_MULTIPLE = 16
 """Rows of products begin on full vectors: MKL's differ in the last bit between aligned and unaligned ones."""
 
@@ -61,12 +62,18 @@ def _attended(
     q = queries.unflatten(1, (groups, -1)).permute(1, 2, 0, 3, 4).contiguous()
     keys, values = (part.transpose(0, 1)[:, None, :, None] for part in own)
     with_stem = (q.view(groups, -1, width) @ stem[0].transpose(1, 2)).view(*q.shape[:-1], stem_tokens)
-    with_own = (q.unsqueeze(-2) * keys).sum(-1)
+    # Of long branches the product of every pair of tokens would be larger than all else.
+    is_long = q.shape[3] > LONG_BRANCH
+    with_own = q @ own[0].transpose(0, 1)[:, None].mT if is_long else (q.unsqueeze(-2) * keys).sum(-1)
     scaling, softcap = scaled
     products = torch.cat([with_stem, with_own], -1) * scaling
     if softcap is not None:
         products = (products / softcap).tanh() * softcap
     weights = (products + added).softmax(-1)
     of_stem = weights[..., :stem_tokens].reshape(groups, -1, stem_tokens) @ stem[1]
-    of_own = (weights[..., stem_tokens:].unsqueeze(-1) * values).sum(-2)
+    own_weights = weights[..., stem_tokens:]
+    if is_long:
+        of_own = own_weights @ own[1].transpose(0, 1)[:, None]
+    else:
+        of_own = (own_weights.unsqueeze(-1) * values).sum(-2)
     return (of_stem.view(q.shape) + of_own).permute(2, 3, 0, 1, 4).flatten(2, 3)

@@ -58,7 +58,10 @@ class RunOptions(RunFields):
     def _check_patching(self) -> None:
         given = [name for name in PATCHING_OPTIONS if name in self.model_fields_set]
         if given and not self.patches:
-            raise ValueError(f"--{given[0]}: expected patch or icl-heads among --experiments; add one")
+            wanted = "patch or icl-heads" if given[0] == "corrupt" else "patch"
+            raise ValueError(f"--{given[0]}: expected {wanted} among --experiments; add it")
+        if "patch" not in self.experiments and (only := [name for name in given if name != "corrupt"]):
+            raise ValueError(f"--{only[0]}: expected patch among --experiments; add it")
         if self.text is not None and "icl-heads" not in self.experiments:
             raise ValueError("--text: expected icl-heads among --experiments; add it")
         if self.corrupt == "queries" and "icl-heads" in self.experiments:

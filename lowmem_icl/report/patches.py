@@ -119,9 +119,14 @@ def added_vectors(results: pl.DataFrame) -> pl.DataFrame:
 
 def estimate_ranks(results: pl.DataFrame) -> dict[str, float]:
     """Return by direction how attribution patching ranks units as the exact effects do: Spearman's
-    correlation, mean over tasks and shot counts.
+    correlation, mean over tasks and shot counts, where patches were put first.
     """
-    records = patch_records(results)
+    records = patch_records(results).filter(pl.col("metric").str.ends_with("_estimate_spearman"))
+    if records.is_empty():
+        return {}
+    records = records.filter(pl.col("procedure") == records["procedure"].first())
+    if len(of_tasks := records.filter(pl.col("shots").is_not_null())):
+        records = of_tasks
     found = {}
     for direction in DIRECTIONS:
         of_direction = records.filter(pl.col("metric") == f"{direction}_estimate_spearman")

@@ -9,6 +9,7 @@ from typing import Any
 from lowmem_icl.conversion.calibration import fixed_text
 from lowmem_icl.errors import InputError
 from lowmem_icl.options import RunOptions
+from lowmem_icl.protocols import AGGREGATE
 from lowmem_icl.tasks.packing import PackingLimits, Tokenise
 from lowmem_icl.tasks.prompt_pairs.files import GivenPrompts, PromptReader, given_digest
 from lowmem_icl.tasks.prompt_pairs.pair import PromptPair
@@ -55,6 +56,9 @@ def prompt_files(
     """Read the files of prompts and of text that options name; raises InputError naming what is wrong in
     them.
     """
+    for path in (options.pairs, options.clean):
+        if path is not None and path.stem == AGGREGATE:
+            raise InputError(f"{path}: '{AGGREGATE}' names the mean over tasks; give the file another name")
     reader = PromptReader(tokenise, lambda token: str(tokenizer.decode([token])), limits, vocabulary)
     pairs = () if options.pairs is None else reader.pairs(options.pairs)
     prompts = None

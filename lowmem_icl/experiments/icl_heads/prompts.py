@@ -8,7 +8,7 @@ import numpy as np
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.patch_jobs import PatchJob, RowTokens
 from lowmem_icl.experiments.icl_heads.measure import TaskScores
-from lowmem_icl.experiments.patch.prompts import VectorPrompts, end_of, sized_pairs
+from lowmem_icl.experiments.patch.prompts import END, VectorPrompts, sized_pairs
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.session.prepare import Prepared
@@ -38,7 +38,7 @@ class TaskPrompts:
             gold = zip(prompt.options, prompt.gold, strict=True)
             firsts = [option[:1] for option, is_gold in gold if is_gold]
             row = prompt_row(prompt.tokens, [*prompt.options, *firsts], whole=False)
-            jobs.append(PatchJob(RowTokens(row, end_of(prompt.tokens)), tuple(changes), means))
+            jobs.append(PatchJob(RowTokens(row, END), tuple(changes), means))
         return jobs
 
     def scores(self, found: Sequence[Scores]) -> TaskScores:

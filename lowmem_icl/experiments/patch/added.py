@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.patch_jobs import Addition, Change, PatchJob, RowTokens
-from lowmem_icl.experiments.patch.prompts import VectorPrompts
+from lowmem_icl.experiments.patch.prompts import END, VectorPrompts
 from lowmem_icl.masks.mask import Mask, Unit
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.statistics.intervals import CHANGE, PROPORTION, mean_interval
@@ -89,7 +89,7 @@ def jobs_of(found: Sequence[ZeroShot], layers: int, vectors: Mapping[str, Vector
         given = {name: vectors[name] for name in names if name in vectors}
         for prompt in of_task.prompts:
             row = prompt_row(prompt.tokens, [prompt.right[:1]], whole=False)
-            jobs.append(PatchJob(RowTokens(row, np.array([0])), changes, vectors=given))
+            jobs.append(PatchJob(RowTokens(row, END), changes, vectors=given))
     return jobs
 
 
@@ -134,6 +134,7 @@ def records(
     """Yield how often the right answer's first token is what the model would say, without a vector and with
     each at every layer, and what it gains.
     """
+    told: set[str] = set()
     for index, of_task in enumerate(found):
         # [1 + vectors · L, N]
         said = np.stack([next(scores).greedy[:, 0] for _ in of_task.prompts], 1).astype(np.float64)
@@ -143,8 +144,10 @@ def records(
             "mask_task": of_task.vectors.task, "mask_shots": of_task.vectors.shots, "labels": None,
             "documents": len(clusters), "exact": True,
         }  # fmt: skip
-        clean = mean_interval(said[0], clusters, PROPORTION)._asdict()
-        yield same | clean | {"metric": METRIC, "mask_task": None, "mask_shots": None}
+        if of_task.vectors.task not in told:
+            told.add(of_task.vectors.task)
+            clean = mean_interval(said[0], clusters, PROPORTION)._asdict()
+            yield same | clean | {"metric": METRIC, "mask_task": None, "mask_shots": None}
         for number, method in enumerate(methods_of(found)):
             source = found[other_of(found, index)].vectors if method == "other_task" else of_task.vectors
             of_method = same | {

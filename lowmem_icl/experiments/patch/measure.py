@@ -40,7 +40,8 @@ def pair_scores(pair: PromptPair, logprobs: Values) -> dict[str, Values]:
 
     gold_logprob: the best right option's log-probability; gold_prob: the share of the right options in the
     softmax over all, or the option's own probability where there is one; logit_difference: the best right
-    option less the best other, NaN where there is none; acc: whether a right option is the best, likewise.
+    option less the best other, NaN where there is none; acc: whether the first best option is a right one,
+    likewise.
     """
     gold = np.array(pair.gold)
     best = logprobs[..., gold].max(-1)
@@ -54,7 +55,7 @@ def pair_scores(pair: PromptPair, logprobs: Values) -> dict[str, Values]:
         "gold_logprob": best,
         "gold_prob": softmax(logprobs, -1)[..., gold].sum(-1),
         "logit_difference": difference,
-        "acc": (difference > 0).astype(np.float64),
+        "acc": gold[logprobs.argmax(-1)].astype(np.float64),
     }
 
 

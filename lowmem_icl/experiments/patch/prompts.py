@@ -22,6 +22,9 @@ VECTOR_LABELS = ("shuffled", "wrong")
 
 At = Literal["last", "all"]
 
+END = np.array([0])
+"""Where a prompt's last token stands in its row, behind its stem."""
+
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
@@ -164,16 +167,11 @@ def pair_jobs(pairs: Sequence[PromptPair], units: Sequence[Unit], at: At) -> lis
         whole = at == "all"
         rows = [prompt_row(prompt, pair.options, whole=whole) for prompt in (pair.corrupted, pair.clean)]
         tokens = [
-            RowTokens(row, np.arange(len(prompt)) if whole else end_of(prompt))
+            RowTokens(row, np.arange(len(prompt)) if whole else END)
             for row, prompt in zip(rows, (pair.corrupted, pair.clean), strict=True)
         ]
         jobs += [PatchJob(tokens[0], changes, tokens[1]), PatchJob(tokens[1], changes, tokens[0])]
     return jobs
-
-
-def end_of(prompt: Tokens) -> np.ndarray:
-    """Return where a prompt's last token stands in its row, behind the stem."""
-    return np.array([0])
 
 
 def vector_jobs(prompts: VectorPrompts, means: UnitMeans | None, changes: Sequence[Change]) -> list[PatchJob]:
@@ -182,7 +180,7 @@ def vector_jobs(prompts: VectorPrompts, means: UnitMeans | None, changes: Sequen
     """
     return [
         PatchJob(
-            RowTokens(prompt_row(prompt, target_options(target), whole=False), end_of(prompt)),
+            RowTokens(prompt_row(prompt, target_options(target), whole=False), END),
             (Mask(), *changes),
             means,
         )

@@ -153,7 +153,9 @@ def _added_records(
 ) -> Iterator[dict[str, Any]]:
     """Make every task's function vector of the heads that score best over all tasks, and add it."""
     prepared, heads = work.prepared, heads_of(work.prepared)
-    top = added.top_heads(np.mean([values.mean(1) for values in result.vectors.values()], 0), heads)
+    # Prompts that were given are of no task.
+    by_task = [values.mean(1) for (_, shots), values in result.vectors.items() if shots is not None]
+    top = added.top_heads(np.mean(by_task, 0), heads)
     settings = [(of_task.vectors.task, of_task.vectors.shots) for of_task in found]
     own = written_vectors(work, "patch-written", [(result.end_means[of], top) for of in settings])
     vectors = added.named_vectors(found, own, prepared.options.seed)

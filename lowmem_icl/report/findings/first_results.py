@@ -101,16 +101,18 @@ def _patch(results: pl.DataFrame) -> str:
     """
     heads = results.filter((pl.col("kind") == "head") & (pl.col("task") != AGGREGATE) & pl.col("exact"))
     for metric, said in (
-        ("restore_gold_logprob", "{unit} restores most, {value:.2f} nats of {where}"),
+        ("restore_gold_logprob", "of heads {unit} restores most, {value:.2f} nats of {where}"),
         ("function_vector", "{unit} has the highest function-vector score, {value:.2f} in {where}"),
     ):
-        found = heads.filter(pl.col("metric") == metric).sort("value", descending=True, maintain_order=True)
-        if len(found):
-            row = found.row(0, named=True)
-            shots = row["shots"]
-            where = row["task"] if shots is None else f"{row['task']} at {shots} shots"
-            unit = unit_name("head", row["layer"], row["head"])
-            return said.format(unit=unit, value=row["value"], where=where)
+        of_metric = heads.filter(pl.col("metric") == metric)
+        if of_metric.is_empty():
+            continue
+        # Where patches were put first.
+        of_metric = of_metric.filter(pl.col("procedure") == of_metric["procedure"].first())
+        row = of_metric.sort("value", descending=True, maintain_order=True).row(0, named=True)
+        where = row["task"] if row["shots"] is None else f"{row['task']} at {row['shots']} shots"
+        unit = unit_name("head", row["layer"], row["head"])
+        return said.format(unit=unit, value=row["value"], where=where)
     return ""
 
 

@@ -34,16 +34,15 @@ def removal_curves(
         curve = records.filter(pl.col("method") == method).sort("percent")
         if curve.is_empty():
             continue
-        base, _, _ = method.partition("-excluding-")
-        colour, dash = COLOURS.get(base, GREY), "solid" if base == method else "dashed"
+        colour = COLOURS.get(method, GREY)
         source = _source(curve, place, label)
-        if method not in COLOURS and base == method:
+        if method not in COLOURS:
             plot.varea("x", "low", "high", source=source, fill_color=GREY, fill_alpha=0.25)
         else:
             bars = Whisker(base="x", lower="low", upper="high", source=source, line_color=colour,
                            upper_head=None, lower_head=None, level="underlay")  # fmt: skip
             plot.add_layout(bars)
-        plot.line("x", "value", source=source, line_color=colour, line_width=2, line_dash=dash)
+        plot.line("x", "value", source=source, line_color=colour, line_width=2)
         drawn.append(plot.scatter("x", "value", source=source, size=6, color=colour))
         ends.append((curve["value"][-1], label, colour, place[curve["percent"][-1]]))
     at = -LABEL_GAP
