@@ -11,8 +11,13 @@ from lowmem_icl.options import RunOptions, run_options
 from lowmem_icl.planning.plan import make_plan
 from lowmem_icl.protocols import CORRUPTIONS, Corruption
 from lowmem_icl.session import prepare as preparing
+from lowmem_icl.session import task_texts
 from lowmem_icl.session.identity import identity_of
 from lowmem_icl.session.prepare import Prepared, prepare, prepare_plan
+from lowmem_icl.tasks.documents import TaskRows
+from lowmem_icl.tasks.label_controls import NoLabelControl
+from lowmem_icl.tasks.loading import OpenTask
+from lowmem_icl.tasks.prompt_pairs import corruptions
 from lowmem_icl.tasks.prompt_pairs.made import pairs_of
 
 PAIR = {"context": "red blue", "corrupted": "blue red", "options": [" red", " blue"], "gold": 0}
@@ -84,8 +89,37 @@ def test_tasks_that_cannot_be_corrupted_are_named(tmp_path: Path, stores: Path) 
     prepared = prepare(options_of(stores, tasks=f"recall,{same}", **changes))
     assert settings_of(prepared) == [("recall", 2, "wrong")]
     (note,) = prepared.pair_notes
-    assert note.startswith(f"task {same}: no pairs of prompts (wrong): ")
+    assert note.startswith(f"task {same}: no pairs of prompts (wrong) at 2 shots: ")
     assert prepared.notes == ()
+
+
+def test_a_shot_count_that_cannot_be_corrupted_takes_no_other_along(
+    stores: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails_at_one(task: OpenTask, rows: TaskRows, *others: Any) -> TaskRows:
+        if rows.shots == 1:
+            raise NoLabelControl("nothing else to show")
+        return corruptions.corrupted(task, rows, *others)
+
+    monkeypatch.setattr(task_texts, "corrupted", fails_at_one)
+    for tasks in ("recall", "recall,category"):
+        prepared = prepare(options_of(stores, tasks=tasks, shots="1,2,4", corrupt="wrong"))
+        names = tasks.split(",")
+        assert settings_of(prepared) == [(name, shots, "wrong") for name in names for shots in (2, 4)]
+        assert prepared.pair_notes == tuple(
+            f"task {name}: no pairs of prompts (wrong) at 1 shot: nothing else to show" for name in names
+        )
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_tasks_with_answers_in_their_contexts_are_named_once(
+    shared_data: Path, stores: Path, corruption: Corruption
+) -> None:
+    changes = {"shots": "2,3", "corrupt": corruption, "data_dir": shared_data}
+    prepared = prepare(options_of(stores, tasks="recall,winogrande", **changes))
+    assert settings_of(prepared) == [("recall", shots, corruption) for shots in (2, 3)]
+    (note,) = prepared.pair_notes
+    assert note.startswith(f"task winogrande: no pairs of prompts ({corruption}): its answers stand in")
 
 
 def test_given_prompts_need_no_tasks(tmp_path: Path, stores: Path) -> None:

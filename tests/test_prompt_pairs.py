@@ -167,6 +167,39 @@ def test_what_has_nothing_else_to_show_says_so(tmp_path: Path) -> None:
         corrupt(task, "wrong", shots=0)
 
 
+@pytest.mark.parametrize("how", [PER_DOCUMENT, Demonstrations("shared", 3)], ids=lambda how: how.mode)
+def test_a_document_with_nothing_else_to_show_alone_has_no_pair(tmp_path: Path, how: Demonstrations) -> None:
+    # One row has another answer than all others. Its own prompt cannot show it, nor be corrupted.
+    task = own_task(tmp_path, lambda _: ["yes", "no"], lambda number: int(number == 7))
+    found = corrupt(task, "wrong", limit=None, demonstrations=how)
+    alone = [
+        clean.index
+        for clean, changed in zip(found.clean.documents, found.changed.documents, strict=True)
+        if list(clean.options) == list(changed.options)
+    ]
+    (odd,) = (document.index for document in found.clean.documents if document.gold[1])
+    assert alone == [odd]
+    made = pairs_of(pack(found.clean, by_bytes, LIMITS), pack(found.changed, by_bytes, LIMITS))
+    assert (len(made.pairs), made.equal) == (len(found.clean.documents) - 1, 1)
+
+
+def test_a_document_with_no_other_query_alone_has_no_pair(tmp_path: Path) -> None:
+    def asking(text_of: Callable[[int], str]) -> OpenTask:
+        lines = [{"context": text_of(number), "options": ["a", "b"], "gold": 0} for number in range(40)]
+        (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return open_task(str(tmp_path / "own.jsonl"), None)
+
+    # One row asks something else. What shows it already cannot ask it.
+    found = corrupt(asking(lambda number: "odd" if number == 7 else "all"), "queries", limit=None)
+    documents = zip(found.clean.documents, found.changed.documents, strict=True)
+    keeps = [(list(clean.options) == list(changed.options), clean) for clean, changed in documents]
+    assert {kept for kept, _ in keeps} == {True, False}
+    for kept, document in keeps:
+        assert kept == ("odd" in document.options[0][0].rpartition("\n\n")[0])
+    with pytest.raises(NoLabelControl, match="no row of other text"):
+        corrupt(asking(lambda _: "all"), "queries")
+
+
 @pytest.mark.parametrize("name", ["boolq", "wsc", "multirc", "record", "copa"])
 @pytest.mark.parametrize("corruption", ["wrong", "queries"])
 def test_real_tasks_are_corrupted_and_a_table_finds_the_same(

@@ -100,7 +100,9 @@ class TextMaker:
     def label_controls(
         self, task: OpenTask, rows: Mapping[str, TaskRows], labels: PromptForm
     ) -> dict[str, TaskRows]:
-        """Return documents, by field of Prepared, with other answers shown or corrupted; see above."""
+        """Return documents, by field of Prepared, with other answers shown or corrupted, as DocumentMaker's
+        `label_controls` says.
+        """
         (shots,) = {of_part.shots for of_part in rows.values()}
         controls = self._from_table(
             TableName(task.name, shots, labels),
@@ -177,17 +179,19 @@ def changed_only(rows: Mapping[str, TaskRows], controls: Mapping[str, TaskRows])
 @dataclass
 class LabelControls:
     """The documents with other answers shown or corrupted, by field of Prepared, as they are made, and why
-    some have none.
+    some have none: pairs by task and shot count, which is None where a task has none at any.
     """
 
     maker: DocumentMaker
     _found: dict[str, list[TaskRows]] = field(default_factory=lambda: {"evaluate": [], "train": []})
     _reasons: dict[tuple[str, str], dict[PromptForm, None]] = field(default_factory=dict)
-    _without_pairs: dict[str, str] = field(default_factory=dict)
+    _without_pairs: dict[tuple[str, int | None], str] = field(default_factory=dict)
 
     def add(self, task: OpenTask, rows: Mapping[str, TaskRows]) -> None:
         """Add the controls of a task at one shot count; one demonstration alone is not shuffled."""
         shots = rows["evaluate"].shots
+        if self._options.makes_pairs:
+            self._note_where_answers_stand_in_contexts(task)
         for labels, fields in self._fields().items():
             if shots < (2 if labels == "shuffled" else 1):
                 continue
@@ -196,15 +200,14 @@ class LabelControls:
                 controls = self.maker.label_controls(task, wanted, labels)
             except NoLabelControl as error:
                 for name in wanted:
-                    self._note(task, str(error), labels, name)
+                    self._note((task.name, shots), str(error), labels, name)
                 continue
             for name in wanted:
                 if name in controls:
                     self._found[name].append(controls[name])
                 else:
-                    self._note(task, f"no demonstrations before its {name} documents allow it", labels, name)
-        if self._options.makes_pairs:
-            self._note_where_answers_stand_in_contexts(task)
+                    reason = f"no demonstrations before its {name} documents allow it"
+                    self._note((task.name, shots), reason, labels, name)
 
     def by_field(self) -> dict[str, tuple[TaskRows, ...]]:
         """Return the documents that were made, by field of Prepared."""
@@ -213,7 +216,9 @@ class LabelControls:
         pairs = [
             rows
             for rows in train
-            if options.makes_pairs and rows.labels == options.corrupt and rows.task not in self._without_pairs
+            if options.makes_pairs
+            and rows.labels == options.corrupt
+            and (rows.task, None) not in self._without_pairs
         ]
         return {
             "label_controls": tuple(self._found["evaluate"]),
@@ -229,10 +234,12 @@ class LabelControls:
         )
 
     def pair_notes(self) -> tuple[str, ...]:
-        """Return a sentence for every task without pairs of prompts at a shot count that could have some."""
+        """Return a sentence for every task without pairs of prompts, and for every shot count without them
+        that could have some.
+        """
         return tuple(
-            f"task {task}: no pairs of prompts ({self._options.corrupt}): {reason}"
-            for task, reason in self._without_pairs.items()
+            f"task {task}: no pairs of prompts ({self._options.corrupt}){_at_shots(shots)}: {reason}"
+            for (task, shots), reason in self._without_pairs.items()
         )
 
     @property
@@ -249,19 +256,25 @@ class LabelControls:
             fields.setdefault(options.corrupt, []).append("train")
         return fields
 
-    def _note(self, task: OpenTask, reason: str, labels: PromptForm, name: str) -> None:
-        options = self._options
+    def _note(self, setting: tuple[str, int], reason: str, labels: PromptForm, name: str) -> None:
+        """Note why a task has no documents of a field with such labels at a shot count."""
+        options, (task, _) = self._options, setting
         is_pair = name == "train" and options.makes_pairs and labels == options.corrupt
-        if is_pair:
-            self._without_pairs.setdefault(task.name, reason)
+        # Other shot counts may well have pairs. What holds at all of them is said once.
+        if is_pair and (task, None) not in self._without_pairs:
+            self._without_pairs[setting] = reason
         if not is_pair or (options.label_drops and labels == "shuffled"):
-            self._reasons.setdefault((task.name, reason), {})[labels] = None
+            self._reasons.setdefault((task, reason), {})[labels] = None
 
     def _note_where_answers_stand_in_contexts(self, task: OpenTask) -> None:
         try:
             check_one_prompt(task)
         except NoLabelControl as error:
-            self._without_pairs[task.name] = str(error)
+            self._without_pairs[task.name, None] = str(error)
+
+
+def _at_shots(shots: int | None) -> str:
+    return "" if shots is None else f" at {shots} shot{'s' if shots != 1 else ''}"
 
 
 def documents_of(

@@ -44,21 +44,27 @@ def corrupted(
 ) -> TaskRows:
     """Return the documents of a part after corrupted prompts; their options' continuations stay.
 
-    What is drawn for a document depends on no other one. Raises NoLabelControl where that is not defined:
-    where answers stand in the context, without demonstrations, and where there is nothing else to show or
-    to ask.
+    What is drawn for a document depends on no other one. One for which there is nothing else to show or to
+    ask keeps its clean prompt. Raises NoLabelControl where that holds for all, where answers stand in the
+    context, and without demonstrations.
     """
     check_one_prompt(task)
     if corruption == "shuffled":
         return with_other_labels(task, rows, "shuffled", protocol, prompter, part)
     documents: list[Document] = []
+    failures: list[NoLabelControl] = []
     for member, of_member in documents_by_member(task, rows, part, protocol):
         requests = _wrong_answers(member) if corruption == "wrong" else _other_queries(member, prompter)
         clean = prompter.prompts([member.request(document) for document in of_member])
-        documents += [
-            replace(document, options=_drawn_prompt(requests(document), prompt, prompter).options)
-            for document, prompt in zip(of_member, clean, strict=True)
-        ]
+        for document, prompt in zip(of_member, clean, strict=True):
+            try:
+                changed = _drawn_prompt(requests(document), prompt, prompter)
+            except NoLabelControl as failure:
+                changed = prompt
+                failures.append(failure)
+            documents.append(replace(document, options=changed.options))
+    if failures and len(failures) == len(documents):
+        raise failures[0]
     return replace(rows, documents=tuple(documents), labels=corruption)
 
 
@@ -69,16 +75,24 @@ def check_one_prompt(task: OpenTask) -> None:
 
 
 def _drawn_prompt(requests: Iterator[PromptRequest], clean: Prompt, prompter: MeasuringPrompter) -> Prompt:
-    """Return the first prompt as long as the clean one, else the first; none is the clean one's text."""
+    """Return the first prompt as long as the clean one, else the first; none is the clean one's text.
+
+    Raises NoLabelControl where there is none.
+    """
     first = None
     wanted = prompter.context_tokens(clean)
-    for request in islice(requests, DRAWS):
-        (prompt,) = prompter.prompts([request])
-        if prompt.options[0][0] == clean.options[0][0]:
-            continue
-        if prompter.context_tokens(prompt) == wanted:
-            return prompt
-        first = first or prompt
+    try:
+        for request in islice(requests, DRAWS):
+            (prompt,) = prompter.prompts([request])
+            if prompt.options[0][0] == clean.options[0][0]:
+                continue
+            if prompter.context_tokens(prompt) == wanted:
+                return prompt
+            first = first or prompt
+    except NoLabelControl:
+        # A later draw that finds nothing takes nothing from an earlier one.
+        if first is None:
+            raise
     if first is None:
         raise NoLabelControl("no row of other text was found for the corrupted prompt")
     return first
