@@ -129,6 +129,11 @@ def test_the_digest_is_of_what_results_depend_on() -> None:
     assert RunOptions(shots=(16, 4, 0), train_limit=32).digest == digest
 
 
+def test_attribution_patching_goes_back_through_the_layers() -> None:
+    assert RunOptions(experiments=("patch",)).takes_gradients
+    assert not RunOptions(experiments=("icl-heads",)).takes_gradients
+
+
 def test_limits_are_resolved_in_turn() -> None:
     assert RunOptions().resolved_importance_limit == RunOptions().resolved_train_limit == 32
     options = RunOptions(limit=7)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,17 @@ from torch import Tensor
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.cost import SweepCost
 from lowmem_icl.engine.passes import PassSetup
-from lowmem_icl.engine.patch_jobs import Addition, Change, PatchJob, RowTokens, patch_cost
-from lowmem_icl.engine.patching import patch
+from lowmem_icl.engine.patch_jobs import (
+    Addition,
+    Change,
+    PatchJob,
+    RowTokens,
+    TokenBytes,
+    patch_blocks,
+    patch_cost,
+)
+from lowmem_icl.engine.patching import _CleanRows, patch
+from lowmem_icl.engine.row_masks import RowMasks
 from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.engine.written import written_by_heads
 from lowmem_icl.errors import DoesNotFit
@@ -28,6 +38,8 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import StreamedModel
+from lowmem_icl.planning.amounts import held_by
+from lowmem_icl.session.patch_parts import PatchPart
 from lowmem_icl.tasks.prompt_rows import prompt_row
 
 # Norms before what is written (OPT, Llama) and after it (Gemma); FFN and attention side by side, positions
@@ -262,13 +274,42 @@ def test_patching_takes_what_is_planned_and_goes_on_where_it_was(float_store: St
     assert stops > 1
     for found, expected in zip(scores, whole, strict=True):
         np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
-    planned = patch_cost(jobs, [np.arange(len(job.changes)) for job in jobs], (3, 32), limits.alive_bytes)
+    wanted = [np.arange(len(job.changes)) for job in jobs]
+    planned = patch_cost(jobs, wanted, 3, TokenBytes.of(float_store.skeleton), limits.alive_bytes)
     assert sum(done, SweepCost()) == replace(planned, layers_read=0)
 
 
 def test_a_prompt_that_does_not_fit_is_told_with_what_it_needs(float_store: Store) -> None:
-    with pytest.raises(DoesNotFit, match="a prompt of 14 tokens and one change to it take"):
-        scored(float_store, [Pair.drawn(1).job((Mask(),), "all")], SweepLimits(1000))
+    for at in ("last", "all"):
+        with pytest.raises(DoesNotFit, match="a prompt of 14 tokens and one change to it take"):
+            scored(float_store, [Pair.drawn(1).job((Mask(),), at)], SweepLimits(1000))
+
+
+def test_what_is_held_of_a_clean_row_is_what_is_counted(made: Made) -> None:
+    """Keys and values of fewer heads, heads wider than the residual: by the tensors' own sizes."""
+    rows = Pair.drawn(1).job((Mask(),)).rows
+    with StreamedModel(made.store, device=CPU, resident_bytes=0) as model, cache_of(PLENTY) as cache:
+        clean = _CleanRows(PassSetup(model, PLENTY, cache), rows, RowMasks(model))
+        for _, layer in model.layers(range(LAYERS)):
+            with torch.no_grad():
+                clean.step(layer)
+            held = {row: sum(part.nbytes for part in vars(kept).values()) for row, kept in clean.at.items()}
+            each = TokenBytes.of(made.store.skeleton).clean
+            assert held == {row: len(row) * each for row in rows}
+
+
+@pytest.mark.parametrize("at", ["last", "all"])
+def test_a_plan_says_what_the_largest_block_holds(made: Made, at: str) -> None:
+    prepared: Any = SimpleNamespace(skeleton=made.store.skeleton)
+    sizes, masks = TokenBytes.of(made.store.skeleton), (Mask(), *UNITS)
+    part = PatchPart("patch", "patch", tuple(Pair.drawn(seed).job(masks, at) for seed in (8, 9)))
+    changed = sum(len(masks) * len(job.into.row) for job in part.jobs)
+    whole = part.tokens * sizes.clean + changed * sizes.changed
+    assert held_by([part], prepared, PLENTY).alive_bytes == whole
+    tight = SweepLimits(whole // 2)
+    wanted = [np.arange(len(masks))] * 2
+    assert len(list(patch_blocks(part.jobs, wanted, sizes, tight.alive_bytes))) > 1
+    assert whole // 4 < held_by([part], prepared, tight).alive_bytes <= whole // 2
 
 
 def test_vectors_are_what_heads_write_into_the_residual(made: Made) -> None:

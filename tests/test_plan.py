@@ -5,12 +5,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from commands import invoke
 from conftest import make_checkpoint, without_documents
 from test_engine import PLENTY, packed_task, swept
+from test_patching import Pair
 
+from lowmem_icl.engine.patch_jobs import TokenBytes, patch_blocks
 from lowmem_icl.engine.schedule import BlockRow, Job, SweepLimits, row_blocks
 from lowmem_icl.errors import DoesNotFit, InputError
 from lowmem_icl.masks.mask import Mask
@@ -50,6 +53,27 @@ def test_the_memory_it_names_is_the_smallest_that_does(int8_store: Store) -> Non
     planned_for(smallest)
     with pytest.raises(DoesNotFit):
         planned_for(smallest - 10**6)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_the_smallest_memory_holds_two_prompts_and_a_change(int8_store: Store, on_device: bool) -> None:
+    # All layers together take less than half of what is left, and yet cannot stay.
+    store: Any = SimpleNamespace(
+        layer_bytes=500_000, manifest=int8_store.manifest, skeleton=int8_store.skeleton
+    )
+    tokens = 2048
+
+    def planned_for(size: int) -> MemoryPlan:
+        options = RunOptions(experiments=("patch",), memory=10**9 if on_device else size)
+        return plan_memory(without_documents(store, options), tokens, size if on_device else None)
+
+    with pytest.raises(DoesNotFit, match="what one patch holds") as refused:
+        planned_for(1_000_000)
+    smallest = int(str(refused.value).rsplit(" ", 1)[1].removesuffix("MB")) * 10**6
+    # Three tokens of the options come after the prompt.
+    job = Pair.drawn(1, tokens - 3).job((Mask(),), "all")
+    sizes, alive = TokenBytes.of(int8_store.skeleton), planned_for(smallest).alive_bytes
+    assert len(list(patch_blocks([job], [np.arange(1)], sizes, alive))) == 1
 
 
 def test_a_device_holds_all_but_the_cache_and_what_is_read(int8_store: Store) -> None:

@@ -1,6 +1,7 @@
 """What patching asks for, and how it is cut to the memory: data that a pass runs and a plan counts.
 
-Axis letters: P tokens that are patched, D width.
+Axis letters: P tokens that are patched, D width, Z the heads' outputs' width, G heads of keys and values, d
+head width.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +15,30 @@ from lowmem_icl.engine.cost import SweepCost
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.means import UnitMeans
+from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.rows import Integers, Row, with_stems
 
 FLOAT_BYTES = 4
-CLEAN_WEIGHT = 4
-"""Of a prompt there are its residual before and after the layer in work, and what heads and the FFN give."""
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """What is held of a token, in bytes: `clean`, in a row's clean run; `changed`, under one change."""
+
+    clean: int
+    changed: int
+
+    @classmethod
+    def of(cls, skeleton: Skeleton) -> "TokenBytes":
+        """Return what a model's sizes come to."""
+        width, attention_width = skeleton.width, skeleton.attention_width
+        # What takes queries, keys and values from the residual says how wide they are, [Z + 2 · G · d, D];
+        # where it gives more besides, keys and values are no wider than those of all heads.
+        inputs = skeleton.weights_by_part[0] // width
+        keys_and_values = min(inputs - attention_width, 2 * attention_width)
+        # The residual before and after the layer in work, the FFN's output, z, keys and values.
+        clean = 3 * width + attention_width + keys_and_values
+        return cls(clean * FLOAT_BYTES, width * FLOAT_BYTES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,11 +107,16 @@ class PatchBlock:
     rows: list[Row]
     members: list[PatchMember]
 
+    def held_bytes(self, jobs: Sequence[PatchJob], sizes: TokenBytes) -> int:
+        """Return what is held of all rows and changes while they are in a layer."""
+        changed = sum(len(member.changes) * len(jobs[member.job].into.row) for member in self.members)
+        return sum(map(len, self.rows)) * sizes.clean + changed * sizes.changed
+
 
 def patch_blocks(
-    jobs: Sequence[PatchJob], wanted: Sequence[Integers], width: int, most_bytes: int
+    jobs: Sequence[PatchJob], wanted: Sequence[Integers], sizes: TokenBytes, most_bytes: int
 ) -> Iterator[PatchBlock]:
-    """Cut changes, `wanted` [of each job, by index], into blocks whose residuals fit.
+    """Cut changes, `wanted` [of each job, by index], into blocks of which no more than `most_bytes` are held.
 
     Raises DoesNotFit where not even one change and the rows that it needs do.
     """
@@ -100,15 +125,14 @@ def patch_blocks(
         for number, (job, of_job) in enumerate(zip(jobs, wanted, strict=True))
         if len(of_job)
     ]
-    token_bytes = width * FLOAT_BYTES
     while left:
         rows: dict[Row, None] = {}
         members: list[PatchMember] = []
         room = most_bytes
         while left:
             job, member = jobs[left[0].job], left[0]
-            new = sum(len(row) for row in job.rows if row not in rows) * token_bytes * CLEAN_WEIGHT
-            change = len(job.into.row) * token_bytes
+            new = sum(len(row) for row in job.rows if row not in rows) * sizes.clean
+            change = len(job.into.row) * sizes.changed
             fitting = min(len(member.changes), (room - new) // change)
             if fitting < 1:
                 break
@@ -119,20 +143,20 @@ def patch_blocks(
             if not len(left[0].changes):
                 del left[0]
         if not members:
+            tokens = sum(map(len, with_stems([job.into.row])))
             raise DoesNotFit(
-                f"a prompt of {len(job.into.row)} tokens and one change to it take {new + change} bytes, "
+                f"a prompt of {tokens} tokens and one change to it take {new + change} bytes, "
                 f"{most_bytes} are left; give more --memory"
             )
         yield PatchBlock(list(rows), members)
 
 
 def patch_cost(
-    jobs: Sequence[PatchJob], wanted: Sequence[Integers], size: tuple[int, int], most_bytes: int
+    jobs: Sequence[PatchJob], wanted: Sequence[Integers], layers: int, sizes: TokenBytes, most_bytes: int
 ) -> SweepCost:
-    """Return what changes take, `wanted` [of each job, by index], in a model of (layers, width)."""
-    layers, width = size
+    """Return what changes take, `wanted` [of each job, by index], in a model of so many layers."""
     total = SweepCost()
-    for block in patch_blocks(jobs, wanted, width, most_bytes):
+    for block in patch_blocks(jobs, wanted, sizes, most_bytes):
         clean = layers * sum(map(len, block.rows))
         total += SweepCost(clean, clean, clean, layers_read=layers)
         for member in block.members:

@@ -17,7 +17,14 @@ from torch import Tensor
 from lowmem_icl.engine.answers import AnswerReader, PendingAnswers, Scores
 from lowmem_icl.engine.cost import SweepCost
 from lowmem_icl.engine.micro_batches import Piece, Slots, micro_batches, row_batches
-from lowmem_icl.engine.patch_jobs import Addition, PatchBlock, PatchJob, PatchMember, patch_blocks
+from lowmem_icl.engine.patch_jobs import (
+    Addition,
+    PatchBlock,
+    PatchJob,
+    PatchMember,
+    TokenBytes,
+    patch_blocks,
+)
 from lowmem_icl.engine.removed_units import RemovedUnits
 from lowmem_icl.engine.row_masks import RowMasks, embedded
 from lowmem_icl.engine.setup import PassSetup
@@ -37,7 +44,7 @@ def patch(setup: PassSetup, jobs: Sequence[PatchJob], results: Sequence[Scores])
     """
     wanted = [np.flatnonzero(result.missing(job.into.row)) for job, result in zip(jobs, results, strict=True)]
     model = setup.model
-    for block in patch_blocks(jobs, wanted, model.skeleton.width, setup.limits.alive_bytes):
+    for block in patch_blocks(jobs, wanted, TokenBytes.of(model.skeleton), setup.limits.alive_bytes):
         runs = _PatchedBlock(setup, jobs, results, block)
         for number, layer in model.layers(range(model.skeleton.layers)):
             with torch.no_grad():

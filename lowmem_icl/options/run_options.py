@@ -109,9 +109,12 @@ class RunOptions(RunFields):
 
     @property
     def takes_gradients(self) -> bool:
-        """Whether a run may go back through the layers: for importance, and for what a search estimates."""
+        """Whether a run may go back through the layers: for importance, for what a search estimates, and
+        for attribution patching.
+        """
         experiments = set(self.experiments)
-        return "importance" in experiments or ("prune" in experiments and self.screen is not None)
+        searches = "prune" in experiments and self.screen is not None
+        return searches or not experiments.isdisjoint(("importance", "patch"))
 
     @property
     def patches(self) -> bool:

@@ -54,8 +54,8 @@ NOTHING = Amount()
 
 @dataclass(frozen=True)
 class Held:
-    """Residuals that the sweeps of a run are expected to hold at most, in bytes: of rows alive together, and
-    of the clean run, in memory and on disk.
+    """What the sweeps and patches of a run are expected to hold at most, in bytes: of rows alive together,
+    and of the clean run, in memory and on disk.
     """
 
     alive_bytes: int = 0
@@ -67,7 +67,7 @@ NOTHING_HELD = Held()
 
 
 def held_by(parts: Iterable[Part], prepared: Prepared, limits: SweepLimits) -> Held:
-    """Return what the sweeps among some parts are expected to hold at most.
+    """Return what the sweeps and patches among some parts are expected to hold at most.
 
     Of the clean run nothing is kept where one wave takes all variants of a block, unless a later sweep starts
     from it; else it is counted at the input of every layer, a little too much.
@@ -77,6 +77,8 @@ def held_by(parts: Iterable[Part], prepared: Prepared, limits: SweepLimits) -> H
         if isinstance(part, SweepPart):
             of_alive, of_kept = _held_by_sweep(part, prepared, limits)
             alive, kept = max(alive, of_alive), max(kept, of_kept)
+        elif isinstance(part, PatchPart):
+            alive = max(alive, part.held_bytes(prepared, limits))
     in_memory = min(kept, limits.cache_bytes)
     return Held(min(alive, limits.alive_bytes), in_memory, min(kept - in_memory, limits.disk_bytes))
 

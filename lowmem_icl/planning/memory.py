@@ -8,6 +8,7 @@ import psutil
 
 from lowmem_icl.engine.head_scores import kept_bytes, reading_bytes
 from lowmem_icl.engine.micro_batches import MICRO_BATCH_TOKENS
+from lowmem_icl.engine.patch_jobs import TokenBytes
 from lowmem_icl.engine.row_masks import KEPT_MASK_ELEMENTS
 from lowmem_icl.engine.schedule import CACHE_SHARE, DONOR_WEIGHT, FLOAT_BYTES, SweepLimits
 from lowmem_icl.errors import DoesNotFit
@@ -107,7 +108,7 @@ def plan_memory(
         )
 
     whole = store.layer_bytes * store.skeleton.layers
-    if whole <= rest // 2:
+    if whole <= rest // 2 and needs.least <= rest - whole:
         return sharing(whole)
     most = min(whole, rest - needs.least)
     shares = [sharing(min(most, int(rest * share))) for share in RESIDENT_SHARES]
@@ -118,8 +119,8 @@ class _Needs:
     """What a run cannot do without, in bytes: of the device where there is one, else of the machine's memory.
 
     allowance: what --memory gives; non_layer: what is held of the weights outside the layers; head: the table
-    that is read for answers; read_ahead: two layers being read; in_use: the layer in use; least: what one row
-    takes.
+    that is read for answers; read_ahead: two layers being read; in_use: the layer in use; least: what
+    `least_of` takes, one row or one patch.
     """
 
     def __init__(self, prepared: Prepared, longest_tokens: int, device_bytes: int | None) -> None:
@@ -136,12 +137,17 @@ class _Needs:
         # Where another document gives its values, it may be as long.
         times = 1 + DONOR_WEIGHT if is_resampled(prepared) else 1
         self._row_bytes = longest_tokens * times * store.skeleton.width * FLOAT_BYTES
-        self.least = (
-            2 * self._row_bytes
-            if self.on_device
-            else int(2 * self._row_bytes / (1 - CACHE_SHARE)) + PAGE_BYTES
-        )
+        alive = max(2 * self._row_bytes, self._patched_bytes())
+        self.least = alive if self.on_device else int(alive / (1 - CACHE_SHARE)) + PAGE_BYTES
+        self.least_of = "what one patch holds" if prepared.options.patches else "one row"
         self._place_tables()
+
+    def _patched_bytes(self) -> int:
+        """Return what the longest prompt takes where it is patched, with one change to it."""
+        options, sizes = self._prepared.options, TokenBytes.of(self._prepared.skeleton)
+        # What patch puts in is of another prompt, which may be as long; heads are found by means alone.
+        prompts = 2 if "patch" in options.experiments else 1
+        return self._longest_tokens * (prompts * sizes.clean + sizes.changed) if options.patches else 0
 
     def _place_tables(self) -> None:
         """Hold the vocabulary's tables where they leave as much again for everything else that varies."""
@@ -208,21 +214,21 @@ class _Needs:
             "working space": working,
         }
         if self._device_bytes is not None:
-            return _rest("--device-memory", self._device_bytes, fixed, self.least)
-        return _rest("--memory", self.allowance, fixed, self.least)
+            return _rest("--device-memory", self._device_bytes, fixed, self.least, self.least_of)
+        return _rest("--memory", self.allowance, fixed, self.least, self.least_of)
 
     def host_cache_bytes(self) -> int:
         """Return what the machine's memory has for the clean cache where rows are on a device."""
         return _rest("--memory", self.allowance, {"two layers being read": self.read_ahead}, PAGE_BYTES)
 
 
-def _rest(flag: str, allowance: int, fixed: dict[str, int], least: int) -> int:
-    """Return what an allowance leaves for rows; raise DoesNotFit where that is less than one row needs."""
+def _rest(flag: str, allowance: int, fixed: dict[str, int], least: int, least_of: str = "one row") -> int:
+    """Return what an allowance leaves for rows; raise DoesNotFit where that is less than `least_of` needs."""
     needed = sum(fixed.values()) + least
     if needed > allowance:
         parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in fixed.items())
         raise DoesNotFit(
-            f"{flag} {allowance / 1e9:.3g}GB: {parts} and one row {least / 1e9:.3g} GB do not fit; "
+            f"{flag} {allowance / 1e9:.3g}GB: {parts} and {least_of} {least / 1e9:.3g} GB do not fit; "
             f"the smallest that does is {flag} {-(-needed // 10**6)}MB"
         )
     return allowance - sum(fixed.values())

@@ -1,6 +1,6 @@
 """Parts that patch prompts, and those that patches take means from, as data that a plan counts."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -8,10 +8,10 @@ import numpy as np
 
 from lowmem_icl.engine.cost import SweepCost, gradients_cost
 from lowmem_icl.engine.fills import Donor, Fills, RowValues
-from lowmem_icl.engine.patch_jobs import PatchJob, patch_blocks, patch_cost
+from lowmem_icl.engine.patch_jobs import PatchBlock, PatchJob, TokenBytes, patch_blocks, patch_cost
 from lowmem_icl.engine.schedule import BlockRow, SweepLimits, head_blocks, row_blocks
 from lowmem_icl.engine.unit_means import means_cost
-from lowmem_icl.rows import PackedRows, Row, stem_of
+from lowmem_icl.rows import Integers, PackedRows, Row, stem_of
 from lowmem_icl.session.prepare import Prepared
 
 FROM_THE_OTHER = "other prompt"
@@ -41,12 +41,22 @@ class PatchPart:
     def cost(self, prepared: Prepared, limits: SweepLimits, resident: Collection[int]) -> SweepCost:
         """Return what patching takes; layers that are `resident` are not read."""
         skeleton = prepared.skeleton
-        size, wanted = (skeleton.layers, skeleton.width), [np.arange(len(job.changes)) for job in self.jobs]
-        cost = patch_cost(self.jobs, wanted, size, limits.alive_bytes)
-        blocks = self.reads_before + sum(
-            1 for _ in patch_blocks(self.jobs, wanted, skeleton.width, limits.alive_bytes)
-        )
+        sizes = TokenBytes.of(skeleton)
+        cost = patch_cost(self.jobs, self._wanted, skeleton.layers, sizes, limits.alive_bytes)
+        blocks = self.reads_before + sum(1 for _ in self._blocks(sizes, limits))
         return replace(cost, layers_read=blocks * (skeleton.layers - len(resident)))
+
+    def held_bytes(self, prepared: Prepared, limits: SweepLimits) -> int:
+        """Return what is held of the largest block."""
+        sizes = TokenBytes.of(prepared.skeleton)
+        return max((block.held_bytes(self.jobs, sizes) for block in self._blocks(sizes, limits)), default=0)
+
+    @property
+    def _wanted(self) -> list[Integers]:
+        return [np.arange(len(job.changes)) for job in self.jobs]
+
+    def _blocks(self, sizes: TokenBytes, limits: SweepLimits) -> Iterator[PatchBlock]:
+        return patch_blocks(self.jobs, self._wanted, sizes, limits.alive_bytes)
 
 
 @dataclass(frozen=True, eq=False)
