@@ -1,13 +1,15 @@
 """Micro-batches: rows and their variants through a layer together, as many tokens as pay off.
 
-Axis letters: V variants, T tokens of a row.
+Axis letters: V variants, T tokens of a row, N tokens of a micro-batch, D width.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lowmem_icl.rows import Row
 
@@ -52,6 +54,12 @@ def micro_batches(
             first += taken
     if batch:
         yield batch
+
+
+def flattened(parts: Sequence[Tensor]) -> Tensor:
+    """Return states of pieces, [V, T, D] each, as those of a micro-batch, [N, D]."""
+    flat = [part.flatten(0, 1) for part in parts]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 def row_batches(rows: Sequence[Row], most_tokens: int) -> Iterator[list[int]]:

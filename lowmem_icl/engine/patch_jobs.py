@@ -12,13 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowmem_icl.engine.cost import SweepCost
+from lowmem_icl.engine.schedule import FLOAT_BYTES
 from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.rows import Integers, Row, with_stems
-
-FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,17 @@ Axis letters: S changes of a job that go together, V those of a micro-batch, T t
 are patched, R those that are read, N tokens of a micro-batch, D width, H heads, Z their outputs' width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lowmem_icl.engine.answers import AnswerReader, PendingAnswers, Scores
 from lowmem_icl.engine.cost import SweepCost
-from lowmem_icl.engine.micro_batches import Piece, Slots, micro_batches, row_batches
+from lowmem_icl.engine.micro_batches import Piece, Slots, flattened, micro_batches, row_batches
 from lowmem_icl.engine.patch_jobs import (
     Addition,
     PatchBlock,
@@ -110,9 +111,11 @@ class _CleanRows:
 
 
 class _ChangedRow:
-    """Changes of one job that go together, in the order of their first layers.
+    """Changes of one job that go together, in the order of their first layers, and what the layer in work is
+    to them.
 
-    residual: [S, T, D]; `reads` [R], in the last layer alone: the tokens that go on.
+    residual: [S, T, D]; `reads` [R], in the last layer alone: the tokens that go on; `keep_ffn` [S]: which
+    have the layer's FFN.
     """
 
     def __init__(self, model: StreamedModel, job: PatchJob, member: PatchMember) -> None:
@@ -125,16 +128,31 @@ class _ChangedRow:
         shape = len(changes), len(self.row), model.skeleton.width
         self.residual = torch.empty(shape, device=model.device)
         self.reads: Tensor | None = None
-        self.keep_heads: Tensor | None = None
         self.keep_ffn = np.ones(len(changes), dtype=np.bool_)
+        self._keep_heads: NDArray[np.float32] | None = None
+        self._heads: Tensor | None = None
+        self._ffn: Tensor | None = None
 
-    def enter(self, number: int) -> None:
-        """Come to a layer."""
-        skeleton, device = self._model.skeleton, self._model.device
-        keep_heads, self.keep_ffn = self._removed.keep_tensors(number, skeleton.heads)
-        self.keep_heads = None if keep_heads is None else torch.from_numpy(keep_heads).to(device)
+    def enter(self, number: int, clean: Mapping[Row, _CleanLayer]) -> None:
+        """Come to a layer, through which the clean rows have gone."""
+        skeleton = self._model.skeleton
+        self._keep_heads, self.keep_ffn = self._removed.keep_tensors(number, skeleton.heads)
+        self._heads, self._ffn = self._given(number, clean)
         if number == skeleton.layers - 1:
-            self.reads = torch.from_numpy(self.row.reads).to(device)
+            self.reads = torch.from_numpy(self.row.reads).to(self._model.device)
+
+    def _given(self, number: int, clean: Mapping[Row, _CleanLayer]) -> tuple[Tensor | None, Tensor | None]:
+        """Return what stands in the place of heads, [P or 1, Z], and of the FFN, [P or 1, D]; None for
+        zeros.
+        """
+        source, device = self.job.source, self._model.device
+        if source is None:
+            return None, None
+        if isinstance(source, UnitMeans):
+            heads, ffn = (torch.from_numpy(table[number]).to(device) for table in (source.heads, source.ffns))
+            return heads[None], ffn[None]
+        run, tokens = clean[source.row], torch.from_numpy(source.tokens).to(device)
+        return run.z[tokens], run.ffn[tokens]
 
     def continuing(self, number: int) -> Slots:
         """Return the slots whose changes began before a layer."""
@@ -151,27 +169,29 @@ class _ChangedRow:
         vectors = np.stack([self.job.vectors[name] for name in names if name is not None])
         return torch.from_numpy(vectors).to(self._model.device)[:, None]
 
-    def cut(self, z: Tensor, selection: slice | Slots, fill: Tensor | None) -> Tensor:
-        """Return z [V, T, Z] under some changes: what stands in heads' place, [P or 1, Z], is put in."""
-        if self.keep_heads is None:
+    def cut(self, z: Tensor, piece: Piece) -> Tensor:
+        """Return z [V, T, Z] of some changes with what stands in heads' place put in."""
+        keep = None if self._keep_heads is None else self._keep_heads[piece.selection]
+        if keep is None or keep.all():
             return z
-        given = None if fill is None else fill[None]
-        cut = cut_heads(z[:, self.into], self.keep_heads[selection], given)
+        given = None if self._heads is None else self._heads[None]
+        cut = cut_heads(z[:, self.into], torch.from_numpy(keep).to(z.device), given)
         return z.index_copy(1, self.into, cut)
 
-    def without_ffn(self, selection: slice | Slots) -> Tensor:
-        """Return at which tokens of some changes the FFN is replaced, [V, T]."""
-        replaced = torch.from_numpy(~self.keep_ffn[selection]).to(self._model.device)
-        at = torch.zeros(len(replaced), len(self.row), dtype=torch.bool, device=self._model.device)
-        at[:, self.into] = replaced[:, None]
-        return at
-
-    def spread(self, fill: Tensor | None) -> Tensor:
-        """Return what stands in the FFN's place, [P or 1, D], where it does, at all tokens, [T, D]."""
-        by_token = torch.zeros(len(self.row), self._model.skeleton.width, device=self._model.device)
-        if fill is not None:
-            by_token[self.into] = fill
-        return by_token
+    def without_ffn(self, piece: Piece) -> tuple[Tensor, Tensor]:
+        """Return at which tokens that go on some changes lack the FFN, [V, T or R], and what stands in its
+        place there, one after the other, [N, D].
+        """
+        shape, device = (len(self.row), self._model.skeleton.width), self._model.device
+        lack = torch.from_numpy(~self.keep_ffn[piece.selection]).to(device)
+        where = torch.zeros(len(lack), len(self.row), dtype=torch.bool, device=device)
+        where[:, self.into] = lack[:, None]
+        given = torch.zeros(shape, device=device)
+        if self._ffn is not None:
+            given[self.into] = self._ffn
+        if self.reads is not None:
+            where, given = where[:, self.reads], given[self.reads]
+        return where, given.expand(*where.shape, -1)[where]
 
 
 class _PatchedBlock:
@@ -187,14 +207,12 @@ class _PatchedBlock:
         self._results = [results[member.job] for member in block.members]
         self._lengths = [len(changed.row) for changed in self._changed]
         self._reader = AnswerReader(setup.model)
-        self._number = 0
 
     def step(self, number: int, layer: DecoderLayer) -> None:
         """Take everything through one layer."""
-        self._number = number
         self._clean.step(layer)
         for changed in self._changed:
-            changed.enter(number)
+            changed.enter(number, self._clean.at)
         continuing = [changed.continuing(number) for changed in self._changed]
         for batch in micro_batches(enumerate(continuing), self._lengths, self._most_tokens):
             self._finish(layer, batch, *self._continued(layer, batch))
@@ -218,7 +236,7 @@ class _PatchedBlock:
     def _continued(self, layer: DecoderLayer, batch: Sequence[Piece]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the residuals [V, T, D] of changes that began in earlier layers, and their z [V, T, Z]."""
         inputs = [self._changed[piece.index].residual[piece.selection] for piece in batch]
-        flat = _flattened(inputs)
+        flat = flattened(inputs)
         segments = [self._clean.segment(self._changed[p.index].row, len(p.slots)) for p in batch]
         attention = layer.attend(flat, segments)
         self._account(SweepCost(attention_tokens=len(flat)))
@@ -238,46 +256,30 @@ class _PatchedBlock:
         self, layer: DecoderLayer, batch: Sequence[Piece], inputs: list[Tensor], zs: list[Tensor]
     ) -> None:
         """Put what stands in units' place, and take a micro-batch through the layer's second half."""
-        residuals, cut, replaced, fills = [], [], [], []
+        residuals, cut = [], []
         for piece, states, z in zip(batch, inputs, zs, strict=True):
             changed = self._changed[piece.index]
-            head_fill, ffn_fill = self._fills(changed)
             reads = slice(None) if changed.reads is None else changed.reads
             residuals.append(states[:, reads])
-            cut.append(changed.cut(z, piece.selection, head_fill)[:, reads])
-            where = changed.without_ffn(piece.selection)[:, reads]
-            replaced.append(where.flatten())
-            fills.append(changed.spread(ffn_fill)[reads].expand(*where.shape, -1)[where])
+            cut.append(changed.cut(z, piece)[:, reads])
         shapes = [states.shape for states in residuals]
-        flat, z, without = _flattened(residuals), _flattened(cut), torch.cat(replaced)
-        tokens, spared = len(flat), int(without.sum())
-        if spared:
-            after = torch.empty_like(flat)
-            after[~without] = layer.finish(flat[~without], z[~without])
-            fill = torch.cat(fills)
-            after[without] = layer.finish(flat[without], z[without], without_ffn=True, ffn_fill=fill)
-        elif tokens:
+        if not (tokens := sum(shape[0] * shape[1] for shape in shapes)):
+            return
+        flat, z, spared = flattened(residuals), flattened(cut), 0
+        if all(self._changed[piece.index].keep_ffn[piece.selection].all() for piece in batch):
             after = layer.finish(flat, z)
         else:
-            return
+            found = [self._changed[piece.index].without_ffn(piece) for piece in batch]
+            without = torch.cat([where.flatten() for where, _ in found])
+            given = torch.cat([values for _, values in found])
+            after = torch.empty_like(flat)
+            after[~without] = layer.finish(flat[~without], z[~without])
+            after[without] = layer.finish(flat[without], z[without], without_ffn=True, ffn_fill=given)
+            spared = len(given)
         self._account(SweepCost(projection_tokens=tokens, ffn_tokens=tokens - spared))
         parts = after.split([shape[0] * shape[1] for shape in shapes])
         for piece, part, shape in zip(batch, parts, shapes, strict=True):
             self._leave(piece, part.view(shape))
-
-    def _fills(self, changed: _ChangedRow) -> tuple[Tensor | None, Tensor | None]:
-        """Return what stands in the place of heads, [P or 1, Z], and of the FFN, [P or 1, D], in the layer in
-        work; None for zeros.
-        """
-        source, device = changed.job.source, self._model.device
-        if source is None:
-            return None, None
-        if isinstance(source, UnitMeans):
-            tables = source.heads[self._number], source.ffns[self._number]
-            heads, ffn = (torch.from_numpy(table).to(device)[None] for table in tables)
-            return heads, ffn
-        run, tokens = self._clean.at[source.row], torch.from_numpy(source.tokens).to(device)
-        return run.z[tokens], run.ffn[tokens]
 
     def _leave(self, piece: Piece, states: Tensor) -> None:
         """Take the residuals [V, T, D] of some changes at the layer's output, after the last [V, R, D]."""
@@ -288,9 +290,3 @@ class _PatchedBlock:
             self._account(SweepCost(answers=states.shape[0] * states.shape[1]))
             masks = changed.member.changes[piece.slots]
             self._reader.add(PendingAnswers(self._results[piece.index], masks, changed.row, states))
-
-
-def _flattened(parts: Sequence[Tensor]) -> Tensor:
-    """Return [V, T, D] each as one [N, D]."""
-    flat = [part.flatten(0, 1) for part in parts]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)

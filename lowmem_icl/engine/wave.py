@@ -253,7 +253,7 @@ class Wave:
     ) -> AttentionOutput:
         """Take a micro-batch through a layer; `stem`: its rows' stem's attention, and its slots."""
         inputs = [self._residuals[piece.index][piece.selection] for piece in batch]
-        flat = _flattened(inputs)
+        flat = flattened(inputs)
         segments = []
         for piece in batch:
             piece_stem = None if stem is None else _stem_of_slots(stem[0], stem[1], piece.slots)
@@ -283,7 +283,7 @@ class Wave:
         if not tokens:
             return
         ffn = self._ffn_fill(batch, shapes) if without_ffn else None
-        after = layer.finish(_flattened(residuals), _flattened(zs), without_ffn=without_ffn, ffn_fill=ffn)
+        after = layer.finish(flattened(residuals), flattened(zs), without_ffn=without_ffn, ffn_fill=ffn)
         self._account(SweepCost(projection_tokens=tokens, ffn_tokens=0 if without_ffn else tokens))
         parts = after.split([shape[0] * shape[1] for shape in shapes])
         for piece, part, shape in zip(batch, parts, shapes, strict=True):
@@ -299,7 +299,7 @@ class Wave:
         fills = [self._layer_slots(piece.index).fills for piece in batch]
         if all(fill is None for fill in fills):
             return None
-        return _flattened(
+        return flattened(
             [
                 torch.zeros(shape, device=self._model.device)
                 if fill is None
@@ -335,12 +335,6 @@ class Wave:
             states.unflatten(1, (variants, -1)).transpose(0, 1) for states in (stem.keys, stem.values)
         )
         return Segment(variants, mask, keys, values)
-
-
-def _flattened(parts: Sequence[Tensor]) -> Tensor:
-    """Return [V, T, D] each as one [N, D]."""
-    flat = [part.flatten(0, 1) for part in parts]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 def _stem_of_slots(stem: AttentionOutput, stem_slots: Slots, wanted: Slots) -> AttentionOutput:
