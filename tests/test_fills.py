@@ -206,7 +206,7 @@ def test_means_take_what_is_planned_and_go_on_where_they_were(float_store: Store
             stops += 1
     assert stops > 1
     np.testing.assert_array_equal(sums.heads, whole.heads)
-    assert sum(done, SweepCost()) == replace(means_cost([task.packed], 3), layers_read=0)
+    assert sum(done, SweepCost()) == replace(means_cost([task.packed], (3, 32), limits), layers_read=0)
 
 
 @pytest.mark.parametrize("mask", [Mask(), EVERYTHING])

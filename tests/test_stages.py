@@ -22,7 +22,7 @@ from lowmem_icl.planning.costs import largest_sweeps, planned_work, row_lengths
 from lowmem_icl.planning.measure import Rates
 from lowmem_icl.planning.memory import backward_bytes
 from lowmem_icl.planning.plan import make_plan
-from lowmem_icl.session.patch_parts import EndMeansPart, PatchEstimatesPart, PatchPart
+from lowmem_icl.session.patch_parts import PatchEstimatesPart, PatchPart, PromptMeansPart
 from lowmem_icl.session.result import StageResult
 from lowmem_icl.session.work import GradientsPart, Part, SweepPart
 
@@ -37,7 +37,9 @@ def documents_of(part: Part) -> tuple[Any, ...]:
 def as_asked(part: Part) -> Any:
     """Parts that patch hold arrays, which are not compared."""
     return (
-        PatchingPart(part.name) if isinstance(part, PatchPart | EndMeansPart | PatchEstimatesPart) else part
+        PatchingPart(part.name)
+        if isinstance(part, PatchPart | PromptMeansPart | PatchEstimatesPart)
+        else part
     )
 
 

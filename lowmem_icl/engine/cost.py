@@ -5,7 +5,8 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 
-from lowmem_icl.engine.schedule import Job, SweepLimits, has_variants
+from lowmem_icl.engine.fills import Fills
+from lowmem_icl.engine.schedule import BlockRow, Job, SweepLimits, has_variants, row_blocks
 from lowmem_icl.engine.wave_counts import BlockSizes, JobMasks, WaveCounts, block_sizes, count_waves
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.rows import PackedRows
@@ -105,13 +106,27 @@ def _variants_cost(blocks: BlockSizes, masks: JobMasks, layers: int) -> SweepCos
     return SweepCost(attention, attention + answers, ffn, answers=answers)
 
 
-def gradients_cost(packed: Sequence[PackedRows], layers: int, donor_tokens: int = 0) -> SweepCost:
-    """Return what the gradients of rows take: forward through all layers, and back; donors of values go
-    forward in both.
+def gradients_cost(
+    packed: Sequence[PackedRows],
+    fills: Sequence[Fills],
+    size: tuple[int, int],
+    limits: SweepLimits,
+    resident: Collection[int] = (),
+) -> SweepCost:
+    """Return what the gradients of rows take in a model of (layers, width): forward through all layers, and
+    back; donors of values, of whose the `fills` of each task's rows are, go forward in both.
     """
+    layers, width = size
+    members = [BlockRow(index, row) for index, rows in enumerate(packed) for row in rows.rows]
+    blocks = row_blocks(members, width, layers, limits, keeps_clean=True, fills=fills)
+    donors = sum(len(member.row) for block in blocks for member in block if member.is_donor)
     tokens = layers * sum(rows.token_count for rows in packed)
-    forward = tokens + 2 * layers * donor_tokens
-    answers = sum(len(row.reads) for rows in packed for row in rows.rows)
+    forward = tokens + 2 * layers * donors
     return SweepCost(
-        forward, forward, forward, backward_tokens=tokens, answers=answers, layers_read=2 * layers
+        forward,
+        forward,
+        forward,
+        backward_tokens=tokens,
+        answers=sum(len(row.reads) for rows in packed for row in rows.rows),
+        layers_read=2 * len(blocks) * (layers - len(resident)),
     )

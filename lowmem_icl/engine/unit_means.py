@@ -3,7 +3,7 @@
 Axis letters: L layers, T tokens of a row, R rows, Z the heads' outputs side by side, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowmem_icl.engine.cost import SweepCost
-from lowmem_icl.engine.schedule import BlockRow
+from lowmem_icl.engine.schedule import BlockRow, SweepLimits, head_blocks
 from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.model.layer import CapturedRun
 from lowmem_icl.rows import PackedRows
@@ -89,7 +89,12 @@ def _summed(values: Tensor) -> Values:
     return np.asarray(values.to("cpu", torch.float64).numpy().sum(0))
 
 
-def means_cost(packed: Sequence[PackedRows], layers: int) -> SweepCost:
-    """Return what the means over rows take where they are one block: forward through all layers."""
+def means_cost(
+    packed: Sequence[PackedRows], size: tuple[int, int], limits: SweepLimits, resident: Collection[int] = ()
+) -> SweepCost:
+    """Return what the means over rows take in a model of (layers, width): forward through all layers."""
+    layers, width = size
+    rows = [BlockRow(index, row) for index, of_task in enumerate(packed) for row in of_task.rows]
+    blocks = head_blocks(rows, width, layers, limits)
     tokens = layers * sum(rows.token_count for rows in packed)
-    return SweepCost(tokens, tokens, tokens, layers_read=layers)
+    return SweepCost(tokens, tokens, tokens, layers_read=len(blocks) * (layers - len(resident)))

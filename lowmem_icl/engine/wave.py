@@ -18,6 +18,7 @@ from lowmem_icl.engine.micro_batches import (
     Piece,
     RowGroup,
     Slots,
+    flattened,
     micro_batches,
     row_batches,
     row_groups,

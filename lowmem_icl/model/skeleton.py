@@ -53,6 +53,11 @@ class Skeleton:
         if self.width % self.heads and not getattr(config, "head_dim", None):
             raise InputError(f"config.json: hidden size {self.width} is not a multiple of {self.heads} heads")
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Layers and width."""
+        return self.layers, self.width
+
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "Skeleton":
         """Build from the content of a config.json; raise InputError where it names no supported model."""

@@ -9,7 +9,7 @@ from lowmem_icl.engine.schedule import DONOR_WEIGHT, FLOAT_BYTES, SweepLimits
 from lowmem_icl.engine.wave_counts import block_sizes
 from lowmem_icl.session.fills import MeansPart
 from lowmem_icl.session.jobs import outlined_jobs
-from lowmem_icl.session.patch_parts import EndMeansPart, PatchEstimatesPart, PatchPart
+from lowmem_icl.session.patch_parts import PatchEstimatesPart, PatchPart, PromptMeansPart
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.work import GradientsPart, Part, SweepPart
 
@@ -41,8 +41,8 @@ def amount_of(part: Part, prepared: Prepared) -> Amount:
         return Amount(documents * times, tokens * times)
     if isinstance(part, PatchPart):
         return Amount(len(part.jobs), part.tokens, part.ablations)
-    if isinstance(part, EndMeansPart):
-        prompts = [row for group in part.packed for row in group.rows]
+    if isinstance(part, PromptMeansPart):
+        prompts = [row for group in part.packed(prepared) for row in group.rows]
         return Amount(len(prompts), sum(map(len, prompts)))
     if isinstance(part, PatchEstimatesPart):
         return Amount(len(part.rows), sum(map(len, part.rows)))

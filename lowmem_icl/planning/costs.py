@@ -12,7 +12,7 @@ from lowmem_icl.experiments.order import STAGES, Stage
 from lowmem_icl.rows import PackedRows, Row
 from lowmem_icl.session.fills import MeansPart
 from lowmem_icl.session.jobs import outlined_gold, outlined_jobs
-from lowmem_icl.session.patch_parts import EndMeansPart, PatchPart
+from lowmem_icl.session.patch_parts import PatchEstimatesPart, PatchPart, PromptMeansPart
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import StageResult
 from lowmem_icl.session.work import GradientsPart, HeadScoresPart, Part, SweepPart
@@ -126,8 +126,10 @@ def _outlines(prepared: Prepared, parts: list[Part]) -> Iterator[PackedRows]:
         elif isinstance(part, PatchPart):
             for patched in part.jobs:
                 yield PackedRows(tuple(patched.rows), 0)
-        elif isinstance(part, EndMeansPart):
-            outlines = list(part.packed)
+        elif isinstance(part, PromptMeansPart):
+            yield from part.packed(prepared)
+        elif isinstance(part, PatchEstimatesPart):
+            yield PackedRows(part.rows, len(part.rows))
         elif isinstance(part, SweepPart):
             outlines = [job.packed for job in outlined_jobs(prepared, part.jobs)]
         for packed in outlines:

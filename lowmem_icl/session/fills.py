@@ -1,15 +1,17 @@
 """What a run puts in removed units' place: its names, and the tables of means that they stand for."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import ClassVar
 
 from lowmem_icl.engine.cost import SweepCost
-from lowmem_icl.engine.schedule import BlockRow, SweepLimits, head_blocks
+from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.engine.unit_means import MeanSums, means_cost
 from lowmem_icl.masks.mask import Mask, ablation_of, resampling
 from lowmem_icl.masks.means import UnitMeans, mean_of_tables
 from lowmem_icl.options import RunOptions
 from lowmem_icl.protocols import AGGREGATE, in_domain
+from lowmem_icl.rows import PackedRows
 from lowmem_icl.session.parts import Parts, of_jobs
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.tasks.documents import TaskRows
@@ -60,14 +62,16 @@ class MeansPart:
     label: str
     tasks: tuple[TaskRows, ...]
 
+    ends_only: ClassVar[bool] = False
+
+    def packed(self, prepared: Prepared) -> list[PackedRows]:
+        """Return the rows of every task."""
+        return [prepared.pack(task, gold_only=True).packed for task in self.tasks]
+
     def cost(self, prepared: Prepared, limits: SweepLimits, resident: Collection[int]) -> SweepCost:
         """Return what a pass over all documents takes."""
-        skeleton = prepared.skeleton
         packed = [prepared.outline(task, gold_only=True) for task in self.tasks]
-        rows = [BlockRow(index, row) for index, of_task in enumerate(packed) for row in of_task.rows]
-        blocks = head_blocks(rows, skeleton.width, skeleton.layers, limits)
-        layers_read = (skeleton.layers - len(resident)) * len(blocks)
-        return replace(means_cost(packed, skeleton.layers), layers_read=layers_read)
+        return means_cost(packed, prepared.skeleton.size, limits, resident)
 
 
 def means_parts(prepared: Prepared) -> list[MeansPart]:

@@ -1,6 +1,6 @@
 """Parts that patch prompts, and those that patches take means from, as data that a plan counts."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -8,8 +8,8 @@ import numpy as np
 
 from lowmem_icl.engine.cost import SweepCost, gradients_cost
 from lowmem_icl.engine.fills import Donor, Fills, RowValues
-from lowmem_icl.engine.patch_jobs import PatchBlock, PatchJob, TokenBytes, patch_blocks, patch_cost
-from lowmem_icl.engine.schedule import BlockRow, SweepLimits, head_blocks, row_blocks
+from lowmem_icl.engine.patch_jobs import PatchJob, TokenBytes, patch_blocks, patch_cost
+from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.engine.unit_means import means_cost
 from lowmem_icl.rows import Integers, PackedRows, Row, stem_of
 from lowmem_icl.session.prepare import Prepared
@@ -41,28 +41,26 @@ class PatchPart:
     def cost(self, prepared: Prepared, limits: SweepLimits, resident: Collection[int]) -> SweepCost:
         """Return what patching takes; layers that are `resident` are not read."""
         skeleton = prepared.skeleton
-        sizes = TokenBytes.of(skeleton)
+        sizes, resting = TokenBytes.of(skeleton), skeleton.layers - len(resident)
         cost = patch_cost(self.jobs, self._wanted, skeleton.layers, sizes, limits.alive_bytes)
-        blocks = self.reads_before + sum(1 for _ in self._blocks(sizes, limits))
-        return replace(cost, layers_read=blocks * (skeleton.layers - len(resident)))
+        reads = cost.layers_read // skeleton.layers + self.reads_before
+        return replace(cost, layers_read=reads * resting)
 
     def held_bytes(self, prepared: Prepared, limits: SweepLimits) -> int:
         """Return what is held of the largest block."""
         sizes = TokenBytes.of(prepared.skeleton)
-        return max((block.held_bytes(self.jobs, sizes) for block in self._blocks(sizes, limits)), default=0)
+        blocks = patch_blocks(self.jobs, self._wanted, sizes, limits.alive_bytes)
+        return max((block.held_bytes(self.jobs, sizes) for block in blocks), default=0)
 
     @property
     def _wanted(self) -> list[Integers]:
         return [np.arange(len(job.changes)) for job in self.jobs]
 
-    def _blocks(self, sizes: TokenBytes, limits: SweepLimits) -> Iterator[PatchBlock]:
-        return patch_blocks(self.jobs, self._wanted, sizes, limits.alive_bytes)
-
 
 @dataclass(frozen=True, eq=False)
-class EndMeansPart:
-    """The means of all units' outputs at the last tokens of prompts, [tokens] each, by group; at all of them
-    where they are not `ends_only`.
+class PromptMeansPart:
+    """The means of all units' outputs over the tokens of prompts, [tokens] each, by group; `ends_only`: of
+    each prompt its last token alone.
     """
 
     name: str
@@ -70,18 +68,13 @@ class EndMeansPart:
     groups: tuple[tuple[tuple[int, ...], ...], ...]
     ends_only: bool = True
 
-    @cached_property
-    def packed(self) -> list[PackedRows]:
-        """The prompts as rows, by group."""
+    def packed(self, prepared: Prepared) -> list[PackedRows]:
+        """Return the prompts as rows, by group."""
         return [PackedRows(tuple(stem_of(prompt) for prompt in group), 0) for group in self.groups]
 
     def cost(self, prepared: Prepared, limits: SweepLimits, resident: Collection[int]) -> SweepCost:
         """Return what a pass over all prompts takes."""
-        skeleton = prepared.skeleton
-        rows = [BlockRow(index, row) for index, group in enumerate(self.packed) for row in group.rows]
-        blocks = head_blocks(rows, skeleton.width, skeleton.layers, limits)
-        layers_read = (skeleton.layers - len(resident)) * len(blocks)
-        return replace(means_cost(self.packed, skeleton.layers), layers_read=layers_read)
+        return means_cost(self.packed(prepared), prepared.skeleton.size, limits, resident)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,16 +95,5 @@ class PatchEstimatesPart:
 
     def cost(self, prepared: Prepared, limits: SweepLimits, resident: Collection[int]) -> SweepCost:
         """Return what a pass forward and back takes, with the donors along."""
-        skeleton = prepared.skeleton
-        members = [BlockRow(0, row) for row in self.rows]
-        blocks = row_blocks(
-            members, skeleton.width, skeleton.layers, limits, keeps_clean=True, fills=[self.fills]
-        )
-        layers_read = 2 * len(blocks) * (skeleton.layers - len(resident))
-        donated = (
-            2
-            * skeleton.layers
-            * sum(len(member.row) for block in blocks for member in block if member.is_donor)
-        )
-        own = gradients_cost([PackedRows(self.rows, len(self.rows))], skeleton.layers)
-        return replace(own + SweepCost(donated, donated, donated), layers_read=layers_read)
+        packed = [PackedRows(self.rows, len(self.rows))]
+        return gradients_cost(packed, [self.fills], prepared.skeleton.size, limits, resident)

@@ -8,15 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowmem_icl.engine.answers import Scores
-from lowmem_icl.engine.passes import GradientJob, unit_gradients, unit_means
+from lowmem_icl.engine.passes import GradientJob, unit_gradients
 from lowmem_icl.engine.patching import patch
 from lowmem_icl.engine.unit_gradients import UnitGradients
-from lowmem_icl.engine.unit_means import MeanSums
 from lowmem_icl.engine.written import written_by_heads
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.session.parts import Draft, by_job, of_jobs
-from lowmem_icl.session.patch_parts import FROM_THE_OTHER, EndMeansPart, PatchEstimatesPart, PatchPart
+from lowmem_icl.session.patch_parts import FROM_THE_OTHER, PatchEstimatesPart, PatchPart
 from lowmem_icl.session.work import Work
 
 
@@ -33,23 +32,6 @@ def patched(work: Work, part: PatchPart) -> list[Scores]:
         return by_job(scores)
 
     return [Scores(**fields) for fields in of_jobs(work.made(part.name, make))]
-
-
-def end_means(work: Work, part: EndMeansPart) -> Sequence[UnitMeans]:
-    """Return the means at the last tokens of every group's prompts, or at all, as the part says."""
-
-    def make(draft: Draft) -> dict[str, NDArray[Any]]:
-        work.check_time()
-        skeleton = work.prepared.skeleton
-        widths = skeleton.attention_width, skeleton.width
-        sums = [MeanSums.empty(len(group.rows), skeleton.layers, *widths) for group in part.packed]
-        draft.resume(lambda: by_job(sums))
-        cost = replace(part.cost(work.prepared, work.limits, ()), answers=0)
-        with work.counted(part.label, cost) as advance:
-            unit_means(work.setup(advance, draft), part.packed, sums, ends_only=part.ends_only)
-        return by_job(sums)
-
-    return [MeanSums(**fields).means() for fields in of_jobs(work.made(part.name, make))]
 
 
 def written_vectors(

@@ -2,8 +2,8 @@
 
 A part is one resumable piece of work and its file. These kinds read the weights: sweeps of documents under
 masks, the gradients of documents, means of units' outputs, the scores of heads on random sequences, and
-patches of prompts. Each says what it is called
-and what it consists of, once; `cost` counts that, and `Work` does it.
+patches of prompts. Each says what it is called and what it consists of, once; `cost` counts that, and `Work`
+does it.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.engine.cost import SweepCost, gradients_cost, operations, sweep_cost
 from lowmem_icl.engine.head_scores import HeadQuestions, HeadScores, heads_cost
 from lowmem_icl.engine.passes import GradientJob, PassSetup, score_heads, sweep, unit_gradients, unit_means
-from lowmem_icl.engine.schedule import BlockRow, SweepLimits, head_blocks, row_blocks
+from lowmem_icl.engine.schedule import BlockRow, SweepLimits, head_blocks
 from lowmem_icl.engine.unit_gradients import UnitGradients
 from lowmem_icl.engine.unit_means import MeanSums
 from lowmem_icl.masks.mask import Mask
@@ -37,7 +37,7 @@ from lowmem_icl.session.jobs import (
     rows_of_gold,
 )
 from lowmem_icl.session.parts import Draft, Parts, by_job, of_jobs
-from lowmem_icl.session.patch_parts import EndMeansPart, PatchEstimatesPart, PatchPart
+from lowmem_icl.session.patch_parts import PatchEstimatesPart, PatchPart, PromptMeansPart
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.rows_on_the_way import RowsOnTheWay
 from lowmem_icl.system.progress import Advance, PartProgress
@@ -97,15 +97,9 @@ class GradientsPart:
 
     def cost(self, prepared: Prepared, limits: SweepLimits, resident: Resident) -> SweepCost:
         """Return what a pass forward and back over all documents takes."""
-        skeleton = prepared.skeleton
         pairs = zip(self.tasks, self.masks, strict=True)
         packed, fills = zip(*(outlined_gold(prepared, *pair) for pair in pairs), strict=True)
-        members = [BlockRow(index, row) for index, rows in enumerate(packed) for row in rows.rows]
-        blocks = row_blocks(members, skeleton.width, skeleton.layers, limits, keeps_clean=True, fills=fills)
-        donor_tokens = sum(len(member.row) for block in blocks for member in block if member.is_donor)
-        layers_read = 2 * (skeleton.layers - len(resident)) * len(blocks)
-        cost = gradients_cost(packed, skeleton.layers, donor_tokens)
-        return replace(cost, layers_read=layers_read) * self.times
+        return gradients_cost(packed, fills, prepared.skeleton.size, limits, resident) * self.times
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +122,9 @@ class HeadScoresPart:
         return heads_cost(tokens, copied, skeleton, form, limits.micro_batch_tokens, layers_read)
 
 
-Part = SweepPart | GradientsPart | HeadScoresPart | MeansPart | PatchPart | EndMeansPart | PatchEstimatesPart
+Part = (
+    SweepPart | GradientsPart | HeadScoresPart | MeansPart | PatchPart | PromptMeansPart | PatchEstimatesPart
+)
 
 
 @dataclass(frozen=True)
@@ -238,20 +234,20 @@ class Work:
 
         return HeadScores(**self.made(part.name, make))
 
-    def means(self, part: MeansPart) -> list[MeanSums]:
-        """Return what units' outputs add up to, of every task of a part, from its file or from a read of the
-        weights per block of rows.
+    def means(self, part: MeansPart | PromptMeansPart) -> list[MeanSums]:
+        """Return what units' outputs add up to, of every task or group of a part, from its file or from a
+        read of the weights per block of rows.
         """
 
         def make(draft: Draft) -> dict[str, NDArray[Any]]:
             self.check_time()
             skeleton = self.prepared.skeleton
-            packed = [self.prepared.pack(task, gold_only=True).packed for task in part.tasks]
+            packed = part.packed(self.prepared)
             widths = skeleton.attention_width, skeleton.width
             sums = [MeanSums.empty(len(of_task.rows), skeleton.layers, *widths) for of_task in packed]
             draft.resume(lambda: by_job(sums))
             with self.counted(part.label, part.cost(self.prepared, self.limits, ())) as advance:
-                unit_means(self.setup(advance, draft), packed, sums)
+                unit_means(self.setup(advance, draft), packed, sums, ends_only=part.ends_only)
             return by_job(sums)
 
         return [MeanSums(**fields) for fields in of_jobs(self.made(part.name, make))]

@@ -30,8 +30,8 @@ from lowmem_icl.experiments.patch.prompts import PromptsFound, VectorPrompts, pr
 from lowmem_icl.experiments.patch.stage import PatchResult, Setting, function_vector_parts, head_effects
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.means import UnitMeans, mean_of_tables
-from lowmem_icl.session.patch_parts import EndMeansPart, PatchPart
-from lowmem_icl.session.patch_work import end_means, patched
+from lowmem_icl.session.patch_parts import PatchPart, PromptMeansPart
+from lowmem_icl.session.patch_work import patched
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import StageResult, stamp
 from lowmem_icl.session.work import HeadScoresPart, Part, Work
@@ -138,9 +138,9 @@ def _text_parts(text: TextWindows | None, removals: Sequence[Removal]) -> list[P
     return [text_means_part(text), text_part(text, text_removals(removals), None)]
 
 
-def text_means_part(text: TextWindows) -> EndMeansPart:
+def text_means_part(text: TextWindows) -> PromptMeansPart:
     """Return the pass that takes the means of all units over the tokens of the windows."""
-    return EndMeansPart("icl-heads-text-means", "means of text", (text.windows,), ends_only=False)
+    return PromptMeansPart("icl-heads-text-means", "means of text", (text.windows,), ends_only=False)
 
 
 def text_part(text: TextWindows, removals: Sequence[Removal], means: UnitMeans | None) -> PatchPart:
@@ -241,8 +241,8 @@ def _removed(
 
 def _text_losses(work: Work, text: TextWindows, removals: Sequence[Removal]) -> Iterator[blocks.Block]:
     """Yield the records of text, with all heads and without some."""
-    (means,) = end_means(work, text_means_part(text))
-    found = patched(work, text_part(text, removals, means))
+    (sums,) = work.means(text_means_part(text))
+    found = patched(work, text_part(text, removals, sums.means()))
     return measure.text_blocks(np.stack([answers.logprobs for answers in found], 1), removals, TEXT_MEANS)
 
 

@@ -20,8 +20,8 @@ from lowmem_icl.experiments.patch.prompts import (
 )
 from lowmem_icl.masks.mask import Unit, all_heads
 from lowmem_icl.masks.means import UnitMeans
-from lowmem_icl.session.patch_parts import EndMeansPart, PatchPart
-from lowmem_icl.session.patch_work import end_means, patch_estimates, patched, written_vectors
+from lowmem_icl.session.patch_parts import PatchPart, PromptMeansPart
+from lowmem_icl.session.patch_work import patch_estimates, patched, written_vectors
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import StageResult, stamp
 from lowmem_icl.session.work import Part, Work
@@ -77,9 +77,9 @@ def pairs_part(prepared: Prepared, every: Sequence[Pairs]) -> PatchPart:
     return PatchPart("patch", "patch", tuple(jobs))
 
 
-def means_part(vectors: Sequence[VectorPrompts]) -> EndMeansPart:
+def means_part(vectors: Sequence[VectorPrompts]) -> PromptMeansPart:
     """Return the pass that takes the means at the last tokens of clean prompts."""
-    return EndMeansPart("patch-means", "means at last tokens", tuple(prompts.clean for prompts in vectors))
+    return PromptMeansPart("patch-means", "means at last tokens", tuple(prompts.clean for prompts in vectors))
 
 
 def vectors_part(
@@ -169,7 +169,7 @@ def head_effects(
     """Return what every head's mean changes in corrupted prompts, as `function_vectors.head_effects` has it,
     and the means, by task.
     """
-    means = end_means(work, means_part(vectors))
+    means = [sums.means() for sums in work.means(means_part(vectors))]
     scores = iter(patched(work, vectors_part(work.prepared, vectors, means)))
     return [function_vectors.head_effects([next(scores) for _ in of.corrupted]) for of in vectors], means
 
