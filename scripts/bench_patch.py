@@ -63,7 +63,7 @@ def _prompts(prepared: Prepared) -> VectorPrompts:
 def _means(prepared: Prepared, prompts: VectorPrompts, setup: PassSetup) -> MeanSums:
     skeleton, part = prepared.skeleton, means_part([prompts])
     sums = [MeanSums.empty(len(prompts.clean), skeleton.layers, skeleton.attention_width, skeleton.width)]
-    unit_means(setup, part.packed, sums, ends_only=True)
+    unit_means(setup, part.packed(prepared), sums, ends_only=True)
     return sums[0]
 
 
