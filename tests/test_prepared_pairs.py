@@ -129,14 +129,14 @@ def test_given_prompts_need_no_tasks(tmp_path: Path, stores: Path) -> None:
     options = options_of(stores, pairs=pairs, clean=clean, corrupted=corrupted)
     for made in (prepare(options), prepare_plan(options)):
         assert made.evaluate == made.train == made.corrupted == ()
-        assert [pair.gold for pair in made.given_pairs] == [(True, False)] * 2
-        assert made.given_prompts is not None
-        assert made.given_prompts.clean[0].tokens == made.given_pairs[0].clean
-        assert made.given_prompts.corrupted[0].tokens == (1, 2, 3)
-        assert made.given_prompts.corrupted[0].target == (4,)
+        assert [pair.gold for pair in made.given.pairs] == [(True, False)] * 2
+        assert made.given.prompts is not None
+        assert made.given.prompts.clean[0].tokens == made.given.pairs[0].clean
+        assert made.given.prompts.corrupted[0].tokens == (1, 2, 3)
+        assert made.given.prompts.corrupted[0].target == (4,)
         make_plan(made)
     with_tasks = prepare(options_of(stores, pairs=pairs, tasks="recall", shots="4"))
-    assert (len(with_tasks.given_pairs), len(with_tasks.corrupted)) == (2, 1)
+    assert (len(with_tasks.given.pairs), len(with_tasks.corrupted)) == (2, 1)
     write_lines(pairs, PAIR | {"corrupted": "blue red red"})
     with pytest.raises(InputError, match="line 1: expected 'context' and 'corrupted' of equally many tokens"):
         prepare(options)

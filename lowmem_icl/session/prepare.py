@@ -52,8 +52,6 @@ from lowmem_icl.tasks.packing import (
     first_options,
     packed,
 )
-from lowmem_icl.tasks.prompt_pairs.files import GivenPrompts
-from lowmem_icl.tasks.prompt_pairs.pair import PromptPair
 from lowmem_icl.tasks.random_sequences import RandomSequences
 from lowmem_icl.tasks.sources import rows_digest
 
@@ -126,16 +124,6 @@ class Prepared:
             heads=skeleton.heads,
             digest=source.digest,
         )
-
-    @property
-    def given_pairs(self) -> tuple[PromptPair, ...]:
-        """The pairs of --pairs, () without."""
-        return self.given.pairs
-
-    @property
-    def given_prompts(self) -> GivenPrompts | None:
-        """The prompts of --clean and --corrupted, None without."""
-        return self.given.prompts
 
     @property
     def pair_settings(self) -> tuple[tuple[TaskRows, TaskRows], ...]:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lowmem_icl.errors import InputError
 
@@ -19,19 +19,46 @@ def read_rows(path: Path) -> Rows:
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+        row = json_object(path, number, line)
         missing = rows[0].keys() - row.keys() if rows else set()
         if missing:
-            raise InputError(f"{path}, line {number}: field '{sorted(missing)[0]}' is missing")
+            raise InputError(f"{path}, line {number}: field '{sorted(missing)[0]}' is missing; add it")
         rows.append(row)
     if not rows:
         raise InputError(f"{path} holds no rows; give a file with one JSON object per line")
     return rows
+
+
+def json_object(path: Path, number: int, line: str) -> dict[str, Any]:
+    """Return the object that a line of a file is.
+
+    Raises InputError for anything else, for a field that is named twice, and for a number that JSON has not,
+    such as NaN.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"{path}, line {number}: field '{repeated}' is given twice; give it once")
+        return fields
+
+    def no_constant(name: str) -> NoReturn:
+        raise InputError(f"{path}, line {number}: {name} is no JSON number; leave it out")
+
+    try:
+        value = json.loads(line, object_pairs_hook=unique, parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}, line {number}: not JSON ({error}); give one JSON object per line"
+        ) from error
+    if not isinstance(value, dict):
+        raise InputError(
+            f"{path}, line {number}: expected a JSON object, got {type(value).__name__}; "
+            "give one object per line"
+        )
+    return value
 
 
 def count_rows(path: Path) -> int:

@@ -112,11 +112,11 @@ def prompts_of(prepared: Prepared) -> PromptsFound:
                 )
         if pairs:
             found.append(Pairs(clean.task, clean.shots, clean.split, corrupted.labels, pairs))
-    if prepared.given_pairs:
+    if prepared.given.pairs:
         assert prepared.options.pairs is not None
-        found.append(Pairs(prepared.options.pairs.stem, None, None, GIVEN, prepared.given_pairs))
+        found.append(Pairs(prepared.options.pairs.stem, None, None, GIVEN, prepared.given.pairs))
     vectors = [_vector_prompts(pairs) for pairs in found if pairs.labels in VECTOR_LABELS]
-    if prepared.given_prompts is not None:
+    if prepared.given.prompts is not None:
         vectors.append(_given_vector_prompts(prepared))
     return PromptsFound(tuple(found), tuple(vectors), tuple(notes))
 
@@ -145,7 +145,7 @@ def _vector_prompts(pairs: Pairs) -> VectorPrompts:
 
 
 def _given_vector_prompts(prepared: Prepared) -> VectorPrompts:
-    given, path = prepared.given_prompts, prepared.options.clean
+    given, path = prepared.given.prompts, prepared.options.clean
     assert given is not None
     assert path is not None
     return VectorPrompts(

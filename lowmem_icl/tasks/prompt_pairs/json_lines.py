@@ -1,13 +1,12 @@
 """Files of JSON lines by hand or by other tools, read strictly: what is wrong is named by line and field."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.tasks.row_files import read_text
+from lowmem_icl.tasks.row_files import json_object, read_text
 
 LARGEST_FILE_BYTES = 256 << 20
 MOST_LINES = 100_000
@@ -89,32 +88,6 @@ def read_json_lines(path: Path) -> Iterator[JsonLine]:
         count += 1
         if count > MOST_LINES:
             raise InputError(f"{path}, line {number}: expected at most {MOST_LINES:,} lines; split the file")
-        yield JsonLine(path, number, _object(path, number, line))
+        yield JsonLine(path, number, json_object(path, number, line))
     if not count:
         raise InputError(f"{path} holds no lines; give a file with one JSON object per line")
-
-
-def _object(path: Path, number: int, line: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            names = [name for name, _ in pairs]
-            repeated = next(name for name in names if names.count(name) > 1)
-            raise InputError(f"{path}, line {number}: field '{repeated}' is given twice; give it once")
-        return fields
-
-    def no_constant(name: str) -> NoReturn:
-        raise InputError(f"{path}, line {number}: {name} is no JSON number; leave it out")
-
-    try:
-        value = json.loads(line, object_pairs_hook=unique, parse_constant=no_constant)
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path}, line {number}: not JSON ({error}); give one JSON object per line"
-        ) from error
-    if not isinstance(value, dict):
-        raise InputError(
-            f"{path}, line {number}: expected a JSON object, got {type(value).__name__}; "
-            "give one object per line"
-        )
-    return value
