@@ -141,6 +141,11 @@ def test_bad_names_files_and_sizes_are_told(tmp_path: Path) -> None:
     (tmp_path / "piqa" / "validation.jsonl").write_text(good + "\n{broken\n")
     with pytest.raises(InputError, match="line 2: not JSON"):
         open_task("piqa", tmp_path)
+    for more, said in (("NaN", "NaN is no JSON number"), ('1, "label": 0', "field 'label' is given twice")):
+        line = good.replace('"label": 0', f'"label": {more}')
+        (tmp_path / "piqa" / "validation.jsonl").write_text(f"{good}\n{line}\n")
+        with pytest.raises(InputError, match=f"line 2: {said}"):
+            open_task("piqa", tmp_path)
     (tmp_path / "piqa" / "validation.jsonl").write_text(good + '\n{"goal": "g"}\n')
     with pytest.raises(InputError, match="line 2: field 'label' is missing"):
         open_task("piqa", tmp_path)
