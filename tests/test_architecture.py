@@ -22,7 +22,7 @@ FLOORS = (
     {"session"},
     {"experiments", "report"},
     {"planning"},
-    {"run"},
+    {"runner"},
     {"cli"},
 )
 # What a room must not import of others' packages: so each can be used, and tested, without them.
