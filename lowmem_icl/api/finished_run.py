@@ -33,8 +33,14 @@ from lowmem_icl.tables.schema import TABLES, read_table
 class Run:
     """A run's tables, masks and figures: read from its folder when it is loaded.
 
-    Made by `load` and `run`. results, unit_table and mask_table are polars frames, with the columns of
-    results.parquet, units.parquet and masks.parquet.
+    Made by `load` and `run`. Tables are polars frames, their columns those of the files of the same names.
+
+    >>> import lowmem_icl as icl
+    >>> run = icl.load(folder)
+    >>> run.shots
+    [0, 4]
+    >>> run.mask("greedy", "recall", 4).kept[:3]
+    ['L0H0', 'L1H0', 'L1H1']
     """
 
     def __init__(self, tables: RunTables) -> None:
@@ -181,9 +187,9 @@ def load(folder: str | Path) -> Run:
     """Return a run from its folder, finished or not; raise InputError where it holds none.
 
     >>> import lowmem_icl as icl
-    >>> run = icl.load(demo_folder)
-    >>> run.units("recall", shots=16)["unit"].head(3).to_list()
-    ['L0H0', 'L1H0', 'L1H1']
+    >>> run = icl.load(folder)
+    >>> run.units("recall", shots=4)["unit"].head(3).to_list()
+    ['L0H0', 'L0F', 'L1F']
     """
     return Run(read_run(Path(folder)))
 
@@ -198,6 +204,11 @@ def run(
     returned object (`save` keeps it). config: a TOML file with more options. options: every option of `run`,
     with underscores: `model="demo"`, `tasks=["recall"]`, `shots=[0, 16]`, `limit=32`, `memory="6GB"`. Raises
     InputError or DoesNotFit before any long work.
+
+    >>> import lowmem_icl as icl
+    >>> run = icl.run(tasks="recall", shots=4, limit=8, experiments="evaluate", progress=False)
+    >>> run.results.filter(metric="acc").select("labels", "value").rows()
+    [('right', 0.625), ('shuffled', 0.125), ('foreign', 0.125)]
     """
     if out is not None:
         return load(_finished(checked_options({**options, "out": out}, config), progress))
