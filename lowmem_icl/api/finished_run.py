@@ -200,10 +200,10 @@ def run(
 ) -> Run:
     """Run the experiments that the options ask for, as `lowmem-icl run` does; return the finished run.
 
-    out: its folder, where the same call continues after a stop; None for a temporary one, which goes with the
-    returned object (`save` keeps it). config: a TOML file with more options. options: every option of `run`,
-    with underscores: `model="demo"`, `tasks=["recall"]`, `shots=[0, 16]`, `limit=32`, `memory="6GB"`. Raises
-    InputError or DoesNotFit before any long work.
+    out: its folder, where the same call continues after a stop; None for a temporary one without figures,
+    which goes with the returned object (`save` keeps it). config: a TOML or YAML file with more options.
+    options: every option of `run`, with underscores: `model="demo"`, `tasks=["recall"]`, `shots=[0, 16]`,
+    `limit=32`, `memory="6GB"`. Raises InputError or DoesNotFit before any long work.
 
     >>> import lowmem_icl as icl
     >>> run = icl.run(tasks="recall", shots=4, limit=8, experiments="evaluate", progress=False)
@@ -215,7 +215,8 @@ def run(
     checked = checked_options(options, config)
     temporary = tempfile.mkdtemp(prefix="lowmem-icl-run-")
     try:
-        finished = load(_finished(checked.model_copy(update={"out": Path(temporary)}), progress))
+        in_folder = checked.model_copy(update={"out": Path(temporary)})
+        finished = load(_finished(in_folder, progress, with_figures=False))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -223,17 +224,21 @@ def run(
     return finished
 
 
-def _finished(options: RunOptions, progress: Shown) -> Path:
+def _finished(options: RunOptions, progress: Shown, *, with_figures: bool = True) -> Path:
     """Return the folder of a run that is finished now, or was already."""
     if finished_record(options, {}) is not None:
         return run_folder(options)
-    return run_all(options, _audience(progress)).folder
+    return run_all(options, _audience(progress, with_figures)).folder
 
 
-def _audience(progress: Shown) -> Audience:
+def _audience(progress: Shown, with_figures: bool) -> Audience:
     """Return whom a run tells how far it is; an audience of people it tells more."""
     shown = progress_of(progress)
-    return Audience(progress=shown, watch=lambda outlook, experiments: nullcontext(_View(shown)))
+    return Audience(
+        progress=shown,
+        watch=lambda outlook, experiments: nullcontext(_View(shown)),
+        wants_figures=with_figures,
+    )
 
 
 class _View:
