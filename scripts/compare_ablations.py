@@ -24,7 +24,7 @@ import typer
 from doc_tables import put_table
 
 from lowmem_icl.protocols import ABLATIONS
-from lowmem_icl.session.folder import run_record
+from lowmem_icl.session.record import run_record
 from lowmem_icl.statistics.agreement import spearman
 from lowmem_icl.tables.schema import read_table
 

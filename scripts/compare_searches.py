@@ -22,7 +22,7 @@ from doc_tables import put_table
 
 from lowmem_icl.errors import InputError
 from lowmem_icl.masks.files import read_mask
-from lowmem_icl.session.folder import run_record
+from lowmem_icl.session.record import run_record
 from lowmem_icl.statistics.agreement import spearman
 from lowmem_icl.tables.schema import read_table
 

@@ -4,7 +4,6 @@
 """
 
 import itertools
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from lowmem_icl.masks.files import MaskFile, MaskModel, write_mask
 from lowmem_icl.masks.mask import Mask, Unit, all_ffns, all_heads
 from lowmem_icl.masks.naming import mask_name
+from lowmem_icl.session.record import record_text
 from lowmem_icl.tables import blocks
 from lowmem_icl.tables.aggregate import over_tasks
 from lowmem_icl.tables.schema import TABLES, empty_frame, write_table
@@ -69,7 +69,7 @@ class SyntheticRun:
         for table in set(TABLES) & {"effects", "answers"}:
             write_table(empty_frame(table), table, folder / f"{table}.parquet")
         self._write_masks(folder / "masks")
-        (folder / "run.json").write_text(json.dumps(self._record()), "utf-8")
+        (folder / "run.json").write_text(record_text(self._record()), "utf-8")
         return folder
 
     @cached_property

@@ -21,8 +21,8 @@ from lowmem_icl.masks.files import MaskFile, read_mask
 from lowmem_icl.masks.mask import Mask, all_heads
 from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.costs import planned_work
-from lowmem_icl.session.folder import run_record
 from lowmem_icl.session.prepare import prepare
+from lowmem_icl.session.record import run_record
 from lowmem_icl.session.work import SweepPart
 from lowmem_icl.statistics.certificate import (
     LEVEL,

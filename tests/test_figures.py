@@ -29,7 +29,7 @@ from lowmem_icl.report.figures.registry import FIGURES
 from lowmem_icl.report.figures.scales import SymLog
 from lowmem_icl.report.figures.style import figure_style, text_colour
 from lowmem_icl.report.run_tables import read_run
-from lowmem_icl.session.folder import run_record
+from lowmem_icl.session.record import run_record
 from lowmem_icl.tables.schema import RESULTS, read_table
 
 Run = tuple[pl.DataFrame, dict[str, Any]]

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
+import numpy as np
 import polars as pl
 import pytest
 from conftest import without_documents
@@ -23,8 +24,10 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.memory import plan_memory
 from lowmem_icl.report.status import status_of
-from lowmem_icl.session.folder import RunFolder, _take, check_output, open_folder, run_record
+from lowmem_icl.session.folder import RunFolder, check_output, open_folder
 from lowmem_icl.session.identity import Identity, default_folder, identity_of, run_folder
+from lowmem_icl.session.lock import _take
+from lowmem_icl.session.record import RecordDamaged, record_text, run_record
 from lowmem_icl.session.run_form import StageActuals
 from lowmem_icl.session.text_form import TextForm
 from lowmem_icl.system.files import write_text_atomic
@@ -90,7 +93,7 @@ def test_a_continued_run_keeps_its_history(tmp_path: Path) -> None:
     first = run_record(tmp_path)
     assert (first["state"], first["error"], list(first["stages"])) == ("stopped", None, ["evaluate"])
     first["started"] = first["sessions"][0]["started"] = "2001-01-01T00:00:00+00:00"
-    (tmp_path / "run.json").write_text(json.dumps(first))
+    (tmp_path / "run.json").write_text(record_text(first))
     session(tmp_path, "evaluate", "ablate", work=lambda opened: opened.write_record(warnings=["slow"]))
     record = run_record(tmp_path)
     assert record["sessions"][0] == first["sessions"][0]
@@ -122,11 +125,11 @@ def test_status_counts_down_from_what_the_run_estimated_last(tmp_path: Path) -> 
         opened.write_record()
         assert 290 < status_of(tmp_path)["seconds_left"] <= 300
         opened.record["outlook"]["at"] = a_minute_ago
-        write_text_atomic(tmp_path / "run.json", json.dumps(opened.record))
+        write_text_atomic(tmp_path / "run.json", record_text(opened.record))
         assert 230 < status_of(tmp_path)["seconds_left"] <= 240
         opened.estimate = lambda: 10.0
         opened.record["outlook"]["seconds_left"] = 10.0
-        write_text_atomic(tmp_path / "run.json", json.dumps(opened.record))
+        write_text_atomic(tmp_path / "run.json", record_text(opened.record))
         late.append(status_of(tmp_path))
         raise KeyboardInterrupt
 
@@ -170,7 +173,7 @@ def test_a_lock_whose_file_was_deleted_meanwhile_is_no_lock(
         if len(taken) == 1:
             (tmp_path / ".lock").unlink()
 
-    monkeypatch.setattr("lowmem_icl.session.folder._take", take)
+    monkeypatch.setattr("lowmem_icl.session.lock._take", take)
     session(tmp_path)
     assert len(taken) == 2
     assert run_record(tmp_path)["state"] == "finished"
@@ -212,9 +215,15 @@ def test_a_start_that_comes_to_nothing_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
+    # Killed while it wrote run.json for the first time: the folder is still the run's.
+    (tmp_path / ".run.json.17.partial").write_bytes(b"{")
+    (tmp_path / ".lock").write_bytes(b"")
+    assert check_output(options_of(tmp_path)) == tmp_path
     (tmp_path / "parts" / "residuals-1").mkdir(parents=True)
+    (tmp_path / "parts" / ".one.npz.17.partial").write_bytes(b"half")
     session(tmp_path)
     assert list((tmp_path / "parts").iterdir()) == []
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
@@ -320,36 +329,66 @@ def test_what_is_no_run_folder_is_refused_and_kept(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "not JSON"),
-        (b'{"format": "lowmem-icl-run/2", "state"', "not JSON"),
-        (b"[" * 100_000, "not JSON"),
-        ('{"state": "é"}'.encode("latin-1"), "not JSON"),
-        (b"[]", "content: Input should be"),
-        (b"null", "content: Input should be"),
-        (b"{}", "format: Field required"),
-        (b'{"format": ["lowmem-icl-run/1"]}', "format: Input should be"),
-        (
-            b'{"format": "lowmem-icl-run/1"}',
-            r"a run in another version's form .*; read it with that version, or run again",
-        ),
-    ],
-)
-def test_a_malformed_record_is_an_error_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+DAMAGED = {
+    b"": "not JSON",
+    b'{"format": "lowmem-icl-run/2", "state"': "not JSON",
+    b"[" * 100_000: "not JSON",
+    '{"state": "é"}'.encode("latin-1"): "not JSON",
+    b"[]": "content: Input should be",
+    b"null": "content: Input should be",
+    b"{}": "format: Field required",
+    b'{"format": ["lowmem-icl-run/1"]}': "format: Input should be",
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_malformed_record_is_an_error_in_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run.json").write_bytes(content)
-    options = options_of(tmp_path)
-    attempts: list[Callable[[], object]] = [
-        lambda: run_record(tmp_path),
-        lambda: status_of(tmp_path),
-        lambda: check_output(options),
-        lambda: session(tmp_path),
-    ]
-    for attempt in attempts:
-        with pytest.raises(InputError, match=rf"run\.json: {message}.*another --out$"):
-            attempt()
+    for attempt in (run_record, status_of):
+        with pytest.raises(
+            RecordDamaged, match=rf"run\.json: {DAMAGED[content]}.*run the same command again"
+        ):
+            attempt(tmp_path)
+    # Nothing says that the folder is this run's.
+    assert check_output(options_of(tmp_path)) == tmp_path
+    with pytest.raises(InputError, match=r"no finished part says that .*; choose another --out$"):
+        session(tmp_path)
     assert (tmp_path / "run.json").read_bytes() == content
+
+
+def test_a_record_of_another_version_is_refused(tmp_path: Path) -> None:
+    content = b'{"format": "lowmem-icl-run/1"}'
+    (tmp_path / "run.json").write_bytes(content)
+    for attempt in (run_record, status_of, lambda folder: check_output(options_of(folder)), session):
+        with pytest.raises(InputError, match=r"in another version's form .*; read it .*another --out$"):
+            attempt(tmp_path)
+    assert (tmp_path / "run.json").read_bytes() == content
+
+
+def test_a_run_goes_on_from_its_parts_where_its_record_is_damaged(tmp_path: Path) -> None:
+    def make(opened: RunFolder) -> None:
+        opened.parts.get_or_make("evaluate", lambda draft: {"a": np.arange(3)})
+
+    session(tmp_path, "evaluate", work=make)
+    whole = (tmp_path / "run.json").read_bytes()
+    for position in range(0, len(whole), 97):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1
+        (tmp_path / "run.json").write_bytes(flipped)
+        with pytest.raises(InputError, match=r"run\.json"):
+            run_record(tmp_path)
+    told: list[str] = []
+    options = options_of(tmp_path)
+    with open_folder(tmp_path, identity(options), announce=told.append) as opened:
+        opened.begin(options, PREPARED, PLAN)
+        opened.parts.get_or_make("evaluate", lambda draft: pytest.fail("made twice"))
+    assert "set aside as run.json.bad, the finished parts are used" in told[0]
+    assert run_record(tmp_path)["state"] == "finished"
+    # Another run's parts are no reason to go on.
+    (tmp_path / "run.json").write_bytes(b"")
+    other = options_of(tmp_path, seed=43)
+    with pytest.raises(InputError, match="no finished part"), open_folder(tmp_path, identity(other)):
+        pass
 
 
 def test_there_must_be_a_record(tmp_path: Path) -> None:
@@ -390,7 +429,7 @@ def test_an_edited_record_is_read_or_refused_but_no_traceback(tmp_path: Path) ->
     record, refused = run_record(tmp_path), 0
     options = options_of(tmp_path)
     for changed in spoiled(record):
-        (tmp_path / "run.json").write_text(json.dumps(changed))
+        (tmp_path / "run.json").write_text(record_text(changed))
         try:
             json.dumps(status_of(tmp_path))
             check_output(options)

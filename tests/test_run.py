@@ -11,6 +11,7 @@ import pytest
 from commands import invoke
 
 from lowmem_icl.masks.files import read_mask
+from lowmem_icl.session.record import record_text
 from lowmem_icl.tables.schema import read_table
 from lowmem_icl.tasks.catalogue import PAPER_TASKS
 
@@ -389,7 +390,7 @@ def test_the_page_is_whole_and_escapes_what_it_shows(small_run: Path, tmp_path: 
     shutil.copytree(small_run, tmp_path / "copy")
     record = json.loads((small_run / "run.json").read_text())
     record["warnings"], record["model"]["id"] = ["<script>alert(1)</script>"], "<b>bold</b>"
-    (tmp_path / "copy" / "run.json").write_text(json.dumps(record))
+    (tmp_path / "copy" / "run.json").write_text(record_text(record))
     assert invoke("report", tmp_path / "copy").exit_code == 0
     spoiled = (tmp_path / "copy" / "report.html").read_text()
     assert spoiled.count("<script") == page.count("<script")

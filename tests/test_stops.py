@@ -16,6 +16,7 @@ from lowmem_icl.report.run_tables import read_run
 from lowmem_icl.report.status import status_of
 from lowmem_icl.session import publish
 from lowmem_icl.session.publish import Publisher
+from lowmem_icl.session.record import record_text
 from lowmem_icl.session.result import StageResult
 from lowmem_icl.system.time_limit import TimeIsUp, at_most
 from lowmem_icl.tables.schema import empty_frame, read_table, write_table
@@ -33,7 +34,7 @@ def set_state(folder: Path, state: str) -> None:
     path = folder / "run.json"
     record = json.loads(path.read_text())
     record["state"] = record["sessions"][-1]["state"] = state
-    path.write_text(json.dumps(record))
+    path.write_text(record_text(record))
 
 
 def test_a_finished_run_says_so_and_opens_nothing(
@@ -83,7 +84,10 @@ def test_status_tells_a_run_at_work_from_one_that_was_cut_off(copy: Path) -> Non
 
 
 def publisher_of(folder: Path, write_page: Any, found: pl.DataFrame | None = None) -> Publisher:
-    opened: Any = SimpleNamespace(path=folder, finish=lambda state: None, write_record=lambda **_: None)
+    parts = SimpleNamespace(notes=[])
+    opened: Any = SimpleNamespace(
+        path=folder, parts=parts, finish=lambda state: None, write_record=lambda **_: None
+    )
     prepared: Any = SimpleNamespace(options=SimpleNamespace(masks_dir=None))
     publisher = Publisher(prepared, opened, [], write_page)
     if found is not None:

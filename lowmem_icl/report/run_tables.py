@@ -13,7 +13,8 @@ from lowmem_icl.masks.files import MaskFile, read_mask
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.protocols import AGGREGATE
-from lowmem_icl.session.folder import run_record, state_of
+from lowmem_icl.session.folder import state_of
+from lowmem_icl.session.record import run_record
 from lowmem_icl.tables.guessing import clean_records, settings_at_chance
 from lowmem_icl.tables.mask_table import Judging, mask_table
 from lowmem_icl.tables.schema import read_table

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_icl.report.numbers import held_out_tops, top_units
-from lowmem_icl.session.folder import run_record, state_of
+from lowmem_icl.session.folder import state_of
+from lowmem_icl.session.record import run_record
 from lowmem_icl.tables.schema import read_table
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.options import DEMO, PACKAGED_MODEL_NAMES, RunOptions
-from lowmem_icl.session.folder import RUN_FILE, check_output, run_record
+from lowmem_icl.session.folder import check_output
 from lowmem_icl.session.identity import masks_digest
+from lowmem_icl.session.record import RUN_FILE, RecordDamaged, run_record
 
 # What people open; where one is gone the run goes on and writes it again.
 SHOWN_FILES = ("results.parquet", "report.html")
@@ -24,7 +25,10 @@ def finished_record(options: RunOptions, masks: Mapping[str, Mask]) -> dict[str,
     folder = check_output(options)
     if not (folder / RUN_FILE).is_file():
         return None
-    record = run_record(folder)
+    try:
+        record = run_record(folder)
+    except RecordDamaged:
+        return None
     if record["state"] != "finished" or record["identity"]["masks"] != masks_digest(masks):
         return None
     if not all((folder / name).is_file() for name in SHOWN_FILES):

@@ -1,8 +1,7 @@
 """A run's folder: who may work in it, its log, and run.json, where every session leaves a record."""
 
 import datetime
-import fcntl
-import json
+import hashlib
 import logging
 import os
 import platform
@@ -13,17 +12,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any
 
 from lowmem_icl import __version__
-from lowmem_icl.errors import InputError, InUse
+from lowmem_icl.errors import InputError
 from lowmem_icl.options import RunOptions, shell_command
 from lowmem_icl.session.identity import Identity, run_folder
-from lowmem_icl.session.parts import Parts
-from lowmem_icl.session.run_form import RUN_FORMAT, RunRecord, StageActuals, State
-from lowmem_icl.system.files import existing_folder, write_text_atomic
+from lowmem_icl.session.lock import LOCK_FILE, LOG_FILE, is_in_use, locked
+from lowmem_icl.session.parts import Parts, set_aside
+from lowmem_icl.session.record import RUN_FILE, RecordDamaged, record_text, run_record
+from lowmem_icl.session.run_form import RUN_FORMAT, StageActuals, State
+from lowmem_icl.system.files import existing_folder, is_partial, write_text_atomic
 from lowmem_icl.system.machine import describe_machine, device_type, peak_resident_bytes, resolved_device
 
 if TYPE_CHECKING:
@@ -31,41 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lowmem_icl")
 
-RUN_FILE = "run.json"
-LOCK_FILE = ".lock"
-LOG_FILE = "run.log"
-TRIES_TO_LOCK = 3
-SECONDS_BETWEEN_TRIES = 0.05
 PACKAGES = ("torch", "transformers", "bitsandbytes", "optimum", "accelerate", "lm_eval", "polars", "numpy")
-
-
-def run_record(folder: Path) -> dict[str, Any]:
-    """Return the content of a folder's run.json; raise InputError where there is none or it is malformed."""
-    path = folder / RUN_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} holds no run; give a run folder") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); give a run folder") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}); {_REMEDY}") from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if isinstance(found, str) and found.startswith("lowmem-icl-run/") and found != RUN_FORMAT:
-        raise InputError(
-            f"{path}: a run in another version's form ({found}, this one has {RUN_FORMAT}); read it with "
-            "that version, or run again with another --out"
-        )
-    try:
-        RunRecord.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field_name = ".".join(str(part) for part in first["loc"]) or "content"
-        raise InputError(f"{path}: {field_name}: {first['msg']}; {_REMEDY}") from error
-    return dict(content)
-
-
-_REMEDY = "put back the file as the run wrote it, or run again with another --out"
 
 
 def check_output(options: RunOptions) -> Path:
@@ -79,7 +44,11 @@ def check_output(options: RunOptions) -> Path:
     if options.masks_dir is not None:
         _check_writable("--masks-dir", options.masks_dir)
     if (folder / RUN_FILE).exists():
-        earlier = Identity.model_validate(run_record(folder)["identity"])
+        try:
+            earlier = Identity.model_validate(run_record(folder)["identity"])
+        except RecordDamaged:
+            # Whether the parts are this run's shows once weights and documents are known.
+            return folder
         known = {
             "options": options.identity_values,
             "device": device_type(options.device),
@@ -87,16 +56,24 @@ def check_output(options: RunOptions) -> Path:
         }
         _refuse_differences(folder, earlier, earlier.model_copy(update=known))
     # A script may have begun to log what is printed there.
-    elif folder.is_dir() and any(
-        entry.suffix != ".log" for entry in folder.iterdir() if entry.name != LOCK_FILE
-    ):
+    elif folder.is_dir() and any(map(_is_foreign, folder.iterdir())):
         raise InputError(f"--out {folder} is not empty and holds no run; choose another folder")
     return folder
 
 
-def parts_of(folder: Path) -> Parts:
-    """Return the finished pieces of a run's work, none where it was not begun."""
-    return Parts(folder / "parts")
+def _is_foreign(entry: Path) -> bool:
+    """Tell whether no start of a run leaves a file of this name: not the lock, a log, or what it was writing
+    when it was killed.
+    """
+    return entry.name != LOCK_FILE and entry.suffix != ".log" and not is_partial(entry)
+
+
+def parts_of(folder: Path, identity: Identity | None = None) -> Parts:
+    """Return the finished pieces of a run's work, none where it was not begun; without its identity they can
+    only be counted.
+    """
+    sealed_as = "" if identity is None else hashlib.sha256(identity.model_dump_json().encode()).hexdigest()
+    return Parts(folder / "parts", sealed_as)
 
 
 def _check_writable(flag: str, folder: Path) -> None:
@@ -127,7 +104,7 @@ class RunFolder:
 
     def __init__(self, path: Path, identity: Identity, earlier: dict[str, Any] | None) -> None:
         self.path = path
-        self.parts = parts_of(path)
+        self.parts = parts_of(path, identity)
         self.record: dict[str, Any] = earlier or {"format": RUN_FORMAT, "sessions": []}
         self.session: dict[str, Any] = {}
         self.estimate: Callable[[], float] | None = None
@@ -191,7 +168,7 @@ class RunFolder:
         self.record |= fields or {}
         # Last, because it grows.
         self.record["sessions"] = self.record.pop("sessions")
-        write_text_atomic(self.path / RUN_FILE, json.dumps(self.record, indent=1) + "\n")
+        write_text_atomic(self.path / RUN_FILE, record_text(self.record))
 
     def finish(self, state: State, error: Exception | None = None) -> None:
         """End the session in a state, and write it; error: what made it fail."""
@@ -211,16 +188,14 @@ def open_folder(
     stopped. Raises InUse where another process holds the folder, InputError where it belongs to another run,
     naming every difference with both values.
     """
-    with _locked(folder):
-        earlier = run_record(folder) if (folder / RUN_FILE).exists() else None
+    with locked(folder):
+        earlier = _earlier_record(folder, identity, announce)
         if earlier is not None:
             _refuse_differences(folder, Identity.model_validate(earlier["identity"]), identity)
         with _logged(folder):
             opened = RunFolder(folder, identity, earlier)
             announce(f"run folder {folder}")
-            # Left by a process that was killed; the lock says that nobody uses them.
-            for leftover in opened.parts.folder.glob("residuals-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            _clear_leftovers(folder)
             try:
                 yield opened
             except BaseException as error:
@@ -236,17 +211,37 @@ def open_folder(
                 opened.finish("finished")
 
 
-def is_in_use(folder: Path) -> bool:
-    """Tell whether a process holds a run's folder."""
+def _earlier_record(
+    folder: Path, identity: Identity, announce: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Return what earlier sessions recorded, None where there is none.
+
+    A damaged record is set aside where parts of the folder are this run's, which goes on from them; else the
+    folder may be another run's, and RecordDamaged is raised.
+    """
+    path = folder / RUN_FILE
+    if not path.exists():
+        return None
     try:
-        with (folder / LOCK_FILE).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        # No lock file, or a disk without locks, where no run can be.
-        return False
-    return False
+        return run_record(folder)
+    except RecordDamaged as error:
+        if not parts_of(folder, identity).holds_any():
+            raise InputError(
+                f"{path} is damaged, and no finished part says that the folder is this run's; choose another "
+                "--out"
+            ) from error
+        kept = set_aside(path)
+        announce(f"warning: {path} was damaged; it is set aside as {kept.name}, the finished parts are used")
+        return None
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Delete what processes left that were killed; the lock says that nobody uses it."""
+    for leftover in (folder / "parts").glob("residuals-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.rglob("*.partial"):
+        if is_partial(leftover):
+            leftover.unlink(missing_ok=True)
 
 
 def state_of(folder: Path, record: Mapping[str, Any]) -> State:
@@ -255,74 +250,6 @@ def state_of(folder: Path, record: Mapping[str, Any]) -> State:
     """
     state: State = record["state"]
     return "cut off" if state == "running" and not is_in_use(folder) else state
-
-
-def _take(lock: IO[str]) -> None:
-    """Lock a file, or raise BlockingIOError: who only looks whether it is in use holds it for a moment."""
-    for _ in range(TRIES_TO_LOCK):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(SECONDS_BETWEEN_TRIES)
-        else:
-            return
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process, making it where it is not there yet; where no session begins in it,
-    nothing is left of that.
-    """
-    before, had_log = existing_folder(folder), (folder / LOG_FILE).exists()
-    with _lock_of(folder):
-        try:
-            yield
-        finally:
-            if not (folder / RUN_FILE).exists():
-                # Still locked: who waits for this lock sees that its file is gone.
-                with suppress(OSError):
-                    (folder / LOCK_FILE).unlink()
-                    if not had_log:
-                        (folder / LOG_FILE).unlink(missing_ok=True)
-                    for made in (folder, *folder.parents):
-                        if made == before:
-                            break
-                        made.rmdir()
-
-
-def _lock_of(folder: Path) -> IO[str]:
-    """Return the lock file of a folder, open and locked."""
-    for _ in range(TRIES_TO_LOCK):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / LOCK_FILE).open("w")
-        except OSError as error:
-            raise InputError(f"--out {folder}: {error.strerror}; choose another folder") from error
-        try:
-            _take(lock)
-            if _is_at(lock, folder / LOCK_FILE):
-                return lock
-        except BlockingIOError as error:
-            lock.close()
-            raise _in_use(folder) from error
-        except OSError as error:
-            lock.close()
-            raise InputError(f"--out {folder}: its disk takes no locks ({error.strerror})") from error
-        # Another start that came to nothing has deleted it meanwhile.
-        lock.close()
-    raise _in_use(folder)
-
-
-def _in_use(folder: Path) -> InUse:
-    return InUse(f"{folder} is in use by another process; wait for it or choose another --out")
-
-
-def _is_at(file: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 @contextmanager

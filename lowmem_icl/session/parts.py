@@ -1,36 +1,39 @@
 """Pieces of a run in files: named arrays, written whole, found again when the run is continued.
 
 A finished part is `<name>.npz`. One that is being made leaves `<name>.draft.npz` from time to time, and
-whenever it is stopped, so that what is lost is never more than the step in progress.
+whenever it is stopped, so that what is lost is never more than the step in progress. What was damaged since,
+or is another part's or another run's, is set aside as `<file>.bad` and made again.
 """
 
 import logging
+import os
 import time
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.system.files import atomic_path
+from lowmem_icl.session.sealed import Arrays, Damaged, read_sealed, write_sealed
 
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_DRAFTS = 60.0
-
-Arrays = Mapping[str, NDArray[Any]]
+DRAFT = ".draft.npz"
+BAD = ".bad"
 
 
 class Draft:
     """What there is of a part that is being made: the arrays an earlier run left, and those to leave for a
     later one.
+
+    of: what its file is sealed as.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, of: str = "") -> None:
+        self._path, self._of = path, of
         self._arrays: Callable[[], Arrays] | None = None
         self._saved = time.monotonic()
 
@@ -39,7 +42,12 @@ class Draft:
         self._arrays = arrays
         if not self._path.is_file():
             return
-        ours, left = arrays(), _read(self._path)
+        try:
+            ours, left = arrays(), read_sealed(self._path, self._of)
+        except Damaged as error:
+            logger.warning("%s is damaged (%s); what it held is made again", self._path, error)
+            set_aside(self._path)
+            return
         if _shapes(ours) == _shapes(left):
             for name, array in ours.items():
                 array[...] = left[name]
@@ -52,7 +60,7 @@ class Draft:
     def save(self) -> None:
         """Write the arrays."""
         if self._arrays is not None:
-            _write(self._path, self._arrays())
+            write_sealed(self._path, self._arrays(), self._of)
             self._saved = time.monotonic()
 
     def discard(self) -> None:
@@ -61,12 +69,17 @@ class Draft:
 
 
 class Parts:
-    """The parts folder of a run; a part is an .npz of plain arrays, read without pickle."""
+    """The parts folder of a run.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    run: what its parts are sealed with, a digest of the run's identity. reused, made: how many were found,
+    and how many were not; notes: a sentence on every one that was set aside.
+    """
+
+    def __init__(self, folder: Path, run: str = "") -> None:
+        self.folder, self._run = folder, run
         self.reused = 0
         self.made = 0
+        self.notes: list[str] = []
 
     def has(self, name: str) -> bool:
         """Tell whether a part is finished."""
@@ -74,21 +87,36 @@ class Parts:
 
     def read(self, name: str) -> dict[str, NDArray[Any]]:
         """Return a finished part; raise InputError where it cannot be read."""
-        return _read(self._path(name))
+        path = self._path(name)
+        try:
+            return read_sealed(path, self._sealed_as(name))
+        except (OSError, Damaged) as error:
+            raise InputError(f"{path} cannot be read ({error}); run again, which makes it again") from error
 
     def draft(self, name: str) -> Draft:
         """Return the draft of that name."""
-        return Draft(self.folder / f"{name}.draft.npz")
+        return Draft(self.folder / f"{name}{DRAFT}", self._sealed_as(name))
 
     def get_or_make(self, name: str, make: Callable[[Draft], Arrays]) -> dict[str, NDArray[Any]]:
-        """Return a finished part, or make and keep it; raise InputError naming a part that cannot be read.
+        """Return a finished part, or make and keep it.
 
-        `make` may continue from its draft; however it is stopped, the draft is saved.
+        `make` may continue from its draft; however it is stopped, the draft is saved. A part that is damaged
+        or that stands in another's place is set aside and made again, which `notes` says.
         """
         path = self._path(name)
         if path.is_file():
-            self.reused += 1
-            return _read(path)
+            try:
+                arrays = read_sealed(path, self._sealed_as(name))
+            except Damaged as error:
+                kept = set_aside(path)
+                self.notes.append(
+                    f"{path.name} of the folder's parts was damaged or is another's ({error}): it was set "
+                    f"aside as {kept.name} and is made again"
+                )
+                logger.warning("%s", self.notes[-1])
+            else:
+                self.reused += 1
+                return arrays
         started = time.monotonic()
         draft = self.draft(name)
         try:
@@ -96,31 +124,37 @@ class Parts:
         except BaseException:
             draft.save()
             raise
-        _write(path, arrays)
+        write_sealed(path, arrays, self._sealed_as(name))
         draft.discard()
         self.made += 1
         logger.info("part %s made in %.1f s", name, time.monotonic() - started)
         return arrays
 
+    def holds_any(self) -> bool:
+        """Tell whether any finished part is this run's."""
+        for path in self.folder.glob("*.npz"):
+            if not path.name.endswith(DRAFT):
+                with suppress(OSError, Damaged):
+                    read_sealed(path, self._sealed_as(path.stem))
+                    return True
+        return False
+
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npz"
+
+    def _sealed_as(self, name: str) -> str:
+        return f"{self._run} {name}"
 
 
 def _shapes(arrays: Arrays) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for name, array in arrays.items()}
 
 
-def _write(path: Path, arrays: Arrays) -> None:
-    with atomic_path(path) as temporary, temporary.open("wb") as opened:
-        np.savez(opened, allow_pickle=False, **arrays)
-
-
-def _read(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {key: stored[key] for key in stored.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} cannot be read ({error}); delete it and run again") from error
+def set_aside(path: Path) -> Path:
+    """Give a file another name, by which nothing reads it, and return that."""
+    kept = path.with_name(path.name + BAD)
+    os.replace(path, kept)
+    return kept
 
 
 class _HasArrays(Protocol):

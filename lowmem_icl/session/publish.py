@@ -11,6 +11,7 @@ from pathlib import Path
 import polars as pl
 
 from lowmem_icl import __version__
+from lowmem_icl.errors import InputError
 from lowmem_icl.masks.files import MaskFile, fill_of_table, write_mask
 from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.protocols import AGGREGATE, in_domain
@@ -63,7 +64,7 @@ class Publisher:
     def warnings(self) -> list[str]:
         """All there is to be warned of."""
         found = itertools.chain.from_iterable(result.warnings for result in self.results.values())
-        return [*self._warnings, *found, *self.unfinished]
+        return [*self._warnings, *self._opened.parts.notes, *found, *self.unfinished]
 
     def write_record(self) -> None:
         """Write run.json."""
@@ -87,7 +88,11 @@ class Publisher:
         path = self._opened.path / "results.parquet"
         if not path.is_file():
             return False
-        there = read_table(path, "results").group_by("experiment").len().rows()
+        try:
+            there = read_table(path, "results").group_by("experiment").len().rows()
+        except InputError:
+            # Damaged: anything is more.
+            return False
         here = {name: len(result.results) for name, result in self.results.items()}
         return any(here.get(name, 0) < count for name, count in there)
 

@@ -8,11 +8,8 @@ they are read; one that is damaged is made again, and where the folder cannot be
 hold stays in memory.
 """
 
-import hashlib
 import json
 import logging
-import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from lowmem_icl.rows import PackedRows
+from lowmem_icl.session.sealed import Damaged, digest_of, read_sealed, write_sealed
 from lowmem_icl.system.files import atomic_path
 from lowmem_icl.tasks.prompt_table import PromptTable
 from lowmem_icl.tasks.row_arrays import arrays_of_rows, outline_of_arrays, rows_of_arrays
@@ -38,7 +36,7 @@ RECENT_BYTES = 16 << 20
 # Token, position, end and owner, as int64, and a little for the answers.
 ROW_TOKEN_BYTES = 48
 _TYPES = {"BOOL": np.bool_, "U8": np.uint8, "I32": np.int32, "I64": np.int64}
-_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+_DAMAGED = (OSError, ValueError, KeyError, Damaged)
 
 
 class KeptTexts:
@@ -103,8 +101,7 @@ class KeptTexts:
         if path in self._in_memory:
             return read(self._in_memory[path])
         try:
-            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-                return read(arrays)
+            return read(read_sealed(path, path.stem))
         except FileNotFoundError:
             return None
         except _DAMAGED as error:
@@ -114,8 +111,7 @@ class KeptTexts:
     def _keep(self, path: Path, rows: PackedRows) -> PackedRows:
         arrays = arrays_of_rows(rows)
         try:
-            with atomic_path(path, sync=False) as partial, partial.open("wb") as opened:
-                np.savez(opened, allow_pickle=False, **arrays)
+            write_sealed(path, arrays, path.stem, sync=False)
         except OSError as error:
             logger.info("%s cannot be kept (%s); its rows stay in memory", path, error)
             self._in_memory[path] = arrays
@@ -125,16 +121,6 @@ class KeptTexts:
 def _size_bytes(rows: PackedRows) -> int:
     """Return about how much memory rows take."""
     return ROW_TOKEN_BYTES * rows.token_count
-
-
-def digest_of(arrays: Arrays) -> str:
-    """Return the hexadecimal SHA-256 of arrays: their names, types, shapes and content."""
-    summed = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        summed.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        summed.update(array.view(np.uint8).data)
-    return summed.hexdigest()
 
 
 def _mapped_table(path: Path) -> tuple[PromptTable, str]:

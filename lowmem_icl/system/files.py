@@ -51,6 +51,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def is_partial(path: Path) -> bool:
+    """Tell whether a file has the name of one that was being written, beside its place."""
+    return path.name.startswith(".") and path.name.endswith(".partial")
+
+
 def write_text_atomic(path: Path, text: str) -> None:
     """Write UTF-8 text so that a reader sees the old file or the new one, never a part."""
     with atomic_path(path) as temporary:

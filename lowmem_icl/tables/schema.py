@@ -12,6 +12,7 @@ chance value. `low, high` bound 95 %. Task `aggregate` is the mean over tasks; i
 `mask_task` are null where the tasks' differ.
 """
 
+import hashlib
 import io
 import json
 from collections.abc import Iterable
@@ -23,6 +24,8 @@ from lowmem_icl.errors import InputError
 from lowmem_icl.system.files import atomic_path
 
 SCHEMA_VERSION = "2"
+DIGEST_MARK = b'"digest": "'
+NO_DIGEST = b"0" * 64
 
 RESULTS: dict[str, pl.DataType] = {
     "experiment": pl.String(),
@@ -192,32 +195,67 @@ def empty_frame(table: str) -> pl.DataFrame:
 
 
 def write_table(frame: pl.DataFrame, table: str, path: Path) -> None:
-    """Write a table with its name and schema version in the file's metadata."""
+    """Write a table with its name, schema version and a digest of the whole file in the file's metadata."""
     assert frame.schema == pl.Schema(_SCHEMAS[table]), f"the {table} table has another schema"
-    metadata = {"lowmem_icl": json.dumps({"table": table, "schema_version": SCHEMA_VERSION})}
-    with atomic_path(path) as temporary, temporary.open("wb") as opened:
-        frame.write_parquet(opened, metadata=metadata)
+    stated = {"table": table, "schema_version": SCHEMA_VERSION, "digest": NO_DIGEST.decode()}
+    written = io.BytesIO()
+    frame.write_parquet(written, metadata={"lowmem_icl": json.dumps(stated)})
+    content = bytearray(written.getvalue())
+    at = _digest_at(content)
+    content[at : at + len(NO_DIGEST)] = _digest_without(content, at)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def _digest_at(content: bytes | bytearray) -> int:
+    """Return where the digest of a table's file stands in it; raise ValueError where there is none."""
+    at = content.rindex(DIGEST_MARK) + len(DIGEST_MARK)
+    if len(content) < at + len(NO_DIGEST):
+        raise ValueError("it is cut")
+    return at
+
+
+def _digest_without(content: bytes | bytearray, at: int) -> bytes:
+    """Return the hexadecimal SHA-256 of a file's bytes, zeros being where it stands itself."""
+    summed = hashlib.sha256(content[:at])
+    summed.update(NO_DIGEST)
+    summed.update(content[at + len(NO_DIGEST) :])
+    return summed.hexdigest().encode()
+
+
+def _check_digest(content: bytes) -> None:
+    """Raise ValueError where a file is not what was written; one without a digest is of an earlier version,
+    or foreign.
+    """
+    if DIGEST_MARK in content:
+        at = _digest_at(content)
+        if content[at : at + len(NO_DIGEST)] != _digest_without(content, at):
+            raise ValueError("its digest does not match: it is damaged or was changed")
 
 
 def read_table(path: Path, table: str) -> pl.DataFrame:
-    """Read a table; raise InputError naming the file where it is another table or version."""
+    """Read a table; raise InputError naming the file where it is another table or version, or damaged."""
     try:
         # Through the file's bytes: polars would take a path with brackets or question marks for a pattern.
         content = path.read_bytes()
+        # Before anything is read: polars does not survive every flipped bit.
+        _check_digest(content)
         stated = json.loads(pl.read_parquet_metadata(io.BytesIO(content)).get("lowmem_icl", "{}"))
         frame = pl.read_parquet(io.BytesIO(content))
     except (OSError, ValueError, pl.exceptions.PolarsError) as error:
-        raise InputError(f"{path}: cannot be read as a {table} table ({error})") from error
-    version = stated.get("schema_version") if isinstance(stated, dict) else None
-    if version != SCHEMA_VERSION and isinstance(stated, dict) and stated.get("table") == table:
+        raise InputError(
+            f"{path}: cannot be read as a {table} table ({error}); run the same command again, which writes "
+            "it anew from the folder's parts"
+        ) from error
+    stated = stated if isinstance(stated, dict) else {"stated": stated}
+    version = stated.get("schema_version")
+    if version != SCHEMA_VERSION and stated.get("table") == table:
         raise InputError(
             f"{path}: this version reads tables of schema version {SCHEMA_VERSION}, this table has "
             f"{version}; run the same command with another --out, or read it with the version that wrote it"
         )
-    if stated != {"table": table, "schema_version": SCHEMA_VERSION} or frame.schema != pl.Schema(
-        _SCHEMAS[table]
-    ):
-        raise InputError(
-            f"{path}: expected the {table} table of schema version {SCHEMA_VERSION}, got {stated}"
-        )
+    expected = {"table": table, "schema_version": SCHEMA_VERSION}
+    told = {name: value for name, value in stated.items() if name != "digest"}
+    if told != expected or "digest" not in stated or frame.schema != pl.Schema(_SCHEMAS[table]):
+        raise InputError(f"{path}: expected the {table} table of schema version {SCHEMA_VERSION}, got {told}")
     return frame
