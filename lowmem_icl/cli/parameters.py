@@ -50,8 +50,8 @@ JsonOption = Annotated[
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
-        help="TOML file with any of a run's options; the environment (LOWMEM_ICL_LIMIT for --limit) and the "
-        "command line win.",
+        help="TOML or YAML file with any of a run's options; the environment (LOWMEM_ICL_LIMIT for --limit) "
+        "and the command line win.",
         metavar="FILE",
         envvar=COMMAND_VARIABLES["config"],
         rich_help_panel=Group.OUTPUT,

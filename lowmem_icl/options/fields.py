@@ -14,6 +14,7 @@ from lowmem_icl.options.forms import (
     Count,
     Device,
     Form,
+    Limit,
     Listed,
     NotEmpty,
     Size,
@@ -94,17 +95,19 @@ class RunFields(BaseModel):
         ),
     ] = None
     limit: Annotated[
-        Count | None,
+        Limit | None,
         Flag(
-            Group.TASKS, "Evaluation documents per task (MultiRC: questions).", "all; gemma3-270m, smollm2 32"
+            Group.TASKS,
+            "Evaluation documents per task (MultiRC: questions); 0.1: a tenth of each task's.",
+            "all; gemma3-270m, smollm2 32",
         ),
     ] = None
     train_limit: Annotated[
-        Count | None,
+        Limit | None,
         Flag(
             Group.TASKS,
-            "Training documents per task, for importance, ablations and pruning.",
-            "32, or --limit; gemma3-270m, smollm2 12",
+            "Training documents per task, for importance, ablations and pruning; or a fraction of them.",
+            "32, or --limit where that is no fraction; gemma3-270m, smollm2 12",
         ),
     ] = None
     importance_limit: Annotated[

@@ -128,7 +128,7 @@ class RunRecord(_Form):
     command: str
     options: _Options
     shots: list[int]
-    train_limit: int
+    train_limit: int | float
     identity: Identity
     versions: dict[str, str]
     model: _Model
