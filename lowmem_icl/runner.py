@@ -29,6 +29,8 @@ from lowmem_icl.session.run_form import StageActuals, State
 from lowmem_icl.session.work import Work
 from lowmem_icl.system.machine import device_in_use, resolved_device
 from lowmem_icl.system.progress import Progress, RunView, unseen, unwatched
+from lowmem_icl.tracking.catalogue import check_installed
+from lowmem_icl.tracking.run_tracking import tracked
 
 logger = logging.getLogger("lowmem_icl")
 
@@ -73,6 +75,7 @@ def run(
     page.
     """
     started = time.monotonic()
+    check_installed(options.track)
     folder = check_output(options)
     mask_files = mask_files or {}
     prepared = _prepared_with_store(options, mask_files, audience)
@@ -95,19 +98,20 @@ def run(
             # So the folder says by itself what was removed.
             write_mask(folder / "masks" / f"{name}.json", mask_file)
         publisher = Publisher(prepared, opened, [warning for warning in warnings if warning], _write_page)
-        try:
-            # Planning takes of the hours too.
-            _run_stages(prepared, plan, Deadlines(plan, now), opened, publisher, audience)
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                publisher.publish_stopped(audience.announce)
-            raise
-        for warning in publisher.warnings:
-            logger.warning(warning)
-            audience.announce(f"warning: {warning}")
-        state: State = "out of time" if publisher.unfinished else "finished"
-        publisher.publish(state)
-        opened.finish(state)
+        with tracked(options, opened, audience.announce) as publisher.follower:
+            try:
+                # Planning takes of the hours too.
+                _run_stages(prepared, plan, Deadlines(plan, now), opened, publisher, audience)
+            except BaseException as error:
+                if not isinstance(error, Exception):
+                    publisher.publish_stopped(audience.announce)
+                raise
+            for warning in publisher.warnings:
+                logger.warning(warning)
+                audience.announce(f"warning: {warning}")
+            state: State = "out of time" if publisher.unfinished else "finished"
+            publisher.publish(state)
+            opened.finish(state)
     return RunOutcome(folder, publisher.results, opened.record)
 
 
@@ -191,8 +195,7 @@ def _run_stages(
                 if actuals.finished:
                     deadlines.learn(stage.name, seconds)
                 outlook.over(stage.name)
-                opened.add_stage(stage.name, actuals)
-                publisher.write_record()
+                publisher.stage_over(stage.name, actuals)
                 view.over(stage.name, seconds, result.unfinished or first_result(stage.name, result.results))
             publisher.publish_if_due()
 

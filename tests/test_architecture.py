@@ -21,7 +21,7 @@ FLOORS = (
     {"conversion", "engine"},
     {"session"},
     {"experiments", "report"},
-    {"planning"},
+    {"planning", "tracking"},
     {"runner"},
     {"cli"},
 )
@@ -35,6 +35,7 @@ FORBIDDEN = {
     "statistics": {"torch", "polars"},
     "tables": {"torch"},
     "report": {"torch"},
+    "tracking": {"torch"},
     "experiments": {"torch", "transformers", "bitsandbytes"},
     "planning": {"transformers", "bitsandbytes"},
     "cli": {"torch", "transformers", "bitsandbytes"},

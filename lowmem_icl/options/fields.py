@@ -34,6 +34,7 @@ Curve = Literal["heads", "ffns", "combined", "transfer", "cross-shot", "random"]
 CURVES: tuple[Curve, ...] = get_args(Curve)
 Copying = Literal["norm", "softmax", "bias"]
 PatchedTokens = Literal["last", "all"]
+Tracker = Literal["wandb", "mlflow", "tensorboard", "trackio"]
 DEFAULT_CURVES: tuple[Curve, ...] = ("heads", "ffns", "random")
 DEFAULT_EXACT = 500
 
@@ -374,6 +375,16 @@ class RunFields(BaseModel):
         AnyPath | None,
         Flag(Group.OUTPUT, "Folder that gets a copy of every mask.", "none", changes_results=False),
     ] = None
+    track: Annotated[
+        tuple[Tracker, ...],
+        *Listed,
+        Flag(
+            Group.OUTPUT,
+            "Experiment trackers that follow the run; each is an extra of this package.",
+            "none",
+            changes_results=False,
+        ),
+    ] = ()
 
 
 def _flag(field: FieldInfo) -> Flag:
