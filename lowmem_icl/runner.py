@@ -44,7 +44,8 @@ COUNTING = "counting what there is to do"
 @dataclass(frozen=True)
 class Audience:
     """Whom a run tells what it does: messages for people, progress, its plan, and then its stages, by
-    outlook and names; `waiting`: what is done that may take a while and shows no progress.
+    outlook and names; `waiting`: what is done that may take a while and shows no progress; `wants_figures`:
+    whether the page ends with figures, which take longer than it.
     """
 
     announce: Callable[[str], None] = lambda text: None
@@ -52,6 +53,7 @@ class Audience:
     show_plan: Callable[[Plan], None] = lambda plan: None
     watch: Watch = lambda outlook, experiments: unwatched()
     waiting: Callable[[str], AbstractContextManager[None]] = lambda doing: nullcontext()
+    wants_figures: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,7 @@ def run(
         warnings.append(slow_product_note())
     device = resolved_device(options.device)
     weights, tasks = prepared.store.manifest.digest, prepared.tasks_digest
-    prompts = prepared.given.digest
-    identity = identity_of(options, device.type, weights, tasks, prepared.masks, prompts)
+    identity = identity_of(options, device.type, weights, tasks, prepared.masks, prepared.given.digest)
     with open_folder(folder, identity, announce=audience.announce) as opened:
         hours, now = None, time.monotonic()
         if options.hours is not None:
@@ -97,7 +98,8 @@ def run(
         for name, mask_file in mask_files.items():
             # So the folder says by itself what was removed.
             write_mask(folder / "masks" / f"{name}.json", mask_file)
-        publisher = Publisher(prepared, opened, [warning for warning in warnings if warning], _write_page)
+        write_page = _write_page if audience.wants_figures else _write_page_alone
+        publisher = Publisher(prepared, opened, [warning for warning in warnings if warning], write_page)
         with tracked(options, opened, audience.announce) as publisher.follower:
             try:
                 # Planning takes of the hours too.
@@ -149,6 +151,10 @@ def _check_mask(mask_file: MaskFile, prepared: Prepared) -> str | None:
 def _write_page(folder: Path, ends_as: State | None) -> None:
     # Figures take longer than the page.
     publish_run(folder, ends_as=ends_as, with_figures=ends_as is not None)
+
+
+def _write_page_alone(folder: Path, ends_as: State | None) -> None:
+    publish_run(folder, ends_as=ends_as, with_figures=False)
 
 
 def _run_stages(

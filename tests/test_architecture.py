@@ -23,6 +23,7 @@ FLOORS = (
     {"experiments", "report"},
     {"planning", "tracking"},
     {"runner"},
+    {"api"},
     {"cli"},
 )
 # What a room must not import of others' packages: so each can be used, and tested, without them.
