@@ -66,8 +66,9 @@ class FakeTracker(GeneralTracker):  # type: ignore[misc]
         self._do("finish")
 
     def _do(self, what: str, value: Any = None) -> None:
-        print(f"fake: {what}")
-        print(f"fake: {what}", file=sys.stderr)
+        if what == "start":
+            print("fake: hello")
+            print("fake: hello", file=sys.stderr)
         if what == self.hangs_at:
             self.released.wait(10)
         if what == self.fails_at:
@@ -101,7 +102,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeTracker]]:
         end=lambda tracker, state: (tracker.finish(), tracker.told.append(("state", state)))[0],
         where=lambda tracker: "there",
     )
-    monkeypatch.setattr(catalogue, "find_spec", lambda name: name)
+    monkeypatch.setattr(catalogue, "is_installed", lambda name: True)
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Fake)
     monkeypatch.setattr(run_tracking, "TRACKERS", {"wandb": entry})
     monkeypatch.setattr(catalogue, "TRACKERS", {"wandb": entry})
@@ -128,7 +129,7 @@ def test_every_tracker_is_one_of_accelerates_and_an_extra() -> None:
 def test_what_is_not_installed_or_not_known_is_refused_before_any_work(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(catalogue, "find_spec", lambda name: None)
+    monkeypatch.setattr(catalogue, "is_installed", lambda name: False)
     for command in ("run", "evaluate"):
         mask = ["--mask", "masks/demo/greedy-recall-16shot.json"] if command == "evaluate" else []
         result = invoke(command, "--track", "tensorboard,mlflow", "--out", tmp_path / "out", *mask)
@@ -142,6 +143,16 @@ def test_what_is_not_installed_or_not_known_is_refused_before_any_work(
     config.write_text("track: [wandb, tensorboard]\n")
     assert "--track wandb: it is not installed" in invoke("run", "--config", config).stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_a_tracker_left_behind_is_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lefttracks").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not catalogue.is_installed("lefttracks")
+    assert not catalogue.is_installed("no_such_package")
+    assert catalogue.is_installed("accelerate")
 
 
 def test_a_run_tells_a_tracker_options_numbers_progress_masks_and_how_it_ended(
@@ -230,6 +241,7 @@ def test_a_tracker_that_hangs_holds_up_nothing(
     tracking.end("finished", with_files=True, seconds=0.2)
     assert time.monotonic() - began < 5
     assert "it did not end within 0 s" in told[-1]
+    assert len([text for text in told if text.startswith("warning")]) == 1
     assert opened.record["tracked"]["wandb"]["finished"] is False
 
 

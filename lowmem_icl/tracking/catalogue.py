@@ -37,10 +37,16 @@ class KnownTracker:
     where: Callable[[Any], str]
 
 
+def is_installed(name: str) -> bool:
+    """Tell whether a package is there; a folder of its name, as trackers leave behind, is none."""
+    spec = find_spec(name)
+    return spec is not None and spec.origin is not None
+
+
 def check_installed(names: Sequence[str]) -> None:
     """Raise InputError naming the command that installs a tracker which is not."""
     for name in names:
-        if find_spec(name) is None:
+        if not is_installed(name):
             raise InputError(f"--track {name}: it is not installed; pip install 'lowmem-icl[{name}]'")
 
 

@@ -29,6 +29,7 @@ logger = logging.getLogger("lowmem_icl")
 SECONDS_TO_OPEN = 30.0
 SECONDS_TO_END = 120.0
 SECONDS_TO_STOP = 3.0
+SECONDS_OF_SILENCE = 2.0
 
 
 class RunTracking:
@@ -85,12 +86,21 @@ class RunTracking:
             self._ask(lambda known, tracker: known.save(tracker, self._folder, step))
         for worker in self._workers:
             worker.end(state)
-        deadline = time.monotonic() + seconds
-        for worker in self._workers:
-            has_ended = worker.wait(max(0.0, deadline - time.monotonic()))
-            if not has_ended:
-                self._warn(worker.name, f"it did not end within {seconds:.0f} s")
+        late = self._late(min(seconds, SECONDS_OF_SILENCE))
+        if late and seconds > SECONDS_OF_SILENCE:
+            self._announce(f"waiting for {', '.join(late)} to take the rest, {seconds:.0f} s at most …")
+            late = self._late(seconds - SECONDS_OF_SILENCE)
+        for name in late:
+            self._warn(name, f"it did not end within {seconds:.0f} s")
         self._note()
+
+    def _late(self, seconds: float) -> list[str]:
+        """Return the trackers that have not ended after so many seconds."""
+        deadline = time.monotonic() + seconds
+        # All are waited for, not as long as the first that is late.
+        return [
+            worker.name for worker in self._workers if not worker.wait(max(0.0, deadline - time.monotonic()))
+        ]
 
     def _ask(self, call: Callable[[KnownTracker, Any], None]) -> None:
         for worker in self._workers:
