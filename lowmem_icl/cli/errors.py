@@ -13,17 +13,13 @@ from typing import NoReturn, ParamSpec, TypeVar
 
 import typer
 
+from lowmem_icl.cli.stops import STOPPED_BY, raised
 from lowmem_icl.errors import InputError, LowmemIclError
 
-STOPPED_BY = {signal.SIGINT: 130, signal.SIGTERM: 143}
 CONTINUES = "; finished parts are kept, and the same command continues from there"
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-class _Stopped(BaseException):
-    """SIGTERM, turned into an exception so that what is being written is cleaned up."""
 
 
 def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
@@ -41,18 +37,25 @@ def _reporting(command: Callable[P, R], stopped: str) -> Callable[P, R]:
     def wrapped(*arguments: P.args, **named: P.kwargs) -> R:
         _quiet_libraries()
         _print_any_name()
+        received: list[int] = []
         try:
-            with _sigterm_raises():
+            with raised(received):
                 return command(*arguments, **named)
-        except LowmemIclError as error:
-            _fail(str(error), error.exit_code)
-        except KeyboardInterrupt:
-            _fail(stopped, STOPPED_BY[signal.SIGINT])
-        except _Stopped:
-            _fail(stopped, STOPPED_BY[signal.SIGTERM])
+        except typer.Exit:
+            raise
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
+        except BaseException as error:
+            if received or isinstance(error, KeyboardInterrupt):
+                # Whatever became of it on the way.
+                _fail(stopped, received[0] if received else STOPPED_BY[signal.SIGINT])
+            if isinstance(error, LowmemIclError):
+                _fail(str(error), error.exit_code)
+            if isinstance(error, EOFError):
+                # Ours; typer takes it for a user who ended the input.
+                raise RuntimeError(str(error)) from error
+            raise
 
     return wrapped
 
@@ -67,18 +70,6 @@ def names_argument(flag: str, argument: str) -> Iterator[None]:
         if not named.startswith((f"{flag}:", f"{flag} ")):
             raise
         raise InputError(argument + named.removeprefix(flag)) from error
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    def stop(*_: object) -> NoReturn:
-        raise _Stopped
-
-    earlier = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, earlier)
 
 
 def _fail(message: str, code: int) -> NoReturn:
