@@ -53,6 +53,12 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
+def inline_commands(page: Path) -> list[str]:
+    """Return the commands of ours that stand within a page's sentences."""
+    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    return [" ".join(found.split()) for found in re.findall(r"`(lowmem-icl\s[^`]+)`", text)]
+
+
 def commands(block: Block) -> Iterator[Command]:
     """Yield the commands of a console block: a line each, unless `\\` continues it or `&&` joins two."""
     for line in block.text.replace("\\\n", " ").splitlines():

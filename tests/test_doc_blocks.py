@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from doc_blocks import PAGES, ROOT, Block, Command, blocks, commands
+from doc_blocks import PAGES, ROOT, Block, Command, blocks, commands, inline_commands
 from test_readme_scripts import script
 from typer.testing import CliRunner
 
@@ -71,7 +71,8 @@ def reader(tmp_path: Path, small_run: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name in RUNS:
         shutil.copytree(small_run, tmp_path / "runs" / name)
     shutil.copytree(ROOT / "masks", tmp_path / "masks")
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    for name in ("scripts", "lowmem_icl"):
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -189,6 +190,22 @@ def check_requirements(words: list[str]) -> None:
         name, bracket, asked = word.rstrip("]").partition("[")
         assert name in ("-e", ".", "lowmem-icl", "pre-commit", "build") or name.endswith(".whl")
         assert not bracket or set(asked.split(",")) <= set(extras), f"{word}: of {sorted(extras)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_within_sentences_exist_and_so_do_their_flags(page: Path) -> None:
+    for text in inline_commands(page):
+        command: Any = typer.main.get_command(app)
+        for word in text.split()[1:]:
+            if word in getattr(command, "commands", {}):
+                command = command.commands[word]
+        flags = {"--help", *(flag for each in command.params for flag in (*each.opts, *each.secondary_opts))}
+        if not getattr(command, "commands", {}):
+            assert set(re.findall(r"--[a-z-]+", text)) <= flags, f"{page.name}: {text}"
+        elif len(text.split()) > 1:
+            assert re.match(r"lowmem-icl( masks)? ([A-Z]|-)", text), (
+                f"{page.name}: no command is called so: {text}"
+            )
 
 
 def test_every_reason_for_not_running_is_needed() -> None:
