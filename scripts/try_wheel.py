@@ -1,12 +1,12 @@
 """Build wheel and sdist, look into them, install the wheel in an empty environment, run the demo there.
 
-    python scripts/try_wheel.py [--out FOLDER] [--borrow] [--demo]
+    python scripts/try_wheel.py [--out FOLDER] [--borrow | --python PROGRAM] [--demo]
 
 Needs `build` and `hatchling` (`pip install -e '.[test]'`) and a checkout by git, whose files say what belongs
 there. The environment is new and the demo is started outside the repository, so nothing of it is imported by
 accident. `--borrow` takes the packages that the wheel requires from this environment instead of the index,
-which takes seconds instead of minutes; the wheel's own files still come from the wheel. `--demo` runs the
-whole demo, else a small part of it.
+which takes seconds instead of minutes; the wheel's own files still come from the wheel. `--python` makes the
+environment of another Python. `--demo` runs the whole demo, else a small part of it.
 """
 
 import os
@@ -72,9 +72,9 @@ def check_files(wheel: Path, sdist: Path) -> None:
         print(f"{path.name}: {len(found)} files, {path.stat().st_size / 1e6:.1f} MB, as in the repository")
 
 
-def install(wheel: Path, environment: Path, borrow: bool) -> Path:
-    """Install a wheel in a new environment and return its folder of programs."""
-    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+def install(wheel: Path, environment: Path, python: str, borrow: bool) -> Path:
+    """Install a wheel in a new environment of a Python and return its folder of programs."""
+    subprocess.run([python, "-m", "venv", environment], check=True)
     programs = environment / "bin"
     command = [str(programs / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*command, *(["--no-deps"] if borrow else []), str(wheel)], check=True)
@@ -105,14 +105,19 @@ def run_there(programs: Path, folder: Path, arguments: Sequence[str]) -> None:
 def main(
     out: Annotated[Path | None, typer.Option(help="Folder for wheel and sdist; else they go.")] = None,
     borrow: Annotated[bool, typer.Option("--borrow", help="Take what is required from here.")] = False,
+    python: Annotated[
+        str, typer.Option(help="The environment's Python.", metavar="PROGRAM")
+    ] = sys.executable,
     demo: Annotated[bool, typer.Option("--demo", help="Run the whole demo.")] = False,
 ) -> None:
     """Build, look, install, run."""
+    if borrow and python != sys.executable:
+        raise typer.BadParameter("--python: packages of this Python cannot be lent to another; leave one out")
     with tempfile.TemporaryDirectory(prefix="lowmem-icl-wheel-") as name:
         folder = Path(name)
         wheel, sdist = build(out or folder / "dist")
         check_files(wheel, sdist)
-        programs = install(wheel, folder / "environment", borrow)
+        programs = install(wheel, folder / "environment", python, borrow)
         run_there(programs, folder, [] if demo else SMALL)
     print("the wheel, installed by itself, runs the demo")
 
