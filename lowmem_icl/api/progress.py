@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tqdm import tqdm as terminal_bar
 from tqdm.auto import tqdm
 
 from lowmem_icl.system.progress import Advance, Progress, unseen
@@ -26,7 +25,7 @@ def progress_of(shown: Shown) -> Progress:
 @contextmanager
 def _bar(label: str, total: int, unit: str) -> Iterator[Advance]:
     """Show a bar once work has taken more than a moment, to people: a log would only fill with it."""
-    is_seen = sys.stderr.isatty() or tqdm is not terminal_bar
+    is_seen = sys.stderr.isatty() or "ipykernel" in sys.modules
     with tqdm(
         total=total,
         desc=label,
