@@ -1,5 +1,6 @@
 """The fenced blocks of README and docs, and the commands in them, as a reader would type them."""
 
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ class Command:
     @property
     def words(self) -> list[str]:
         """The words that a shell makes of it."""
-        words = shlex.split(self.text, comments=True)
+        words = shlex.split(self.text.partition("\n")[0], comments=True)
         while re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words = words[1:]
         return words
@@ -60,8 +61,16 @@ def inline_commands(page: Path) -> list[str]:
 
 
 def commands(block: Block) -> Iterator[Command]:
-    """Yield the commands of a console block: a line each, unless `\\` continues it or `&&` joins two."""
-    for line in block.text.replace("\\\n", " ").splitlines():
+    """Yield the commands of a console block: a line each, unless `\\` continues it, a document follows or
+    `&&` joins two.
+    """
+    lines = iter(block.text.replace("\\\n", " ").splitlines())
+    for line in lines:
+        ended = re.search(r"<<'(\w+)'$", line)
+        if ended is not None:
+            document = itertools.takewhile(lambda text, end=ended[1]: text != end, lines)  # type: ignore[misc]
+            yield Command(block, "\n".join([line, *document, ended[1]]))
+            continue
         for text in line.split(" && "):
             if shlex.split(text, comments=True):
                 yield Command(block, text.strip())
