@@ -52,6 +52,13 @@ def test_wheel_and_sdist_hold_what_the_repository_holds(built: tuple[Path, Path]
     assert f"-{lowmem_icl.__version__}-" in built[0].name
 
 
+def test_every_extra_is_explained() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^## Extras\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert not [name for name in project["optional-dependencies"] if f"`{name}`" not in table]
+
+
 @pytest.mark.slow
 def test_a_wheel_runs_the_demo_where_nothing_else_is() -> None:
     pytest.importorskip("build")
