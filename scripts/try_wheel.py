@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+import tomllib
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +63,9 @@ def sdist_files(sdist: Path) -> set[str]:
 def check_files(wheel: Path, sdist: Path) -> None:
     """Refuse a wheel that is not the package, or an sdist that is not the repository, file by file."""
     tracked = tracked_files()
-    package = {name for name in tracked if name.startswith(f"{PACKAGE}/")}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    package = {name for name in tracked if name.partition("/")[0] in packages and "/" in name}
     for path, found, expected in ((wheel, wheel_files(wheel), package), (sdist, sdist_files(sdist), tracked)):
         if found != expected:
             raise typer.BadParameter(
