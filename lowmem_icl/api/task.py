@@ -78,9 +78,9 @@ def load_task(
     """Return a task, its rows loaded.
 
     name: a task's name, `lm-eval:NAME` or a path to JSON lines or pairs. limit: so many documents, or with
-    a number below 1 such a share of all; None for all, of part `train` 32. data_dir: folder of `TASK/{train,validation,test}.jsonl`; else the hub. options:
-    as `run` takes them (`demonstrations`, `demonstration_sets`, `protocol`). Raises InputError for what is
-    not known, missing or malformed.
+    a number below 1 such a share of all; None for all, of part `train` 32. data_dir: folder of
+    `TASK/{train,validation,test}.jsonl`; else the hub. options: as `run` takes them (`demonstrations`,
+    `demonstration_sets`, `protocol`). Raises InputError for what is not known, missing or malformed.
 
     >>> import lowmem_icl as icl
     >>> icl.load_task("recall", shots=4, limit=8)
