@@ -1,5 +1,6 @@
 """Every fenced block of README and docs is what it says: commands run, Python runs, data is read."""
 
+import importlib.util
 import json
 import os
 import re
@@ -35,6 +36,9 @@ NOT_RUN = {
     r"--install-completion": "writes to the reader's own shell",
 }
 """What is not run here, by what is written there, and why; it is checked as far as its arguments say."""
+
+NOT_INSTALLED = {"transformer_lens": "bench", "nnsight": "bench"}
+"""Modules of extras that tests do without; Python that imports one is compiled, and run where it is there."""
 
 # What a command does not say itself: enough for seconds.
 SMALL = {
@@ -76,6 +80,8 @@ def reader(tmp_path: Path, small_run: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("scripts", "lowmem_icl"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
+    # Python looks for modules where it is started.
+    monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
 
@@ -106,7 +112,10 @@ def run_command(command: Command, folder: Path) -> None:
 def run_python(block: Block, folder: Path, names: dict[str, Any]) -> None:
     """Run a block of Python; it sees the names of those before it on its page."""
     text = re.sub(r'(?<=")[^"\n]*…[^"\n]*(?=")', lambda path: completed(path[0], folder), block.text)
-    exec(compile("\n" * block.line + text, block.page, "exec"), names)
+    code = compile("\n" * block.line + text, block.page, "exec")
+    imported = set(re.findall(r"^ *(?:from|import) (\w+)", text, re.MULTILINE)) & set(NOT_INSTALLED)
+    if all(importlib.util.find_spec(name) for name in imported):
+        exec(code, names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -157,9 +166,7 @@ def test_what_is_not_run_here_would_be_understood(command: Command, monkeypatch:
     monkeypatch.chdir(ROOT)
     words = command.words
     if words[0] == "lowmem-icl":
-        if "--install-completion" not in words:
-            result = CliRunner().invoke(app, words[1:])
-            assert result.exit_code == 0, result.output
+        check_words(words[1:])
     elif words[:2] == ["pip", "install"]:
         check_requirements(words[2:])
     else:
@@ -168,6 +175,22 @@ def test_what_is_not_run_here_would_be_understood(command: Command, monkeypatch:
                 typer.main.get_command(typed(word)).make_context(word, words[index + 1 :])
             elif word.startswith(("scripts/", ".ci/")):
                 check_script(ROOT / word)
+
+
+def check_words(words: list[str]) -> None:
+    """A command of ours takes these arguments; where it takes options of a run, their values are right."""
+    command: Any = typer.main.get_command(app)
+    rest = words
+    while rest and rest[0] in getattr(command, "commands", {}):
+        command, rest = command.commands[rest[0]], rest[1:]
+    if not hasattr(command, "commands"):
+        command.make_context(words[0], list(rest))
+        if any(parameter.name == "config" for parameter in command.params):
+            result = CliRunner().invoke(app, words)
+            assert result.exit_code == 0, result.output
+        return
+    known = {flag for parameter in command.params for flag in parameter.opts}
+    assert {word for word in rest if word[0] == "-"} <= known
 
 
 def check_script(path: Path) -> None:
