@@ -295,6 +295,8 @@ def test_what_the_harness_always_passes_does_no_harm(
 
 def test_chat_templates_are_the_tokenizers(lm: StreamedLM, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = hf(DEMO)
+    with pytest.raises(InputError, match="--apply_chat_template: the model's tokenizer has no chat template"):
+        lm.apply_chat_template([{"role": "user", "content": "a cat"}])
     template = (
         "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
         "<{{ message.role }}>{{ message.content }}{% endfor %}{% if add_generation_prompt %}<me>{% endif %}"

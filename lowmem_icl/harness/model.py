@@ -121,10 +121,18 @@ class StreamedLM(TemplateLM):  # type: ignore[misc]
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return list(self.tokenizer.encode(string, **special))
 
+    @in_one_message
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Return messages as one text by the tokenizer's template; without the system's where that fails."""
+        """Return messages as one text by the tokenizer's template; without the system's where that fails.
+
+        Raises InputError where there is no template.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InputError(
+                "--apply_chat_template: the model's tokenizer has no chat template; leave it out"
+            )
 
         def templated(history: list[dict[str, str]]) -> str:
             text: str = self.tokenizer.apply_chat_template(
