@@ -2,8 +2,8 @@
 workstation.
 
 >>> import lowmem_icl as icl
->>> run = icl.load(demo_folder)
->>> run.mask("greedy", "recall", 16).kept[:3]
+>>> run = icl.load(folder)
+>>> run.mask("greedy", "recall", 4).kept[:3]
 ['L0H0', 'L1H0', 'L1H1']
 """
 
@@ -70,12 +70,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # A type checker knows the names above, and no others.
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

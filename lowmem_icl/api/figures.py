@@ -22,7 +22,13 @@ FORMATS = (".svg", ".pdf", ".png")
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn figure: a notebook shows it, `save` writes it, `figure` is matplotlib's own."""
+    """A drawn figure: a notebook shows it, `save` writes it, `figure` is matplotlib's own.
+
+    >>> import lowmem_icl as icl
+    >>> figure = icl.load(folder).plot.heads("recall", shots=4)
+    >>> figure.figure.get_size_inches()[0]
+    np.float64(6.75)
+    """
 
     name: str
     caption: str
@@ -54,6 +60,10 @@ class Plots:
 
     Of every one: task, None for all; shots, None for all; width in inches. Raises InputError for a task or
     shot count that the run does not have, and where it measured nothing for the figure.
+
+    >>> import lowmem_icl as icl
+    >>> icl.load(folder).plot.names[:3]
+    ['accuracy', 'importance-heads', 'ablate-heads']
     """
 
     def __init__(self, run: RunTables) -> None:

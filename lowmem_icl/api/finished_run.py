@@ -33,8 +33,14 @@ from lowmem_icl.tables.schema import TABLES, read_table
 class Run:
     """A run's tables, masks and figures: read from its folder when it is loaded.
 
-    Made by `load` and `run`. results, unit_table and mask_table are polars frames, with the columns of
-    results.parquet, units.parquet and masks.parquet.
+    Made by `load` and `run`. Tables are polars frames, their columns those of the files of the same names.
+
+    >>> import lowmem_icl as icl
+    >>> run = icl.load(folder)
+    >>> run.shots
+    [0, 4]
+    >>> run.mask("greedy", "recall", 4).kept[:3]
+    ['L0H0', 'L1H0', 'L1H1']
     """
 
     def __init__(self, tables: RunTables) -> None:
@@ -181,9 +187,9 @@ def load(folder: str | Path) -> Run:
     """Return a run from its folder, finished or not; raise InputError where it holds none.
 
     >>> import lowmem_icl as icl
-    >>> run = icl.load(demo_folder)
-    >>> run.units("recall", shots=16)["unit"].head(3).to_list()
-    ['L0H0', 'L1H0', 'L1H1']
+    >>> run = icl.load(folder)
+    >>> run.units("recall", shots=4)["unit"].head(3).to_list()
+    ['L0H0', 'L0F', 'L1F']
     """
     return Run(read_run(Path(folder)))
 
@@ -194,17 +200,23 @@ def run(
 ) -> Run:
     """Run the experiments that the options ask for, as `lowmem-icl run` does; return the finished run.
 
-    out: its folder, where the same call continues after a stop; None for a temporary one, which goes with the
-    returned object (`save` keeps it). config: a TOML file with more options. options: every option of `run`,
-    with underscores: `model="demo"`, `tasks=["recall"]`, `shots=[0, 16]`, `limit=32`, `memory="6GB"`. Raises
-    InputError or DoesNotFit before any long work.
+    out: its folder, where the same call continues after a stop; None for a temporary one without figures,
+    which goes with the returned object (`save` keeps it). config: a TOML or YAML file with more options.
+    options: every option of `run`, with underscores: `model="demo"`, `tasks=["recall"]`, `shots=[0, 16]`,
+    `limit=32`, `memory="6GB"`. Raises InputError or DoesNotFit before any long work.
+
+    >>> import lowmem_icl as icl
+    >>> run = icl.run(tasks="recall", shots=4, limit=8, experiments="evaluate", progress=False)
+    >>> run.results.filter(metric="acc").select("labels", "value").rows()
+    [('right', 0.625), ('shuffled', 0.125), ('foreign', 0.125)]
     """
     if out is not None:
         return load(_finished(checked_options({**options, "out": out}, config), progress))
     checked = checked_options(options, config)
     temporary = tempfile.mkdtemp(prefix="lowmem-icl-run-")
     try:
-        finished = load(_finished(checked.model_copy(update={"out": Path(temporary)}), progress))
+        in_folder = checked.model_copy(update={"out": Path(temporary)})
+        finished = load(_finished(in_folder, progress, with_figures=False))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -212,17 +224,21 @@ def run(
     return finished
 
 
-def _finished(options: RunOptions, progress: Shown) -> Path:
+def _finished(options: RunOptions, progress: Shown, *, with_figures: bool = True) -> Path:
     """Return the folder of a run that is finished now, or was already."""
     if finished_record(options, {}) is not None:
         return run_folder(options)
-    return run_all(options, _audience(progress)).folder
+    return run_all(options, _audience(progress, with_figures)).folder
 
 
-def _audience(progress: Shown) -> Audience:
+def _audience(progress: Shown, with_figures: bool) -> Audience:
     """Return whom a run tells how far it is; an audience of people it tells more."""
     shown = progress_of(progress)
-    return Audience(progress=shown, watch=lambda outlook, experiments: nullcontext(_View(shown)))
+    return Audience(
+        progress=shown,
+        watch=lambda outlook, experiments: nullcontext(_View(shown)),
+        wants_figures=with_figures,
+    )
 
 
 class _View:

@@ -158,9 +158,7 @@ class Mask:
         path = Path(path)
         of_model = model or self.model
         if of_model is None:
-            raise InputError(
-                "model: expected the model that the mask is for; give open_model(...).mask_model"
-            )
+            raise InputError("model: expected the model that it is for; give its mask_model")
         if path.suffix != ".json" or not re.fullmatch(NAME_PATTERN, path.stem):
             raise InputError(
                 f"path: expected NAME.json, at most 200 letters, digits and . _ + -; got {path.name!r}"

@@ -38,8 +38,13 @@ MODEL_OPTIONS = ("model", "revision", "weights", "store_dir", "bos", "memory", "
 class OpenModel:
     """A model that answers questions, its layers streamed from its store; use as a context manager.
 
-    Made by `open_model`. What it holds keeps to `memory`, dealt out anew for every question; files that do
-    not fit lie in a temporary folder until it is closed.
+    Made by `open_model`. What it holds keeps to `memory`, dealt out anew for every question; what does not
+    fit lies in a temporary folder until it is closed.
+
+    >>> import lowmem_icl as icl
+    >>> with icl.open_model("demo") as model:
+    ...     model.skeleton.layers, model.skeleton.heads
+    (4, 8)
     """
 
     def __init__(self, basis: ModelBasis) -> None:
@@ -100,6 +105,7 @@ class OpenModel:
 
     def prepared(self, task: Task, progress: Progress, **settled: Any) -> Prepared:
         """Return a task's documents as this model's tokens; settled: options that a caller decides."""
+        self._check_open()
         options = {name: getattr(self.options, name) for name in MODEL_OPTIONS}
         of_task = {name: getattr(task.options, name) for name in task.options.model_fields_set}
         given = {**of_task, **options, **settled, "out": Path(self._files.name)}
@@ -142,6 +148,7 @@ class OpenModel:
         return resolved_device(self.options.device)
 
     def _prepared_without_tasks(self) -> Prepared:
+        self._check_open()
         basis = self.basis
         options = basis.options.model_copy(update={"out": Path(self._files.name)})
         return Prepared(
@@ -157,8 +164,6 @@ class OpenModel:
     @contextmanager
     def _streaming(self, memory: MemoryPlan) -> Iterator[StreamedModel]:
         """Give the model, opened again where memory is dealt out otherwise than before."""
-        if self._is_closed:
-            raise InputError("model: expected an open model, got one that is closed; open it again")
         wanted = memory.resident_bytes, memory.tables_in_memory
         with device_in_use(self._device, self.options.device_memory):
             if self._streamed is None or self._streamed[0] != wanted:
@@ -171,6 +176,10 @@ class OpenModel:
                 )
                 self._streamed = wanted, model
             yield self._streamed[1]
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise InputError("model: expected an open model, got one that is closed; open it again")
 
     def _close_streamed(self) -> None:
         if self._streamed is not None:

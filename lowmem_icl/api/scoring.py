@@ -56,12 +56,14 @@ def score(
     ...     task = icl.load_task("recall", shots=16, limit=16)
     ...     frame = icl.score(model, task, [icl.Mask.parse("L0H0")], progress=False)
     >>> frame.filter(metric="acc").select("mask", "value").rows()
-    [('clean', 1.0), ('L0H0', 0.1875)]
+    [('clean', 0.9375), ('L0H0', 0.1875)]
     """
     named = _named_masks(model, masks)
     ablations = {mask.ablation for mask in named.values() if mask.units.fill is None} - {"zero"}
     shown = progress_of(progress)
-    prepared = model.prepared(task, shown, experiments=("evaluate",), ablation=_only(ablations))
+    prepared = model.prepared(
+        task, shown, experiments=("evaluate",), labels=("right",), ablation=_only(ablations)
+    )
     filled = {name: _filled(mask, prepared, task) for name, mask in named.items()}
     tables = {
         str(mask.units.fill): mask.origin.means

@@ -28,6 +28,12 @@ class Task:
     """A task's documents at one number of demonstrations; `len` says how many.
 
     options: how prompts are made; part: `evaluate`, or `train`, on which masks are chosen.
+
+    >>> import lowmem_icl as icl
+    >>> task = icl.load_task("recall", shots=1, limit=8)
+    >>> document = task.documents[0]
+    >>> len(task), len(document.options), document.gold.count(True)
+    (8, 4, 1)
     """
 
     name: str
