@@ -25,10 +25,10 @@ from lowmem_icl.api.mask import Mask
 from lowmem_icl.errors import InputError
 from lowmem_icl.harness import requests as packing
 from lowmem_icl.harness.model import StreamedLM
-from lowmem_icl.harness.registration import MODEL_NAME, register_beside_torch
 from lowmem_icl.harness.requests import TokenRequest, groups_by_prefix, pack_requests
 from lowmem_icl.tasks.loading import open_task
 from lowmem_icl.tasks.row_layout import OptionPath, shared_length
+from lowmem_icl_lm_eval import MODEL_NAME, register_beside_torch
 
 ROOT = Path(__file__).parents[1]
 MASK = ROOT / "masks" / "demo" / "certified-category-4shot.json"
@@ -323,8 +323,9 @@ def test_the_model_has_a_name_in_the_harness() -> None:
 
 def test_the_hook_costs_nothing_without_the_harness() -> None:
     code = (
-        "import sys; from lowmem_icl.harness.registration import register_beside_torch as hook; hook(); "
-        "assert not {'lm_eval', 'torch', 'transformers', 'numpy'} & set(sys.modules)"
+        "import os, sys; before = dict(os.environ); import lowmem_icl_lm_eval as named; "
+        "named.register_beside_torch(); assert dict(os.environ) == before; "
+        "assert not {'lm_eval', 'lowmem_icl', 'torch', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

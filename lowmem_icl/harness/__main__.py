@@ -2,7 +2,7 @@
 
 from lm_eval.__main__ import cli_evaluate
 
-from lowmem_icl.harness.registration import register
+from lowmem_icl_lm_eval import register
 
 if __name__ == "__main__":
     register()

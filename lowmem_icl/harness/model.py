@@ -25,10 +25,10 @@ from lowmem_icl.engine.fills import Fills
 from lowmem_icl.engine.schedule import Job
 from lowmem_icl.errors import InputError, LowmemIclError
 from lowmem_icl.harness.arguments import ModelArguments, check_alone, checked_arguments, logger
-from lowmem_icl.harness.registration import MODEL_NAME
 from lowmem_icl.harness.requests import TokenRequest, pack_requests
 from lowmem_icl.masks.files import check_fits, check_means
 from lowmem_icl.masks.mask import Mask
+from lowmem_icl_lm_eval import MODEL_NAME
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -1,4 +1,8 @@
-"""The model's name in lm-evaluation-harness, known without importing the model."""
+"""The name of lowmem-icl's model in lm-evaluation-harness, known without importing lowmem-icl.
+
+A package of its own, since torch imports it in every program where lowmem-icl is installed: importing
+lowmem_icl sets environment variables, which is nothing to do to others.
+"""
 
 import sys
 
@@ -8,7 +12,7 @@ TARGET = "lowmem_icl.harness.model:StreamedLM"
 
 def register() -> None:
     """Make the harness know the model; its class is imported when it is asked for."""
-    # The registry is filled when it is empty alone, so the harness's own models come first.
+    # The harness fills its registry only while that is empty, so its own models come first.
     import lm_eval.models  # noqa: F401
     from lm_eval.api.registry import model_registry
 
