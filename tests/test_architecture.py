@@ -24,6 +24,7 @@ FLOORS = (
     {"planning", "tracking"},
     {"runner"},
     {"api"},
+    {"harness"},
     {"cli"},
 )
 # What a room must not import of others' packages: so each can be used, and tested, without them.
