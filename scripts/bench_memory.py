@@ -58,7 +58,7 @@ HEADS = Case("induction", "8GB", 1, 20)
 def imports_bytes() -> int:
     """Return what a process holds that has imported all that a run needs."""
     import lowmem_icl.experiments.order
-    import lowmem_icl.run  # noqa: F401
+    import lowmem_icl.runner  # noqa: F401
 
     return peak_resident_bytes()
 

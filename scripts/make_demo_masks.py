@@ -17,7 +17,7 @@ import typer
 from lowmem_icl.cli.audience import audience_of
 from lowmem_icl.cli.terminal import Terminal
 from lowmem_icl.options import RunOptions
-from lowmem_icl.run import run
+from lowmem_icl.runner import run
 
 KEPT = re.compile(r"(?:greedy|certified)-.*|gradient-heads-\d+-aggregate-.*")
 

@@ -13,8 +13,8 @@ from lowmem_icl.masks.mask import Mask
 HASTE = "from lowmem_icl.planning import measure; measure.LAYER_SECONDS = measure.OTHER_SECONDS = 0.02"
 # Ends with a page without figures, as `undrawn_runs` does.
 UNDRAWN = (
-    "from lowmem_icl import run; from lowmem_icl.report.files import publish_run; "
-    "run._write_page = lambda folder, state: publish_run(folder, ends_as=state, with_figures=False)"
+    "from lowmem_icl import runner; from lowmem_icl.report.files import publish_run; "
+    "runner._write_page = lambda folder, state: publish_run(folder, ends_as=state, with_figures=False)"
 )
 # The command line in a process of its own, whatever is installed beside this interpreter.
 PROCESS = (sys.executable, "-c", f"{HASTE}; from lowmem_icl.cli.app import app; app()")

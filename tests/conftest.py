@@ -55,7 +55,7 @@ from hypothesis import settings
 from synthetic_run import SyntheticRun
 from transformers import OPTConfig, OPTForCausalLM
 
-from lowmem_icl import run as running
+from lowmem_icl import runner
 from lowmem_icl.conversion.calibration import CalibrationText, fixed_text
 from lowmem_icl.conversion.checkpoint import open_checkpoint
 from lowmem_icl.conversion.claim import Conversion
@@ -73,7 +73,7 @@ settings.load_profile("unhurried")
 SHARED = Path(os.environ.get("LOWMEM_ICL_SHARED", Path(__file__).parents[2] / "shared"))
 VOCABULARY = 300
 # As a run ends where no test asks for less.
-WRITE_PAGE = running._write_page
+WRITE_PAGE = runner._write_page
 
 
 @pytest.fixture(scope="session")
@@ -146,7 +146,7 @@ def undrawn_runs() -> Iterator[None]:
         publish_run(folder, ends_as=ends_as, with_figures=False)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "_write_page", write_page)
+        patch.setattr(runner, "_write_page", write_page)
         yield
 
 
@@ -171,7 +171,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
     """
     out = tmp_path_factory.mktemp("runs") / "demo"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "_write_page", WRITE_PAGE)
+        patch.setattr(runner, "_write_page", WRITE_PAGE)
         result = run_small(out, stores, "--masks-dir", out.parent / "masks")
     assert result.exit_code == 0, result.output
     assert "accuracy by demonstrations" in result.stdout

@@ -294,8 +294,8 @@ def test_planning_takes_of_the_hours(stores: Path, tmp_path: Path, monkeypatch: 
         moments["started"] = started
         return Deadlines(plan, started)
 
-    monkeypatch.setattr("lowmem_icl.run.make_plan", planned)
-    monkeypatch.setattr("lowmem_icl.run.Deadlines", deadlines)
+    monkeypatch.setattr("lowmem_icl.runner.make_plan", planned)
+    monkeypatch.setattr("lowmem_icl.runner.Deadlines", deadlines)
     told = run_small(tmp_path / "run", stores, "--experiments", "evaluate", "--hours", 5)
     assert told.exit_code == 0, told.output
     assert moments["started"] <= moments["planning"]

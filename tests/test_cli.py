@@ -244,7 +244,7 @@ def test_options_reach_a_command_checked(monkeypatch: pytest.MonkeyPatch, tmp_pa
         seen.append(options)
         raise DoesNotFit("enough seen")
 
-    monkeypatch.setattr("lowmem_icl.run.run", record)
+    monkeypatch.setattr("lowmem_icl.runner.run", record)
     config = tmp_path / "paper.toml"
     config.write_text("limit = 8\nrescore = true\nbos = true\nseed = 5\n")
     left, right = write_masks(tmp_path / "masks")

@@ -45,7 +45,7 @@ def test_a_finished_run_says_so_and_opens_nothing(
         opened.append(arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowmem_icl.run.run", refuse)
+    monkeypatch.setattr("lowmem_icl.runner.run", refuse)
     same = ("--masks-dir", small_run.parent / "masks")
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     again = run_small(copy, stores, *same)

@@ -3,7 +3,7 @@
 from lowmem_icl.cli.display import RunDisplay
 from lowmem_icl.cli.plan import show_plan
 from lowmem_icl.cli.terminal import Terminal
-from lowmem_icl.run import Audience
+from lowmem_icl.runner import Audience
 
 
 def audience_of(terminal: Terminal) -> Audience:

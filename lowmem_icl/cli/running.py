@@ -24,6 +24,6 @@ def finish_or_find(
     # Imports torch and transformers.
     with terminal.waiting("loading libraries"):
         from lowmem_icl.cli.audience import audience_of
-        from lowmem_icl.run import run
+        from lowmem_icl.runner import run
 
     return run(options, audience_of(terminal), mask_files).folder

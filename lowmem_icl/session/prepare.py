@@ -215,7 +215,7 @@ def open_tasks(options: RunOptions) -> list[OpenTask]:
 
 
 @dataclass(frozen=True)
-class _Basis:
+class ModelBasis:
     """What a run has before its documents: the model, planned, and how its tokenizer is used."""
 
     options: RunOptions
@@ -227,7 +227,7 @@ class _Basis:
     texts: KeptTexts
 
     @classmethod
-    def of(cls, options: RunOptions, progress: Progress, *, needs_weights: bool) -> "_Basis":
+    def of(cls, options: RunOptions, progress: Progress, *, needs_weights: bool) -> "ModelBasis":
         """Find the model; raise InputError where weights that are needed are not there."""
         located = find_model(options, progress)
         if needs_weights and located.checkpoint is not None:
@@ -242,10 +242,12 @@ class _Basis:
 
     @cached_property
     def tokenizer_digest(self) -> str:
+        """SHA-256 over what the tokenizer does to texts."""
         return tokenizer_digest(self.tokenizer)
 
     @cached_property
     def tokenise(self) -> Tokenise:
+        """The tokenizer as a function of texts."""
         return text_tokeniser(self.tokenizer)
 
     @cached_property
@@ -335,7 +337,7 @@ def prepare(options: RunOptions, *, progress: Progress = unseen, needs_weights: 
     Every document is prompted and tokenised once, here, unless an earlier command with the same options did
     it.
     """
-    basis = _Basis.of(options, progress, needs_weights=needs_weights)
+    basis = ModelBasis.of(options, progress, needs_weights=needs_weights)
     return basis.with_texts(open_tasks(options), progress)
 
 
@@ -351,7 +353,7 @@ def prepare_plan(
     sizes by these. `opened`: the tasks that other plans have opened, to which these are added.
     """
     tasks = partial(_opened_once, {} if opened is None else opened, options)
-    basis = _Basis.of(options, progress, needs_weights=False)
+    basis = ModelBasis.of(options, progress, needs_weights=False)
     if basis.texts_are_kept():
         return replace(basis.with_texts(tasks(), progress), counted={})
     if basis.has_sample() or count_prompts(tasks(), options) > MOST_EXACT:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lowmem_icl.experiments.ablate.measure import single_fields
+from lowmem_icl.experiments.ablate.measure import UnitDrops, single_fields
 from lowmem_icl.masks.mask import Unit
 from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.session.result import task_fields
@@ -58,6 +58,14 @@ class ExactDrops:
     accuracy: Values
     accuracy_clusters: list[str]
     others: Mapping[str, Values] = field(default_factory=dict)
+
+    @classmethod
+    def of_units(cls, task: TaskRows, indices: Indices, drops: UnitDrops) -> "ExactDrops":
+        """Return what is lost without the units at these indices, one after the other."""
+        scores = drops.by_document
+        others = {name: scores[name] for name in ("gold_prob", "margin") if not np.isnan(scores[name]).any()}
+        gold = scores["gold_logprob"]
+        return cls(task, indices, gold, drops.accuracy, drops.accuracy_clusters, others)
 
     @property
     def has_clusters(self) -> bool:

@@ -118,15 +118,7 @@ def _removed(
             continue
         scored, scores = scored_so_far(task, swept, chunks)
         drops = measure.unit_drops(prepared.pack(scored), scores.logprobs, scores.greedy)
-        gold = drops.by_document["gold_logprob"]
-        others = {
-            name: drops.by_document[name]
-            for name in ("gold_prob", "margin")
-            if not np.isnan(drops.by_document[name]).any()
-        }
-        own = claims.ExactDrops(
-            scored, selection.exact, gold, drops.accuracy, drops.accuracy_clusters, others
-        )
+        own = claims.ExactDrops.of_units(scored, selection.exact, drops)
         yield task, selection, _Removed(own, drops)
 
 

@@ -42,7 +42,8 @@ COUNTING = "counting what there is to do"
 @dataclass(frozen=True)
 class Audience:
     """Whom a run tells what it does: messages for people, progress, its plan, and then its stages, by
-    outlook and names; `waiting`: what is done that may take a while and shows no progress.
+    outlook and names; `waiting`: what is done that may take a while and shows no progress; `wants_figures`:
+    whether the page ends with figures, which take longer than it.
     """
 
     announce: Callable[[str], None] = lambda text: None
@@ -50,6 +51,7 @@ class Audience:
     show_plan: Callable[[Plan], None] = lambda plan: None
     watch: Watch = lambda outlook, experiments: unwatched()
     waiting: Callable[[str], AbstractContextManager[None]] = lambda doing: nullcontext()
+    wants_figures: bool = True
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def run(
         for name, mask_file in mask_files.items():
             # So the folder says by itself what was removed.
             write_mask(folder / "masks" / f"{name}.json", mask_file)
-        publisher = Publisher(prepared, opened, [warning for warning in warnings if warning], _write_page)
+        write_page = _write_page if audience.wants_figures else _write_page_alone
+        publisher = Publisher(prepared, opened, [warning for warning in warnings if warning], write_page)
         try:
             # Planning takes of the hours too.
             _run_stages(prepared, plan, Deadlines(plan, now), opened, publisher, audience)
@@ -145,6 +148,10 @@ def _check_mask(mask_file: MaskFile, prepared: Prepared) -> str | None:
 def _write_page(folder: Path, ends_as: State | None) -> None:
     # Figures take longer than the page.
     publish_run(folder, ends_as=ends_as, with_figures=ends_as is not None)
+
+
+def _write_page_alone(folder: Path, ends_as: State | None) -> None:
+    publish_run(folder, ends_as=ends_as, with_figures=False)
 
 
 def _run_stages(
