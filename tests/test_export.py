@@ -13,10 +13,11 @@ from conftest import make_checkpoint
 from family_models import CASES, HEADS, LAYERS, FamilyCase
 from mask_equalities import ALL, MASKS, WAYS, Comparison, heads_of, plain_logprobs
 from safetensors import safe_open
+from test_store import as_pickle
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lowmem_icl.conversion.checkpoint import open_checkpoint
-from lowmem_icl.errors import InputError
+from lowmem_icl.errors import DoesNotFit, InputError
 from lowmem_icl.export import folder as export_module
 from lowmem_icl.export.applied import applied
 from lowmem_icl.export.folder import export_folder, open_source
@@ -273,6 +274,28 @@ def test_a_checkpoint_keeps_its_precision_its_files_and_what_is_not_cut(tmp_path
         assert expected.dtype == torch.bfloat16
     with pytest.raises(InputError, match="exists; choose another folder"):
         export_folder(mask_file, open_checkpoint(source), made.folder)
+
+
+@pytest.mark.parametrize("structural", [False, True])
+def test_pickles_and_older_names_are_read(structural: bool, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    expected = tmp_path / "expected"
+    mask_file = mask_for(source, Mask(heads_of(l1=(0, 1, 2, 3), l2=(1,)), frozenset({1})))
+    export_folder(mask_file, open_checkpoint(source), expected, structural=structural)
+    as_pickle(source, "")
+    assert not (source / "model.safetensors").exists()
+    made = export_folder(mask_file, open_checkpoint(source), tmp_path / "out", structural=structural)
+    np.testing.assert_array_equal(logits(made.folder), logits(expected))
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    monkeypatch.setattr(export_module, "free_bytes", lambda folder: 1000)
+    with pytest.raises(DoesNotFit, match="choose a folder on another disk"):
+        export_folder(mask_for(source, Mask()), open_checkpoint(source), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_many_files_have_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

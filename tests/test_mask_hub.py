@@ -68,7 +68,10 @@ def test_masks_go_to_the_hub_and_come_back_the_same(hub: Hub, tmp_path: Path) ->
 
 def test_the_card_names_the_model_and_what_is_removed() -> None:
     masks = [read_mask(DEMO_MASKS / f"{name}.json") for name in NAMES]
-    masks[0] = replace(masks[0], model=masks[0].model.model_copy(update={"id": "facebook/opt-1.3b"}))
+    fetched = {"id": "facebook/opt-1.3b", "revision": "c" * 40}
+    masks[0] = replace(masks[0], model=masks[0].model.model_copy(update=fetched))
+    # A folder of somebody's.
+    masks[1] = replace(masks[1], model=masks[1].model.model_copy(update={"id": "models/opt"}))
     _, front, text = mask_card(masks, REPOSITORY).split("---\n", 2)
     assert yaml.safe_load(front) == {
         "library_name": "lowmem-icl",

@@ -10,13 +10,14 @@ from lowmem_icl.masks.files import MaskFile
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 """Ids of the hub with an owner; models of other places have no page there."""
+COMMIT = re.compile("[0-9a-f]{40}")
 TAGS = ("lowmem-icl", "pruning", "attention-heads", "interpretability")
 
 
 def mask_card(masks: Sequence[MaskFile], repository: str) -> str:
     """Return the README.md of a repository that holds these masks."""
     models = sorted({mask_file.model.id for mask_file in masks})
-    known = [model for model in models if REPOSITORY.fullmatch(model)]
+    known = sorted({mask_file.model.id for mask_file in masks if _is_on_hub(mask_file)})
     front = {
         "library_name": "lowmem-icl",
         "tags": list(TAGS),
@@ -55,6 +56,14 @@ def mask_card(masks: Sequence[MaskFile], repository: str) -> str:
             "",
         ]
     )  # fmt: skip
+
+
+def _is_on_hub(mask_file: MaskFile) -> bool:
+    """Tell whether a mask's model came from the hub: a folder of a user's may look like an id, but only what
+    was fetched has a commit.
+    """
+    model = mask_file.model
+    return bool(REPOSITORY.fullmatch(model.id) and COMMIT.fullmatch(model.revision or ""))
 
 
 def _row(mask_file: MaskFile) -> str:

@@ -16,17 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowmem_icl.conversion.checkpoint import TOKENIZER_FILES, Checkpoint, FolderShards
-from lowmem_icl.conversion.convert import check_room
 from lowmem_icl.conversion.locate import locate
 from lowmem_icl.conversion.tied import settle_tied_tables
-from lowmem_icl.errors import InputError
+from lowmem_icl.errors import DoesNotFit, InputError
 from lowmem_icl.export.applied import check_shape, check_table
 from lowmem_icl.export.recipes import LayerTensors, Made
 from lowmem_icl.export.structure import LayerRecipe, least_heads, packed_layers, with_heads, zeroed_layers
 from lowmem_icl.masks.files import MaskFile, check_means, write_mask
 from lowmem_icl.model.skeleton import FIELDS_BY_LAYER, Skeleton
 from lowmem_icl.model.store import is_store
-from lowmem_icl.system.files import atomic_folder
+from lowmem_icl.system.files import atomic_folder, free_bytes
 from lowmem_icl.system.progress import Progress, unseen
 
 SHARD_BYTES = 2 << 30
@@ -107,7 +106,7 @@ def export_folder(
         config, recipes = _smaller(mask_file, layers)
     else:
         config, recipes = checkpoint.config, zeroed_layers(mask, layers.facts)
-    check_room(folder, checkpoint.size_bytes)
+    _check_room(folder, checkpoint, skeleton)
     with atomic_folder(folder) as draft:
         draft.joinpath("config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         written = _write_tensors(draft, _all_tensors(layers, recipes, progress))
@@ -124,6 +123,18 @@ def export_folder(
         sum(not recipe.has_ffn for recipe in recipes),
         tuple(checkpoint.notes),
     )
+
+
+def _check_room(folder: Path, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+    """Raise DoesNotFit where the disk has no room for all that the source has, as wide as it is read."""
+    each = sum(map(math.prod, skeleton.layer_parameters().values()))
+    parameters = skeleton.layers * each + sum(map(math.prod, skeleton.non_layer_parameters().values()))
+    needed = max(checkpoint.size_bytes, parameters * (checkpoint.float_bytes or 0))
+    if needed > (free := free_bytes(folder)):
+        raise DoesNotFit(
+            f"--out {folder}: {needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free; free some "
+            "space or choose a folder on another disk"
+        )
 
 
 def _sizes(layers: LayerTensors, made: Skeleton, written: int) -> tuple[Sizes, Sizes]:
