@@ -29,6 +29,8 @@ from lowmem_icl.session.run_form import StageActuals, State
 from lowmem_icl.session.work import Work
 from lowmem_icl.system.machine import device_in_use, resolved_device
 from lowmem_icl.system.progress import Progress, RunView, unseen, unwatched
+from lowmem_icl.tracking.catalogue import check_installed
+from lowmem_icl.tracking.run_tracking import tracked
 
 logger = logging.getLogger("lowmem_icl")
 
@@ -75,6 +77,7 @@ def run(
     page.
     """
     started = time.monotonic()
+    check_installed(options.track)
     folder = check_output(options)
     mask_files = mask_files or {}
     prepared = _prepared_with_store(options, mask_files, audience)
@@ -83,8 +86,7 @@ def run(
         warnings.append(slow_product_note())
     device = resolved_device(options.device)
     weights, tasks = prepared.store.manifest.digest, prepared.tasks_digest
-    prompts = prepared.given.digest
-    identity = identity_of(options, device.type, weights, tasks, prepared.masks, prompts)
+    identity = identity_of(options, device.type, weights, tasks, prepared.masks, prepared.given.digest)
     with open_folder(folder, identity, announce=audience.announce) as opened:
         hours, now = None, time.monotonic()
         if options.hours is not None:
@@ -98,19 +100,20 @@ def run(
             write_mask(folder / "masks" / f"{name}.json", mask_file)
         write_page = _write_page if audience.wants_figures else _write_page_alone
         publisher = Publisher(prepared, opened, [warning for warning in warnings if warning], write_page)
-        try:
-            # Planning takes of the hours too.
-            _run_stages(prepared, plan, Deadlines(plan, now), opened, publisher, audience)
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                publisher.publish_stopped(audience.announce)
-            raise
-        for warning in publisher.warnings:
-            logger.warning(warning)
-            audience.announce(f"warning: {warning}")
-        state: State = "out of time" if publisher.unfinished else "finished"
-        publisher.publish(state)
-        opened.finish(state)
+        with tracked(options, opened, audience.announce) as publisher.follower:
+            try:
+                # Planning takes of the hours too.
+                _run_stages(prepared, plan, Deadlines(plan, now), opened, publisher, audience)
+            except BaseException as error:
+                if not isinstance(error, Exception):
+                    publisher.publish_stopped(audience.announce)
+                raise
+            for warning in publisher.warnings:
+                logger.warning(warning)
+                audience.announce(f"warning: {warning}")
+            state: State = "out of time" if publisher.unfinished else "finished"
+            publisher.publish(state)
+            opened.finish(state)
     return RunOutcome(folder, publisher.results, opened.record)
 
 
@@ -198,8 +201,7 @@ def _run_stages(
                 if actuals.finished:
                     deadlines.learn(stage.name, seconds)
                 outlook.over(stage.name)
-                opened.add_stage(stage.name, actuals)
-                publisher.write_record()
+                publisher.stage_over(stage.name, actuals)
                 view.over(stage.name, seconds, result.unfinished or first_result(stage.name, result.results))
             publisher.publish_if_due()
 

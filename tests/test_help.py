@@ -83,6 +83,12 @@ def test_the_help_starts_where_people_start_and_groups_the_options() -> None:
         ("run --zzz", "run: there is no option --zzz; `lowmem-icl run --help` lists"),
         ("run --memory", "--memory: expected a value after it"),
         ("run more", "run: got unexpected extra argument"),
+        ("run --limit 3 more", "run: got unexpected extra argument"),
+        ("run --model_args pretrained=x", "run: there is no option --model-args; give what lm-eval has as"),
+        ("run --batch_size 8", "run: there is no option --batch-size; --memory decides"),
+        ("run --num_fewshot", "--shots: expected a value after it"),
+        ("run --num_fewshot 0 x", "--shots: expected a comma-separated list"),
+        ("run --limit 1.0", "--limit: expected a whole number of at least 1, or a fraction such as 0.1"),
         ("evaluate", "evaluate: expected --mask PATH (Mask file"),
         ("status", "status: expected FOLDER (Run folder)"),
         ("masks combine a b --out c --operation unoin", "--operation: expected one of union"),
@@ -112,6 +118,45 @@ def test_what_is_called_wrongly_is_one_line_that_says_what_to_do(words: str, tol
 def test_underscores_do_for_dashes_in_flags_but_not_in_values() -> None:
     assert "'a_b'" in invoke("run", "--data_dir", "x", "--curve_limit", "a_b").stderr
     assert "--curve-limit: expected" in invoke("run", "--curve_limit=a_b").stderr
+
+
+def options_of(*words: str) -> dict[str, Any]:
+    command = GROUP.commands[words[0]]
+    return dict(command.make_context(words[0], [*words[1:]], parent=ROOT).params)
+
+
+ROOT = GROUP.make_context("lowmem-icl", ["run"], resilient_parsing=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "plain"),
+    [
+        ("run --num_fewshot 4 --output_path x", "run --shots 4 --out x"),
+        ("run --num-fewshot=4 --output-path=x", "run --shots=4 --out=x"),
+        ("run --tasks a b", "run --tasks a,b"),
+        ("run --tasks a,b c --limit 3", "run --tasks a,b,c --limit 3"),
+        (
+            "run --limit 3 --tasks a b --num_fewshot 0 4 --quiet",
+            "run --limit 3 --tasks a,b --shots 0,4 --quiet",
+        ),
+        ("run --experiments evaluate prune --no_bos", "run --experiments evaluate,prune --no-bos"),
+        ("plan --tasks a, b --label_drops", "plan --tasks a,,b --label-drops"),
+        ("evaluate --mask m --tasks a b --mask n", "evaluate --mask m --tasks a,b --mask n"),
+        ("prompts --num_fewshot 4 recall", "prompts --shots 4 recall"),
+        ("measure --output_path x", "measure --out x"),
+    ],
+)
+def test_lm_evals_spellings_are_the_same_options(words: str, plain: str) -> None:
+    assert options_of(*words.split()) == options_of(*plain.split())
+
+
+def test_help_says_other_spellings_once() -> None:
+    for name in ("run", "plan", "evaluate", "prompts"):
+        told = " ".join(invoke(name, "-h").stdout.split())
+        assert told.count("num_fewshot") == told.count("num-fewshot") + 1 == 1
+        assert "--num_fewshot for --shots" in told
+    assert "num_fewshot" not in invoke("status", "-h").stdout
+    assert "a list" not in invoke("prompts", "-h").stdout.partition("Also taken")[2]
 
 
 def completed(words: str, count: int) -> list[str]:

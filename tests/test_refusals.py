@@ -28,7 +28,10 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[object], str]]:
         "no config": (["--model", tmp_path / "empty"], "has no config.json"),
         "no folder": (["--model", "./nowhere"], "does not exist"),
         "tolerance": (["--tolerance", "2"], "--tolerance: expected a number above 0 and below 1, got '2'"),
-        "limit": (["--limit", "0"], "--limit: expected a whole number of at least 1, got '0'"),
+        "limit": (
+            ["--limit", "0"],
+            "--limit: expected a whole number of at least 1, or a fraction such as 0.1, got '0'",
+        ),
         "shots": (["--shots", "-1"], "each item a whole number of at least 0"),
         "shots twice": (["--shots", "1,1"], "--shots: expected a comma-separated list without repeats"),
         "memory": (["--memory", "lots"], "--memory: expected a size such as 6GB"),

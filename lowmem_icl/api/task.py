@@ -70,17 +70,17 @@ def load_task(
     name: str,
     *,
     shots: int = 0,
-    limit: int | None = None,
+    limit: int | float | None = None,
     part: Part = "evaluate",
     data_dir: str | Path | None = None,
     **options: Any,
 ) -> Task:
     """Return a task, its rows loaded.
 
-    name: a task's name, `lm-eval:NAME` or a path to JSON lines or pairs. limit: so many documents; None for
-    all, of part `train` 32. data_dir: folder of `TASK/{train,validation,test}.jsonl`; else the hub. options:
-    as `run` takes them (`demonstrations`, `demonstration_sets`, `protocol`). Raises InputError for what is
-    not known, missing or malformed.
+    name: a task's name, `lm-eval:NAME` or a path to JSON lines or pairs. limit: so many documents, or with
+    a number below 1 such a share of all; None for all, of part `train` 32. data_dir: folder of
+    `TASK/{train,validation,test}.jsonl`; else the hub. options: as `run` takes them (`demonstrations`,
+    `demonstration_sets`, `protocol`). Raises InputError for what is not known, missing or malformed.
 
     >>> import lowmem_icl as icl
     >>> icl.load_task("recall", shots=4, limit=8)

@@ -1,28 +1,60 @@
-"""What all commands have in common: their help, `_` for `-` in flags, one line for what is called wrongly."""
+"""What all commands have in common: their help, how flags are spelled, one line for what is called wrongly.
+
+`_` does for `-` in flags; lm-eval's names do for ours; a list may be several words: `--tasks a b`.
+"""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from lowmem_icl.cli.help import help_text
-from lowmem_icl.options import did_you_mean, nearest
+from lowmem_icl.options import ALIASES, did_you_mean, lm_eval_remark, nearest
 
 PROGRAM = "lowmem-icl"
-CONTEXT_SETTINGS = {
-    "help_option_names": ["-h", "--help"],
-    "token_normalize_func": lambda name: name.replace("_", "-"),
-}
+OTHER_NAMES = {alias.replace("_", "-"): name.replace("_", "-") for alias, name in ALIASES.items()}
+
+
+def own_name(name: str) -> str:
+    """Return what a flag is called here, without its first dashes."""
+    dashed = name.replace("_", "-")
+    return OTHER_NAMES.get(dashed, dashed)
+
+
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "token_normalize_func": own_name}
 
 
 class Command(TyperCommand):
-    """A command whose help is plain text."""
+    """A command whose help is plain text, and whose lists may be several words."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Join the words after an option that takes a list, unless a word could be an argument."""
+        if all(param.param_type_name == "option" for param in self.params):
+            lists = {param.opts[0] for param in self.params if param.metavar == "LIST"}
+            args = list(_with_lists_joined(args, lists))
+        return list(super().parse_args(ctx, args))
 
     def get_help(self, ctx: Any) -> str:
         """Return the help."""
         return help_text(self, ctx)
+
+
+def _with_lists_joined(args: list[str], lists: set[str]) -> Iterator[str]:
+    """Yield words as they are, those between the flag of a list and the next flag as one, comma-separated."""
+    words = iter(args)
+    word = next(words, None)
+    while word is not None:
+        yield word
+        is_list = word.startswith("--") and f"--{own_name(word[2:])}" in lists
+        items: list[str] = []
+        word = next(words, None)
+        while is_list and word is not None and (not items or word == "" or word[0] != "-"):
+            items.append(word)
+            word = next(words, None)
+        if items:
+            yield ",".join(items)
 
 
 class Group(TyperGroup):
@@ -68,7 +100,8 @@ def usage_message(error: Any) -> str:
     if name and hasattr(error, "possibilities"):
         params = [] if command is None else [*command.params, command.get_help_option(context)]
         known = [flag for each in params for flag in (*each.opts, *each.secondary_opts) if flag[:2] == "--"]
-        return f"{where}there is no option {name}{did_you_mean(name, known) or help_command}"
+        hint = lm_eval_remark(name) or did_you_mean(name, known) or help_command
+        return f"{where}there is no option {name}{hint}"
     if name:
         return f"{name}: expected a value after it{help_command}"
     if hasattr(error, "param_type") and param is not None:

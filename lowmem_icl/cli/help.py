@@ -8,6 +8,8 @@ from typing import Any
 
 import typer
 
+from lowmem_icl.options import ALIASES
+
 NARROWEST, WIDEST = 60, 100
 NAMES_WIDTH = 25
 INDENT = "  "
@@ -33,7 +35,20 @@ def help_text(command: Any, context: Any) -> str:
     groups = _groups(command, context)
     longest = max(len(names) for rows in groups.values() for names, _ in rows)
     blocks += [_section(title, rows, width, longest) for title, rows in groups.items()]
+    if not commands and any(param.metavar == "LIST" for param in command.params):
+        blocks.append(_paragraph(_spellings(command), width))
     return "\n\n".join(blocks)
+
+
+def _spellings(command: Any) -> str:
+    """Return how options may be spelled besides, in one sentence for all of them."""
+    flags = {flag for param in command.params for flag in param.opts}
+    own = {alias: flag for alias, flag in ALIASES.items() if f"--{flag}" in flags}
+    names = [f"--{alias} for --{flag}" for alias, flag in own.items()]
+    told = ["_ for - in options", *names]
+    if all(param.param_type_name == "option" for param in command.params):
+        told.append("several words for a list (--tasks a b)")
+    return f"Also taken: {', '.join(told)}."
 
 
 def usage_line(command: Any, context: Any) -> str:

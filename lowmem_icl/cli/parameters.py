@@ -27,7 +27,7 @@ ALL_OPTIONS = tuple(FLAGS)
 EVALUATE_OPTIONS = (
     *names_of(Group.MODEL),
     *(name for name in names_of(Group.TASKS) if name not in ("train_limit", "importance_limit", "labels")),
-    *("seed", "memory", "device_memory", "device", "out"),
+    *("seed", "memory", "device_memory", "device", "out", "track"),
 )
 MEASURE_OPTIONS = (*names_of(Group.MODEL), "memory", "device_memory", "device")
 PROMPT_OPTIONS = (
@@ -50,8 +50,8 @@ JsonOption = Annotated[
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
-        help="TOML file with any of a run's options; the environment (LOWMEM_ICL_LIMIT for --limit) and the "
-        "command line win.",
+        help="TOML or YAML file with any of a run's options; the environment (LOWMEM_ICL_LIMIT for --limit) "
+        "and the command line win.",
         metavar="FILE",
         envvar=COMMAND_VARIABLES["config"],
         rich_help_panel=Group.OUTPUT,

@@ -8,12 +8,14 @@ from lowmem_icl.masks.files import MaskFile
 from lowmem_icl.options import RunOptions
 from lowmem_icl.session.finished import finished_record
 from lowmem_icl.session.identity import run_folder
+from lowmem_icl.tracking.catalogue import check_installed
 
 
 def finish_or_find(
     options: RunOptions, terminal: Terminal, mask_files: Mapping[str, MaskFile] | None = None
 ) -> Path:
     """Run what the options ask for, unless that is finished already; return the run's folder."""
+    check_installed(options.track)
     masks = {name: mask_file.mask for name, mask_file in (mask_files or {}).items()}
     record = finished_record(options, masks)
     if record is not None:

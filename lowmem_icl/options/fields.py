@@ -14,6 +14,7 @@ from lowmem_icl.options.forms import (
     Count,
     Device,
     Form,
+    Limit,
     Listed,
     NotEmpty,
     Size,
@@ -33,6 +34,7 @@ Curve = Literal["heads", "ffns", "combined", "transfer", "cross-shot", "random"]
 CURVES: tuple[Curve, ...] = get_args(Curve)
 Copying = Literal["norm", "softmax", "bias"]
 PatchedTokens = Literal["last", "all"]
+Tracker = Literal["wandb", "mlflow", "tensorboard", "trackio"]
 DEFAULT_CURVES: tuple[Curve, ...] = ("heads", "ffns", "random")
 DEFAULT_EXACT = 500
 
@@ -94,17 +96,19 @@ class RunFields(BaseModel):
         ),
     ] = None
     limit: Annotated[
-        Count | None,
+        Limit | None,
         Flag(
-            Group.TASKS, "Evaluation documents per task (MultiRC: questions).", "all; gemma3-270m, smollm2 32"
+            Group.TASKS,
+            "Evaluation documents per task (MultiRC: questions); 0.1: a tenth of each task's.",
+            "all; gemma3-270m, smollm2 32",
         ),
     ] = None
     train_limit: Annotated[
-        Count | None,
+        Limit | None,
         Flag(
             Group.TASKS,
-            "Training documents per task, for importance, ablations and pruning.",
-            "32, or --limit; gemma3-270m, smollm2 12",
+            "Training documents per task, for importance, ablations and pruning; or a fraction of them.",
+            "32, or --limit where that is no fraction; gemma3-270m, smollm2 12",
         ),
     ] = None
     importance_limit: Annotated[
@@ -371,6 +375,16 @@ class RunFields(BaseModel):
         AnyPath | None,
         Flag(Group.OUTPUT, "Folder that gets a copy of every mask.", "none", changes_results=False),
     ] = None
+    track: Annotated[
+        tuple[Tracker, ...],
+        *Listed,
+        Flag(
+            Group.OUTPUT,
+            "Experiment trackers that follow the run; each is an extra of this package.",
+            "none",
+            changes_results=False,
+        ),
+    ] = ()
 
 
 def _flag(field: FieldInfo) -> Flag:

@@ -4,6 +4,9 @@ from lowmem_icl.options.fields import FLAGS, RunFields
 from lowmem_icl.options.forms import Form, describe_form
 from lowmem_icl.options.groups import Group
 
+ALIASES = {"num_fewshot": "shots", "output_path": "out"}
+"""Names that lm-eval has for options, on the command line and in files."""
+
 
 def names_of(*groups: Group) -> tuple[str, ...]:
     """Return the names of the options in some groups, in the order in which `--help` lists them."""

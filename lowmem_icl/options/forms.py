@@ -1,5 +1,6 @@
 """What values options take: how they are read, checked and put in words, wherever they were given."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -13,6 +14,8 @@ SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12
 
 # Nobody gives so few bytes: gigabytes are meant.
 LEAST_WITHOUT_UNIT = 10**6
+
+LONGEST_SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,33 @@ def parse_size(value: Any) -> Any:
     return size
 
 
+def shortened(text: str) -> str:
+    """Return a text that is shown in an error, cut in the middle where it is very long."""
+    half = LONGEST_SHOWN // 2
+    return text if len(text) <= 2 * LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…{text[-half:]}"
+
+
+def _parse_limit(value: Any) -> Any:
+    """Return a fraction of documents for a number below 1; other values pass on to be taken as a count.
+
+    1.0 is refused: all documents to some, one to lm-eval.
+    """
+    number = value
+    if isinstance(value, str) and not value.strip().isdecimal():
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+    if not isinstance(number, float) or 0 < number < 1:
+        return number
+    if not number.is_integer() or number <= 1:
+        raise ValueError("neither a count nor a fraction")
+    return int(number)
+
+
 def _split_list(value: Any) -> Any:
+    if type(value) is int:
+        return [value]
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
@@ -56,7 +85,12 @@ def _parse_path(value: Any) -> Any:
         return value
     if not value or "\0" in value:
         raise ValueError("not a path")
-    return Path(value).expanduser()
+    try:
+        os.fsencode(value)
+        return Path(value).expanduser()
+    except (UnicodeEncodeError, RuntimeError) as error:
+        # Half a character, or the home of a user who is not there.
+        raise ValueError("not a path") from error
 
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0), Form("SIZE", "a size such as 6GB or 500MiB")]
@@ -65,6 +99,12 @@ Device = Annotated[
     str,
     Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"),
     Form("DEVICE", "auto, cpu, cuda or cuda:N", ("auto", "cpu", "cuda")),
+]
+Limit = Annotated[
+    # A number below 1 is a fraction.
+    Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)],
+    BeforeValidator(_parse_limit),
+    Form("N", "a whole number of at least 1, or a fraction such as 0.1"),
 ]
 Count = Annotated[int, Field(ge=1)]
 SmallCount = Annotated[int, Field(ge=1, le=1000)]

@@ -14,6 +14,14 @@ SYNONYMS = {
     "fp16": "bfloat16",
     "half": "bfloat16",
 }
+# What lm-eval's options are for that have no counterpart of the same form, by their names without dashes.
+LM_EVAL_REMARKS = {
+    "model_args": "give what lm-eval has as pretrained=NAME as --model NAME, revision= as --revision",
+    "batch_size": "--memory decides how many rows are computed together",
+    "max_batch_size": "--memory decides how many rows are computed together",
+    "log_samples": "answers.parquet in the run folder holds every answer's score",
+    "use_cache": "a run folder continues by itself",
+}
 # With less, tpu is taken for cpu.
 LEAST_LIKE = 0.7
 
@@ -26,6 +34,12 @@ def nearest(name: str, known: Iterable[str], *, least_like: float = LEAST_LIKE) 
     by_lower_case = {each.lower(): each for each in names}
     close = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=least_like)
     return by_lower_case[close[0]] if close else None
+
+
+def lm_eval_remark(name: str) -> str:
+    """Return what is there in place of an option of lm-eval's, after a semicolon; empty for other names."""
+    remark = LM_EVAL_REMARKS.get(name.lstrip("-").replace("-", "_"))
+    return "" if remark is None else f"; {remark}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,8 +1,7 @@
-"""From flags, the environment, a TOML file and the defaults to checked options, and from what is wrong to a
+"""From flags, the environment, a file and the defaults to checked options, and from what is wrong to a
 sentence.
 """
 
-import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,37 +9,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from lowmem_icl.errors import InputError
+from lowmem_icl.options.config_files import read_config
 from lowmem_icl.options.environment import variable_name
 from lowmem_icl.options.fields import FLAGS
 from lowmem_icl.options.flags import default_text, flag_name, form_of
-from lowmem_icl.options.forms import LEAST_WITHOUT_UNIT
+from lowmem_icl.options.forms import LEAST_WITHOUT_UNIT, shortened
 from lowmem_icl.options.hints import did_you_mean
 from lowmem_icl.options.run_options import RunOptions
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Return the options of a TOML file, keys with dashes or underscores.
-
-    Raises InputError naming the file where it is no TOML, or where a key is no option.
-    """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--config {path}: cannot be read ({error.strerror}); give a TOML file") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"--config {path}: cannot be read as TOML ({error}); give another file") from error
-    for key in content:
-        if key.replace("-", "_") not in FLAGS:
-            hint = did_you_mean(key.replace("_", "-"), [name.replace("_", "-") for name in FLAGS])
-            hint = hint or "; `lowmem-icl run --help` lists them"
-            raise InputError(f"--config {path}: '{key}' is not an option of a run{hint}")
-    return {key.replace("-", "_"): _with_unit(key, value) for key, value in content.items()}
-
-
-def _with_unit(key: str, value: Any) -> Any:
-    """Return a number of bytes as a text, which is refused where a unit seems to be missing."""
-    is_size = form_of(key.replace("-", "_")).placeholder == "SIZE"
-    return str(value) if is_size and type(value) is int else value
 
 
 def run_options(
@@ -50,7 +25,7 @@ def run_options(
     *,
     known: Collection[str] = tuple(FLAGS),
 ) -> RunOptions:
-    """Return checked options: those of flags, else of the environment, else of a TOML file, else the
+    """Return checked options: those of flags, else of the environment, else of a TOML or YAML file, else the
     defaults.
 
     Flags that are None were not given. known: the options that a command takes; others in the file or the
@@ -81,12 +56,20 @@ def run_options(
 def _refusal(name: str, value: Any) -> str:
     """Return what an option expects, what it got, the item of a list where that is wrong, and what to do."""
     form = form_of(name)
-    said = f"expected {form.expected}, got {value!r}"
+    said = f"expected {form.expected}, got {_shown(value)}"
     if form.placeholder == "SIZE" and _lacks_unit(value):
         return f"{said}; a unit is missing: did you mean {str(value).strip()}GB?"
-    hint = did_you_mean(str(value), form.choices)
+    hint = did_you_mean(value, form.choices) if isinstance(value, str) else ""
     default = f" (default: {default_text(name)})" if default_text(name) else ""
     return said + (hint or f"; correct it or leave it out{default}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return shortened(repr(value))
+    except ValueError:
+        # Python writes no whole number of more than 4,300 digits.
+        return "a number of thousands of digits"
 
 
 def _lacks_unit(value: Any) -> bool:

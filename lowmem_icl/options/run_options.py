@@ -154,25 +154,27 @@ class RunOptions(RunFields):
         return tuple(sorted(self.shots if self.shots is not None else self.defaults.shots))
 
     @property
-    def resolved_limit(self) -> int | None:
-        """Evaluation documents per task; None: all."""
+    def resolved_limit(self) -> int | float | None:
+        """Evaluation documents per task, below 1 a fraction of them; None: all."""
         return self.limit or self.defaults.limit
 
     @property
-    def resolved_train_limit(self) -> int:
-        """Training documents per task."""
-        return self.train_limit or self.limit or self.defaults.train_limit
+    def resolved_train_limit(self) -> int | float:
+        """Training documents per task, below 1 a fraction of them."""
+        # A tenth of the evaluation split says nothing of a training split of 100,000 rows.
+        limit = None if self.limit is None or self.limit < 1 else self.limit
+        return self.train_limit or limit or self.defaults.train_limit
 
     @property
-    def resolved_importance_limit(self) -> int:
-        """Training documents per task whose gradients are taken."""
+    def resolved_importance_limit(self) -> int | float:
+        """Training documents per task whose gradients are taken, below 1 a fraction of them."""
         return self.importance_limit or self.resolved_train_limit
 
     @property
     def resolved_curve_limit(self) -> int:
-        """Evaluation documents per task that curves are judged on."""
-        wanted = self.curve_limit or self.defaults.curve_limit
-        return min(wanted, self.resolved_limit or wanted)
+        """Evaluation documents per task that curves are judged on; where --limit is a fraction, at most."""
+        wanted, limit = self.curve_limit or self.defaults.curve_limit, self.resolved_limit
+        return wanted if limit is None or limit < 1 else min(wanted, int(limit))
 
     @property
     def resolved_store_dir(self) -> Path:

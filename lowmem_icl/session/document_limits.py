@@ -1,9 +1,11 @@
 """How many documents of which part of a task a run needs."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from lowmem_icl.options import RunOptions
 from lowmem_icl.statistics.certificate import documents_needed
+from lowmem_icl.tasks.document_counts import DocumentLimit
 from lowmem_icl.tasks.loading import OpenTask
 from lowmem_icl.tasks.selection import Part
 
@@ -22,20 +24,21 @@ def certify_limit(options: RunOptions) -> int:
     return options.certify_limit
 
 
-def part_limits(options: RunOptions) -> dict[str, tuple[Part, int | None]]:
+def part_limits(options: RunOptions) -> dict[str, tuple[Part, DocumentLimit]]:
     """Return the part and the limit of the documents that a run needs, by field of Prepared.
 
     Those of `certify` begin with those of `train`, which have then to be left out.
     """
-    limits: dict[str, tuple[Part, int | None]] = {
-        "evaluate": ("evaluate", options.resolved_limit),
-        "train": ("train", options.resolved_train_limit),
-        "importance": ("importance", options.resolved_importance_limit),
-        "curves": ("evaluate", options.resolved_curve_limit),
+    limit, train_limit = options.resolved_limit, options.resolved_train_limit
+    limits: dict[str, tuple[Part, DocumentLimit]] = {
+        "evaluate": ("evaluate", DocumentLimit(limit)),
+        "train": ("train", DocumentLimit(train_limit)),
+        "importance": ("importance", DocumentLimit(options.resolved_importance_limit)),
+        "curves": ("evaluate", DocumentLimit(options.resolved_curve_limit, most=limit)),
     }
     further = certify_limit(options)
     if further and "prune" in options.experiments:
-        limits["certify"] = ("train", options.resolved_train_limit + further)
+        limits["certify"] = ("train", DocumentLimit(train_limit, further=further))
     return limits
 
 
@@ -43,8 +46,9 @@ def count_prompts(tasks: Sequence[OpenTask], options: RunOptions) -> int:
     """Return about how many prompts a run has with right labels."""
     limits = part_limits(options)
     return sum(
-        min(limit or rows, rows)
+        rows if share is None else min(share, rows)
         for task in tasks
         for part, limit in {limits["evaluate"], limits.get("certify", limits["train"])}
-        for rows in [sum(len(member.scored(part)) for member in task.members)]
+        for counts in [[len(member.scored(part)) for member in task.members]]
+        for share, rows in zip(limit.shares([partial(int, count) for count in counts]), counts, strict=True)
     ) * len(options.resolved_shots)

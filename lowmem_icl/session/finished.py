@@ -31,6 +31,8 @@ def finished_record(options: RunOptions, masks: Mapping[str, Mask]) -> dict[str,
         return None
     if options.masks_dir is not None and record["options"].get("masks_dir") != str(options.masks_dir):
         return None
+    if not all(record.get("tracked", {}).get(name, {}).get("finished") for name in options.track):
+        return None
     began = datetime.datetime.fromisoformat(record["sessions"][-1]["started"]).timestamp()
     return None if any(path.stat().st_mtime > began for path in _own_files(options)) else record
 

@@ -11,6 +11,7 @@ from lowmem_icl.protocols import Labels
 from lowmem_icl.session.prepare import find_model, open_tasks
 from lowmem_icl.session.task_texts import part_rows
 from lowmem_icl.session.text_form import TextForm, packing_limits, text_form, text_tokeniser
+from lowmem_icl.tasks.document_counts import DocumentLimit
 from lowmem_icl.tasks.documents import TaskRows
 from lowmem_icl.tasks.label_controls import NoLabelControl, with_other_labels
 from lowmem_icl.tasks.loading import OpenTask
@@ -31,9 +32,8 @@ def first_prompts(
     form = text_form(options, store, tokenizer)
     limits, tokenise = packing_limits(form, store, tokenizer), text_tokeniser(tokenizer)
     prompter = DirectPrompter(partial(fit_context, tokenise=tokenise, limits=limits))
-    limit = options.resolved_limit
-    if options.demonstrations != "shared":
-        limit = min(count, limit or count)
+    most = None if options.demonstrations == "shared" else count
+    limit = DocumentLimit(options.resolved_limit, most)
     for task in open_tasks(options):
         for shots in options.resolved_shots:
             rows = part_rows(options, task, shots, ("evaluate", limit), prompter)

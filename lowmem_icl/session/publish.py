@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import polars as pl
 
@@ -18,7 +19,7 @@ from lowmem_icl.session.fills import kept_tables
 from lowmem_icl.session.folder import RunFolder
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import MaskResult, StageResult
-from lowmem_icl.session.run_form import State
+from lowmem_icl.session.run_form import StageActuals, State
 from lowmem_icl.system.time_limit import TimeIsUp, at_most
 from lowmem_icl.tables.schema import TABLES, empty_frame, read_table, write_table
 
@@ -27,6 +28,26 @@ SECONDS_BETWEEN_RECORDS = 15.0
 SECONDS_TO_STOP = 5.0
 # Pages take at most one part in so many of a run's time.
 LEAST_TIMES_WRITING = 20
+
+
+class Follower(Protocol):
+    """Who is told what a run finds."""
+
+    def stage_over(self, stage: str, results: pl.DataFrame, actuals: StageActuals) -> None:
+        """Learn what a stage has found and taken."""
+
+    def recorded(self) -> None:
+        """Learn that run.json was written."""
+
+
+class Untold:
+    """A follower who does nothing with it."""
+
+    def stage_over(self, stage: str, results: pl.DataFrame, actuals: StageActuals) -> None:
+        """Do nothing."""
+
+    def recorded(self) -> None:
+        """Do nothing."""
 
 
 class Publisher:
@@ -48,6 +69,7 @@ class Publisher:
         self._has_more = False
         self._seconds_writing = 0.0
         self.results: dict[str, StageResult] = {}
+        self.follower: Follower = Untold()
 
     def fold(self, experiment: str, result: StageResult) -> None:
         """Take what a stage has found so far in place of what it had before."""
@@ -65,11 +87,18 @@ class Publisher:
         found = itertools.chain.from_iterable(result.warnings for result in self.results.values())
         return [*self._warnings, *found, *self.unfinished]
 
+    def stage_over(self, experiment: str, actuals: StageActuals) -> None:
+        """Note that a stage is over in this session, and what it took."""
+        self._opened.add_stage(experiment, actuals)
+        self.write_record()
+        self.follower.stage_over(experiment, self.results[experiment].results, actuals)
+
     def write_record(self) -> None:
         """Write run.json."""
         self._is_recorded()
         fields = {name: value for result in self.results.values() for name, value in result.record.items()}
         self._opened.write_record(warnings=self.warnings, fields=fields)
+        self.follower.recorded()
 
     def publish_stopped(self, announce: Callable[[str], None]) -> None:
         """Write what there is of a run that is being stopped, as far as a few seconds do; another stop ends

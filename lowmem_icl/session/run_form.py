@@ -118,6 +118,11 @@ class _Session(_Form):
     stages: dict[str, StageActuals]
 
 
+class _Tracked(_Form):
+    id: str | None
+    finished: bool
+
+
 class RunRecord(_Form):
     """The content of run.json, as far as anything reads it."""
 
@@ -128,7 +133,7 @@ class RunRecord(_Form):
     command: str
     options: _Options
     shots: list[int]
-    train_limit: int
+    train_limit: int | float
     identity: Identity
     versions: dict[str, str]
     model: _Model
@@ -142,3 +147,4 @@ class RunRecord(_Form):
     greedy: list[_GreedyCheck] = Field(default_factory=list)
     certificates: list[_Certificate] = Field(default_factory=list)
     induction: _Sequences | None = None
+    tracked: dict[str, _Tracked] = Field(default_factory=dict)

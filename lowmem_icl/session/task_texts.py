@@ -14,6 +14,7 @@ from lowmem_icl.session.text_keys import TableName, table_key
 from lowmem_icl.session.texts import KeptTexts
 from lowmem_icl.system.progress import Progress
 from lowmem_icl.tasks.demonstrations import Demonstrations
+from lowmem_icl.tasks.document_counts import DocumentLimit
 from lowmem_icl.tasks.documents import TaskRows
 from lowmem_icl.tasks.label_controls import NoLabelControl, changes_a_prompt, with_other_labels
 from lowmem_icl.tasks.loading import OpenTask
@@ -36,7 +37,7 @@ class KeptTable:
 
 
 def part_rows(
-    options: RunOptions, task: OpenTask, shots: int, part: tuple[Part, int | None], prompter: Prompter
+    options: RunOptions, task: OpenTask, shots: int, part: tuple[Part, DocumentLimit], prompter: Prompter
 ) -> TaskRows:
     """Return the documents of a part, as many as its limit says."""
     return task.rows(

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from lm_eval.api.task import ConfigurableTask
@@ -12,6 +12,7 @@ from lowmem_icl.errors import InputError
 from lowmem_icl.protocols import CORRECTED, Protocol
 from lowmem_icl.tasks.catalogue import main_metric
 from lowmem_icl.tasks.demonstrations import PER_DOCUMENT, Demonstrations
+from lowmem_icl.tasks.document_counts import DocumentLimit, Limit, document_count
 from lowmem_icl.tasks.documents import Document, TaskRows
 from lowmem_icl.tasks.prompting import DIRECT_PROMPTER, Prompt, Prompter, PromptKey, PromptRequest
 from lowmem_icl.tasks.selection import Member, Part, RowRequest, SelectedRow, SplitRows, selected_rows
@@ -76,24 +77,27 @@ class OpenTask:
         *,
         shots: int,
         part: Part,
-        limit: int | None,
+        limit: Limit | DocumentLimit,
         demonstrations: Demonstrations = PER_DOCUMENT,
         protocol: Protocol = CORRECTED,
         prompter: Prompter = DIRECT_PROMPTER,
     ) -> TaskRows:
-        """Return the documents of a part; `limit` counts documents (MultiRC: questions), None takes all.
+        """Return the documents of a part; `limit` counts documents (MultiRC: questions), below 1 it is a
+        fraction of them, None takes all.
 
         Part `importance` is that of `train` with the texts whose gradients are taken. Documents that share a
         set of demonstrations stand together; where those of a set do not fit the model's context, its first
-        demonstrations are left out. Raises InputError for a limit below 1, for more demonstrations than there
-        are rows to draw from, and for a row that lacks a field.
+        demonstrations are left out. Raises InputError for a limit that takes none, for more demonstrations
+        than there are rows to draw from, and for a row that lacks a field.
         """
-        if limit is not None and limit < 1:
-            raise InputError(f"--limit: expected at least 1, got {limit}")
-        request = RowRequest(self.name, shots, part, limit, demonstrations, protocol)
+        limit = limit if isinstance(limit, DocumentLimit) else DocumentLimit(limit)
+        if limit.wanted is not None and limit.wanted <= 0:
+            raise InputError(f"--limit: expected at least 1, or a fraction, got {limit.wanted}")
+        request = RowRequest(self.name, shots, part, demonstrations, protocol)
+        counts = [partial(document_count, member, part, protocol) for member in self.members]
         documents: list[Document] = []
         offset = 0
-        for member, share in zip(self.members, self._shares(limit), strict=True):
+        for member, share in zip(self.members, limit.shares(counts), strict=True):
             if share != 0:
                 rows = selected_rows(member, request, share)
                 documents += _PartOfMember(member, request, offset, prompter).documents(rows)
@@ -106,13 +110,6 @@ class OpenTask:
         documents.sort(key=lambda document: (document.member, document.set_number or 0))
         split = "train" if part != "evaluate" and self.has_train else self.evaluation_split
         return TaskRows(self.name, shots, split, tuple(documents), self.metric, tuple(self.tasks))
-
-    def _shares(self, limit: int | None) -> list[int | None]:
-        """Deal a limit evenly over a group's members, the first ones getting what does not divide."""
-        if limit is None:
-            return [None] * len(self.tasks)
-        whole, rest = divmod(limit, len(self.tasks))
-        return [whole + (number < rest) for number in range(len(self.tasks))]
 
 
 @dataclass(frozen=True)

@@ -93,12 +93,11 @@ class Member:
 
 @dataclass(frozen=True)
 class RowRequest:
-    """Which documents of a task are asked for; `limit` counts units (MultiRC: questions), None takes all."""
+    """Which documents of a task are asked for."""
 
     task: str
     shots: int
     part: Part
-    limit: int | None
     demonstrations: Demonstrations
     protocol: Protocol
 

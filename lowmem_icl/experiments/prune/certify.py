@@ -28,6 +28,7 @@ from lowmem_icl.statistics.certificate import (
     p_value_of_loss,
     passed_in_order,
 )
+from lowmem_icl.tasks.document_counts import limit_words
 from lowmem_icl.tasks.scoring import document_scores
 
 MOST_TESTED = 16
@@ -134,7 +135,7 @@ def need(prepared: Prepared) -> str:
     return (
         f"prune: a certificate of tolerance {options.tolerance:g} needs at least "
         f"{documents_needed(options.tolerance)} training documents beyond the search's "
-        f"{options.resolved_train_limit}; possible for {len(certifiable(prepared))} of "
+        f"{limit_words(options.resolved_train_limit)}; possible for {len(certifiable(prepared))} of "
         f"{len(settings_of(prepared))} searches"
     )
 
