@@ -44,7 +44,7 @@ class Skeleton:
                 raise InputError(f"config.json: '{name}' = {value!r} is not supported; expected {harmless!r}")
         sizes = _sizes(config)
         self.layers: int = sizes.num_layers
-        self._layers_field: str = sizes.NUM_LAYERS
+        self.layers_field: str = sizes.NUM_LAYERS
         self.heads: int = sizes.num_attention_heads
         self.width: int = sizes.hidden_size
         self.vocabulary: int = sizes.vocab_size
@@ -109,7 +109,7 @@ class Skeleton:
         for name in FIELDS_BY_LAYER:
             if values := getattr(config, name, None):
                 setattr(config, name, values[:shown])
-        setattr(config, self._layers_field, shown)
+        setattr(config, self.layers_field, shown)
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
         model.tie_weights()
