@@ -7,15 +7,20 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from commands import invoke
 from conftest import make_checkpoint, make_store, reference_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from lowmem_icl.conversion.checkpoint import open_checkpoint
+from lowmem_icl.conversion.convert import planned_store
+from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.errors import InputError
 from lowmem_icl.model import nf4
 from lowmem_icl.model.nf4 import Nf4Linear, packed_shape, product_bytes, quantise_nf4, stored_bytes
 from lowmem_icl.model.store import open_store
+from lowmem_icl.planning import measure
 
 
 def random_weight(outputs: int, inputs: int, seed: int = 0) -> torch.Tensor:
@@ -175,3 +180,29 @@ def test_a_store_of_other_parameters_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match="need a field 'nf4'"):
         open_store(store.folder)
+
+
+@pytest.mark.parametrize("largest", [measure.LARGEST_WHOLE, 0], ids=["a layer", "its products"])
+def test_a_machine_is_measured_with_weights_in_nf4(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int
+) -> None:
+    monkeypatch.setattr(measure, "LARGEST_WHOLE", largest)
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "checkpoint"))
+    store = planned_store(checkpoint, tmp_path / "store", "nf4")
+    limits = SweepLimits(alive_bytes=1 << 24, micro_batch_tokens=256)
+    rates = measure.measure(store, 32, limits, torch.device("cpu"), backward=True)
+    assert min(rates.attention_seconds, rates.ffn_seconds, rates.backward_seconds) > 0
+
+
+def test_a_plan_counts_the_bytes_of_nf4(tmp_path: Path) -> None:
+    small = ("--tasks", "recall", "--shots", 0, "--limit", 4, "--experiments", "evaluate", "--json")
+    plans = {}
+    for weights in ("int8", "nf4"):
+        told = invoke("plan", "--store-dir", tmp_path / weights, *small, "--weights", weights)
+        assert told.exit_code == 0, told.output
+        plans[weights] = json.loads(told.stdout)
+    made = invoke("convert", "demo", "--store-dir", tmp_path / "nf4", "--weights", "nf4")
+    store = open_store(Path(made.stdout.strip()))
+    tokenizer = sum(file.size_bytes for name, file in store.manifest.files.items() if "tokenizer" in name)
+    assert plans["nf4"]["store_bytes"] == pytest.approx(store.size_bytes - tokenizer, rel=0.03)
+    assert plans["nf4"]["store_bytes"] < plans["int8"]["store_bytes"]

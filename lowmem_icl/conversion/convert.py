@@ -122,14 +122,14 @@ def convert(conversion: Conversion, text: CalibrationText, *, progress: Progress
     _copy_tokenizer(checkpoint, folder / "tokenizer")
     steps = _Steps(checkpoint, skeleton, folder, conversion.weights)
     if NON_LAYER not in claim.files:
-        claim.write_one_by_one(NON_LAYER, *steps.non_layer())
+        _write_non_layer(conversion, claim, steps)
     digests = source_digests(folder / NON_LAYER)
     calibration = None
     if conversion.weights == "int8":
         calibration = _start_calibration(skeleton, folder / NON_LAYER, text)
     with progress("converting", skeleton.layers, "layers") as advance:
         for layer in range(skeleton.layers):
-            _convert_layer(layer, claim, steps, calibration)
+            _convert_layer(layer, conversion, claim, steps, calibration)
             digests |= source_digests(folder / layer_file(layer))
             advance(1)
     checkpoint.shards.clean()
@@ -143,6 +143,7 @@ def convert(conversion: Conversion, text: CalibrationText, *, progress: Progress
             digest=_combined(digests),
             quantisation=checkpoint.quantisation,
             notes=list(checkpoint.notes),
+            path=None if conversion.source_path is None else str(conversion.source_path),
         ),
         files=claim.files | _tokenizer_files(folder),
         outliers=None if calibration is None else _outlier_report(calibration.counts),
@@ -175,13 +176,34 @@ def _start_calibration(skeleton: Skeleton, non_layer: Path, text: CalibrationTex
         vocabulary.close()
 
 
-def _convert_layer(layer: int, claim: Claim, steps: "_Steps", calibration: CalibrationPass | None) -> None:
+def _write_non_layer(conversion: Conversion, claim: Claim, steps: "_Steps") -> None:
+    tensors, digests = steps.non_layer()
+
+    def checked() -> Iterator[tuple[str, Tensor]]:
+        yield from tensors
+        conversion.check_source(NON_LAYER, digests)
+
+    try:
+        claim.write_one_by_one(NON_LAYER, checked(), digests)
+    except InputError:
+        claim.abandon()
+        raise
+
+
+def _convert_layer(
+    layer: int,
+    conversion: Conversion,
+    claim: Claim,
+    steps: "_Steps",
+    calibration: CalibrationPass | None,
+) -> None:
     """Write a layer that is not there yet; in any case take the fixed text through it."""
     name = layer_file(layer)
     kept = name in claim.files
     if kept and calibration is None:
         return
     tensors, digests = (load_file(claim.folder / name), {}) if kept else steps.tensors(layer)
+    conversion.check_source(name, digests)
     if calibration is not None:
         tensors |= calibration.columns_of(layer, tensors, decide=not kept)
     if not kept:
