@@ -21,6 +21,7 @@ from lowmem_icl.model import nf4
 from lowmem_icl.model.nf4 import Nf4Linear, packed_shape, product_bytes, quantise_nf4, stored_bytes
 from lowmem_icl.model.store import open_store
 from lowmem_icl.planning import measure
+from lowmem_icl.report.run_tables import read_run
 
 
 def random_weight(outputs: int, inputs: int, seed: int = 0) -> torch.Tensor:
@@ -206,3 +207,19 @@ def test_a_plan_counts_the_bytes_of_nf4(tmp_path: Path) -> None:
     tokenizer = sum(file.size_bytes for name, file in store.manifest.files.items() if "tokenizer" in name)
     assert plans["nf4"]["store_bytes"] == pytest.approx(store.size_bytes - tokenizer, rel=0.03)
     assert plans["nf4"]["store_bytes"] < plans["int8"]["store_bytes"]
+
+
+def test_a_runs_tables_say_which_form_it_was(tmp_path: Path, stores: Path) -> None:
+    asked = ("--tasks", "recall", "--shots", 0, "--limit", 4, "--train-limit", 2)
+    done = invoke(
+        "run", "--weights", "nf4", "--experiments", "evaluate,importance", *asked,
+        "--store-dir", stores, "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    run = read_run(tmp_path / "run")
+    assert run.results["weights"].unique().to_list() == ["nf4"]
+    assert run.record["model"]["weights"] == "nf4"
+    told = invoke("run", "--model", run.record["model"]["store"], *asked, "--out", tmp_path / "again")
+    assert told.exit_code == 2
+    assert "--weights int8: the store" in told.output
+    assert "holds nf4; give --weights nf4" in " ".join(told.output.split())

@@ -3,8 +3,9 @@
 Dettmers et al. 2023 (arXiv 2305.14314): weights are rounded to 16 numbers, quantiles of the normal
 distribution, times the absolute maximum of the 64 they stand among. These maxima are rounded to 8 bits in
 turn (double quantisation): 4.13 bits a weight in all. In float32 they would take 4.5, a twelfth more to read,
-and the demo's weights would be nearer by a two-thousandth of their error. Activations are not rounded, so a product is that of a float32 model
-with the dequantised weights, and a row's result is the same whatever shares its batch.
+and the demo's weights would be nearer by a two-thousandth of their error. Activations are not rounded, so a
+product is that of a float32 model with the dequantised weights, and a row's result is the same whatever
+shares its batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
