@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -222,3 +223,21 @@ def test_deleting_shards_of_a_folder_is_refused(hub: Hub, tmp_path: Path) -> Non
     assert refused.exit_code == 2
     assert "only what was fetched from the hub" in refused.stderr.replace("\n", " ")
     assert all((hub.folder / name).is_file() for name in SHARDS)
+
+
+def test_a_store_of_another_form_comes_of_the_hubs_cache_alone(hub: Hub, tmp_path: Path) -> None:
+    """And where the cache is gone, the command that fetches again is told."""
+    stores = ("--store-dir", tmp_path / "stores")
+    first = invoke("convert", REPOSITORY, "--weights", "float32", *stores)
+    assert first.exit_code == 0, first.output
+    store = Path(first.stdout.strip())
+    hub.refused |= {path.name for path in hub.folder.iterdir()}
+    hub.fetched.clear()
+    second = invoke("convert", store, "--weights", "nf4", *stores)
+    assert (second.exit_code, hub.fetched) == (0, []), second.output
+    sources = [open_store(Path(done.stdout.strip())).manifest.source for done in (first, second)]
+    assert sources[0] == sources[1]
+    assert sources[1].revision == COMMIT
+    shutil.rmtree(tmp_path / "home")
+    told = " ".join(invoke("convert", store, "--weights", "bfloat16", *stores).output.split())
+    assert f"lowmem-icl convert {REPOSITORY} --revision {COMMIT} --weights bfloat16" in told
