@@ -19,7 +19,7 @@ FLOORS = (
     {"options", "masks", "statistics"},
     {"tables", "tasks", "model"},
     {"conversion", "engine"},
-    {"session"},
+    {"session", "export"},
     {"experiments", "report"},
     {"planning", "tracking"},
     {"runner"},

@@ -34,6 +34,7 @@ NOT_RUN = {
     r"scripts/try_wheel\.py": "a test of its own, in tests/test_packaging.py",
     r"scripts/\S+\.sh": "hours, and weights from the hub",
     r"--track ": "trackers are extras, with tests of their own",
+    r"masks (push|pull)": "masks go to the hub and come from it",
     r"--install-completion": "writes to the reader's own shell",
 }
 """What is not run here, by what is written there, and why; it is checked as far as its arguments say."""

@@ -1,5 +1,5 @@
-"""The name of the model in lm-evaluation-harness. torch imports this module in every program where the package
-is installed, so it imports nothing by itself.
+"""The name of the model in lm-evaluation-harness. torch imports this module in every program where the
+package is installed, so it imports nothing by itself.
 """
 
 import sys
