@@ -1,7 +1,7 @@
-"""What each form of weights costs in accuracy, disk and time: the table of docs/stores.md.
+"""What each form of weights costs in accuracy, disk and time: the tables of docs/stores.md and the README.
 
     python scripts/weight_forms.py [--models demo,smollm2] [--out runs/forms] [--store-dir DIR] [--rounds 5]
-        [--docs docs/stores.md] [--json FILE]
+        [--docs docs/stores.md] [--readme README.md] [--json FILE]
 
 Each model is evaluated in every form by the same command, `lowmem-icl run --experiments evaluate`: the demo
 on all its tasks at 0, 4 and 16 shots, a pretrained model on four tasks of word pairs at 0 and 5. Accuracy is
@@ -145,12 +145,28 @@ def table(forms: Sequence[Form]) -> str:
     return "\n".join(lines)
 
 
+def short_table(forms: Sequence[Form]) -> str:
+    """Return the README's table as Markdown: a row per form, the largest model's share of float16."""
+    models = list(dict.fromkeys(form.model for form in forms))
+    by_weights = {(form.model, form.weights): form for form in forms}
+    lines = [
+        f"| `--weights` | disk, of float16 | {' | '.join(f'accuracy, {model}' for model in models)} |",
+        f"|---|--:|{'--:|' * len(models)}",
+    ]
+    for weights in FORMS:
+        scores = " | ".join(f"{by_weights[model, weights].accuracy:.3f}" for model in models)
+        share = by_weights[models[-1], weights].share_of_half
+        lines.append(f"| {weights} | {100 * share:.0f} % | {scores} |")
+    return "\n".join(lines)
+
+
 def main(
     models: Annotated[str, typer.Option(help="Comma-separated, as --model takes them.")] = "demo,smollm2",
     out: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs/forms"),
     store_dir: Annotated[Path | None, typer.Option(help="Folder for the stores.")] = None,
     rounds: Annotated[int, typer.Option(help="How often each is timed.")] = 5,
     docs: Annotated[Path | None, typer.Option(help="Put the table between this file's marks.")] = None,
+    readme: Annotated[Path | None, typer.Option(help="Put a short one between this file's marks.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
     """Evaluate every model in every form and print the table."""
@@ -164,6 +180,8 @@ def main(
     print(text)
     if docs is not None:
         put_table(docs, "weights", Path(__file__).name, text)
+    if readme is not None:
+        put_table(readme, "weights", Path(__file__).name, short_table(forms))
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(form) for form in forms], indent=1) + "\n")
 

@@ -152,3 +152,5 @@ def test_forms_of_weights_are_compared_by_the_right_answers(int8_store: Store, t
     assert forms.pass_seconds({"int8": int8_store.folder}, rounds=1)["int8"] > 0
     line = forms.table([forms.Form("demo", "nf4", 2_000_000, 0.258, 0.75, 0.0123, 4.0)]).splitlines()[-1]
     assert line == "| demo | nf4 | 2 MB | 26 % | 0.750 | 0.012 | 4 |"
+    every = [forms.Form("demo", weights, 2_000_000, 0.258, 0.75, 0.0, 4.0) for weights in forms.FORMS]
+    assert forms.short_table(every).splitlines()[-1] == "| nf4 | 26 % | 0.750 |"
