@@ -195,6 +195,23 @@ class CardChecks:
         assert differences.max() < INT8_WORST_NATS
         assert np.median(differences) < INT8_MEDIAN_NATS
 
+    def test_nf4_scores_and_gradients_are_the_cpus_whatever_the_memory(
+        self, device: torch.device, nf4_store: Store, tmp_path: Path
+    ) -> None:
+        jobs = [Job(packed_task(2).packed, ablation_masks(3, 4))]
+        (plenty,) = swept_on(device, nf4_store, jobs, PLENTY, tmp_path, resident=1 << 30)
+        (tight,) = swept_on(device, nf4_store, jobs, TIGHT, tmp_path, tables=0)
+        np.testing.assert_array_equal(plenty.logprobs, tight.logprobs)
+        (expected,) = swept(nf4_store, jobs)
+        assert_equal(plenty.logprobs, expected.logprobs)
+        task, chosen = chosen_task()
+        result = gradients_on(device, nf4_store, task, chosen)
+        for name in GRADIENTS:
+            assert_equal(getattr(result, name), getattr(gradients_on_the_cpu(nf4_store, task), name))
+        asked = questions(FORMS["default"])
+        scores = scores_of_heads_on(device, nf4_store, asked)
+        assert_equal(scores.copying, scored_on_the_cpu(nf4_store, asked).copying)
+
     def test_layers_of_any_size_arrive_whole_in_any_order(self, device: torch.device, tmp_path: Path) -> None:
         """Layers larger than the one before in the same buffer, some that stay, passes that are given up."""
         paths = []

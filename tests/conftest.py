@@ -235,3 +235,8 @@ def float_store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> S
 @pytest.fixture(scope="session")
 def int8_store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     return make_store(checkpoint, tmp_path_factory.mktemp("stores") / "int8", "int8")
+
+
+@pytest.fixture(scope="session")
+def nf4_store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_store(checkpoint, tmp_path_factory.mktemp("stores") / "nf4", "nf4")

@@ -285,7 +285,10 @@ def test_masks_are_saved_and_read_again(model: icl.OpenModel, tmp_path: Path) ->
 
 REFUSALS: dict[str, tuple[Any, str]] = {
     "unknown option": (lambda: icl.run(limt=3), "limt is not an option of a run; did you mean 'limit'"),
-    "a bad value": (lambda: icl.run(limit=-1), "^limit: expected a whole number of at least 1, got -1"),
+    "a bad value": (
+        lambda: icl.run(limit=-1),
+        "^limit: expected a whole number of at least 1, or a fraction such as 0.1, got -1",
+    ),
     "an unknown task": (
         lambda: icl.load_task("recal"),
         "^tasks: unknown task 'recal'; did you mean 'recall'",

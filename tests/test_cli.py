@@ -110,7 +110,8 @@ def test_a_bad_option_is_refused_before_anything_heavy_is_imported() -> None:
         )
         assert (told.returncode, told.stdout.strip()) == (2, "[]"), told.stderr
         assert told.stderr.startswith(
-            "lowmem-icl: --weights: expected one of int8, bfloat16, float32, got 'int4'"
+            "lowmem-icl: --weights: expected one of int8, nf4, bfloat16, float32, got 'int4'; "
+            "did you mean 'nf4'?"
         )
         assert len(told.stderr.splitlines()) == 1
 

@@ -26,7 +26,7 @@ def anchors(page: Path) -> set[str]:
 def tree_files() -> set[str]:
     """Return the paths that the tree of docs/contributing.md names, relative to the repository."""
     text = (DOCS / "contributing.md").read_text(encoding="utf-8")
-    block = re.search(r"<!-- tree -->\n```\n(.*?)```\n<!-- /tree -->", text, re.DOTALL)
+    block = re.search(r"<!-- tree -->\n```text\n(.*?)```\n<!-- /tree -->", text, re.DOTALL)
     assert block is not None
     named, folders = set(), [""]
     for line in block[1].splitlines():
@@ -63,9 +63,13 @@ def test_the_page_names_headings_that_exist() -> None:
     assert named == headings
 
 
-def test_the_readme_leads_to_every_page() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert not [page.name for page in DOCS.glob("*.md") if f"(docs/{page.name})" not in text]
+def test_the_list_of_pages_and_the_navigation_name_every_page() -> None:
+    assert "(docs/README.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    listed = (DOCS / "README.md").read_text(encoding="utf-8")
+    navigation = (DOCS / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in DOCS.glob("*.md"):
+        assert page.name == "README.md" or f"({page.name})" in listed
+        assert re.search(rf"^ +- (?:.+: )?docs/{page.name}$", navigation, re.MULTILINE), page.name
 
 
 def test_the_tree_names_every_file_of_the_package_and_no_other() -> None:

@@ -10,8 +10,11 @@ import family_oracles as oracles
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from conftest import make_store
 from family_models import CASES, CONTEXT, HEADS, LAYERS, FamilyCase
+from numpy.typing import NDArray
+from safetensors.torch import load_file
 from test_engine import CPU, PLENTY, ablation_masks, cache_of, packed_task, swept
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
@@ -52,6 +55,28 @@ class Made:
     def int8_store(self) -> Store:
         return make_store(self.folder / "checkpoint", self.folder / "int8", "int8")
 
+    @cached_property
+    def nf4_store(self) -> Store:
+        return make_store(self.folder / "checkpoint", self.folder / "nf4", "nf4")
+
+    def of_nf4(self) -> Any:
+        """Hugging Face's own model in float32, its layers' linears being those of the NF4 store."""
+        model, skeleton = self.case.reloaded(self.folder / "checkpoint"), self.store.skeleton
+        for layer, path in zip(
+            model.get_submodule(skeleton.blocks_name), self.nf4_store.layer_paths, strict=True
+        ):
+            tensors = load_file(path)
+            for linear, shape in skeleton.linear_shapes.items():
+                name = f"{linear}.weight"
+                parts = {key: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+                parts.pop(f"{name}.nested_offset")
+                state = QuantState.from_dict(parts, CPU)
+                state.shape = torch.Size([shape[0] * shape[1]])
+                values = dequantize_4bit(tensors[name], state).view(shape)
+                transposed = name in skeleton.transposed_weights
+                layer.get_parameter(name).data = values.t().contiguous() if transposed else values
+        return model
+
 
 @pytest.fixture(scope="module", params=CASES)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
@@ -75,7 +100,7 @@ def test_cases_are_uneven() -> None:
 
 
 def test_a_store_is_read_back_as_it_was_written(made: Made) -> None:
-    for store in (made.store, made.int8_store):
+    for store in (made.store, made.int8_store, made.nf4_store):
         verify_store(open_store(store.folder))
         assert store.manifest.source.digest == made.store.manifest.source.digest
 
@@ -93,13 +118,18 @@ def test_every_unit_removed_equals_one_hooked_row_a_unit(made: Made, shared: int
     assert (np.abs(scores.logprobs[1:] - scores.logprobs[0]).max(1) > 1e-3).all(), "every unit matters"
 
 
+def gradients_of(store: Store, task: Any, chosen: NDArray[np.bool_]) -> UnitGradients:
+    result = UnitGradients.empty(len(task.task.documents), task.packed.option_count, LAYERS, HEADS)
+    with StreamedModel(store, device=CPU, resident_bytes=0) as model, cache_of(PLENTY) as cache:
+        job = GradientJob(task.packed.rows, lambda logprobs: chosen)
+        unit_gradients(PassSetup(model, PLENTY, cache), [job], [result])
+    return result
+
+
 def test_gradients_equal_the_whole_graph(made: Made) -> None:
     task = packed_task(4, gold_only=True)
     chosen = np.array([gold for document in task.task.documents for gold in document.gold])
-    result = UnitGradients.empty(len(task.task.documents), task.packed.option_count, LAYERS, HEADS)
-    with StreamedModel(made.store, device=CPU, resident_bytes=0) as model, cache_of(PLENTY) as cache:
-        job = GradientJob(task.packed.rows, lambda logprobs: chosen)
-        unit_gradients(PassSetup(model, PLENTY, cache), [job], [result])
+    result = gradients_of(made.store, task, chosen)
     for owner, document in enumerate(task.task.documents):
         option = task.options[int(task.first_option[owner]) + document.gold.index(True)]
         expected = oracles.unit_gradients(made.case, made.model, option)
@@ -212,15 +242,33 @@ def _split(attention: Any, projected: Tensor) -> Tensor:
     return by_kind[kind]()
 
 
-def test_int8_is_bitwise_the_same_for_any_memory(made: Made) -> None:
+def test_nf4_is_the_model_with_dequantised_weights(made: Made) -> None:
+    """Scores, clean and with units removed, and the gradient of every unit."""
+    model, masks = made.of_nf4(), (Mask(), *ablation_masks(LAYERS, HEADS)[:3])
+    task = packed_task(2)
+    (scores,) = swept(made.nf4_store, [Job(task.packed, masks)])
+    expected = oracles.option_logprobs_by_mask(made.case, model, task.options, masks)
+    np.testing.assert_allclose(scores.logprobs, expected, rtol=1e-5, atol=1e-4)
+    task = packed_task(4, gold_only=True)
+    chosen = np.array([gold for document in task.task.documents for gold in document.gold])
+    result = gradients_of(made.nf4_store, task, chosen)
+    option = task.options[int(task.first_option[0]) + task.task.documents[0].gold.index(True)]
+    names = ("head_absolute", "head_signed", "ffn_absolute", "ffn_signed")
+    for name, values in zip(names, oracles.unit_gradients(made.case, model, option), strict=True):
+        np.testing.assert_allclose(getattr(result, name)[0], values, atol=1e-4 * np.abs(values).max())
+
+
+@pytest.mark.parametrize("weights", ["int8", "nf4"])
+def test_rounded_weights_are_bitwise_the_same_for_any_memory(made: Made, weights: str) -> None:
     """Layers streamed or kept, waves, micro-batches, and the vocabulary in memory or on disk."""
+    store = made.int8_store if weights == "int8" else made.nf4_store
     job = Job(
         packed_task(3, shared=40).packed, (*ablation_masks(LAYERS, HEADS)[:4], Mask(ffns=frozenset([2])))
     )
-    (plenty,) = swept(made.int8_store, [job])
-    spill = made.folder / "spill"
+    (plenty,) = swept(store, [job])
+    spill = made.folder / f"spill-{weights}"
     with (
-        StreamedModel(made.int8_store, device=CPU, resident_bytes=0, tables_in_memory=False) as model,
+        StreamedModel(store, device=CPU, resident_bytes=0, tables_in_memory=False) as model,
         cache_of(TIGHT, spill) as cache,
     ):
         (tight,) = sweep(PassSetup(model, TIGHT, cache), [job])

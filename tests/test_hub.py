@@ -1,14 +1,18 @@
 """Hub ids, against a local stand-in of the hub: the same addresses and headers, served from a folder."""
 
+import base64
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import PROCESS, invoke
@@ -25,10 +29,13 @@ COMMIT = "c" * 40
 
 
 class Hub:
-    """Serves one repository; counts what is asked for, and can refuse a file."""
+    """Serves one repository; counts what is asked for, can refuse a file, and takes commits."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, repository: str = REPOSITORY) -> None:
+        self.folder, self.repository = folder, repository
+        self.posted: list[str] = []
+        # Names that no folder can hold, as a hostile repository may list them.
+        self.listed: dict[str, bytes] = {}
         self.refused: set[str] = set()
         self.fetched: list[str] = []
         self.watched: Path | None = None
@@ -54,14 +61,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: bool) -> None:
         path = self.path.split("?")[0]
-        if path.startswith(f"/api/models/{REPOSITORY}"):
+        repository = self.hub.repository
+        if path.startswith(f"/api/models/{repository}"):
             files = [
                 {"rfilename": f.name, "size": f.stat().st_size} for f in sorted(self.hub.folder.iterdir())
             ]
-            self.reply(json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": files}).encode(), {}, body)
+            files += [{"rfilename": name, "size": len(held)} for name, held in self.hub.listed.items()]
+            self.reply(json.dumps({"id": repository, "sha": COMMIT, "siblings": files}).encode(), {}, body)
             return
         file = self.hub.folder / path.rsplit("/", 1)[-1]
-        if not path.startswith(f"/{REPOSITORY}/resolve/") or not file.is_file():
+        if not path.startswith(f"/{repository}/resolve/") or not file.is_file():
             self.send_error(404)
         elif file.name in self.hub.refused:
             self.send_error(403)
@@ -74,6 +83,31 @@ class _Handler(BaseHTTPRequestHandler):
             content = file.read_bytes()
             etag = hashlib.sha256(content).hexdigest()
             self.reply(content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, body)
+
+    def do_POST(self) -> None:
+        """Make the repository, say that files come within commits, and take a commit's files."""
+        path = self.path.split("?")[0]
+        sent = self.rfile.read(int(self.headers["Content-Length"]))
+        self.hub.posted.append(path)
+        repository = self.hub.repository
+        answer: dict[str, Any] = {}
+        if path == "/api/repos/create":
+            name = "/".join(filter(None, (json.loads(sent).get("organization"), json.loads(sent)["name"])))
+            if name != repository:
+                self.send_error(403)
+                return
+            answer = {"url": f"{self.hub.endpoint}/{repository}", "id": repository}
+        elif path == f"/api/models/{repository}/preupload/main":
+            names = [file["path"] for file in json.loads(sent)["files"]]
+            files = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
+            answer = {"files": files}
+        elif path == f"/api/models/{repository}/commit/main":
+            for line in sent.splitlines():
+                if (step := json.loads(line))["key"] == "file":
+                    content = base64.b64decode(step["value"]["content"])
+                    (self.hub.folder / step["value"]["path"]).write_bytes(content)
+            answer = {"commitUrl": f"{self.hub.endpoint}/{repository}/commit/{COMMIT}", "commitOid": COMMIT}
+        self.reply(json.dumps(answer).encode(), {"Content-Type": "application/json"}, body=True)
 
     def reply(self, content: bytes, headers: dict[str, str], body: bool) -> None:
         self.send_response(200)
@@ -96,11 +130,17 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     as_pickle(folder, "model.")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((DEMO / name).read_bytes())
-    serving = Hub(folder)
+    with served(Hub(folder), tmp_path, monkeypatch) as serving:
+        yield serving
+
+
+@contextmanager
+def served(serving: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Make a stand-in the hub of this process until the end."""
     monkeypatch.setattr(constants, "ENDPOINT", serving.endpoint)
     template = serving.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "home" / "hub"))
     yield serving
     serving.server.shutdown()
     serving.server.server_close()
@@ -183,3 +223,21 @@ def test_deleting_shards_of_a_folder_is_refused(hub: Hub, tmp_path: Path) -> Non
     assert refused.exit_code == 2
     assert "only what was fetched from the hub" in refused.stderr.replace("\n", " ")
     assert all((hub.folder / name).is_file() for name in SHARDS)
+
+
+def test_a_store_of_another_form_comes_of_the_hubs_cache_alone(hub: Hub, tmp_path: Path) -> None:
+    """And where the cache is gone, the command that fetches again is told."""
+    stores = ("--store-dir", tmp_path / "stores")
+    first = invoke("convert", REPOSITORY, "--weights", "float32", *stores)
+    assert first.exit_code == 0, first.output
+    store = Path(first.stdout.strip())
+    hub.refused |= {path.name for path in hub.folder.iterdir()}
+    hub.fetched.clear()
+    second = invoke("convert", store, "--weights", "nf4", *stores)
+    assert (second.exit_code, hub.fetched) == (0, []), second.output
+    sources = [open_store(Path(done.stdout.strip())).manifest.source for done in (first, second)]
+    assert sources[0] == sources[1]
+    assert sources[1].revision == COMMIT
+    shutil.rmtree(tmp_path / "home")
+    told = " ".join(invoke("convert", store, "--weights", "bfloat16", *stores).output.split())
+    assert f"lowmem-icl convert {REPOSITORY} --revision {COMMIT} --weights bfloat16" in told

@@ -24,7 +24,7 @@ BAD = {
     "limit": ("0", "a whole number of at least 1"),
     "train_limit": ("many", "a whole number of at least 1"),
     "shots": ("0,-1", "a comma-separated list without repeats, each item a whole number of at least 0"),
-    "weights": ("int4", "one of int8, bfloat16, float32"),
+    "weights": ("int4", "one of int8, nf4, bfloat16, float32"),
     "tolerance": ("2", "a number above 0 and below 1"),
     "memory": ("lots", "a size such as 6GB or 500MiB"),
     "device_memory": ("-1GB", "a size such as 6GB or 500MiB"),
@@ -61,7 +61,7 @@ def test_defaults_are_read_from_the_fields() -> None:
     assert default_text("curves") == "heads,ffns,random"
     assert default_text("tolerance") == "0.01"
     assert default_text("rescore") == ""
-    assert form_of("weights").choices == ("int8", "bfloat16", "float32")
+    assert form_of("weights").choices == ("int8", "nf4", "bfloat16", "float32")
     assert form_of("experiments").choices[-1] == "icl-heads"
 
 
@@ -74,7 +74,7 @@ def test_a_bad_value_is_refused_in_the_same_words_on_the_command_line_and_in_a_f
     assert told.startswith(f"{flag_name(name)}: expected ")
     assert expected in told
     got = {"shots": "-1"}.get(name, value)
-    remedy = "did you mean 'int8'?" if name == "weights" else "correct it or leave it out"
+    remedy = "did you mean 'nf4'?" if name == "weights" else "correct it or leave it out"
     assert f"got {got!r}; {remedy}" in told
     assert name == "weights" or f"(default: {default_text(name)})" in told
     config = tmp_path / "run.toml"

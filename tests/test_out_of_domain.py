@@ -40,7 +40,11 @@ def run_with_lambada(tmp_path_factory: pytest.TempPathFactory) -> PlayedRun:
     rows = [json.dumps({"text": f"{' '.join(['the cat saw a dog'] * n)} wug"}) for n in range(1, 9)]
     (folder / "lambada" / "validation.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     prepared = prepared_for(
-        tasks=("recall", "knowledge", "lambada"), data_dir=folder, shots=(0, 2), curves=ALL_CURVES
+        tasks=("recall", "knowledge", "lambada"),
+        data_dir=folder,
+        shots=(0, 2),
+        curves=ALL_CURVES,
+        objective="gold_logprob",
     )
     found: dict[str, StageResult] = {}
     for stage, result, _ in run_stages(played(prepared), {}):

@@ -14,6 +14,7 @@ import typer
 from lowmem_icl.masks.files import MaskFile, MaskModel, write_mask
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.model.skeleton import Skeleton
+from lowmem_icl.model.store import Store
 from lowmem_icl.report.figures.style import figure_style
 from lowmem_icl.tables.schema import RESULTS, write_table
 
@@ -133,3 +134,23 @@ def test_every_table_has_its_place(page: str, name: str, made_by: str) -> None:
     told = (SCRIPTS.parent / page).read_text(encoding="utf-8")
     assert told.count(f"<!-- {name}: scripts/{made_by} -->") == told.count(f"<!-- /{name} -->") == 1
     assert f'"{name}", Path(__file__).name' in (SCRIPTS / made_by).read_text(encoding="utf-8")
+
+
+def test_forms_of_weights_are_compared_by_the_right_answers(int8_store: Store, tmp_path: Path) -> None:
+    forms = script("weight_forms")
+    same = {"task": "a", "shots": 0}
+    rows = [
+        same | {"document": document, "option": option, "gold": option == 1, "logprob": -1.0}
+        for document, option in ((0, 0), (0, 1), (1, 0), (1, 1))
+    ]
+    moved = [row | {"logprob": logprob} for row, logprob in zip(rows, (-9.0, -1.0, -9.0, -1.5), strict=True)]
+    assert forms.distance(pl.DataFrame(moved), pl.DataFrame(rows)) == 0.25
+    size, share = forms.layers_on_disk(int8_store.folder)
+    assert size == sum(path.stat().st_size for path in int8_store.layer_paths)
+    parameters = sum(math.prod(shape) for shape in int8_store.skeleton.layer_parameters().values())
+    assert share == size / (2 * 3 * parameters)
+    assert forms.pass_seconds({"int8": int8_store.folder}, rounds=1)["int8"] > 0
+    line = forms.table([forms.Form("demo", "nf4", 2_000_000, 0.258, 0.75, 0.0123, 4.0)]).splitlines()[-1]
+    assert line == "| demo | nf4 | 2 MB | 26 % | 0.750 | 0.012 | 4 |"
+    every = [forms.Form("demo", weights, 2_000_000, 0.258, 0.75, 0.0, 4.0) for weights in forms.FORMS]
+    assert forms.short_table(every).splitlines()[-1] == "| nf4 | 26 % | 0.750 |"

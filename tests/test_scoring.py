@@ -68,7 +68,7 @@ def test_a_line_ends_at_a_newline_only(tmp_path: Path) -> None:
     assert [document.options[0][0] for document in task.documents] == [context]
 
 
-def test_a_single_option_has_no_chance_and_no_margin() -> None:
+def test_a_single_option_has_no_chance_no_margin_and_no_share() -> None:
     """As tasks of lm-eval have it that ask for one continuation."""
     documents = tuple(Document(n, (("q", " a"),), (True,), str(n), (), str(n), 0, {}) for n in range(2))
     task = TaskRows("one", 0, "test", documents, "acc", ())
@@ -76,6 +76,7 @@ def test_a_single_option_has_no_chance_and_no_margin() -> None:
     scores = document_scores(task, np.array([-1.0, -1.0]), np.array([True, False]))
     assert scores["acc"].tolist() == [1, 0]
     assert np.isnan(scores["margin"]).all()
+    assert np.isnan(scores["gold_prob"]).all()
 
 
 def test_one_row_cannot_be_halved(tmp_path: Path) -> None:
@@ -106,7 +107,8 @@ def test_scores_of_many_masks_equal_those_of_each_document_alone() -> None:
             weights = np.exp(values)
             assert scores["acc"][mask, index] == right
             assert scores["gold_logprob"][mask, index] == values[here].max()
-            assert scores["gold_prob"][mask, index] == pytest.approx(weights[here].sum() / weights.sum())
+            share = weights[here].sum() / weights.sum() if len(flags) > 1 else np.nan
+            assert scores["gold_prob"][mask, index] == pytest.approx(share, nan_ok=True)
             if here.all():
                 assert np.isnan(scores["margin"][mask, index])
             else:

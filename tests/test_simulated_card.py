@@ -24,7 +24,7 @@ REFUSED = (
 
 
 @pytest.fixture
-def card(float_store: Store, int8_store: Store) -> Iterator[Card]:
+def card(float_store: Store, int8_store: Store, nf4_store: Store) -> Iterator[Card]:
     """Stores are made before: on the CPU, as always."""
     with simulated_card() as given:
         yield given

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowmem_icl.api.words import python_errors
 from lowmem_icl.errors import InputError
@@ -14,6 +14,11 @@ from lowmem_icl.masks.mask import Unit, all_ffns, all_heads
 from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.options import did_you_mean
 from lowmem_icl.protocols import ABLATIONS, Ablation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lowmem_icl.export.applied import AppliedMask
 
 LONGEST_TEXT = 60
 """Characters of a mask's units up to which these are its name."""
@@ -146,6 +151,31 @@ class Mask:
             f"Mask({self.name!r}: {heads} of {model.layers * model.heads} heads and {ffns} of {model.layers} "
             f"FFNs of {model.id} removed)"
         )
+
+    @python_errors
+    def applied(self, model: "PreTrainedModel") -> "AppliedMask":
+        """Put the mask on a plain transformers model at once, without the engine; return what takes it off.
+
+        It is on until the end of a `with`, or until `.remove()`. Scores are the engine's. Raises InputError
+        for a model of an unknown family or another shape, and for a mask that needs other documents
+        (`resample`) or brings no table of means.
+
+        >>> import lowmem_icl as icl
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("lowmem_icl/demo")
+        >>> with icl.Mask.parse("L1H3 L2F").applied(model) as on:
+        ...     on.is_on
+        True
+        """
+        from lowmem_icl.export.applied import applied
+
+        units, origin = self.units, self.origin
+        if self.ablation != "zero" and units.fill is None and self:
+            raise InputError(
+                f"ablation {self.ablation}: expected a mask that brings what stands in removed units' place; "
+                "read one of a file, or take one of zeros"
+            )
+        return applied(units, model, None if origin is None else origin.means, self.model)
 
     @python_errors
     def save(self, path: str | Path, model: MaskModel | None = None) -> Path:

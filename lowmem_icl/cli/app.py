@@ -170,7 +170,8 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            help="Checkpoint folder, .gguf file, gemma3-270m, smollm2 or a model's id on the hub.",
+            help="Checkpoint folder, .gguf file, gemma3-270m, smollm2, a model's id on the hub, or a store, "
+            "whose own source is converted again.",
             metavar="SOURCE",
             show_default=False,
         ),

@@ -5,8 +5,10 @@ from pathlib import Path
 import typer
 
 from lowmem_icl.cli.terminal import Terminal, size
-from lowmem_icl.conversion.locate import ensure_store, locate
-from lowmem_icl.model.store import open_store, verify_store
+from lowmem_icl.conversion.locate import DEMO, ModelLocation, ensure_store, locate
+from lowmem_icl.conversion.packaged import PACKAGED_MODELS
+from lowmem_icl.conversion.source import locate_source
+from lowmem_icl.model.store import is_store, open_store, verify_store
 from lowmem_icl.options import RunOptions
 
 
@@ -18,18 +20,31 @@ def verify_files(folder: Path, terminal: Terminal) -> None:
     typer.echo(f"{folder}: {len(store.manifest.files)} files, {size(store.size_bytes)}, all as written")
 
 
-def convert_model(
-    options: RunOptions, folder: Path | None, terminal: Terminal, *, delete_shards: bool
-) -> None:
-    """Convert `options.model` to a store in a folder, or where runs look for it; print the store's folder."""
-    location = locate(
+def _located(options: RunOptions, folder: Path | None, terminal: Terminal) -> ModelLocation:
+    given, store_dir = Path(options.model).expanduser(), options.resolved_store_dir
+    if is_store(given) and options.model not in (DEMO, *PACKAGED_MODELS):
+        store = open_store(given)
+        if folder is not None or store.manifest.weights != options.weights:
+            return locate_source(
+                store, options.weights, store_dir, store_folder=folder, progress=terminal.progress
+            )
+    return locate(
         options.model,
         options.revision,
         options.weights,
-        options.resolved_store_dir,
+        store_dir,
         store_folder=folder,
         progress=terminal.progress,
     )
+
+
+def convert_model(
+    options: RunOptions, folder: Path | None, terminal: Terminal, *, delete_shards: bool
+) -> None:
+    """Convert `options.model`, or the source of the store that it is, to a store in a folder, or where runs
+    look for it; print the store's folder.
+    """
+    location = _located(options, folder, terminal)
     store = ensure_store(
         location,
         options.weights,

@@ -1,4 +1,4 @@
-"""`lowmem-icl masks`: look at mask files, compare and combine them, write them out for other tools."""
+"""`lowmem-icl masks`: look at mask files, compare and combine them; `mask_export` and `mask_hub` add more."""
 
 import json
 import operator
@@ -15,6 +15,8 @@ import typer
 from lowmem_icl.cli.commands import Group as Commands
 from lowmem_icl.cli.commands import command_of
 from lowmem_icl.cli.errors import reports_errors
+from lowmem_icl.cli.mask_export import OneFile, export
+from lowmem_icl.cli.mask_hub import pull, push
 from lowmem_icl.cli.parameters import JsonOption
 from lowmem_icl.errors import InputError
 from lowmem_icl.masks.files import NAME_PATTERN, MaskFile, masks_in, read_mask, write_mask
@@ -26,11 +28,10 @@ from lowmem_icl.report.findings.wording import units_text
 masks_app = typer.Typer(
     cls=Commands,
     rich_markup_mode=None,
-    help="List, show, compare, combine and export mask files.",
+    help="List, show, compare, combine, export, push and pull mask files.",
     pretty_exceptions_enable=False,
 )
 
-OneFile = Annotated[Path, typer.Argument(help="Mask file.", metavar="FILE", show_default=False)]
 Files = Annotated[list[Path], typer.Argument(help="Mask files.", metavar="FILE", show_default=False)]
 FilesOrFolders = Annotated[
     list[Path], typer.Argument(help="Mask files, or folders of them.", metavar="PATH", show_default=False)
@@ -311,18 +312,6 @@ def combine(
     typer.echo(f"{out}: {len(mask.heads)} heads and {len(mask.ffns)} FFNs removed")
 
 
-@command_of(masks_app)
-@reports_errors
-def export(
-    path: OneFile,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="JSON lists of [layer, head] and of layers.")
-    ] = False,
-) -> None:
-    """Print the removed units for other tools: one per line, or as JSON."""
-    mask = read_mask(path).mask
-    if as_json:
-        typer.echo(json.dumps({"heads": sorted(map(list, mask.heads)), "ffns": sorted(mask.ffns)}))
-        return
-    for unit in mask.units():
-        typer.echo(str(unit))
+command_of(masks_app)(export)
+command_of(masks_app)(push)
+command_of(masks_app)(pull)

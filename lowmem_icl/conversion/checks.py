@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from lowmem_icl.errors import InputError
+from lowmem_icl.model.nf4 import packed_shape
 from lowmem_icl.model.reading import read_header
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import NON_LAYER, Manifest, altered_files, layer_file
@@ -25,8 +26,11 @@ def check_written(folder: Path, manifest: Manifest, skeleton: Skeleton, progress
             "run the same command again, or choose another disk"
         )
     _check_parameters(folder / NON_LAYER, skeleton.non_layer_parameters())
+    shapes = skeleton.layer_parameters()
+    if manifest.weights == "nf4":
+        shapes |= {f"{name}.weight": packed_shape(shape) for name, shape in skeleton.linear_shapes.items()}
     for layer in range(skeleton.layers):
-        _check_parameters(folder / layer_file(layer), skeleton.layer_parameters())
+        _check_parameters(folder / layer_file(layer), shapes)
 
 
 def _check_parameters(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -1,6 +1,7 @@
 """A folder that one conversion works in, and what of its store is finished."""
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,20 +10,42 @@ from torch import Tensor
 
 from lowmem_icl.conversion.checkpoint import Checkpoint, read_json
 from lowmem_icl.errors import InputError
-from lowmem_icl.model.store import NON_LAYER, StoredFile, Weights
-from lowmem_icl.model.writing import save_one_by_one, save_tensors, sha256_of_tensors
+from lowmem_icl.model.store import NON_LAYER, Store, StoredFile, Weights
+from lowmem_icl.model.writing import save_one_by_one, save_tensors, sha256_of_tensors, source_digests
 from lowmem_icl.system.files import write_text_atomic
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is to become which store: a checkpoint, its folder and form, and what the source is called."""
+    """What is to become which store: a checkpoint, its folder and form, what the source is called, and where
+    it lies if no name finds it.
+
+    `made_before`: a store that must have been made from the same tensors.
+    """
 
     checkpoint: Checkpoint
     folder: Path
     weights: Weights
     source_id: str
     revision: str | None = None
+    source_path: Path | None = None
+    made_before: Store | None = None
+
+    def check_source(self, name: str, digests: Mapping[str, str]) -> None:
+        """Compare the source's tensors, by their digests, with those that a file of `made_before` was made
+        from; raise InputError naming the first that differs.
+        """
+        if self.made_before is None:
+            return
+        known = source_digests(self.made_before.folder / name)
+        for parameter in sorted(digests):
+            if known.get(parameter) != digests[parameter]:
+                source = self.source_path or self.source_id
+                raise InputError(
+                    f"{source}: parameter '{parameter}' is not the one that {self.made_before.folder} was "
+                    "made from: the source has changed; give the one of then, or convert this one for "
+                    f"itself: lowmem-icl convert {source} --weights {self.weights}"
+                )
 
 
 class Claim:
@@ -71,6 +94,11 @@ class Claim:
         size, digest = save_one_by_one(self.folder / name, tensors, digests)
         self.files[name] = StoredFile(size_bytes=size, sha256=digest)
         self._save()
+
+    def abandon(self) -> None:
+        """Remove the folder again where no file is finished."""
+        if not self.files:
+            shutil.rmtree(self.folder)
 
     def _save(self) -> None:
         files = {name: file.model_dump() for name, file in self.files.items()}

@@ -22,6 +22,7 @@ from lowmem_icl.conversion.claim import Claim, Conversion
 from lowmem_icl.conversion.tied import settle_tied_tables
 from lowmem_icl.errors import DoesNotFit, InputError
 from lowmem_icl.model.int8 import OUTLIER_THRESHOLD, quantise_rows
+from lowmem_icl.model.nf4 import Nf4Form, quantise_nf4, stored_bytes
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import (
     MANIFEST,
@@ -41,7 +42,6 @@ from lowmem_icl.model.writing import save_tensors, source_digests
 from lowmem_icl.system.files import atomic_path, free_bytes, sha256_of_file, write_text_atomic
 from lowmem_icl.system.progress import Progress, unseen
 
-BYTES_PER_ELEMENT = {"int8": 1, "bfloat16": 2, "float32": 4}
 FLOAT_BYTES = 4
 STORED_TYPE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 NON_LAYER_TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -60,11 +60,7 @@ def planned_store(checkpoint: Checkpoint, folder: Path, weights: Weights) -> Sto
     for name, shape in skeleton.layer_parameters().items():
         elements = torch.Size(shape).numel()
         layer_elements += elements
-        if name not in linears:
-            layer_size += FLOAT_BYTES * elements
-        else:
-            layer_size += BYTES_PER_ELEMENT[weights] * elements
-            layer_size += FLOAT_BYTES * shape[0] if weights == "int8" else 0
+        layer_size += _linear_bytes(shape, weights) if name in linears else FLOAT_BYTES * elements
     non_layer = sum(torch.Size(shape).numel() for shape in skeleton.non_layer_parameters().values())
     parameters = non_layer + skeleton.layers * layer_elements
     element = checkpoint.float_bytes or _bytes_per_element(checkpoint, parameters)
@@ -76,8 +72,19 @@ def planned_store(checkpoint: Checkpoint, folder: Path, weights: Weights) -> Sto
         source=Source(id="planned", revision=None, digest="", notes=list(checkpoint.notes)),
         files={name: StoredFile(size_bytes=size, sha256="0" * 64) for name, size in sizes.items()},
         outliers=None,
+        nf4=Nf4Form() if weights == "nf4" else None,
     )
     return Store(folder, manifest, checkpoint.folder)
+
+
+def _linear_bytes(shape: tuple[int, ...], weights: Weights) -> int:
+    """Return how many bytes the weight of a linear, [outputs, inputs], takes in a store."""
+    elements = torch.Size(shape).numel()
+    if weights == "nf4":
+        return stored_bytes(shape)
+    if weights == "int8":
+        return elements + FLOAT_BYTES * shape[0]
+    return elements * STORED_TYPE[weights].itemsize
 
 
 def _bytes_per_element(checkpoint: Checkpoint, parameters: int) -> int:
@@ -115,14 +122,14 @@ def convert(conversion: Conversion, text: CalibrationText, *, progress: Progress
     _copy_tokenizer(checkpoint, folder / "tokenizer")
     steps = _Steps(checkpoint, skeleton, folder, conversion.weights)
     if NON_LAYER not in claim.files:
-        claim.write_one_by_one(NON_LAYER, *steps.non_layer())
+        _write_non_layer(conversion, claim, steps)
     digests = source_digests(folder / NON_LAYER)
     calibration = None
     if conversion.weights == "int8":
         calibration = _start_calibration(skeleton, folder / NON_LAYER, text)
     with progress("converting", skeleton.layers, "layers") as advance:
         for layer in range(skeleton.layers):
-            _convert_layer(layer, claim, steps, calibration)
+            _convert_layer(layer, conversion, claim, steps, calibration)
             digests |= source_digests(folder / layer_file(layer))
             advance(1)
     checkpoint.shards.clean()
@@ -136,9 +143,11 @@ def convert(conversion: Conversion, text: CalibrationText, *, progress: Progress
             digest=_combined(digests),
             quantisation=checkpoint.quantisation,
             notes=list(checkpoint.notes),
+            path=None if conversion.source_path is None else str(conversion.source_path),
         ),
         files=claim.files | _tokenizer_files(folder),
         outliers=None if calibration is None else _outlier_report(calibration.counts),
+        nf4=Nf4Form() if conversion.weights == "nf4" else None,
     )
     check_written(folder, manifest, skeleton, progress)
     write_text_atomic(folder / MANIFEST, json.dumps(manifest.model_dump(), indent=1) + "\n")
@@ -167,13 +176,34 @@ def _start_calibration(skeleton: Skeleton, non_layer: Path, text: CalibrationTex
         vocabulary.close()
 
 
-def _convert_layer(layer: int, claim: Claim, steps: "_Steps", calibration: CalibrationPass | None) -> None:
+def _write_non_layer(conversion: Conversion, claim: Claim, steps: "_Steps") -> None:
+    tensors, digests = steps.non_layer()
+
+    def checked() -> Iterator[tuple[str, Tensor]]:
+        yield from tensors
+        conversion.check_source(NON_LAYER, digests)
+
+    try:
+        claim.write_one_by_one(NON_LAYER, checked(), digests)
+    except InputError:
+        claim.abandon()
+        raise
+
+
+def _convert_layer(
+    layer: int,
+    conversion: Conversion,
+    claim: Claim,
+    steps: "_Steps",
+    calibration: CalibrationPass | None,
+) -> None:
     """Write a layer that is not there yet; in any case take the fixed text through it."""
     name = layer_file(layer)
     kept = name in claim.files
     if kept and calibration is None:
         return
     tensors, digests = (load_file(claim.folder / name), {}) if kept else steps.tensors(layer)
+    conversion.check_source(name, digests)
     if calibration is not None:
         tensors |= calibration.columns_of(layer, tensors, decide=not kept)
     if not kept:
@@ -299,6 +329,8 @@ class _Steps:
         self._check_finite(name, tensor)
         if name not in self._linears:
             return {name: tensor.float().clone()}
+        if self._weights == "nf4":
+            return quantise_nf4(name, tensor)
         if self._weights != "int8":
             return {name: tensor.to(STORED_TYPE[self._weights], copy=True).contiguous()}
         owner = name.removesuffix(".weight")

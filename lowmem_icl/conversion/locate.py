@@ -40,12 +40,18 @@ READ_MODELS = "models"
 
 @dataclass(frozen=True)
 class ModelLocation:
-    """Where a model is: a finished store, or a checkpoint and the folder its store belongs in."""
+    """Where a model is: a finished store, or a checkpoint and the folder its store belongs in.
+
+    `source_path`: of a checkpoint folder or a GGUF file that no name finds; `made_before`: a store that must
+    have been made from the same tensors.
+    """
 
     source_id: str
     revision: str | None
     checkpoint: Checkpoint | None
     store_folder: Path
+    source_path: Path | None = None
+    made_before: Store | None = None
 
 
 def locate(
@@ -94,7 +100,7 @@ def _locate_gguf_file(
         advance(1)
     if packaged is not None:
         checkpoint.notes.insert(0, packaged.terms)
-    return ModelLocation(model, None, checkpoint, target)
+    return ModelLocation(model, None, checkpoint, target, None if packaged else path.resolve())
 
 
 def _only_store(store_dir: Path, model: str, weights: Weights) -> Path | None:
@@ -118,7 +124,8 @@ def _locate_folder(
         if store.manifest.weights != weights:
             raise InputError(
                 f"--weights {weights}: the store {folder} holds {store.manifest.weights}; "
-                f"give --weights {store.manifest.weights} or the checkpoint it was made from"
+                f"give --weights {store.manifest.weights}, or make a store of {weights} from its source: "
+                f"lowmem-icl convert {folder} --weights {weights}"
             )
         return ModelLocation(store.manifest.source.id, store.manifest.source.revision, None, folder)
     elif not folder.exists():
@@ -129,13 +136,13 @@ def _locate_folder(
     stats = [(name, (folder / name).stat()) for name in sorted(checkpoint.shards.sizes)]
     identity = [checkpoint.config, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]
     store_folder = store_dir / f"{folder.name}-{_eight_digits(identity)}-{weights}"
-    return ModelLocation(model, revision, checkpoint, store_folder)
+    path = None if model == DEMO else folder.resolve()
+    return ModelLocation(model, revision, checkpoint, store_folder, path)
 
 
 def _locate_on_hub(model: str, revision: str | None, weights: Weights, store_dir: Path) -> ModelLocation:
     from lowmem_icl.conversion.hub import HubShards, open_hub_checkpoint
 
-    name = model.replace("/", "--")
     try:
         checkpoint = open_hub_checkpoint(model, revision)
     except InputError:
@@ -147,8 +154,12 @@ def _locate_on_hub(model: str, revision: str | None, weights: Weights, store_dir
         return ModelLocation(model, open_store(existing).manifest.source.revision, None, existing)
     assert isinstance(checkpoint.shards, HubShards)
     commit = checkpoint.shards.commit
-    folder = store_dir / f"{name}-{_eight_digits([model, commit])}-{weights}"
-    return ModelLocation(model, commit, checkpoint, folder)
+    return ModelLocation(model, commit, checkpoint, hub_store_folder(store_dir, model, commit, weights))
+
+
+def hub_store_folder(store_dir: Path, model: str, commit: str | None, weights: Weights) -> Path:
+    """Return where the store of a commit of a hub's model belongs."""
+    return store_dir / f"{model.replace('/', '--')}-{_eight_digits([model, commit])}-{weights}"
 
 
 def _refuse_misspelt(model: str) -> None:
@@ -233,7 +244,15 @@ def ensure_store(
     tokenizer = load_tokenizer(checkpoint.folder)
     adds_bos, _ = begins_with_bos(family_of(checkpoint.config["model_type"]), tokenizer)
     return convert(
-        Conversion(checkpoint, located.store_folder, weights, located.source_id, located.revision),
+        Conversion(
+            checkpoint,
+            located.store_folder,
+            weights,
+            located.source_id,
+            located.revision,
+            source_path=located.source_path,
+            made_before=located.made_before,
+        ),
         CalibrationText(tokeniser(tokenizer)(fixed_text()), tokenizer.bos_token_id if adds_bos else None),
         progress=progress,
     )

@@ -140,14 +140,11 @@ def write_mask(path: Path, mask_file: MaskFile) -> None:
     write_text_atomic(path, mask_file.to_json())
 
 
-def read_mask(path: Path) -> MaskFile:
-    """Read and check a mask file and the table of means it names; raise InputError naming the file and the
-    field that is wrong.
-    """
+def _read_content(path: Path) -> _Content:
     try:
         if path.stat().st_size > LARGEST_FILE_BYTES:
             raise InputError(f"mask {path}: larger than {LARGEST_FILE_BYTES >> 20} MB; not a mask file")
-        content = _Content.model_validate_json(path.read_bytes())
+        return _Content.model_validate_json(path.read_bytes())
     except OSError as error:
         raise InputError(f"mask {path}: cannot be read ({error.strerror}); give a mask file") from error
     except ValidationError as error:
@@ -156,6 +153,20 @@ def read_mask(path: Path) -> MaskFile:
         raise InputError(
             f"mask {path}: {field_name}: {first['msg']}; see masks/README.md for the form"
         ) from error
+
+
+def table_of(path: Path) -> str | None:
+    """Return the digest of the table of means that a mask file names, which need not be there; None where it
+    needs none. Raises InputError as `read_mask`.
+    """
+    return _read_content(path).means
+
+
+def read_mask(path: Path) -> MaskFile:
+    """Read and check a mask file and the table of means it names; raise InputError naming the file and the
+    field that is wrong.
+    """
+    content = _read_content(path)
     heads = [(int(layer), head) for layer, listed in content.removed.heads.items() for head in listed]
     ffns = content.removed.ffns
     if len(set(heads)) < len(heads) or len(set(ffns)) < len(ffns):

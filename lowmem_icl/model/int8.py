@@ -6,6 +6,7 @@ in floating point next to it. bitsandbytes finds these columns anew in every cal
 here they are fixed per store, so a row's result is the same whatever shares its batch.
 """
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -29,10 +30,17 @@ DEVICE_MULTIPLE = 4
 
 
 @cache
-def _operators() -> Any:
-    # Imported here: it takes a second, and plans multiply nothing in integers here.
-    import bitsandbytes as bnb
-
+def bitsandbytes_operators() -> Any:
+    """Import bitsandbytes, which registers its operators with torch, and return them."""
+    # Of a kernel that it cannot load for the CPU it warns, and none of it is used here.
+    warns = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = warns.level
+    warns.setLevel(logging.ERROR)
+    try:
+        # Imported here: it takes a second, and plans multiply nothing in integers here.
+        import bitsandbytes as bnb
+    finally:
+        warns.setLevel(level)
     assert bnb.__version__, "importing bitsandbytes registers the operators"
     return torch.ops.bitsandbytes
 
@@ -86,7 +94,7 @@ def integer_product(left: Tensor, right: Tensor) -> Tensor:
     else:
         exact = _has_integer_instructions()
     if exact and left.is_cuda:
-        return _operators().int8_linear_matmul(left, right)
+        return bitsandbytes_operators().int8_linear_matmul(left, right)
     if exact:
         # What bitsandbytes' operator calls here, without the way through Python's dispatcher.
         return torch._int_mm(left, right.t())
@@ -218,6 +226,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, bias: bool, shared: SharedInput | None = None) -> None:
         super().__init__()
+        self.in_features, self.out_features = inputs, outputs
         self.register_buffer("weight", torch.empty(outputs, inputs, dtype=torch.int8, device="meta"))
         self.register_buffer("SCB", torch.empty(outputs, dtype=torch.float32, device="meta"))
         self.register_buffer("bias", torch.empty(outputs, device="meta") if bias else None)

@@ -22,6 +22,7 @@ from lowmem_icl.model.activation import steady_activations
 from lowmem_icl.model.attention import ATTENTION, AttentionForm, RowAttention, Segment
 from lowmem_icl.model.families.family import NormForm
 from lowmem_icl.model.int8 import FIXED_ROWS, Int8Linear, dequantise_rows, replace_linears
+from lowmem_icl.model.nf4 import Nf4Linear, replace_with_nf4
 from lowmem_icl.model.positions import RotaryAngles
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.stand_ins import (
@@ -128,6 +129,8 @@ class DecoderLayer:
         first, *others = skeleton.empty_layers()
         if weights == "int8":
             replace_linears(first, (self._family.attention_inputs, self._family.ffn_inputs))
+        elif weights == "nf4":
+            replace_with_nf4(first)
         for other in others:
             share_leaves(first, other)
         for layer in (first, *others):
@@ -135,7 +138,8 @@ class DecoderLayer:
         self._module: Any = first
         self._kinds = [self._halves(layer) for layer in (first, *others)]
         self._kind = 0
-        self._linears = list(self.int8_linears.values())
+        self._int8 = list(self.int8_linears.values())
+        self._quantised = [part for part in first.modules() if isinstance(part, Int8Linear | Nf4Linear)]
         rotary = skeleton.rotary
         self._angles = None if rotary is None else RotaryAngles(rotary, skeleton.context_tokens, device)
 
@@ -178,6 +182,10 @@ class DecoderLayer:
         """
         self._kind = self._skeleton.kind_of_layer[number]
         for name, tensor in tensors.items():
+            linear, _, part = name.partition(".weight.")
+            if part:
+                self._module.get_submodule(linear).take(part, tensor.to(self.device))
+                continue
             owner, _, leaf = name.rpartition(".")
             if leaf == "weight_format":
                 continue
@@ -185,12 +193,12 @@ class DecoderLayer:
                 # Its length differs from layer to layer.
                 self._module.get_submodule(owner).outlier_columns = tensor.to(self.device)
                 continue
-            value = tensor if tensor.dtype == torch.int8 else tensor.float()
+            value = tensor.float() if tensor.is_floating_point() else tensor
             # Else it would empty the device's allocator after every tensor.
             set_module_tensor_to_device(self._module, name, self.device, value=value, clear_cache=False)
         self._module.requires_grad_(False)
-        for linear in self._linears:
-            linear.refresh()
+        for quantised in self._quantised:
+            quantised.refresh()
 
     @property
     def output_weight(self) -> Tensor:
@@ -234,7 +242,7 @@ class DecoderLayer:
         Both in float32, and nothing of the other heads is.
         """
         skeleton, values = self._skeleton, self._module.get_submodule(self._family.attention_inputs[-1])
-        rows: Sequence[int] = range(len(values.weight))
+        rows: Sequence[int] = range(values.out_features)
         if self._family.fused is not None:
             rows = self._family.fused.value_rows(len(rows), skeleton.config, skeleton.head_width)
         group = head * (len(rows) // skeleton.head_width) // skeleton.heads
@@ -295,7 +303,7 @@ class DecoderLayer:
 
         together, tokens = finish_tokens(self._skeleton.ffn_width), len(residual)
         # A graph holds everything anyway, and outlier columns are sought in all tokens at once.
-        calibrating = any(linear.calibrating for linear in self._linears)
+        calibrating = any(linear.calibrating for linear in self._int8)
         if tokens <= together or torch.is_grad_enabled() or calibrating:
             return finished(slice(None))
         out = torch.empty_like(residual)
@@ -343,6 +351,8 @@ class DecoderLayer:
 
 def _float_rows(linear: Any, rows: list[int] | slice, columns: slice = slice(None)) -> Tensor:
     """Return some rows and columns of a linear's weight in float32."""
+    if isinstance(linear, Nf4Linear):
+        return linear.float_rows(rows, columns)
     weight = linear.weight.detach()[rows, columns]
     return dequantise_rows(weight, linear.SCB[rows]) if isinstance(linear, Int8Linear) else weight.float()
 

@@ -44,7 +44,7 @@ class Skeleton:
                 raise InputError(f"config.json: '{name}' = {value!r} is not supported; expected {harmless!r}")
         sizes = _sizes(config)
         self.layers: int = sizes.num_layers
-        self._layers_field: str = sizes.NUM_LAYERS
+        self.layers_field: str = sizes.NUM_LAYERS
         self.heads: int = sizes.num_attention_heads
         self.width: int = sizes.hidden_size
         self.vocabulary: int = sizes.vocab_size
@@ -109,7 +109,7 @@ class Skeleton:
         for name in FIELDS_BY_LAYER:
             if values := getattr(config, name, None):
                 setattr(config, name, values[:shown])
-        setattr(config, self._layers_field, shown)
+        setattr(config, self.layers_field, shown)
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
         model.tie_weights()
@@ -156,14 +156,15 @@ class Skeleton:
         return [name for name, module in modules if isinstance(module, nn.Linear)]
 
     @cached_property
-    def _linear_shapes(self) -> dict[str, tuple[int, ...]]:
+    def linear_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights of a layer's linears, [outputs, inputs], by the linear's name."""
         shapes = self.layer_parameters()
         return {name: shapes[f"{name}.weight"] for name in self.linear_names()}
 
     @cached_property
     def weights_by_part(self) -> tuple[int, int, int]:
         """How many weights of a layer each token meets: in the attention's inputs, its output, the FFN."""
-        sizes = {name: math.prod(shape) for name, shape in self._linear_shapes.items()}
+        sizes = {name: math.prod(shape) for name, shape in self.linear_shapes.items()}
         attention = sum(sizes[name] for name in self.family.attention_inputs)
         projection = sizes[self.family.attention_output]
         return attention, projection, sum(sizes.values()) - attention - projection
@@ -171,7 +172,7 @@ class Skeleton:
     @cached_property
     def attention_width(self) -> int:
         """Width of z, the heads' outputs side by side, [H · d]; need not be the model's."""
-        return self._linear_shapes[self.family.attention_output][1]
+        return self.linear_shapes[self.family.attention_output][1]
 
     @property
     def head_width(self) -> int:
@@ -181,7 +182,7 @@ class Skeleton:
     @cached_property
     def ffn_width(self) -> int:
         """Outputs of the FFN's first linears together: twice as many where they are gated."""
-        return sum(self._linear_shapes[name][0] for name in self.family.ffn_inputs)
+        return sum(self.linear_shapes[name][0] for name in self.family.ffn_inputs)
 
     @cached_property
     def embedding_width(self) -> int:

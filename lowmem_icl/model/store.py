@@ -2,7 +2,7 @@
 
 STORE/manifest.json            what it is: form, model, source, files with sizes and digests
 STORE/outside.safetensors      embeddings, final norm, projections, in the source's precision
-STORE/layers/000.safetensors   one decoder layer; int8 linears as `weight`, `SCB`, `weight_format`
+STORE/layers/000.safetensors   one decoder layer; linears in int8 and NF4 as bitsandbytes serialises them
 STORE/tokenizer/               the source's tokenizer files, unchanged
 """
 
@@ -21,9 +21,11 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
+    model_validator,
 )
 
 from lowmem_icl.errors import InputError
+from lowmem_icl.model.nf4 import Nf4Form
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.system.files import forget_pages, sha256_of_file
 from lowmem_icl.system.progress import Advance
@@ -33,7 +35,7 @@ MANIFEST = "manifest.json"
 NON_LAYER = "outside.safetensors"
 """What lies outside the layers; the file keeps the name of older stores, so that these stay readable."""
 
-Weights = Literal["int8", "bfloat16", "float32"]
+Weights = Literal["int8", "nf4", "bfloat16", "float32"]
 
 
 class StoredFile(BaseModel):
@@ -48,7 +50,8 @@ class Source(BaseModel):
     """Where the weights came from; `digest` is over the source's tensors, so it is the same in every form.
 
     `quantisation` names the form, such as Q4_K_M, that the source's tensors were rounded to before; `notes`
-    are what was done at conversion that a reader would not expect.
+    are what was done at conversion that a reader would not expect. `path` is where a checkpoint folder or a
+    GGUF file lay, None where a name alone finds it.
     """
 
     model_config = ConfigDict(strict=True)
@@ -57,12 +60,13 @@ class Source(BaseModel):
     digest: str
     quantisation: str | None = None
     notes: list[str] = []
+    path: str | None = None
 
     @model_serializer(mode="wrap")
     def _leave_out_what_is_absent(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # So that manifests of before, and their digests, stay as they were.
         fields: dict[str, Any] = serialise(self)
-        absent: dict[str, Any] = {"quantisation": None, "notes": []}
+        absent: dict[str, Any] = {"quantisation": None, "notes": [], "path": None}
         return {name: value for name, value in fields.items() if name not in absent or value != absent[name]}
 
 
@@ -91,11 +95,27 @@ class Manifest(BaseModel):
     source: Source
     files: dict[str, StoredFile]
     outliers: OutlierReport | None
+    nf4: Nf4Form | None = None
+
+    @model_validator(mode="after")
+    def _name_the_form_of_nf4(self) -> "Manifest":
+        if (self.weights == "nf4") != (self.nf4 is not None):
+            raise ValueError(f"weights {self.weights} need a field 'nf4' where they are nf4, and none else")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_absent(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialise(self)
+        return {name: value for name, value in fields.items() if name != "nf4" or value is not None}
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the whole manifest, so over every file's digest: the identity of these weights."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+        """SHA-256 over the whole manifest, so over every file's digest: the identity of these weights.
+
+        Where the source lay is no part of it.
+        """
+        fields = self.model_dump(exclude={"source": {"path"}})
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

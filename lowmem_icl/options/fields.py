@@ -59,7 +59,7 @@ class RunFields(BaseModel):
         Flag(Group.MODEL, "Branch, tag or commit of a model on the hub.", "the newest"),
     ] = None
     weights: Annotated[
-        Literal["int8", "bfloat16", "float32"],
+        Literal["int8", "nf4", "bfloat16", "float32"],
         Flag(Group.MODEL, "How the weights of linear layers are stored."),
     ] = "int8"
     store_dir: Annotated[

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 SYNONYMS = {
     "gpu": "cuda",
     "8bit": "int8",
+    "4bit": "nf4",
+    "int4": "nf4",
+    "fp4": "nf4",
     "bf16": "bfloat16",
     "fp32": "float32",
     "float": "float32",

@@ -18,7 +18,7 @@ from lowmem_icl.engine.micro_batches import MICRO_BATCH_TOKENS
 from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.errors import InputError
 from lowmem_icl.model.skeleton import Skeleton
-from lowmem_icl.model.store import Store
+from lowmem_icl.model.store import Store, Weights
 from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.measure import Rates, measure
 from lowmem_icl.planning.memory import FREE_SHARE
@@ -46,7 +46,7 @@ class MachineFile(BaseModel):
     format: Literal["lowmem-icl-machine/1"]
     version: str
     model: str
-    weights: Literal["int8", "bfloat16", "float32"]
+    weights: Weights
     machine: dict[str, str | int | None]
     memory_bytes: Bytes
     device_memory_bytes: Bytes | None

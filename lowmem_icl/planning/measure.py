@@ -17,6 +17,7 @@ from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.model.attention import Segment, whole_row
 from lowmem_icl.model.int8 import FIXED_ROWS, Int8Linear, matmul_in_fixed_rows
 from lowmem_icl.model.layer import DecoderLayer
+from lowmem_icl.model.nf4 import Nf4Linear, quantise_nf4
 from lowmem_icl.model.reading import read_rate
 from lowmem_icl.model.store import Store
 from lowmem_icl.model.tables import VOCABULARY_BLOCK
@@ -165,6 +166,10 @@ class _CutLayer:
             for name, value in values.items():
                 setattr(linear, name, value)
             linear.refresh()
+        elif self.store.manifest.weights == "nf4":
+            linear = Nf4Linear(inputs, outputs, bias=True)
+            linear.bias = torch.zeros(outputs)
+            linear.fill(quantise_nf4("weight", torch.randn(outputs, inputs)))
         else:
             linear = nn.Linear(inputs, outputs)
         batches = torch.randn(max(1, min(4, UNCACHED_BYTES // 2 // (4 * tokens * inputs))), tokens, inputs)
@@ -245,10 +250,12 @@ def _random_layer(store: Store) -> dict[str, Tensor]:
         elements = torch.Size(shape).numel()
         few = torch.randint(-127, 128, (min(elements, RANDOM_ELEMENTS),), dtype=torch.int8)
         values = few.repeat(-(-elements // len(few)))[:elements].view(shape)
-        if owner not in linears or leaf == "bias" or weights != "int8":
+        if owner not in linears or leaf == "bias" or weights not in ("int8", "nf4"):
             tensors[name] = values.float().mul_(1e-3)
-            continue
-        tensors[name], tensors[f"{owner}.SCB"] = values, torch.full((shape[0],), 0.1)
+        elif weights == "nf4":
+            tensors |= quantise_nf4(name, values)
+        else:
+            tensors[name], tensors[f"{owner}.SCB"] = values, torch.full((shape[0],), 0.1)
     return tensors
 
 

@@ -15,6 +15,7 @@ from lowmem_icl.errors import DoesNotFit
 from lowmem_icl.experiments.induction.stage import copying_form
 from lowmem_icl.model.int8 import BACKWARD_INPUTS, BACKWARD_OUTPUTS, FIXED_ROWS
 from lowmem_icl.model.layer import finish_tokens
+from lowmem_icl.model.nf4 import product_bytes
 from lowmem_icl.model.reading import PAGE_BYTES
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import NON_LAYER
@@ -31,8 +32,8 @@ SPILL_SHARE = 0.5
 WORKING_SHARE = 0.4
 # cuBLAS' workspace, and what torch's allocator rounds up.
 DEVICE_LIBRARIES = 64 << 20
-# Forms that compute in float32 hold the layer in use once more, converted.
-CONVERTED_COPIES = {"int8": 0, "bfloat16": 2, "float32": 1}
+# Forms that compute in float32 hold the layer in use once more, converted; NF4 its blocks' maxima only.
+CONVERTED_COPIES = {"int8": 0, "nf4": 1 / 8, "bfloat16": 2, "float32": 1}
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class _Needs:
         self.allowance = prepared.options.memory or int(psutil.virtual_memory().available * FREE_SHARE)
         self.read_ahead = 2 * (store.layer_bytes + PAGE_BYTES)
         converted = CONVERTED_COPIES[store.manifest.weights]
-        self.in_use = store.layer_bytes * converted
+        self.in_use = math.ceil(store.layer_bytes * converted)
         if self.on_device:
             # Two layers are in turn copied and used there.
             self.in_use += 2 * store.layer_bytes + DEVICE_LIBRARIES
@@ -243,6 +244,8 @@ def working_bytes(prepared: Prepared, longest_tokens: int, together: int) -> int
     working = forward_bytes(skeleton, tokens, longest_tokens)
     if options.takes_gradients:
         working = backward_bytes(skeleton, tokens, longest_tokens)
+    if prepared.store.manifest.weights == "nf4":
+        working += product_bytes(max(inputs for _, inputs in skeleton.linear_shapes.values()))
     if "induction" in options.experiments:
         # What stays while the pass runs; a layer's heads are read before its FFN.
         working += kept_bytes(skeleton, copying_form(options))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
+from lowmem_icl.errors import InputError
 from lowmem_icl.options import RunOptions
 from lowmem_icl.statistics.certificate import documents_needed
 from lowmem_icl.tasks.document_counts import DocumentLimit
@@ -22,6 +23,19 @@ def certify_limit(options: RunOptions) -> int:
     if options.certify_limit is None:
         return TIMES_NEEDED * documents_needed(options.tolerance)
     return options.certify_limit
+
+
+def check_objective(options: RunOptions, tasks: Sequence[OpenTask]) -> None:
+    """Raise InputError where a search is to keep what documents of a task do not have.
+
+    With one option gold_prob is 1 whatever is removed, so that a search would remove everything.
+    """
+    without = [task.name for task in tasks if not task.has_alternatives]
+    if "prune" in options.experiments and options.objective == "gold_prob" and without:
+        raise InputError(
+            f"--objective gold_prob: documents of {', '.join(without)} have one option each, whose share is "
+            "always 1; ask for --objective gold_logprob, or leave prune out of --experiments"
+        )
 
 
 def part_limits(options: RunOptions) -> dict[str, tuple[Part, DocumentLimit]]:

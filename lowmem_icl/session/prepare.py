@@ -17,7 +17,7 @@ from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store
 from lowmem_icl.options import DEMO, PACKAGED_MODEL_NAMES, RunOptions
 from lowmem_icl.rows import PackedRows
-from lowmem_icl.session.document_limits import count_prompts, part_limits
+from lowmem_icl.session.document_limits import check_objective, count_prompts, part_limits
 from lowmem_icl.session.given_prompts import PromptFiles, prompt_files
 from lowmem_icl.session.sampled_texts import (
     SampledDocuments,
@@ -42,6 +42,7 @@ from lowmem_icl.system.progress import Progress, unseen
 from lowmem_icl.tasks.catalogue import DEMO_TASKS, LEARNT_PAIR_TASKS, PAPER_TASKS, expanded
 from lowmem_icl.tasks.document_sizes import estimated_rows
 from lowmem_icl.tasks.documents import TaskRows
+from lowmem_icl.tasks.harness import expanded_names
 from lowmem_icl.tasks.listing import check_data_dir
 from lowmem_icl.tasks.loading import OpenTask, open_task
 from lowmem_icl.tasks.packing import (
@@ -202,7 +203,7 @@ def task_names(options: RunOptions) -> tuple[str, ...]:
     if not options.takes_tasks:
         return ()
     if options.tasks is not None:
-        return expanded(options.tasks)
+        return expanded_names(expanded(options.tasks))
     if options.model in PACKAGED_MODEL_NAMES:
         return LEARNT_PAIR_TASKS
     return DEMO_TASKS if options.model == DEMO else PAPER_TASKS
@@ -280,6 +281,7 @@ class ModelBasis:
 
     def with_texts(self, tasks: Sequence[OpenTask], progress: Progress) -> Prepared:
         """Return the run with the texts of all its documents, found or made."""
+        check_objective(self.options, tasks)
         maker = TextMaker(self.options, self.limits, self.tokenise, self.tokenizer_digest, self.texts)
         documents = documents_of(tasks, maker, progress)
         check_ids((kept.table.tokens.tokens for kept in maker.tables.values()), self.store)
@@ -298,6 +300,7 @@ class ModelBasis:
         sample = kept_sample(self.texts.folder, self._sample_key)
         if sample is None:
             maker = SampledTexts(self.options, self.limits, self.tokenise)
+            check_objective(self.options, tasks())
             made = documents_of(tasks(), maker, progress, only_sizes)
             sample = SampledDocuments(made.by_field, made.notes, made.pair_notes)
             keep_sample(self.texts.folder, self._sample_key, sample)

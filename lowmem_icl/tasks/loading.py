@@ -67,6 +67,11 @@ class OpenTask:
         return all(task.has_training_docs() for task in self.tasks)
 
     @property
+    def has_alternatives(self) -> bool:
+        """Whether documents have options to choose among, and not one continuation each."""
+        return all(task.OUTPUT_TYPE != "loglikelihood" for task in self.tasks)
+
+    @property
     def evaluation_split(self) -> str:
         """The file's name of the split that is evaluated on: test if the task has one, else validation."""
         first = self.tasks[0]

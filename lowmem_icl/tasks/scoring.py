@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from lm_eval.api.metrics import mean
 from numpy.typing import NDArray
 
 from lowmem_icl.statistics.intervals import (
@@ -37,9 +38,10 @@ class MetricValue(NamedTuple):
 def document_scores(task: TaskRows, logprobs: Values, greedy: Flags) -> dict[str, Values]:
     """Return scores by document, [..., N] each, from summed log-probabilities of all options, [..., O].
 
-    gold_logprob: the best gold option's; gold_prob: the softmax over the options, at the gold ones; margin:
-    best gold minus best other, NaN where there is no other; acc: 1 where the first best option is a gold one,
-    or, with one option, where it is what the model would say (`greedy`, [..., O]).
+    gold_logprob: the best gold option's; gold_prob: the softmax over the options, at the gold ones, NaN where
+    there is one option, of which it says nothing; margin: best gold minus best other, NaN where there is no
+    other; acc: 1 where the first best option is a gold one, or, with one option, where it is what the model
+    would say (`greedy`, [..., O]).
     """
     counts = np.array([len(document.gold) for document in task.documents])
     starts = np.cumsum(counts) - counts
@@ -54,10 +56,10 @@ def document_scores(task: TaskRows, logprobs: Values, greedy: Flags) -> dict[str
     best_other = largest(np.where(gold, -np.inf, logprobs))
     is_best = logprobs == np.repeat(best, counts, axis=-1)
     first_best = np.minimum.reduceat(np.where(is_best, np.arange(len(gold)), len(gold)), starts, axis=-1)
+    share = np.add.reduceat(weights * gold, starts, axis=-1) / np.add.reduceat(weights, starts, axis=-1)
     return {
         "gold_logprob": best_gold,
-        "gold_prob": np.add.reduceat(weights * gold, starts, axis=-1)
-        / np.add.reduceat(weights, starts, axis=-1),
+        "gold_prob": np.where(counts == 1, np.nan, share),
         "margin": np.where(np.isneginf(best_other), np.nan, best_gold - best_other),
         "acc": np.where(counts == 1, greedy[..., starts], gold[first_best]).astype(np.float64),
     }
@@ -67,7 +69,7 @@ def task_metrics(task: TaskRows, logprobs: Values, greedy: Flags) -> list[Metric
     """Return lm-eval's metrics of the task over all documents, from the scores of all options, [O].
 
     A mean over documents has the standard error of a mean, clustered by passage or by shared demonstrations;
-    other metrics (MultiRC's, F1) a jackknife over clusters.
+    other metrics (MultiRC's, F1, perplexity) a jackknife over clusters.
     """
     ends = np.cumsum([len(document.gold) for document in task.documents])[:-1]
     values: dict[str, list[Any]] = defaultdict(list)
@@ -90,7 +92,8 @@ def task_metrics(task: TaskRows, logprobs: Values, greedy: Flags) -> list[Metric
 def _interval(items: list[Any], clusters: Sequence[str], aggregate: Callable[[list[Any]], float]) -> Interval:
     """Return a metric of the documents' items: what the harness makes of them, with an interval."""
     value = float(aggregate(items))
-    if not all(isinstance(item, (int, float, np.number)) for item in items):
+    # What is no mean of numbers (F1, a perplexity) has no error of a mean.
+    if aggregate is not mean or not all(isinstance(item, (int, float, np.number)) for item in items):
         return statistic_interval(value, _jackknife_stderr(items, clusters, aggregate), clusters)
     values = np.array(items, dtype=np.float64)
     return mean_interval(values, clusters, _kind_of(values))._replace(value=value)

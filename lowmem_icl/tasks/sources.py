@@ -35,6 +35,7 @@ from lowmem_icl.tasks.catalogue import (
     pair_tasks_folder,
     split_files,
 )
+from lowmem_icl.tasks.harness import SCORED_TYPES, harness_task, task_manager
 from lowmem_icl.tasks.row_files import Rows, read_rows
 from lowmem_icl.tasks.word_pairs import pair_rows, prompt_text, read_pairs
 
@@ -43,6 +44,8 @@ from lowmem_icl.tasks.word_pairs import pair_rows, prompt_text, read_pairs
 ROW_ERRORS = (KeyError, TypeError, AttributeError, IndexError, ValueError, AssertionError, TemplateError)
 # What `datasets` and the hub's client raise where rows cannot be fetched.
 HUB_ERRORS = (DatasetsError, HTTPError, OSError)
+# A metric of lm-eval's for which every option is scored a second time, by itself.
+UNCONDITIONAL_METRIC = "acc_mutual_info"
 # What definitions of lm-eval's own registry raise besides: packages they want, data sets that are scripts.
 HARNESS_ERRORS = (ImportError, RuntimeError)
 
@@ -138,14 +141,23 @@ def _given(splits: dict[str, datasets.Dataset]) -> Callable[..., dict[str, datas
 
 
 def _built(
-    manager: TaskManager, override: dict[str, Any], fetch_errors: tuple[type[Exception], ...]
+    manager: TaskManager,
+    override: dict[str, Any],
+    fetch_errors: tuple[type[Exception], ...],
+    *,
+    inline: bool = False,
 ) -> ConfigurableTask:
-    """Return lm-eval's task of a definition; its rows are loaded and the first one is rendered."""
+    """Return lm-eval's task of a definition; its rows are loaded and the first one is rendered.
+
+    inline: the definition is all there is; the manager has none of that name.
+    """
     name = override["task"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            task = manager.load({"group": "source", "task": [override]})["tasks"][name]
+            task = manager.load(override if inline else {"group": "source", "task": [override]})["tasks"][
+                name
+            ]
     except fetch_errors as error:
         raise InputError(
             f"task {name}: its rows could not be loaded ({type(error).__name__}: {error}); "
@@ -179,28 +191,35 @@ def _odd_field(rows: Rows) -> str:
 
 
 def _from_harness(name: str) -> ConfigurableTask:
-    wanted = name.removeprefix(HARNESS_PREFIX)
-    manager = TaskManager()
-    if wanted not in manager.task_index:
-        hint = did_you_mean(wanted, manager.all_tasks)
-        raise InputError(f"--tasks: lm-eval knows no task '{wanted}'{hint}")
-    entry = manager.task_index[wanted].cfg or {}
-    if "group" in entry:
-        raise InputError(f"--tasks: {name} is a group of lm-eval; name its tasks one by one")
-    task = _built(manager, {"task": wanted}, HUB_ERRORS + HARNESS_ERRORS)
-    if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
+    wanted = harness_task(name)
+    inline = wanted.fields["task"] not in task_manager().task_index
+    task = _built(task_manager(), dict(wanted.fields), HUB_ERRORS + HARNESS_ERRORS, inline=inline)
+    if task.OUTPUT_TYPE not in SCORED_TYPES:
         raise InputError(
-            f"--tasks: {name} is scored by {task.OUTPUT_TYPE}; expected multiple choice or loglikelihood"
+            f"--tasks: {name} is scored by {task.OUTPUT_TYPE}; expected {' or '.join(SCORED_TYPES)}"
+        )
+    if UNCONDITIONAL_METRIC in task.aggregation():
+        raise InputError(
+            f"--tasks: {name} asks for {UNCONDITIONAL_METRIC}, which scores every option without its context "
+            "too; choose a task without it"
         )
     return task
 
 
 def _own_rows(path: Path) -> ConfigurableTask:
-    """Build a task from JSON lines with `context`, `options` and `gold`; texts are used as they stand."""
+    """Build a task from JSON lines with `context`, `options` and `gold`; texts are used as they stand.
+
+    Rows of one option each ask for that continuation, as LAMBADA does.
+    """
     _check_exists(path)
     rows = read_rows(path)
     for number, row in enumerate(rows, start=1):
         _check_own_row(path, number, row)
+        if (len(row["options"]) == 1) != (len(rows[0]["options"]) == 1):
+            raise InputError(
+                f"{path}, row {number}: 'options': expected one in every row of a file or several in every "
+                f"row, got {len(row['options'])} after rows with {len(rows[0]['options'])}; make two files"
+            )
     return _own_task(
         path,
         [
@@ -236,17 +255,21 @@ def _check_exists(path: Path) -> None:
 
 def _own_task(path: Path, rows: Rows) -> ConfigurableTask:
     """Build a task named like a file from rows with `context`, `options` and a list as `gold`."""
-    config = {
-        "task": path.stem,
+    scored: dict[str, Any] = {
         "output_type": "multiple_choice",
-        "validation_split": "validation",
-        "custom_dataset": _given({"validation": _dataset(path, rows)}),
-        "doc_to_text": lambda row: row["context"],
         "doc_to_choice": lambda row: row["options"],
         # lm-eval learns from the first row whether labels are lists, so all rows have one; a demonstration
         # shows the first right option.
         "doc_to_target": lambda row: row["gold"],
         "fewshot_config": {"doc_to_target": lambda row: row["options"][row["gold"][0]]},
+    }
+    if len(rows[0]["options"]) == 1:
+        scored = {"output_type": "loglikelihood", "doc_to_target": lambda row: row["options"][0]}
+    config = scored | {
+        "task": path.stem,
+        "validation_split": "validation",
+        "custom_dataset": _given({"validation": _dataset(path, rows)}),
+        "doc_to_text": lambda row: row["context"],
         "target_delimiter": "",
         "fewshot_delimiter": "\n\n",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
@@ -262,8 +285,8 @@ def _check_own_row(path: Path, number: int, row: dict[str, Any]) -> None:
     options, gold = row.get("options"), row.get("gold")
     if not isinstance(row.get("context"), str):
         raise InputError(f"{path}, row {number}: 'context': expected a text")
-    if not isinstance(options, list) or len(options) < 2:
-        raise InputError(f"{path}, row {number}: 'options': expected a list of texts, at least two")
+    if not isinstance(options, list) or not options:
+        raise InputError(f"{path}, row {number}: 'options': expected a list of texts, at least one")
     for index, option in enumerate(options):
         if not isinstance(option, str) or not option:
             raise InputError(

@@ -216,7 +216,8 @@ def _rankings(
     if len(np.intersect1d(selection.exact, ffns)) == skeleton.layers:
         # The oracle: what removing each FFN alone costs in accuracy, ties told apart by probability.
         at = np.searchsorted(selection.exact, ffns)
-        scores = with_ties_broken(drops.accuracy.mean(1)[at], drops.by_document["gold_prob"].mean(1)[at])
+        ties = drops.by_document["gold_prob" if "gold_prob" in own.others else "gold_logprob"]
+        scores = with_ties_broken(drops.accuracy.mean(1)[at], ties.mean(1)[at])
         rankings |= Rankings(ffns={RankingKey(task.task, task.shots, METHOD): scores})
     return rankings
 

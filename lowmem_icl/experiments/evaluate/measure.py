@@ -62,7 +62,8 @@ def evaluation_records(task: PackedTask, under: MaskScores) -> Iterator[Block]:
 
 def drop_records(task: PackedTask, clean: MaskScores, under: MaskScores) -> Iterator[Block]:
     """Yield what a task loses under a mask, clean minus masked on the same documents: acc_drop,
-    gold_logprob_drop and gold_prob_drop with intervals over the paired differences, clustered.
+    gold_logprob_drop and, where there are options to choose among, gold_prob_drop, with intervals over the
+    paired differences, clustered.
     """
     base = task_fields(task.task) | {
         "mask": under.name,
@@ -77,6 +78,8 @@ def drop_records(task: PackedTask, clean: MaskScores, under: MaskScores) -> Iter
     lost = accuracy - unit_accuracy(task.task, left["acc"])[0]
     yield base | {"metric": "acc_drop"} | mean_interval(lost, clusters, CHANGE)._asdict()
     for name in ("gold_logprob", "gold_prob"):
+        if np.isnan(whole[name]).any():
+            continue
         interval = mean_interval(whole[name] - left[name], task.task.clusters, MEAN)
         yield base | {"metric": f"{name}_drop"} | interval._asdict()
 

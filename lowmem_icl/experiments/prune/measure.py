@@ -46,6 +46,10 @@ class ScoresUnderMasks:
     accuracy: Values
     accuracy_clusters: list[str]
 
+    def has(self, metric: str) -> bool:
+        """Tell whether every document has a metric; with one option there is no gold_prob."""
+        return not np.isnan(self.by_document[metric]).any()
+
     def at(self, masks: Sequence[int]) -> "ScoresUnderMasks":
         """Return the scores under some of the masks, by their indices."""
         indices = np.asarray(masks, dtype=np.int64)
@@ -75,8 +79,9 @@ def point_records(
     values: dict[str, tuple[Values, Sequence[str], Kind]] = {
         main: (pruned.accuracy, pruned.accuracy_clusters, PROPORTION),
         "gold_logprob": (pruned.by_document["gold_logprob"], task.task.clusters, MEAN),
-        "gold_prob": (pruned.by_document["gold_prob"], task.task.clusters, SHARE),
     }
+    if clean.has("gold_prob"):
+        values["gold_prob"] = (pruned.by_document["gold_prob"], task.task.clusters, SHARE)
     found = {metric: mean_intervals(*of_metric) for metric, of_metric in values.items()}
     own = TaskShots(task.task.task, task.task.shots)
     for metric, intervals in (found | drop_intervals(task, clean, pruned)).items():
@@ -92,6 +97,8 @@ def drop_intervals(
     """Return what is lost under each mask, clean minus pruned on the same documents, by the drop's metric."""
     lost = {"acc_drop": mean_intervals(clean.accuracy - pruned.accuracy, pruned.accuracy_clusters, CHANGE)}
     for metric in ("gold_logprob", "gold_prob"):
+        if not clean.has(metric):
+            continue
         by_document = clean.by_document[metric] - pruned.by_document[metric]
         lost[f"{metric}_drop"] = mean_intervals(by_document, task.task.clusters, MEAN)
     return lost

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lowmem_icl.errors import InputError
 from lowmem_icl.model.families.adapted import adapt_bloom, adapt_falcon
-from lowmem_icl.model.families.family import Family, FusedProjection
+from lowmem_icl.model.families.family import Family, FusedProjection, always
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
@@ -61,6 +61,22 @@ def _falcon_groups(config: PretrainedConfig) -> int:
     return 1 if config.multi_query else int(config.num_attention_heads)
 
 
+def _norms_before(config: PretrainedConfig) -> bool:
+    return bool(config.do_layer_norm_before)
+
+
+def _residual_before_norms(config: PretrainedConfig) -> bool:
+    return not getattr(config, "apply_residual_connection_post_layernorm", False)
+
+
+def _parallel_gpt_neox(config: PretrainedConfig) -> bool:
+    return bool(config.use_parallel_residual)
+
+
+def _parallel_falcon(config: PretrainedConfig) -> bool:
+    return bool(config.parallel_attn or config.new_decoder_architecture)
+
+
 OPT = Family(
     attention_inputs=QKV,
     attention_output="self_attn.out_proj",
@@ -73,6 +89,9 @@ OPT = Family(
     token_outputs=_token_outputs_opt,
     # The paper's protocol has none.
     adds_bos=False,
+    blocks="model.decoder.layers",
+    ffn_parts=("fc1", "fc2", "final_layer_norm"),
+    hands_on=_norms_before,
 )
 GPT2 = Family(
     attention_inputs=("attn.c_attn",),
@@ -82,6 +101,8 @@ GPT2 = Family(
     ffn_output="mlp.c_proj",
     final_norm="transformer.ln_f",
     embed=_embed_gpt2,
+    blocks="transformer.h",
+    ffn_parts=("mlp", "ln_2"),
     refused={"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
 )
 GPT_NEOX = Family(
@@ -93,6 +114,9 @@ GPT_NEOX = Family(
     final_norm="gpt_neox.final_layer_norm",
     rotary="gpt_neox.rotary_emb",
     stored_names={"lm_head.weight": "embed_out.weight"},
+    blocks="gpt_neox.layers",
+    ffn_parts=("mlp", "post_attention_layernorm"),
+    parallel=_parallel_gpt_neox,
 )
 GPTJ = Family(
     attention_inputs=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
@@ -101,6 +125,9 @@ GPTJ = Family(
     ffn_output="mlp.fc_out",
     final_norm="transformer.ln_f",
     rotary="transformer.rotary_emb",
+    blocks="transformer.h",
+    ffn_parts=("mlp",),
+    parallel=always,
 )
 LLAMA = Family(
     attention_inputs=QKV,
@@ -109,12 +136,15 @@ LLAMA = Family(
     ffn_output="mlp.down_proj",
     final_norm="model.norm",
     rotary="model.rotary_emb",
+    ffn_parts=("mlp", "post_attention_layernorm"),
+    free_head_width=True,
 )
 # Norms before and after attention and FFN; a GGUF's or tokenizer's word that no BOS is added is wrong here.
 GEMMA2 = replace(
     LLAMA,
     attention_norm="post_attention_layernorm",
     ffn_norm="post_feedforward_layernorm",
+    ffn_parts=("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
     normed_plus_one=True,
     adds_bos=True,
     refused={"use_bidirectional_attention": False},
@@ -130,6 +160,9 @@ BLOOM = Family(
     token_inputs=_token_inputs_bloom,
     embed=_embed_bloom,
     adapt=adapt_bloom,
+    blocks="transformer.h",
+    ffn_parts=("mlp", "post_attention_layernorm"),
+    hands_on=_residual_before_norms,
     refused={"slow_but_exact": False},
 )
 
@@ -143,7 +176,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": LLAMA,
     "qwen3": LLAMA,
     "smollm3": LLAMA,
-    "granite": LLAMA,
+    "granite": replace(LLAMA, scales_written=True),
     "gemma": replace(LLAMA, normed_plus_one=True, adds_bos=True),
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA2,
@@ -153,7 +186,14 @@ FAMILIES: Mapping[str, Family] = {
         fused=FusedProjection(stacked=True, groups=_key_heads),
         ffn_inputs=("mlp.gate_up_proj",),
     ),
-    "olmo2": replace(LLAMA, attention_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm"),
+    "olmo2": replace(
+        LLAMA,
+        attention_norm="post_attention_layernorm",
+        ffn_norm="post_feedforward_layernorm",
+        ffn_parts=("mlp", "post_feedforward_layernorm"),
+        # Queries and keys are normed over all heads together.
+        free_head_width=False,
+    ),
     "bloom": BLOOM,
     "falcon": replace(
         BLOOM,
@@ -162,6 +202,7 @@ FAMILIES: Mapping[str, Family] = {
         token_inputs=Family.token_inputs,
         embed=Family.embed,
         adapt=adapt_falcon,
+        parallel=_parallel_falcon,
         refused={},
     ),
 }

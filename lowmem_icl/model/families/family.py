@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 Embed = Callable[[PreTrainedModel, Tensor, Tensor], Tensor]
 ThroughEnd = Callable[[PreTrainedModel, Tensor], Tensor]
+OfConfig = Callable[[PretrainedConfig], bool]
 
 
 def scaled_rows(model: PreTrainedModel, rows: Tensor) -> Tensor:
@@ -32,6 +33,16 @@ def embed_rows(model: PreTrainedModel, rows: Tensor, positions: Tensor) -> Tenso
 def unchanged(model: PreTrainedModel, values: Tensor) -> Tensor:
     """Return the values as they are."""
     return values
+
+
+def always(config: PretrainedConfig) -> bool:
+    """Return True, whatever a config says."""
+    return True
+
+
+def never(config: PretrainedConfig) -> bool:
+    """Return False, whatever a config says."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,20 @@ class Family:
     token_outputs: ThroughEnd = unchanged
     adapt: Callable[[nn.Module, PretrainedConfig], None] | None = None
     adds_bos: bool | None = None
+    blocks: str = "model.layers"
+    """Where a causal model has its decoder layers; without its head it has them under the same name less the
+    first part."""
+    ffn_parts: tuple[str, ...] = ()
+    """Parts of a layer that belong to its FFN, the norms in front and behind included."""
+    parallel: OfConfig = never
+    """Whether both halves of a layer read what enters it, so that neither stands without the other."""
+    hands_on: OfConfig = always
+    """Whether the residual passes through a layer without heads and FFN as it is."""
+    scales_written: bool = False
+    """Whether what attention and FFN write is multiplied by a number of the config before it is added."""
+    free_head_width: bool = False
+    """Whether a config may name a width of heads that is not the model's divided by their number, and no norm
+    spans several heads: then a model can have fewer heads."""
     stored_names: Mapping[str, str] = field(default_factory=dict)
     """What checkpoints call a parameter outside the layers where transformers has renamed it since."""
     refused: Mapping[str, Any] = field(default_factory=dict)

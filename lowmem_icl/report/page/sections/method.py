@@ -33,6 +33,7 @@ WORDS = {
     "tolerance": "How much a greedy mask may lose; it holds where the whole interval of the loss is within.",
     "certified": "Shown to keep the tolerance on documents that the search did not see, at 95 %.",
     "int8": "Weights in 8 bits, multiplied as LLM.int8 does.",
+    "nf4": "Weights in 4 bits, multiplied in float32.",
     "knee": "The last level of a pruning curve before the first that credibly costs more than one point.",
     "greedy mask": "What is left of units removed layer by layer while the loss keeps the tolerance.",
 }

@@ -1,0 +1,1 @@
+"""Masks outside this tool: on plain models, as checkpoints, for other libraries, on the hub."""

@@ -1,0 +1,1 @@
+"""The tool as a model of lm-evaluation-harness: `lm-eval run --model lowmem-icl`."""
