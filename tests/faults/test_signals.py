@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ HASTY_ENTRY = f"from lowmem_icl.cli.stops import end_at_once; end_at_once(); {HA
 PYTHON_STARTS_SECONDS = 0.05
 
 
-def stopped(command: list[str], signals: list[int], after: float, between: float = 0.05) -> tuple[int, str]:
+def stopped(
+    command: Sequence[str], signals: Sequence[int], after: float, between: float = 0.05
+) -> tuple[int, str]:
     """Run a command, send it signals from a moment on, and return its exit code and stderr."""
     process = subprocess.Popen(
         command,
@@ -39,7 +42,7 @@ def stopped(command: list[str], signals: list[int], after: float, between: float
     return process.returncode, said
 
 
-def check(code: int, said: str, signals: list[int]) -> None:
+def check(code: int, said: str, signals: Sequence[int]) -> None:
     assert "Traceback" not in said, said
     lines = [line for line in said.splitlines() if line.startswith("lowmem-icl: ")]
     if code == 0:
