@@ -19,8 +19,9 @@ from polars.testing import assert_frame_equal
 from synthetic_run import SyntheticRun
 
 from lowmem_icl.options import RunOptions
+from lowmem_icl.session.folder import RunFolder
 from lowmem_icl.session.identity import Identity
-from lowmem_icl.session.record import RunFolder, run_record
+from lowmem_icl.session.record import run_record
 from lowmem_icl.session.run_form import StageActuals
 from lowmem_icl.tracking import catalogue, run_tracking
 from lowmem_icl.tracking.metrics import stage_metrics
