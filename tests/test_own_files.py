@@ -155,5 +155,5 @@ def test_bad_names_files_and_sizes_are_told(tmp_path: Path) -> None:
     (tmp_path / "piqa" / "validation.jsonl").write_text(good + "\n")
     with pytest.raises(InputError, match="has 1 rows to draw demonstrations from, 2 are needed"):
         open_task("piqa", tmp_path).rows(shots=2, part="evaluate", limit=None)
-    with pytest.raises(InputError, match="--limit: expected at least 1, got 0"):
+    with pytest.raises(InputError, match="--limit: expected at least 1, or a fraction, got 0"):
         open_task("piqa", tmp_path).rows(shots=0, part="evaluate", limit=0)
