@@ -141,11 +141,10 @@ def test_no_flipped_bit_of_a_table_goes_unseen(tmp_path: Path) -> None:
         path.write_bytes(flipped)
         try:
             read = read_table(path, "results")
-        except InputError as error:
-            assert "results.parquet: " in str(error)
-        else:
-            # What says where the digest is was hit, and nothing else.
-            assert read.equals(table)
+        except InputError:
+            continue
+        # What says where the digest is was hit, and nothing else.
+        assert read.equals(table)
     for cut in range(0, len(whole), 50):
         path.write_bytes(whole[:cut])
         with pytest.raises(InputError, match="cannot be read as a results table"):
