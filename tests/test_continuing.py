@@ -131,3 +131,16 @@ def test_a_stopped_run_says_so_and_goes_on(small_run: Path, stores: Path, tmp_pa
     assert run_small(out, stores).exit_code == 0
     ours, whole = (read_table(folder / "results.parquet", "results") for folder in (out, small_run))
     assert ours.equals(whole)
+
+
+def test_a_fresh_run_begins_beside_the_one_there(stores: Path, tmp_path: Path) -> None:
+    command = ("run", "--tasks", "recall", "--shots", "4", "--limit", "4", "--experiments", "evaluate")
+    where = ("--store-dir", stores, "--out", tmp_path / "run")
+    assert invoke(*command, *where).exit_code == 0
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    result = invoke(*command, *where, "--fresh")
+    assert result.exit_code == 0, result.output
+    assert f"a fresh run in {tmp_path / 'run-2'}" in result.stderr.replace("\n", "")
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+    ours, others = (read_table(tmp_path / name / "results.parquet", "results") for name in ("run", "run-2"))
+    assert ours.equals(others)

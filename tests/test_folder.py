@@ -257,7 +257,7 @@ def test_what_differs_is_named_with_both_values(tmp_path: Path) -> None:
         f"lowmem-icl's version: {__version__} in the folder, 0.0.1 asked for",
     ):
         assert difference in message
-    assert message.endswith("; choose another --out")
+    assert message.endswith("; choose another --out, or give --fresh, which begins beside it")
     assert message.count(" in the folder") == 9
 
 

@@ -14,6 +14,7 @@ from lowmem_icl import __version__
 from lowmem_icl.cli.commands import CONTEXT_SETTINGS, command_of
 from lowmem_icl.cli.commands import Group as Commands
 from lowmem_icl.cli.errors import names_argument, reports_errors, reports_errors_and_continues
+from lowmem_icl.cli.finished_runs import report, status
 from lowmem_icl.cli.first_line import first_line
 from lowmem_icl.cli.masks import masks_app
 from lowmem_icl.cli.parameters import (
@@ -21,6 +22,7 @@ from lowmem_icl.cli.parameters import (
     EVALUATE_OPTIONS,
     MEASURE_OPTIONS,
     PROMPT_OPTIONS,
+    FreshOption,
     GivenOptions,
     JsonOption,
     QuietOption,
@@ -68,7 +70,9 @@ def _print_json(value: Any) -> None:
 @command_of(app)
 @reports_errors_and_continues
 @takes(*ALL_OPTIONS)
-def run(given: GivenOptions, quiet: QuietOption = False, as_json: JsonOption = False) -> None:
+def run(
+    given: GivenOptions, fresh: FreshOption = False, quiet: QuietOption = False, as_json: JsonOption = False
+) -> None:
     """Plan, then run every experiment and write masks, tables and a page; run it again to continue.
 
     Without options it analyses the bundled demo model. On real data:
@@ -85,7 +89,7 @@ def run(given: GivenOptions, quiet: QuietOption = False, as_json: JsonOption = F
     from lowmem_icl.report.run_tables import read_run
     from lowmem_icl.report.summary import run_summary
 
-    folder = finish_or_find(options, terminal)
+    folder = finish_or_find(options, terminal, fresh=fresh)
     if as_json:
         _print_json(run_summary(read_run(folder)))
     else:
@@ -225,6 +229,7 @@ def evaluate(
             show_default=False,
         ),
     ],
+    fresh: FreshOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -245,7 +250,7 @@ def evaluate(
     from lowmem_icl.report.run_tables import read_run
     from lowmem_icl.report.summary import run_summary
 
-    folder = finish_or_find(with_folder(options, mask_files), terminal, mask_files)
+    folder = finish_or_find(with_folder(options, mask_files), terminal, mask_files, fresh=fresh)
     if as_json:
         _print_json(run_summary(read_run(folder)))
     else:
@@ -330,70 +335,6 @@ def prompts(
         show_prompts(entries, terminal.out)
 
 
-@command_of(app)
-@reports_errors
-def status(
-    folder: Annotated[Path, typer.Argument(help="Run folder.", metavar="FOLDER", show_default=False)],
-    as_json: JsonOption = False,
-) -> None:
-    """Show how far a run has got: whether it is at work, its stages, the time left, the best units so far.
-
-    lowmem-icl status runs/demo-1ba4e60239fc
-    """
-    from lowmem_icl.cli.status import show_status
-    from lowmem_icl.cli.terminal import plain_console
-    from lowmem_icl.report.status import status_of
-
-    state = status_of(folder)
-    if as_json:
-        _print_json(state)
-    else:
-        show_status(state, plain_console())
-
-
-@command_of(app)
-@reports_errors
-def report(
-    folders: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="FOLDER", show_default=False)],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The page.", metavar="FILE", show_default="report.html in the only folder"),
-    ] = None,
-    figures: Annotated[
-        str | None,
-        typer.Option(help="Formats of figures to add: svg, pdf, png.", metavar="LIST", show_default="svg"),
-    ] = None,
-    figure_width: Annotated[
-        str | None, typer.Option(help="Their widths in inches.", metavar="LIST", show_default="6.75")
-    ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Their task; can be given several times.", metavar="NAME", show_default="all in one figure"
-        ),
-    ] = None,
-) -> None:
-    """Write the page of a run again, or one page of several runs, and the tables of units and masks; and
-    figures for papers.
-
-    lowmem-icl report runs/demo --figures pdf --figure-width 3.25 --task recall
-    """
-    from lowmem_icl.report.figures.files import asked_files, write_figures
-    from lowmem_icl.report.files import publish_run
-    from lowmem_icl.report.page.write import write_report
-    from lowmem_icl.report.run_tables import read_run
-
-    if out is None and len(folders) > 1:
-        raise InputError("--out: expected a file for the page of several runs; give --out PAGE.html")
-    files = asked_files(figures, figure_width, task or ())
-    if files is not None:
-        for path in [path for folder in folders for path in write_figures(read_run(folder), files)]:
-            typer.echo(str(path))
-    if out is None:
-        publish_run(folders[0])
-    else:
-        write_report([read_run(folder) for folder in folders], out)
-    typer.echo(str(out or folders[0] / "report.html"))
-
-
+command_of(app)(status)
+command_of(app)(report)
 app.add_typer(masks_app, name="masks")

@@ -47,6 +47,14 @@ QuietOption = Annotated[
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel=Group.OUTPUT)
 ]
+FreshOption = Annotated[
+    bool,
+    typer.Option(
+        "--fresh",
+        help="Begin anew, in a folder beside the one that these options have, which stays as it is.",
+        rich_help_panel=Group.OUTPUT,
+    ),
+]
 ConfigOption = Annotated[
     Path | None,
     typer.Option(

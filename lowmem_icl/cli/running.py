@@ -7,14 +7,24 @@ from lowmem_icl.cli.terminal import Terminal
 from lowmem_icl.masks.files import MaskFile
 from lowmem_icl.options import RunOptions
 from lowmem_icl.session.finished import finished_record
-from lowmem_icl.session.identity import run_folder
+from lowmem_icl.session.identity import folder_beside, run_folder
 from lowmem_icl.tracking.catalogue import check_installed
 
 
 def finish_or_find(
-    options: RunOptions, terminal: Terminal, mask_files: Mapping[str, MaskFile] | None = None
+    options: RunOptions,
+    terminal: Terminal,
+    mask_files: Mapping[str, MaskFile] | None = None,
+    *,
+    fresh: bool = False,
 ) -> Path:
-    """Run what the options ask for, unless that is finished already; return the run's folder."""
+    """Run what the options ask for, unless that is finished already; return the run's folder.
+
+    fresh: begin anew in a folder beside the one that they have.
+    """
+    if fresh:
+        options = options.model_copy(update={"out": folder_beside(run_folder(options))})
+        terminal.say(f"a fresh run in {options.out}, which --out {options.out} continues")
     check_installed(options.track)
     masks = {name: mask_file.mask for name, mask_file in (mask_files or {}).items()}
     record = finished_record(options, masks)

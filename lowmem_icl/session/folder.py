@@ -91,7 +91,10 @@ def _check_writable(flag: str, folder: Path) -> None:
 def _refuse_differences(folder: Path, earlier: Identity, identity: Identity) -> None:
     differences = identity.differences(earlier)
     if differences:
-        raise InputError(f"--out {folder} holds another run: {'; '.join(differences)}; choose another --out")
+        raise InputError(
+            f"--out {folder} holds another run: {'; '.join(differences)}; choose another --out, or "
+            "give --fresh, which begins beside it"
+        )
 
 
 class RunFolder:

@@ -107,6 +107,15 @@ def run_folder(options: RunOptions) -> Path:
     return options.out if options.out is not None else default_folder(options)
 
 
+def folder_beside(folder: Path) -> Path:
+    """Return a folder's own name where it is free, else the first with a number after it that is."""
+    beside, number = folder, 1
+    while beside.exists():
+        number += 1
+        beside = folder.with_name(f"{folder.name}-{number}")
+    return beside
+
+
 def default_folder(options: RunOptions, *, prefix: str = "", suffix: str = "") -> Path:
     """Return runs/<model>-<digest>: a folder per model, set of options and type of device.
 
