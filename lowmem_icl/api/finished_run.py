@@ -24,7 +24,7 @@ from lowmem_icl.report.summary import run_summary
 from lowmem_icl.runner import Audience
 from lowmem_icl.runner import run as run_all
 from lowmem_icl.session.finished import finished_record
-from lowmem_icl.session.identity import run_folder
+from lowmem_icl.session.identity import folder_beside, run_folder
 from lowmem_icl.system.files import atomic_folder
 from lowmem_icl.system.progress import Advance, Progress
 from lowmem_icl.tables.schema import TABLES, read_table
@@ -196,12 +196,18 @@ def load(folder: str | Path) -> Run:
 
 @python_errors
 def run(
-    *, out: str | Path | None = None, config: str | Path | None = None, progress: Shown = True, **options: Any
+    *,
+    out: str | Path | None = None,
+    fresh: bool = False,
+    config: str | Path | None = None,
+    progress: Shown = True,
+    **options: Any,
 ) -> Run:
     """Run the experiments that the options ask for, as `lowmem-icl run` does; return the finished run.
 
     out: its folder, where the same call continues after a stop; None for a temporary one without figures,
-    which goes with the returned object (`save` keeps it). config: a TOML or YAML file with more options.
+    which goes with the returned object (`save` keeps it). fresh: begin anew in a folder beside `out`, where
+    that is there. config: a TOML or YAML file with more options.
     options: every option of `run`, with underscores: `model="demo"`, `tasks=["recall"]`, `shots=[0, 16]`,
     `limit=32`, `memory="6GB"`. Raises InputError or DoesNotFit before any long work.
 
@@ -211,6 +217,7 @@ def run(
     [('right', 0.625), ('shuffled', 0.125), ('foreign', 0.125)]
     """
     if out is not None:
+        out = folder_beside(Path(out)) if fresh else out
         return load(_finished(checked_options({**options, "out": out}, config), progress))
     checked = checked_options(options, config)
     temporary = tempfile.mkdtemp(prefix="lowmem-icl-run-")
