@@ -38,8 +38,8 @@ def flags(command: str) -> set[str]:
 
 
 def test_commands_take_their_flags_from_the_options() -> None:
-    assert flags("run") == set(FLAGS) | {"config", "quiet", "as_json"}
-    assert flags("plan") - {"machine"} == flags("run"), "a machine is no option of a run"
+    assert flags("run") == set(FLAGS) | {"config", "fresh", "quiet", "as_json"}
+    assert flags("plan") - {"machine"} == flags("run") - {"fresh"}, "a machine is no option of a run"
     assert set(FLAGS) - flags("evaluate") == {
         *("train_limit", "importance_limit", "labels", "hours", "masks_dir"),
         *(name for name, flag in FLAGS.items() if flag.group == Group.EXPERIMENTS and name != "seed"),
