@@ -13,6 +13,7 @@ import typer
 from lowmem_icl import __version__
 from lowmem_icl.cli.commands import CONTEXT_SETTINGS, command_of
 from lowmem_icl.cli.commands import Group as Commands
+from lowmem_icl.cli.echo import echo
 from lowmem_icl.cli.errors import names_argument, reports_errors, reports_errors_and_continues
 from lowmem_icl.cli.first_line import first_line
 from lowmem_icl.cli.masks import masks_app
@@ -48,7 +49,7 @@ app = typer.Typer(
 
 def _show_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"lowmem-icl {__version__}")
+        echo(f"lowmem-icl {__version__}")
         raise typer.Exit
 
 
@@ -62,7 +63,7 @@ def main(
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+    echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 @command_of(app)
@@ -388,12 +389,12 @@ def report(
     files = asked_files(figures, figure_width, task or ())
     if files is not None:
         for path in [path for folder in folders for path in write_figures(read_run(folder), files)]:
-            typer.echo(str(path))
+            echo(str(path))
     if out is None:
         publish_run(folders[0])
     else:
         write_report([read_run(folder) for folder in folders], out)
-    typer.echo(str(out or folders[0] / "report.html"))
+    echo(str(out or folders[0] / "report.html"))
 
 
 app.add_typer(masks_app, name="masks")
