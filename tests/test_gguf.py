@@ -335,7 +335,7 @@ def test_broken_files_are_refused_in_a_line(tmp_path: Path, break_it: Callable[[
 
 def test_an_array_that_no_vocabulary_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", "llama", random_model("llama"))
-    monkeypatch.setattr(header_module, "LONGEST_ARRAY", len(BYTE_LEVEL_TOKENS) - 1)
+    monkeypatch.setattr(header_module, "MOST_ELEMENTS", len(BYTE_LEVEL_TOKENS) - 1)
     with pytest.raises(InputError, match=f"an array of its metadata has {len(BYTE_LEVEL_TOKENS)} elements"):
         opened(path)
 

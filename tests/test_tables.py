@@ -167,6 +167,12 @@ def test_parts_are_made_once_and_broken_ones_again(tmp_path: Path) -> None:
     assert not (tmp_path / "three.npz").exists()
 
 
+def test_a_part_that_would_unpack_is_not_read(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "one.npz", a=np.zeros(10**6))
+    with pytest.raises(InputError, match="its arrays are compressed"):
+        Parts(tmp_path).read("one")
+
+
 def test_a_part_in_anothers_place_is_made_again(tmp_path: Path) -> None:
     parts = Parts(tmp_path, "run")
     for name in ("one", "two"):

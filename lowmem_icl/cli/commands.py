@@ -10,6 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from lowmem_icl.cli.echo import complain, echo
 from lowmem_icl.cli.help import help_text
 from lowmem_icl.options import ALIASES, did_you_mean, lm_eval_remark, nearest
 
@@ -67,7 +68,7 @@ class Group(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Show the help where nothing is asked for."""
         if not args and not ctx.resilient_parsing:
-            typer.echo(ctx.get_help())
+            echo(ctx.get_help())
             raise typer.Exit(2)
         return list(super().parse_args(ctx, args))
 
@@ -81,7 +82,7 @@ class Group(TyperGroup):
             # The class of usage errors depends on typer's version.
             if not hasattr(error, "format_message"):
                 raise
-            print(f"lowmem-icl: {usage_message(error)}", file=sys.stderr)
+            complain(usage_message(error))
             code = 2
         if extra.get("standalone_mode", True):
             sys.exit(code or 0)

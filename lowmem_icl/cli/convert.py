@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-import typer
-
+from lowmem_icl.cli.echo import echo
 from lowmem_icl.cli.terminal import Terminal, size
 from lowmem_icl.conversion.locate import DEMO, ModelLocation, ensure_store, locate
 from lowmem_icl.conversion.packaged import PACKAGED_MODELS
@@ -17,7 +16,7 @@ def verify_files(folder: Path, terminal: Terminal) -> None:
     store = open_store(folder)
     with terminal.progress("verifying", store.size_bytes, "bytes") as advance:
         verify_store(store, advance)
-    typer.echo(f"{folder}: {len(store.manifest.files)} files, {size(store.size_bytes)}, all as written")
+    echo(f"{folder}: {len(store.manifest.files)} files, {size(store.size_bytes)}, all as written")
 
 
 def _located(options: RunOptions, folder: Path | None, terminal: Terminal) -> ModelLocation:
@@ -59,4 +58,4 @@ def convert_model(
             f"outlier columns: {outliers.columns}; activations of {outliers.threshold:g} or more outside "
             f"them: {share:.2g}"
         )
-    typer.echo(str(store.folder))
+    echo(str(store.folder))

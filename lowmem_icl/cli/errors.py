@@ -13,6 +13,7 @@ from typing import NoReturn, ParamSpec, TypeVar
 
 import typer
 
+from lowmem_icl.cli.echo import complain
 from lowmem_icl.cli.stops import STOPPED_BY, raised
 from lowmem_icl.errors import InputError, LowmemIclError
 
@@ -73,7 +74,7 @@ def names_argument(flag: str, argument: str) -> Iterator[None]:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print("lowmem-icl: " + message.replace("\n", " "), file=sys.stderr)
+    complain(message)
     raise typer.Exit(code)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowmem_icl.cli.echo import echo
 from lowmem_icl.cli.errors import reports_errors
 from lowmem_icl.cli.parameters import QuietOption
 from lowmem_icl.errors import InputError
@@ -87,7 +88,7 @@ def export(
     if out.exists():
         raise InputError(f"--out {out} exists; choose another file")
     _writer(form)(mask_file, out)
-    typer.echo(str(out))
+    echo(str(out))
 
 
 def _check(form: str, given: dict[str, Any], out: Path | None) -> None:
@@ -113,10 +114,10 @@ def _check(form: str, given: dict[str, Any], out: Path | None) -> None:
 def _print_units(mask_file: MaskFile, *, as_json: bool) -> None:
     mask = mask_file.mask
     if as_json:
-        typer.echo(json.dumps({"heads": sorted(map(list, mask.heads)), "ffns": sorted(mask.ffns)}))
+        echo(json.dumps({"heads": sorted(map(list, mask.heads)), "ffns": sorted(mask.ffns)}))
         return
     for unit in mask.units():
-        typer.echo(str(unit))
+        echo(str(unit))
 
 
 def _writer(form: str) -> Callable[[MaskFile, Path], None]:
@@ -150,7 +151,7 @@ def _export_checkpoint(
         terminal.say(note)
     made = export_folder(mask_file, checkpoint, out, structural=structural, progress=terminal.progress)
     if as_json:
-        typer.echo(json.dumps(asdict(made) | {"folder": str(made.folder)}, indent=1))
+        echo(json.dumps(asdict(made) | {"folder": str(made.folder)}, indent=1))
     else:
         _show(made)
 
@@ -164,9 +165,7 @@ def _show(made: "ExportedFolder") -> None:
             f"{sizes.heads} heads"
         )
 
-    typer.echo(f"{made.folder}")
-    typer.echo(f"before: {told(made.before)}")
-    typer.echo(f"after:  {told(made.after)}")
-    typer.echo(
-        f"zeros:  {made.zeroed_heads} heads and {made.zeroed_ffns} FFNs of these are there and do nothing"
-    )
+    echo(f"{made.folder}")
+    echo(f"before: {told(made.before)}")
+    echo(f"after:  {told(made.after)}")
+    echo(f"zeros:  {made.zeroed_heads} heads and {made.zeroed_ffns} FFNs of these are there and do nothing")

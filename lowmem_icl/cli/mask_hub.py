@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from lowmem_icl.cli.echo import echo
 from lowmem_icl.cli.errors import reports_errors
 
 Repository = Annotated[
@@ -29,7 +30,7 @@ def push(
     from lowmem_icl.export.hub import masks_to_push, push_masks
 
     masks = masks_to_push(path)
-    typer.echo(f"{push_masks(masks, repository, private=private)}: {len(masks)} masks and a card")
+    echo(f"{push_masks(masks, repository, private=private)}: {len(masks)} masks and a card")
 
 
 @reports_errors
@@ -55,4 +56,4 @@ def pull(
     for why in pulled.left_out:
         Terminal().say(f"left out: {why}")
     for path in pulled.kept:
-        typer.echo(str(path))
+        echo(str(path))

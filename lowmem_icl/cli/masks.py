@@ -14,6 +14,7 @@ import typer
 
 from lowmem_icl.cli.commands import Group as Commands
 from lowmem_icl.cli.commands import command_of
+from lowmem_icl.cli.echo import echo
 from lowmem_icl.cli.errors import reports_errors
 from lowmem_icl.cli.mask_export import OneFile, export
 from lowmem_icl.cli.mask_hub import pull, push
@@ -116,7 +117,7 @@ def list_masks(
         if value is not None:
             masks = _only(masks, flag, field, value)
     if as_json:
-        typer.echo(json.dumps(masks, indent=1))
+        echo(json.dumps(masks, indent=1))
     else:
         _show_list(masks, with_empty=with_empty)
 
@@ -149,13 +150,13 @@ def _show_list(masks: list[dict[str, Any]], *, with_empty: bool) -> None:
         heads, ffns = mask["model_heads"], mask["model_ffns"]
         count = sum(each["model"] == model for each in listed)
         many = "mask" if count == 1 else "masks"
-        typer.echo(f"{count} {many} of {model}, which has {heads} heads (H) and {ffns} FFNs (F)")
+        echo(f"{count} {many} of {model}, which has {heads} heads (H) and {ffns} FFNs (F)")
     if len(listed) < len(masks):
         empty = len(masks) - len(listed)
         if empty == 1:
-            typer.echo("1 mask that removes nothing is left out; --all lists it")
+            echo("1 mask that removes nothing is left out; --all lists it")
         else:
-            typer.echo(f"{empty} masks that remove nothing are left out; --all lists them")
+            echo(f"{empty} masks that remove nothing are left out; --all lists them")
 
 
 @command_of(masks_app)
@@ -165,13 +166,13 @@ def show(path: OneFile) -> None:
     mask_file = read_mask(path)
     for name, value in _words(_summary(path, mask_file)).items():
         if value:
-            typer.echo(f"{name}: {value}")
-    typer.echo(f"kept: {_kept_text(mask_file)}")
+            echo(f"{name}: {value}")
+    echo(f"kept: {_kept_text(mask_file)}")
     for layer in range(mask_file.model.layers - 1, -1, -1):
         removed = mask_file.mask.heads_in(layer)
         heads = "".join("x" if head in removed else "." for head in range(mask_file.model.heads))
         ffn = " FFN removed" if layer in mask_file.mask.ffns else ""
-        typer.echo(f"L{layer:<3} {heads}{ffn}")
+        echo(f"L{layer:<3} {heads}{ffn}")
 
 
 def _words(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -220,7 +221,7 @@ def compare(paths: FilesOrFolders, as_json: JsonOption = False) -> None:
         for left, right in combinations(masks, 2)
     ]
     if as_json:
-        typer.echo(json.dumps(pairs, indent=1))
+        echo(json.dumps(pairs, indent=1))
         return
     from lowmem_icl.cli.mask_tables import print_table
 
@@ -238,7 +239,7 @@ def compare(paths: FilesOrFolders, as_json: JsonOption = False) -> None:
     ]
     print_table(("masks", "in both", "in one only", "Jaccard"), rows)
     if len(shown) < len(pairs):
-        typer.echo(f"the {len(shown)} pairs most alike of {len(pairs):,}; --json prints all")
+        echo(f"the {len(shown)} pairs most alike of {len(pairs):,}; --json prints all")
 
 
 def _masks_of(path: Path) -> list[MaskFile]:
@@ -309,7 +310,7 @@ def combine(
     mask = reduce(OPERATIONS[operation], [mask_file.mask for mask_file in masks])
     made = {"method": operation, "from": [mask_file.name for mask_file in masks]}
     write_mask(out, MaskFile(out.stem, mask, masks[0].model, made, means=masks[0].means))
-    typer.echo(f"{out}: {len(mask.heads)} heads and {len(mask.ffns)} FFNs removed")
+    echo(f"{out}: {len(mask.heads)} heads and {len(mask.ffns)} FFNs removed")
 
 
 command_of(masks_app)(export)

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from lowmem_icl.cli.terminal import duration
 from lowmem_icl.report.numbers import PICKED, held_out_text, significance_mark, unit_name
+from lowmem_icl.system.visible import visible_line
 
 STATES = {
     "running": "running, by a process that is at work",
@@ -31,7 +32,7 @@ def show_status(state: Mapping[str, Any], console: Console) -> None:
     """Print what `status_of` returns."""
 
     def line(text: str) -> None:
-        console.print(Text(text), soft_wrap=True)
+        console.print(Text(visible_line(text)), soft_wrap=True)
 
     line(f"folder: {state['folder']}")
     line(f"state: {STATES.get(state['state'], state['state'])}")

@@ -5,12 +5,15 @@ Every console of the tool is made here and prints texts as they are: a name or p
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.text import Text
+
+from lowmem_icl.system.visible import visible
 
 SECONDS_BETWEEN_LINES = 15.0
 SECONDS_OF_SILENCE = 2.0
@@ -29,9 +32,18 @@ class _Rate(ProgressColumn):
         return Text("-" if speed is None else rate_text(speed, self._unit), style="progress.data.speed")
 
 
+class PlainConsole(Console):
+    """A console that shows what its texts hold of control characters instead of sending them."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yield what is printed; the console's own codes stand beside the texts."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
 def plain_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """Return a console that prints every text as it is, without markup, emoji codes or colours of its own."""
-    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
+    return PlainConsole(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
 
 
 class Terminal:

@@ -6,18 +6,15 @@ them (before 1.6) cannot be mapped and is read whole.
 """
 
 import json
-import pickle
-import zipfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lowmem_icl.conversion.weight_files import OpenShard, has_old_form, open_weight_file
 from lowmem_icl.errors import InputError
 
 WEIGHT_FILES = (
@@ -38,10 +35,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-
-
-OpenShard = Callable[[Path], dict[str, Callable[[], Tensor]]]
-"""From a weight file to functions that read its tensors one at a time."""
 
 
 class ShardSource(Protocol):
@@ -86,35 +79,6 @@ class FolderShards:
 
     def clean(self) -> None:
         """Nothing was made."""
-
-
-def open_weight_file(path: Path) -> dict[str, Callable[[], Tensor]]:
-    """Open a safetensors file or a pickle; raise InputError where it cannot be read."""
-    try:
-        if path.suffix == ".safetensors":
-            opened = safe_open(path, framework="pt")
-            return {name: partial(opened.get_tensor, name) for name in opened.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
-        loaded = torch.load(path, weights_only=True, mmap=not has_old_form(path), map_location="cpu")
-    except (SafetensorError, OSError, RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
-        raise InputError(
-            f"{path}: cannot be read as weights ({error}); fetch the file again, or save the model anew with "
-            "save_pretrained"
-        ) from error
-    if not isinstance(loaded, Mapping):
-        raise InputError(
-            f"{path}: expected parameters by name, got {type(loaded).__name__}; save the model anew with "
-            "save_pretrained"
-        )
-    return {name: partial(_itself, value) for name, value in loaded.items() if isinstance(value, Tensor)}
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def has_old_form(path: Path) -> bool:
-    """Tell whether a pickle is as torch saved it before 1.6: not a zip file."""
-    return not zipfile.is_zipfile(path)
 
 
 @dataclass

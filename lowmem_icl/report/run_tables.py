@@ -1,5 +1,6 @@
 """What a run's folder holds, as pages and sentences are made of it: for runs of any age, finished or not."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from lowmem_icl.masks.files import MaskFile, read_mask
+from lowmem_icl.masks.files import NAME_PATTERN, MaskFile, read_mask
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.protocols import AGGREGATE
@@ -124,5 +125,7 @@ def judging_of(record: Mapping[str, Any]) -> Judging:
 
 def _mask_files(folder: Path, results: pl.DataFrame) -> dict[str, MaskFile]:
     names = results["mask"].drop_nulls().unique(maintain_order=True).to_list()
-    paths = {name: folder / "masks" / f"{name}.json" for name in names if name != CLEAN}
+    # A table may come from anyone: what is no mask's name would lead out of the folder.
+    own = [name for name in names if name != CLEAN and re.fullmatch(NAME_PATTERN, name)]
+    paths = {name: folder / "masks" / f"{name}.json" for name in own}
     return {name: read_mask(path) for name, path in paths.items() if path.is_file()}

@@ -24,6 +24,7 @@ from lowmem_icl.session.record import RUN_FILE, RecordDamaged, record_text, run_
 from lowmem_icl.session.run_form import RUN_FORMAT, StageActuals, State
 from lowmem_icl.system.files import existing_folder, is_partial, write_text_atomic
 from lowmem_icl.system.machine import describe_machine, device_type, peak_resident_bytes, resolved_device
+from lowmem_icl.system.visible import visible
 
 if TYPE_CHECKING:
     from lowmem_icl.session.prepare import Prepared
@@ -255,11 +256,19 @@ def state_of(folder: Path, record: Mapping[str, Any]) -> State:
     return "cut off" if state == "running" and not is_in_use(folder) else state
 
 
+class _Visible(logging.Formatter):
+    """Lines that a terminal can show, whatever the names in them hold."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record as a line."""
+        return visible(super().format(record))
+
+
 @contextmanager
 def _logged(folder: Path) -> Iterator[None]:
     """Append what happens to run.log, with times in UTC."""
     handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8", errors="backslashreplace")
-    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter = _Visible("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
     logger.addHandler(handler)

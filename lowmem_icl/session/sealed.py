@@ -5,6 +5,7 @@ of all its arrays. A flipped bit shows, and so does a file that stands in anothe
 """
 
 import hashlib
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,16 @@ def read_sealed(path: Path, of: str) -> dict[str, NDArray[Any]]:
     file cannot be read at all.
     """
     try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
-            arrays = {key: stored[key] for key in stored.files}
+        with path.open("rb") as opened:
+            with zipfile.ZipFile(opened) as members:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist()):
+                    # Ours never are; a stranger's may unpack to whatever it likes.
+                    raise Damaged("its arrays are compressed")
+            opened.seek(0)
+            with np.load(opened, allow_pickle=False) as stored:
+                arrays = {key: stored[key] for key in stored.files}
+    except Damaged:
+        raise
     except OSError as error:
         if error.errno is not None:
             raise

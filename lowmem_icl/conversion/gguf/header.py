@@ -8,6 +8,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 import math
 import mmap
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,15 @@ from lowmem_icl.errors import InputError
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MOST_DIMENSIONS = 4
-LONGEST_ARRAY = 1 << 22
-"""Elements; a vocabulary has less than a tenth of it, and libraries make an object of each."""
+MOST_ELEMENTS = 1 << 21
+"""Of all arrays together; libraries make an object of each, and the largest vocabularies have 1.3 million."""
+MOST_ENTRIES = 1 << 16
+"""Of metadata, and of tensors."""
+ELEMENTS_OF_A_TOKEN, OTHER_ELEMENTS = 8, 1 << 16
+"""A vocabulary is as large as its embedding says: a small file costs little to read."""
+EMBEDDING = "token_embd.weight"
+LONGEST_TEXT = 1 << 22
+"""In bytes; a chat template has some ten thousand."""
 SCALAR_FORMATS = {
     GGUFValueType.UINT8: "<B",
     GGUFValueType.INT8: "<b",
@@ -83,6 +91,7 @@ class _Reader:
 
     def __init__(self, mapped: mmap.mmap) -> None:
         self._mapped, self._position = mapped, 0
+        self._elements = 0
 
     def header(self) -> GgufHeader:
         if self._bytes(4) != MAGIC:
@@ -90,6 +99,8 @@ class _Reader:
         version, tensors, fields = self._numbers("<IQQ")
         if version not in VERSIONS:
             raise ValueError(f"its version is {version}, expected {' or '.join(map(str, VERSIONS))}")
+        if max(tensors, fields) > MOST_ENTRIES:
+            raise ValueError(f"it would have {fields} fields and {tensors} tensors")
         metadata: dict[str, Any] = {}
         for _ in range(fields):
             name = self._text()
@@ -100,22 +111,29 @@ class _Reader:
         if not isinstance(metadata.get("general.architecture"), str):
             raise ValueError("it names no architecture")
         located = [self._tensor() for _ in range(tensors)]
-        return GgufHeader(
-            {name: value for name, value in metadata.items() if value is not None},
-            self._placed(located, metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)),
-        )
+        placed = self._placed(located, metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT))
+        rows = placed[EMBEDDING].shape[0] if EMBEDDING in placed else 0
+        if self._elements > ELEMENTS_OF_A_TOKEN * rows + OTHER_ELEMENTS:
+            raise ValueError(f"its arrays have {self._elements} elements, for {rows} tokens")
+        return GgufHeader({name: value for name, value in metadata.items() if value is not None}, placed)
 
-    def _bytes(self, count: int) -> bytes:
+    def _pass_over(self, count: int) -> None:
         if not 0 <= count <= len(self._mapped) - self._position:
             raise ValueError(f"it ends at byte {len(self._mapped)}, in the middle of its header")
         self._position += count
+
+    def _bytes(self, count: int) -> bytes:
+        self._pass_over(count)
         return self._mapped[self._position - count : self._position]
 
     def _numbers(self, form: str) -> tuple[Any, ...]:
         return struct.unpack(form, self._bytes(struct.calcsize(form)))
 
     def _text(self) -> str:
-        return self._bytes(self._numbers("<Q")[0]).decode("utf-8")
+        (length,) = self._numbers("<Q")
+        if length > LONGEST_TEXT:
+            raise ValueError(f"a text of its header would have {length} bytes")
+        return self._bytes(length).decode("utf-8")
 
     def _type(self) -> GGUFValueType:
         return GGUFValueType(self._numbers("<I")[0])
@@ -127,13 +145,14 @@ class _Reader:
         if kind != GGUFValueType.ARRAY:
             return self._numbers(SCALAR_FORMATS[kind])[0]
         kind, count = self._type(), self._numbers("<Q")[0]
-        if count > LONGEST_ARRAY or kind == GGUFValueType.ARRAY:
+        self._elements += count
+        if self._elements > MOST_ELEMENTS or kind == GGUFValueType.ARRAY:
             raise ValueError(f"an array of its metadata has {count} elements of type {kind.name}")
         if kind == GGUFValueType.STRING:
             for _ in range(count):
-                self._bytes(self._numbers("<Q")[0])
+                self._pass_over(self._numbers("<Q")[0])
         else:
-            self._bytes(count * struct.calcsize(SCALAR_FORMATS[kind]))
+            self._pass_over(count * struct.calcsize(SCALAR_FORMATS[kind]))
         return None
 
     def _tensor(self) -> GgufTensor:
@@ -162,4 +181,14 @@ class _Reader:
                     "it is cut off"
                 )
             placed[tensor.name] = replace(tensor, offset=start + tensor.offset)
+        _refuse_overlaps(placed.values())
         return placed
+
+
+def _refuse_overlaps(tensors: Iterable[GgufTensor]) -> None:
+    """Raise ValueError where two tensors share bytes: a small file would become a store of any size."""
+    end = 0
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, math.prod(tensor.byte_shape))):
+        if tensor.offset < end:
+            raise ValueError(f"tensor '{tensor.name}' overlaps another")
+        end = tensor.offset + math.prod(tensor.byte_shape)
