@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lowmem_icl.cli.echo import echo
 from lowmem_icl.cli.errors import reports_errors
 from lowmem_icl.cli.parameters import JsonOption
 from lowmem_icl.errors import InputError
@@ -26,7 +27,7 @@ def status(
 
     state = status_of(folder)
     if as_json:
-        typer.echo(json.dumps(state, indent=1, ensure_ascii=False))
+        echo(json.dumps(state, indent=1, ensure_ascii=False))
     else:
         show_status(state, plain_console())
 
@@ -67,9 +68,9 @@ def report(
     files = asked_files(figures, figure_width, task or ())
     if files is not None:
         for path in [path for folder in folders for path in write_figures(read_run(folder), files)]:
-            typer.echo(str(path))
+            echo(str(path))
     if out is None:
         publish_run(folders[0])
     else:
         write_report([read_run(folder) for folder in folders], out)
-    typer.echo(str(out or folders[0] / "report.html"))
+    echo(str(out or folders[0] / "report.html"))
