@@ -62,3 +62,8 @@ def damaged(path: Path, what: str) -> InputError:
 def repair_command(folder: Path) -> str:
     """Return the words that tell how a store is mended."""
     return f"mend the store: lowmem-icl convert --repair {shlex.quote(str(folder))}"
+
+
+def distrust_all() -> None:
+    """Forget what this process has found whole, as a new one has."""
+    _trusted.clear()

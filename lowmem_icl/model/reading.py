@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowmem_icl.errors import InputError
 from lowmem_icl.model.integrity import FileState, accept, damaged, is_trusted, state_of
 from lowmem_icl.model.staging import CopyStream, device_offsets
 
@@ -156,9 +157,7 @@ class LayerReader:
                 if pending is None:
                     yield layer, self._resident[layer]
                     continue
-                if pending.digest is not None and self._digests is not None:
-                    found = pending.digest.result()
-                    accept(self._paths[layer], pending.state, found, self._digests[layer])
+                self._check(layer, pending)
                 if pending.copied is not None and self._copies is not None:
                     self._copies.wait_for_copy(pending.copied.result())
                 tensors = self._view(layer, pending)
@@ -206,6 +205,17 @@ class LayerReader:
         pairs = [(at.of(host, at.offset), at.of(target, offsets[name])) for name, at in places]
         copied = self._pool.submit(_copy_when_read, self._copies, slot, blocks, pairs, self._copies.now())
         started[step] = PendingLayer(host, blocks, state, digest, target, copied)
+
+    def _check(self, layer: int, pending: PendingLayer) -> None:
+        if pending.digest is None or self._digests is None:
+            return
+        try:
+            accept(self._paths[layer], pending.state, pending.digest.result(), self._digests[layer])
+        except InputError:
+            if pending.copied is not None:
+                # What it writes to must not be freed before it ends.
+                pending.copied.result().synchronize()
+            raise
 
     def _state(self, layer: int) -> FileState:
         try:
