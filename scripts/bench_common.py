@@ -29,7 +29,6 @@ from lowmem_icl.conversion.convert import convert
 from lowmem_icl.conversion.locate import load_tokenizer, tokeniser
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import (
-    MANIFEST,
     NON_LAYER,
     STORE_FORMAT,
     Manifest,
@@ -39,6 +38,7 @@ from lowmem_icl.model.store import (
     is_store,
     layer_file,
     open_store,
+    write_manifest,
 )
 from lowmem_icl.rows import Row
 from lowmem_icl.system.files import sha256_of_file, write_text_atomic
@@ -110,7 +110,7 @@ def random_store(
         files=files,
         outliers=None,
     )
-    write_text_atomic(folder / MANIFEST, json.dumps(manifest.model_dump(), indent=1))
+    write_manifest(folder, manifest)
     return open_store(folder)
 
 

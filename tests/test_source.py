@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType
 from gguf_files import random_model, write_gguf
 from safetensors.torch import load_file, save_file
 
-from lowmem_icl.model.store import Store, layer_file, open_store
+from lowmem_icl.model.store import Store, layer_file, open_store, write_manifest
 
 
 def with_tokenizer(folder: Path) -> Path:
@@ -79,8 +79,8 @@ def test_a_source_that_moved_is_told_with_what_to_give(
     told = refused(store.folder, tmp_path / "third", "--weights", "nf4")
     assert f"its source {source} is not there any more; give it where it is now" in told
     assert "lowmem-icl convert SOURCE --weights nf4" in told
-    manifest = store.folder / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(f'"path": "{source}"', '"path": null'))
+    pathless = store.manifest.source.model_copy(update={"path": None})
+    write_manifest(store.folder, store.manifest.model_copy(update={"source": pathless}))
     told = refused(store.folder, tmp_path / "third", "--weights", "nf4")
     assert "made from source, which is not there from this folder" in told
 

@@ -23,10 +23,13 @@ from lowmem_icl.cli.parameters import (
     EVALUATE_OPTIONS,
     MEASURE_OPTIONS,
     PROMPT_OPTIONS,
+    DeleteShardsOption,
     FreshOption,
     GivenOptions,
     JsonOption,
     QuietOption,
+    RepairOption,
+    VerifyOption,
     takes,
 )
 from lowmem_icl.errors import InputError
@@ -185,16 +188,9 @@ def convert(
         Path | None,
         typer.Argument(help="Folder of the store.", metavar="STORE", show_default="in --store-dir"),
     ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="SOURCE is a store: compare every byte with its digest.")
-    ] = False,
-    delete_shards: Annotated[
-        bool,
-        typer.Option(
-            "--delete-shards",
-            help="Fetch a hub model's weight files one by one and delete each once it is converted.",
-        ),
-    ] = False,
+    verify: VerifyOption = False,
+    repair: RepairOption = False,
+    delete_shards: DeleteShardsOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Convert a checkpoint to a store of one file per layer; if stopped, it resumes at that layer.
@@ -207,11 +203,13 @@ def convert(
     from lowmem_icl.cli.terminal import Terminal
 
     terminal = Terminal(quiet)
-    terminal.say(first_line("verifying" if verify else "converting", options))
-    from lowmem_icl.cli.convert import convert_model, verify_files
+    terminal.say(first_line("verifying" if verify else "repairing" if repair else "converting", options))
+    from lowmem_icl.cli.convert import convert_model, repair_store, verify_files
 
     if verify:
         verify_files(Path(source), terminal)
+    elif repair:
+        repair_store(options, source, store, terminal)
     else:
         convert_model(options, store, terminal, delete_shards=delete_shards)
 

@@ -6,6 +6,7 @@ from lowmem_icl.cli.echo import echo
 from lowmem_icl.cli.terminal import Terminal, size
 from lowmem_icl.conversion.locate import DEMO, ModelLocation, ensure_store, locate
 from lowmem_icl.conversion.packaged import PACKAGED_MODELS
+from lowmem_icl.conversion.repair import repair
 from lowmem_icl.conversion.source import locate_source
 from lowmem_icl.model.store import is_store, open_store, verify_store
 from lowmem_icl.options import RunOptions
@@ -17,6 +18,17 @@ def verify_files(folder: Path, terminal: Terminal) -> None:
     with terminal.progress("verifying", store.size_bytes, "bytes") as advance:
         verify_store(store, advance)
     echo(f"{folder}: {len(store.manifest.files)} files, {size(store.size_bytes)}, all as written")
+
+
+def repair_store(options: RunOptions, source: str, store: Path | None, terminal: Terminal) -> None:
+    """Make the bad and missing files of a store again, `store` from `source`, or `source` from its own."""
+    folder = store or Path(source).expanduser()
+    given = None if store is None else source
+    made = repair(folder, options.resolved_store_dir, source=given, progress=terminal.progress)
+    for name in made:
+        typer.echo(f"{folder / name}: made again")
+    if not made:
+        typer.echo(f"{folder}: nothing to mend, all as written")
 
 
 def _located(options: RunOptions, folder: Path | None, terminal: Terminal) -> ModelLocation:

@@ -35,6 +35,24 @@ PROMPT_OPTIONS = (
     *("data_dir", "limit", "demonstrations", "demonstration_sets", "protocol", "bos"),
 )
 
+VerifyOption = Annotated[
+    bool, typer.Option("--verify", help="SOURCE is a store: compare every byte with its digest.")
+]
+RepairOption = Annotated[
+    bool,
+    typer.Option(
+        "--repair",
+        help="SOURCE is a store: make its damaged and missing files again from what it was made of; with a "
+        "STORE, mend that from SOURCE.",
+    ),
+]
+DeleteShardsOption = Annotated[
+    bool,
+    typer.Option(
+        "--delete-shards",
+        help="Fetch a hub model's weight files one by one and delete each once it is converted.",
+    ),
+]
 QuietOption = Annotated[
     bool,
     typer.Option(

@@ -25,7 +25,6 @@ from lowmem_icl.model.int8 import OUTLIER_THRESHOLD, quantise_rows
 from lowmem_icl.model.nf4 import Nf4Form, quantise_nf4, stored_bytes
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import (
-    MANIFEST,
     NON_LAYER,
     STORE_FORMAT,
     Manifest,
@@ -36,6 +35,7 @@ from lowmem_icl.model.store import (
     Weights,
     layer_file,
     open_store,
+    write_manifest,
 )
 from lowmem_icl.model.vocabulary import Vocabulary
 from lowmem_icl.model.writing import save_tensors, source_digests
@@ -119,7 +119,7 @@ def convert(conversion: Conversion, text: CalibrationText, *, progress: Progress
     settle_tied_tables(checkpoint)
     skeleton = Skeleton.from_dict(checkpoint.config)
     claim = Claim(conversion)
-    _copy_tokenizer(checkpoint, folder / "tokenizer")
+    copy_tokenizer(checkpoint, folder / "tokenizer")
     steps = _Steps(checkpoint, skeleton, folder, conversion.weights)
     if NON_LAYER not in claim.files:
         _write_non_layer(conversion, claim, steps)
@@ -150,9 +150,28 @@ def convert(conversion: Conversion, text: CalibrationText, *, progress: Progress
         nf4=Nf4Form() if conversion.weights == "nf4" else None,
     )
     check_written(folder, manifest, skeleton, progress)
-    write_text_atomic(folder / MANIFEST, json.dumps(manifest.model_dump(), indent=1) + "\n")
+    write_manifest(folder, manifest)
     claim.path.unlink()
     return open_store(folder)
+
+
+def remake_files(
+    conversion: Conversion, claim: Claim, text: CalibrationText, last_layer: int, progress: Progress
+) -> None:
+    """Write those files of a store, up to a layer, that its claim does not hold; -1: none but the tables'."""
+    checkpoint, folder = conversion.checkpoint, conversion.folder
+    skeleton = Skeleton.from_dict(checkpoint.config)
+    steps = _Steps(checkpoint, skeleton, folder, conversion.weights)
+    if NON_LAYER not in claim.files:
+        _write_non_layer(conversion, claim, steps)
+    calibration = None
+    if conversion.weights == "int8" and last_layer >= 0:
+        calibration = _start_calibration(skeleton, folder / NON_LAYER, text)
+    with progress("repairing", last_layer + 1, "layers") as advance:
+        for layer in range(last_layer + 1):
+            _convert_layer(layer, conversion, claim, steps, calibration)
+            advance(1)
+    checkpoint.shards.clean()
 
 
 def _tokenizer_files(folder: Path) -> dict[str, StoredFile]:
@@ -340,7 +359,8 @@ class _Steps:
         return {name: quantised, f"{owner}.SCB": maxima, f"{owner}.weight_format": form}
 
 
-def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy the files of a checkpoint's tokenizer to a folder, and its config."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         if (checkpoint.folder / name).is_file():

@@ -241,8 +241,6 @@ def ensure_store(
         f"converting {located.source_id} to {weights}: reads {checkpoint.size_bytes / 1e9:.3g} GB, writes "
         f"about {left / 1e9:.3g} GB to {located.store_folder} ({free / 1e9:.3g} GB free)"
     )
-    tokenizer = load_tokenizer(checkpoint.folder)
-    adds_bos, _ = begins_with_bos(family_of(checkpoint.config["model_type"]), tokenizer)
     return convert(
         Conversion(
             checkpoint,
@@ -253,9 +251,16 @@ def ensure_store(
             source_path=located.source_path,
             made_before=located.made_before,
         ),
-        CalibrationText(tokeniser(tokenizer)(fixed_text()), tokenizer.bos_token_id if adds_bos else None),
+        calibration_text(checkpoint),
         progress=progress,
     )
+
+
+def calibration_text(checkpoint: Checkpoint) -> CalibrationText:
+    """Return the fixed text as the tokenizer of a checkpoint has it."""
+    tokenizer = load_tokenizer(checkpoint.folder)
+    adds_bos, _ = begins_with_bos(family_of(checkpoint.config["model_type"]), tokenizer)
+    return CalibrationText(tokeniser(tokenizer)(fixed_text()), tokenizer.bos_token_id if adds_bos else None)
 
 
 def _prepare_fetching(

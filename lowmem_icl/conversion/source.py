@@ -33,7 +33,7 @@ def locate_source(
     existing = _made_before(source, weights, store_dir) if store_folder is None else store_folder
     if existing is not None and is_store(existing):
         return _finished(existing, store, weights)
-    found = _found_again(store, weights)
+    found = find_source(store, weights)
     target = store_folder
     if target is None and _is_of_hub(source):
         target = hub_store_folder(store_dir, source.id, source.revision, weights)
@@ -71,7 +71,7 @@ def _is_of_hub(source: Source) -> bool:
     return source.path is None and commit and not Path(source.id).expanduser().exists()
 
 
-def _found_again(store: Store, weights: Weights) -> str:
+def find_source(store: Store, weights: Weights) -> str:
     """Return what `locate` finds a store's source by; raise InputError where it is gone."""
     source, command = store.manifest.source, f"lowmem-icl convert SOURCE --weights {weights}"
     if source.path is None and (source.id == DEMO or source.id in PACKAGED_MODELS):

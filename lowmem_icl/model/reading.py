@@ -5,6 +5,7 @@ passes. Nothing else knows that weights are streamed.
 """
 
 import errno
+import hashlib
 import json
 import mmap
 import os
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lowmem_icl.errors import InputError
+from lowmem_icl.model.integrity import FileState, accept, damaged, is_trusted, state_of
 from lowmem_icl.model.staging import CopyStream, device_offsets
 
 PAGE_BYTES = 4096
@@ -63,7 +65,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorLocation], dict[str, str]]:
             length = int.from_bytes(opened.read(8), "little")
             if not 0 < length <= min(size - 8, 100_000_000):
                 raise ValueError("the header's length is wrong")
-            header = json.loads(opened.read(length))
+            header = json.loads(opened.read(length).decode("utf-8"))
         locations = {}
         metadata = header.pop("__metadata__", {})
         for name, entry in header.items():
@@ -77,17 +79,22 @@ def read_header(path: Path) -> tuple[dict[str, TensorLocation], dict[str, str]]:
             if (8 + length + begin) % dtype.itemsize:
                 raise ValueError(f"tensor '{name}' does not lie on a multiple of its elements' size")
             locations[name] = TensorLocation(dtype, shape, 8 + length + begin, elements)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: truncated or not a safetensors file ({error}); convert again") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(path, f"truncated or not a safetensors file ({str(error)[:200]})") from error
     return locations, metadata
 
 
 @dataclass(frozen=True, eq=False)
 class PendingLayer:
-    """A layer being read into a host buffer by blocks; on CUDA also where it is copied to, and its end."""
+    """A layer being read into a host buffer by blocks; on CUDA also where it is copied to, and its end.
+
+    `digest` of its bytes, where these are not trusted yet, and the file's state before they were read.
+    """
 
     host: Tensor
     blocks: list[Future[None]]
+    state: FileState
+    digest: Future[str] | None
     target: Tensor | None = None
     copied: "Future[torch.cuda.Event] | None" = None
 
@@ -97,7 +104,8 @@ class LayerReader:
 
     The tensors of a streamed layer are views of a buffer that the next but one layer overwrites: they are
     valid until the iterator is advanced. On a CUDA device the layers arrive there, copied while the device
-    computes.
+    computes. With the files' `digests` (SHA-256), a layer is given only once its bytes are found to be those;
+    what this process has found so before is read without.
     """
 
     def __init__(
@@ -105,9 +113,11 @@ class LayerReader:
         paths: Sequence[Path],
         resident_layers: frozenset[int] = frozenset(),
         device: torch.device = CPU,
+        digests: Sequence[str] | None = None,
     ) -> None:
         self._device = device
         self._paths = list(paths)
+        self._digests = digests
         self._locations = [read_header(path)[0] for path in self._paths]
         self._sizes = [path.stat().st_size for path in self._paths]
         self._resident_layers = resident_layers
@@ -115,12 +125,20 @@ class LayerReader:
         self._buffers: list[Tensor] = []
         # One more on CUDA: it waits for the blocks of a layer and starts its copy.
         self._pool = ThreadPoolExecutor(READERS + (device.type == "cuda"), thread_name_prefix="layer-reader")
+        # SHA-256 takes a file's blocks in their order: one thread follows those that read.
+        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="layer-digest")
         self._copies = self._copy_stream() if device.type == "cuda" else None
         self.read_bytes = 0
+
+    @property
+    def locations(self) -> list[dict[str, TensorLocation]]:
+        """Where every layer's tensors lie in its file."""
+        return self._locations
 
     def close(self) -> None:
         """Stop the reading threads and drop resident layers."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._hashing.shutdown(wait=True, cancel_futures=True)
         if self._copies is not None:
             self._copies.close()
         self._resident.clear()
@@ -139,6 +157,7 @@ class LayerReader:
                 if pending is None:
                     yield layer, self._resident[layer]
                     continue
+                self._check(layer, pending)
                 if pending.copied is not None and self._copies is not None:
                     self._copies.wait_for_copy(pending.copied.result())
                 tensors = self._view(layer, pending)
@@ -151,6 +170,8 @@ class LayerReader:
             for pending in started.values():
                 for block in pending.blocks:
                     block.exception()
+                if pending.digest is not None:
+                    pending.digest.exception()
                 if pending.copied is not None and pending.copied.exception() is None:
                     # What it writes to must not be used for something else before it ends.
                     pending.copied.result().synchronize()
@@ -159,7 +180,7 @@ class LayerReader:
         if step >= len(order) or order[step] in self._resident:
             return
         layer, slot = order[step], step % 2
-        size = self._sizes[layer]
+        size, state = self._sizes[layer], self._state(layer)
         self.read_bytes += size
         if self._copies is not None:
             self._copies.wait_for_host(slot)
@@ -168,8 +189,11 @@ class LayerReader:
             self._pool.submit(_read_block, self._paths[layer], host, start, size)
             for start in range(0, size, BLOCK_BYTES)
         ]
+        digest = None
+        if self._digests is not None and not is_trusted(state, self._digests[layer]):
+            digest = self._hashing.submit(_digest_as_read, host[:size], blocks)
         if self._copies is None:
-            started[step] = PendingLayer(host, blocks)
+            started[step] = PendingLayer(host, blocks, state, digest)
             return
         offsets, device_bytes = self._on_device(layer)
         target = (
@@ -180,7 +204,24 @@ class LayerReader:
         places = self._locations[layer].items()
         pairs = [(at.of(host, at.offset), at.of(target, offsets[name])) for name, at in places]
         copied = self._pool.submit(_copy_when_read, self._copies, slot, blocks, pairs, self._copies.now())
-        started[step] = PendingLayer(host, blocks, target, copied)
+        started[step] = PendingLayer(host, blocks, state, digest, target, copied)
+
+    def _check(self, layer: int, pending: PendingLayer) -> None:
+        if pending.digest is None or self._digests is None:
+            return
+        try:
+            accept(self._paths[layer], pending.state, pending.digest.result(), self._digests[layer])
+        except InputError:
+            if pending.copied is not None:
+                # What it writes to must not be freed before it ends.
+                pending.copied.result().synchronize()
+            raise
+
+    def _state(self, layer: int) -> FileState:
+        try:
+            return state_of(self._paths[layer])
+        except OSError as error:
+            raise damaged(self._paths[layer], f"cannot be read ({error.strerror})") from error
 
     def _buffer_for(self, layer: int, slot: int) -> Tensor:
         if layer in self._resident_layers and self._copies is None:
@@ -217,6 +258,15 @@ def _copy_when_read(
     return copies.copy(slot, pairs, free)
 
 
+def _digest_as_read(host: Tensor, blocks: Sequence[Future[None]]) -> str:
+    """Return the SHA-256 of a file's bytes, block after block as these are read."""
+    summed = hashlib.sha256()
+    for number, block in enumerate(blocks):
+        block.result()
+        summed.update(host[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES].numpy().data)
+    return summed.hexdigest()
+
+
 def _new_buffer(size: int) -> Tensor:
     """Return page-aligned bytes, in large pages if possible: a layer is a quarter million small ones."""
     buffer = mmap.mmap(-1, _round_up(size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -233,6 +283,13 @@ def _round_up(size: int) -> int:
 
 def _read_block(path: Path, buffer: Tensor, start: int, size: int) -> None:
     """Read BLOCK_BYTES from `start` into the same offset of the buffer, past the page cache if possible."""
+    try:
+        _read_into(path, buffer, start, size)
+    except OSError as error:
+        raise damaged(path, f"cannot be read ({error.strerror})") from error
+
+
+def _read_into(path: Path, buffer: Tensor, start: int, size: int) -> None:
     stop = min(start + BLOCK_BYTES, _round_up(size))
     descriptor, direct = _open_direct(path)
     view = buffer.numpy().data
@@ -248,7 +305,7 @@ def _read_block(path: Path, buffer: Tensor, start: int, size: int) -> None:
                 descriptor, direct = os.open(path, os.O_RDONLY), False
                 continue
             if got <= 0:
-                raise InputError(f"{path}: the file became shorter while it was read; convert again")
+                raise damaged(path, "became shorter while it was read")
             position += got
             if direct and position < min(stop, size) and position % PAGE_BYTES:
                 # A direct read that stopped off a page's edge continues buffered.

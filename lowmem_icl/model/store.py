@@ -1,6 +1,7 @@
 """The store: a converted checkpoint on disk, one file per layer, and a manifest that names them all.
 
-STORE/manifest.json            what it is: form, model, source, files with sizes and digests
+STORE/manifest.json            what it is: form, model, source, files with sizes and digests, its own digest
+STORE/manifest.copy.json       the same again
 STORE/outside.safetensors      embeddings, final norm, projections, in the source's precision
 STORE/layers/000.safetensors   one decoder layer; linears in int8 and NF4 as bitsandbytes serialises them
 STORE/tokenizer/               the source's tokenizer files, unchanged
@@ -25,13 +26,16 @@ from pydantic import (
 )
 
 from lowmem_icl.errors import InputError
+from lowmem_icl.model.integrity import MANIFEST, check_file, damaged, repair_command
 from lowmem_icl.model.nf4 import Nf4Form
 from lowmem_icl.model.skeleton import Skeleton
-from lowmem_icl.system.files import forget_pages, sha256_of_file
+from lowmem_icl.system.files import forget_pages, sha256_of_file, write_text_atomic
 from lowmem_icl.system.progress import Advance
 
 STORE_FORMAT: Literal["lowmem-icl-store/1"] = "lowmem-icl-store/1"
-MANIFEST = "manifest.json"
+MANIFEST_COPY = "manifest.copy.json"
+DIGEST = "digest"
+"""A manifest's field with the SHA-256 of all others."""
 NON_LAYER = "outside.safetensors"
 """What lies outside the layers; the file keeps the name of older stores, so that these stay readable."""
 
@@ -120,7 +124,7 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Store:
-    """An opened store; its manifest is checked against the files' presence and sizes, not their bytes."""
+    """An opened store; its weights are compared with their digests when they are first read."""
 
     folder: Path
     manifest: Manifest
@@ -164,37 +168,77 @@ def is_store(folder: Path) -> bool:
 
 
 def open_store(folder: Path) -> Store:
-    """Open a store; raise InputError naming the file that is missing, foreign or of another size."""
+    """Open a store, its tokenizer's files compared with their digests; weights are when they are first read.
+
+    Raises InputError naming the file that is missing, foreign, altered or of another size.
+    """
+    manifest = read_manifest(folder / MANIFEST)
+    store = Store(folder, manifest, folder / "tokenizer")
     try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_text(encoding="utf-8"))
+        layers = store.skeleton.layers
+    except InputError as error:
+        raise InputError(f"{folder / MANIFEST}: {error}") from error
+    # Before a list is made of them: a stranger's number may be any.
+    if layers > len(manifest.files):
+        raise damaged(folder / MANIFEST, f"lists {len(manifest.files)} files for {layers} layers")
+    expected = {layer_file(layer) for layer in range(layers)} | {NON_LAYER}
+    for name in sorted(expected - manifest.files.keys()):
+        raise damaged(folder / MANIFEST, f"file '{name}' is not listed")
+    for name, file in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"{path} is missing; {repair_command(folder)}")
+        if path.stat().st_size != file.size_bytes:
+            raise damaged(
+                path,
+                f"expected {file.size_bytes} bytes, got {path.stat().st_size}: truncated or altered",
+            )
+        if name.startswith("tokenizer/"):
+            check_file(path, file.sha256)
+    return store
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest; raise InputError where it is none, or not as it was written.
+
+    Those of before carry no digest of their own and are taken as they are.
+    """
+    try:
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"{folder} is not a finished store: {MANIFEST} cannot be read; convert again"
+            f"{path.parent} is not a finished store: {path.name} cannot be read; convert again"
         ) from error
+    try:
+        fields = json.loads(content.decode("utf-8"))
+        manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"{folder / MANIFEST}: field '{field}': {first['msg']}; expected a store of format {STORE_FORMAT}"
+        raise damaged(
+            path, f"field '{field}': {first['msg']}; expected a store of format {STORE_FORMAT}"
         ) from error
-    store = Store(folder, manifest, folder / "tokenizer")
-    expected = {layer_file(layer) for layer in range(store.skeleton.layers)} | {NON_LAYER}
-    for name in sorted(expected - manifest.files.keys()):
-        raise InputError(f"{folder / MANIFEST}: file '{name}' is not listed; convert again")
-    for name, file in manifest.files.items():
-        path = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            raise InputError(
-                f"{folder / MANIFEST}: file '{name}' lies outside the store; do not use this store"
-            )
-        if not path.is_file():
-            raise InputError(f"{path} is missing; convert again")
-        if path.stat().st_size != file.size_bytes:
-            raise InputError(
-                f"{path}: expected {file.size_bytes} bytes, got {path.stat().st_size}: truncated or altered; "
-                "convert again"
-            )
-    return store
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"not JSON in UTF-8 ({str(error)[:200]})") from error
+    for name in manifest.files:
+        if ".." in Path(name).parts or Path(name).is_absolute() or "\0" in name:
+            raise InputError(f"{path}: file {name!r} lies outside the store; do not use this store")
+    if DIGEST in fields and fields.pop(DIGEST) != _digest_of_fields(fields):
+        raise damaged(path, "is not as it was written: its digest does not match")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write a store's manifest with its digest, and its copy, from which it can be mended."""
+    fields = manifest.model_dump()
+    text = json.dumps(fields | {DIGEST: _digest_of_fields(fields)}, indent=1) + "\n"
+    # The manifest comes last: with it the store is finished.
+    for name in (MANIFEST_COPY, MANIFEST):
+        write_text_atomic(folder / name, text)
+
+
+def _digest_of_fields(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def verify_store(store: Store, advance: Advance = lambda checked: None) -> None:
@@ -203,13 +247,25 @@ def verify_store(store: Store, advance: Advance = lambda checked: None) -> None:
     `advance` is called with the bytes of each file.
     """
     for name in altered_files(store.folder, store.manifest, advance):
-        raise InputError(f"{store.folder / name}: its bytes differ from the manifest's digest; convert again")
+        raise damaged(store.folder / name, "its bytes differ from the manifest's digest")
+
+
+def is_sealed(folder: Path) -> bool:
+    """Tell whether a manifest stands there with its digest, and its copy beside it."""
+    fields = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return DIGEST in fields and (folder / MANIFEST_COPY).is_file()
 
 
 def altered_files(folder: Path, manifest: Manifest, advance: Advance) -> Iterator[str]:
-    """Yield the names of files whose bytes, as the disk has them, differ from their digests."""
+    """Yield the names of files that are missing, cannot be read, or whose bytes, as the disk has them, differ
+    from their digests.
+    """
     for name, file in manifest.files.items():
-        forget_pages(folder / name)
-        if sha256_of_file(folder / name) != file.sha256:
+        try:
+            forget_pages(folder / name)
+            whole = sha256_of_file(folder / name) == file.sha256
+        except OSError:
+            whole = False
+        if not whole:
             yield name
         advance(file.size_bytes)

@@ -6,10 +6,12 @@ from typing import Self
 
 import torch
 
+from lowmem_icl.model.contents import check_layer
+from lowmem_icl.model.integrity import check_file
 from lowmem_icl.model.layer import DecoderLayer
 from lowmem_icl.model.reading import LayerReader
 from lowmem_icl.model.skeleton import Skeleton
-from lowmem_icl.model.store import NON_LAYER, Store
+from lowmem_icl.model.store import NON_LAYER, Store, layer_file
 from lowmem_icl.model.vocabulary import Vocabulary
 from lowmem_icl.system.allocator import keep_freed_memory
 
@@ -30,7 +32,17 @@ class StreamedModel:
         self.skeleton = Skeleton(copy.deepcopy(store.skeleton.config))
         self.device = device
         self._layer = DecoderLayer(self.skeleton, store.manifest.weights, device)
-        self._reader = LayerReader(store.layer_paths, resident_layers(store, resident_bytes), device)
+        files = store.manifest.files
+        self._reader = LayerReader(
+            store.layer_paths,
+            resident_layers(store, resident_bytes),
+            device,
+            [files[layer_file(layer)].sha256 for layer in range(store.skeleton.layers)],
+        )
+        for path, locations in zip(store.layer_paths, self._reader.locations, strict=True):
+            check_layer(path, locations, store.skeleton, store.manifest.weights)
+        # Tables are read row by row later, so the whole file is looked through first.
+        check_file(store.folder / NON_LAYER, files[NON_LAYER].sha256)
         # Last: it keeps files open.
         self.vocabulary = Vocabulary(
             self.skeleton, store.folder / NON_LAYER, device, in_memory=tables_in_memory

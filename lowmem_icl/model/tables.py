@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowmem_icl.errors import InputError
+from lowmem_icl.model.integrity import damaged
 from lowmem_icl.model.reading import TensorLocation
 
 VOCABULARY_BLOCK = 2048
@@ -70,7 +70,7 @@ class VocabularyTable:
         while left:
             count = os.preadv(self._file, [left], place)
             if not count:
-                raise InputError(f"{self._path}: became shorter while it was read; convert again")
+                raise damaged(self._path, "became shorter while it was read")
             place, left = place + count, left[count:]
         self.read_bytes += len(content)
         return torch.frombuffer(content, dtype=self._location.dtype).view(rows, self._width)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowmem_icl.errors import InputError
+from lowmem_icl.model.contents import check_non_layer
 from lowmem_icl.model.families.family import NormForm
 from lowmem_icl.model.int8 import FIXED_ROWS, matmul_in_fixed_rows
 from lowmem_icl.model.reading import read_header
@@ -37,8 +37,7 @@ class Vocabulary:
         self.skeleton, self.device = skeleton, device
         locations = read_header(non_layer)[0]
         names = {skeleton.embedding_name, skeleton.unembedding_name}
-        if missing := sorted(skeleton.non_layer_parameters().keys() - locations.keys()):
-            raise InputError(f"{non_layer}: parameter '{missing[0]}' is missing; convert again")
+        check_non_layer(non_layer, locations, skeleton)
         with safe_open(non_layer, framework="pt") as opened:
             small = {name: opened.get_tensor(name) for name in locations if name not in names}
         skeleton.fill_non_layer(small, device)

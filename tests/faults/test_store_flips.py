@@ -1,0 +1,243 @@
+"""Bits flipped in every file of a store: each is refused and named, none gives other results in silence."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from commands import invoke
+
+from lowmem_icl.errors import InputError
+from lowmem_icl.model.store import (
+    NON_LAYER,
+    Store,
+    StoredFile,
+    is_store,
+    layer_file,
+    open_store,
+    write_manifest,
+)
+from lowmem_icl.model.streamed import StreamedModel
+from lowmem_icl.system.files import sha256_of_file
+
+TOKENS = torch.arange(5, 25)
+
+
+def scores(folder: Path, *, in_memory: bool = True) -> torch.Tensor:
+    """Read all of a store as runs do: every layer's tensors, and log-probabilities through its tables."""
+    with StreamedModel(
+        open_store(folder), device=torch.device("cpu"), resident_bytes=0, tables_in_memory=in_memory
+    ) as model:
+        residual = model.vocabulary.embed(TOKENS, torch.arange(len(TOKENS)))
+        summed = [
+            sum(float(value.double().sum()) for value in layer._module.state_dict().values())
+            for _, layer in model.layers(range(model.skeleton.layers))
+        ]
+        found, _ = model.vocabulary.log_probabilities(residual, torch.arange(len(TOKENS)), TOKENS)
+    return torch.cat([found.double(), torch.tensor(summed, dtype=torch.float64)])
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's store, converted here."""
+    folder = tmp_path_factory.mktemp("flips") / "demo"
+    assert invoke("convert", "demo", folder).exit_code == 0
+    return folder
+
+
+def flipped(path: Path, places: int, draws: Random) -> Iterator[int]:
+    """Flip one bit of a file after the other, and put it back each time."""
+    good = path.read_bytes()
+    # The header, its length, and the last byte are always among them.
+    fixed = [0, 9, len(good) - 1][:places]
+    for place in [*fixed, *(draws.randrange(len(good)) for _ in range(places - len(fixed)))]:
+        bad = bytearray(good)
+        bad[place] ^= 1 << draws.randrange(8)
+        path.write_bytes(bad)
+        yield place
+    path.write_bytes(good)
+
+
+def flip_every_file(folder: Path, places: int, names: list[str]) -> None:
+    """Flip bits of these files: each must be refused by name, unless it gives what the whole store does."""
+    draws, expected = Random(20), scores(folder)
+    for name in names:
+        for place in flipped(folder / name, places, draws):
+            found, refusal = None, ""
+            try:
+                found = scores(folder, in_memory=bool(place % 2))
+            except InputError as error:
+                refusal = str(error)
+            if found is None:
+                assert name in refusal, (name, place)
+                assert f"lowmem-icl convert --repair {folder}" in refusal, (name, place)
+            else:
+                # White space, or the name of the digest's own field.
+                assert name.startswith("manifest"), (name, place)
+                assert torch.equal(found, expected)
+    assert torch.equal(scores(folder), expected)
+
+
+def test_one_flipped_bit_in_any_file_is_refused_by_name(tmp_path: Path, int8_store: Store) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(int8_store.folder, folder)
+    flip_every_file(folder, 6, [*int8_store.manifest.files, "manifest.json"])
+
+
+def test_one_flipped_bit_in_the_demos_files_is_refused_by_name(tmp_path: Path, demo: Path) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(demo, folder)
+    tokenizer = [name for name in open_store(folder).manifest.files if name.startswith("tokenizer/")]
+    flip_every_file(folder, 3, [NON_LAYER, layer_file(0), *tokenizer, "manifest.json"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["int8", "nf4", "float32", "demo"])
+def test_twenty_places_of_every_file_are_refused_by_name(
+    weights: str, tmp_path: Path, request: pytest.FixtureRequest, demo: Path
+) -> None:
+    named = {"int8": "int8_store", "nf4": "nf4_store", "float32": "float_store"}
+    source = demo if weights == "demo" else request.getfixturevalue(named[weights]).folder
+    folder = tmp_path / "store"
+    shutil.copytree(source, folder)
+    flip_every_file(folder, 20, [*open_store(folder).manifest.files, "manifest.json"])
+
+
+def test_what_is_read_again_is_trusted_until_it_is_written_to(tmp_path: Path, int8_store: Store) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(int8_store.folder, folder)
+    path = folder / layer_file(1)
+    with StreamedModel(open_store(folder), device=torch.device("cpu"), resident_bytes=0) as model:
+        for _ in model.layers(range(3)):
+            pass
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"001\.safetensors: its bytes differ"):
+            for _ in model.layers(range(3)):
+                pass
+
+
+def test_a_layers_file_in_anothers_place_is_refused(tmp_path: Path, float_store: Store) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(float_store.folder, folder)
+    shutil.copyfile(folder / layer_file(0), folder / layer_file(2))
+    with pytest.raises(InputError, match=r"002\.safetensors: "):
+        scores(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"format": "lowmem-icl-store/1", "weights": 8}',
+        b"[" * 10_000,
+        b"[" * 10_000 + b"]" * 10_000,
+        b'{"a":' * 10_000 + b"1" + b"}" * 10_000,
+        b"1" * 5_000,
+        b'{"format": "\\ud83d"}',
+    ],
+)
+def test_a_manifest_of_another_form_is_one_line(text: bytes, tmp_path: Path, int8_store: Store) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(int8_store.folder, folder)
+    (folder / "manifest.json").write_bytes(text)
+    assert is_store(folder)
+    with pytest.raises(InputError, match=r"manifest\.json: .*convert --repair"):
+        open_store(folder)
+
+
+def test_a_manifest_of_a_billion_layers_is_refused_at_once(tmp_path: Path, int8_store: Store) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(int8_store.folder, folder)
+    manifest = int8_store.manifest
+    write_manifest(
+        folder, manifest.model_copy(update={"config": manifest.config | {"num_hidden_layers": 10**9}})
+    )
+    with pytest.raises(InputError, match=r"manifest\.json: lists \d+ files for 1000000000 layers"):
+        open_store(folder)
+
+
+def with_header(path: Path, change: object) -> None:
+    """Replace a file's header, its tensors left where they are."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    text = change(content[8 : 8 + length]) if callable(change) else b""
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+HEADERS = {
+    "empty": lambda text: b"",
+    "not JSON": lambda text: b"{" + text,
+    "not UTF-8": lambda text: b"\xff" * len(text),
+    "deep": lambda text: b"[" * 10_000 + b"]" * 10_000,
+    "a list": lambda text: b"[]",
+    "extra": lambda text: json.dumps(
+        json.loads(text) | {"extra": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    ).encode(),
+    "renamed": lambda text: text.replace(b"fc1.bias", b"fc9.bias"),
+    "another type": lambda text: text.replace(b'"I8"', b'"U8"'),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+@pytest.mark.parametrize("name", [NON_LAYER, layer_file(1)])
+def test_a_header_is_refused_even_where_the_manifest_agrees(
+    kind: str, name: str, tmp_path: Path, int8_store: Store
+) -> None:
+    if name == NON_LAYER and kind in ("renamed", "another type"):
+        pytest.skip("there is no such tensor")
+    folder = tmp_path / "store"
+    shutil.copytree(int8_store.folder, folder)
+    with_header(folder / name, HEADERS[kind])
+    stored = StoredFile(size_bytes=(folder / name).stat().st_size, sha256=sha256_of_file(folder / name))
+    files = int8_store.manifest.files | {name: stored}
+    write_manifest(folder, int8_store.manifest.model_copy(update={"files": files}))
+    with pytest.raises(InputError, match=f"{Path(name).name}: .*convert"):
+        scores(folder)
+
+
+def test_repair_makes_what_is_bad_again_and_leaves_the_rest(tmp_path: Path, demo: Path) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(demo, folder)
+    good = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    tokenizer = next(name for name in open_store(folder).manifest.files if name.startswith("tokenizer/"))
+    bad = [NON_LAYER, layer_file(1), tokenizer, "manifest.json"]
+    for name in bad:
+        content = bytearray(good[folder / name])
+        content[len(content) // 2] ^= 16
+        (folder / name).write_bytes(content)
+    (folder / layer_file(2)).unlink()
+    untouched = (folder / layer_file(0)).stat()
+    done = invoke("convert", "--repair", folder)
+    assert done.exit_code == 0, done.output
+    for name in [*bad, layer_file(2)]:
+        assert f"{folder / name}: made again" in done.stdout
+    assert (folder / layer_file(0)).stat() == untouched
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == good
+    assert "nothing to mend" in invoke("convert", "--repair", folder).stdout
+
+
+def test_a_run_over_a_bad_layer_ends_with_one_line(tmp_path: Path, demo: Path) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(demo, folder)
+    path = folder / layer_file(3)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 2
+    path.write_bytes(content)
+    done = invoke("run", "--model", folder, "--out", tmp_path / "run", "--tasks", "antonym", "--limit", "4")
+    assert done.exit_code == 2, done.output
+    line = done.stderr.strip().splitlines()[-1]
+    assert str(path) in line
+    assert f"lowmem-icl convert --repair {folder}" in line
+    assert "Traceback" not in done.output
+    told = invoke("status", tmp_path / "run")
+    assert "state: failed; run.log says why" in told.stdout
+    assert str(path) in (tmp_path / "run" / "run.log").read_text()
