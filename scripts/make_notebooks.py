@@ -49,7 +49,7 @@ def main() -> None:
     for name in names:
         notebook = notebook_of(EXAMPLES / f"{name}.py")
         NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(PROJECT)}}).execute()
-        text = str(nbformat.writes(without_chatter(notebook)))  # type: ignore[no-untyped-call]
+        text = str(nbformat.writes(without_chatter(notebook)))
         (NOTEBOOKS / f"{name}.ipynb").write_text(f"{text}\n", encoding="utf-8")
         print(f"{NOTEBOOKS / name}.ipynb")
 

@@ -50,7 +50,8 @@ def masks_of(shape: Shape) -> dict[str, Mask]:
     """Return masks of about half the heads and half the FFNs, by what they are made of."""
     every, per_group = range(shape.layers), shape.heads // shape.groups
     odd, even = every[1::2], every[::2]
-    last = [shape.heads - 1 - head for head in range(per_group * (shape.groups // 2 or 1))]
+    n_groups = shape.groups // 2 or 1
+    last = [shape.heads - 1 - head for head in range(per_group * n_groups)]
     in_groups = frozenset((layer, head) for layer in every for head in last)
     drawn = random.Random(SEED)
     heads = drawn.sample(sorted(shape.attention(every)), shape.layers * shape.heads // 2)
@@ -60,8 +61,8 @@ def masks_of(shape: Shape) -> dict[str, Mask]:
         "every other FFN, and the attention after it": Mask(
             shape.attention(odd), frozenset(even[: len(odd)])
         ),
-        "half the groups of keys and values in every layer": Mask(in_groups),
-        "these groups, and every other layer": Mask(
+        f"{n_groups} of {shape.groups} groups of keys and values in every layer": Mask(in_groups),
+        "that, and every other layer": Mask(
             in_groups | shape.attention(odd), frozenset(odd)
         ),
         "all heads of every other layer, other FFNs at random": Mask(shape.attention(odd), ffns),
