@@ -51,6 +51,7 @@ def convert_model(
         delete_shards=delete_shards,
         announce=terminal.say,
         progress=terminal.progress,
+        waits=not options.no_wait,
     )
     outliers = store.manifest.outliers
     if outliers is not None:
