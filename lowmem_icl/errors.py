@@ -6,6 +6,10 @@ LowmemIclError
 └── InUse          75   another process holds the folder
 """
 
+import errno
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class LowmemIclError(Exception):
     """Base of all errors that are reported as one line, without a traceback."""
@@ -29,3 +33,18 @@ class InUse(LowmemIclError):
     """Another process works in the same folder."""
 
     exit_code = 75
+
+
+def from_os_error(error: OSError) -> LowmemIclError:
+    """Return what is told of an error of the disk or the system: the path, the cause and what to do."""
+    where = f"{error.filename}: " if error.filename is not None else ""
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.errno in FULL:
+        return DoesNotFit(
+            f"{where}cannot be written ({reason}); free some space there or choose another folder, then run "
+            "the same command again"
+        )
+    if error.errno == errno.EIO:
+        return InputError(f"{where}{reason}: the disk may be failing; choose another")
+    done = "cannot be written" if type(error).__name__ == "NotWritten" else "cannot be used"
+    return InputError(f"{where}{done} ({reason}); choose another place, or change its rights")

@@ -22,6 +22,7 @@ from lowmem_icl.report.files import publish_run
 from lowmem_icl.report.findings.first_results import first_result
 from lowmem_icl.session.folder import RunFolder, check_output, open_folder
 from lowmem_icl.session.identity import identity_of
+from lowmem_icl.session.leftovers import clear_shared_folders
 from lowmem_icl.session.prepare import Prepared, prepare, with_store
 from lowmem_icl.session.publish import Publisher
 from lowmem_icl.session.result import StageResult
@@ -120,6 +121,7 @@ def run(
 def _prepared_with_store(
     options: RunOptions, mask_files: Mapping[str, MaskFile], audience: Audience
 ) -> Prepared:
+    clear_shared_folders(options)
     with audience.waiting("reading tasks and tokenising their prompts"):
         prepared = _with_masks(prepare(options, progress=audience.progress, needs_weights=True), mask_files)
     if not prepared.store.is_written:

@@ -172,7 +172,7 @@ def measure(
 
 @command_of(app)
 @reports_errors_and_continues
-@takes("revision", "weights", "store_dir")
+@takes("revision", "weights", "store_dir", "no_wait")
 def convert(
     given: GivenOptions,
     source: Annotated[

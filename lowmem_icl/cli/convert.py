@@ -26,9 +26,9 @@ def repair_store(options: RunOptions, source: str, store: Path | None, terminal:
     given = None if store is None else source
     made = repair(folder, options.resolved_store_dir, source=given, progress=terminal.progress)
     for name in made:
-        typer.echo(f"{folder / name}: made again")
+        echo(f"{folder / name}: made again")
     if not made:
-        typer.echo(f"{folder}: nothing to mend, all as written")
+        echo(f"{folder}: nothing to mend, all as written")
 
 
 def _located(options: RunOptions, folder: Path | None, terminal: Terminal) -> ModelLocation:
@@ -62,6 +62,7 @@ def convert_model(
         delete_shards=delete_shards,
         announce=terminal.say,
         progress=terminal.progress,
+        waits=not options.no_wait,
     )
     outliers = store.manifest.outliers
     if outliers is not None:

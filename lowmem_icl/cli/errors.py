@@ -15,7 +15,7 @@ import typer
 
 from lowmem_icl.cli.echo import complain
 from lowmem_icl.cli.stops import STOPPED_BY, raised
-from lowmem_icl.errors import InputError, LowmemIclError
+from lowmem_icl.errors import InputError, LowmemIclError, from_os_error
 
 CONTINUES = "; finished parts are kept, and the same command continues from there"
 
@@ -53,6 +53,9 @@ def _reporting(command: Callable[P, R], stopped: str) -> Callable[P, R]:
                 _fail(stopped, received[0] if received else STOPPED_BY[signal.SIGINT])
             if isinstance(error, LowmemIclError):
                 _fail(str(error), error.exit_code)
+            if isinstance(error, OSError):
+                told = from_os_error(error)
+                _fail(str(told), told.exit_code)
             if isinstance(error, EOFError):
                 # Ours; typer takes it for a user who ended the input.
                 raise RuntimeError(str(error)) from error

@@ -27,7 +27,7 @@ ALL_OPTIONS = tuple(FLAGS)
 EVALUATE_OPTIONS = (
     *names_of(Group.MODEL),
     *(name for name in names_of(Group.TASKS) if name not in ("train_limit", "importance_limit", "labels")),
-    *("seed", "memory", "device_memory", "device", "out", "track"),
+    *("seed", "memory", "device_memory", "device", "out", "track", "no_wait"),
 )
 MEASURE_OPTIONS = (*names_of(Group.MODEL), "memory", "device_memory", "device")
 PROMPT_OPTIONS = (

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lowmem_icl.conversion.checkpoint import Checkpoint, read_json
+from lowmem_icl.conversion.store_lock import is_of_lock
 from lowmem_icl.errors import InputError
 from lowmem_icl.model.store import NON_LAYER, Store, StoredFile, Weights
 from lowmem_icl.model.writing import save_one_by_one, save_tensors, sha256_of_tensors, source_digests
@@ -73,7 +74,7 @@ class Claim:
                 file = StoredFile.model_validate(fields)
                 if (folder / name).is_file() and (folder / name).stat().st_size == file.size_bytes:
                     self.files[name] = file
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and not all(map(is_of_lock, folder.iterdir())):
             raise InputError(
                 f"{folder} is not empty and holds no unfinished conversion; choose another STORE"
             )

@@ -334,10 +334,8 @@ class _Steps:
         return tensor.t().contiguous(), digest
 
     def _non_layer_form(self, name: str, tensor: Tensor) -> Tensor:
-        if tensor.dtype in NON_LAYER_TYPES:
-            return tensor
         self._check_finite(name, tensor)
-        return tensor.float()
+        return tensor if tensor.dtype in NON_LAYER_TYPES else tensor.float()
 
     def _check_finite(self, name: str, tensor: Tensor) -> None:
         # A double can be finite and its float32 not.

@@ -23,6 +23,7 @@ from lowmem_icl.conversion.convert import (
 )
 from lowmem_icl.conversion.gguf.source import gguf_folder_name, open_gguf
 from lowmem_icl.conversion.packaged import PACKAGED_MODELS, packaged_file
+from lowmem_icl.conversion.store_lock import making_store
 from lowmem_icl.conversion.tied import settle_tied_tables
 from lowmem_icl.errors import InputError
 from lowmem_icl.model.families.catalogue import family_of
@@ -221,17 +222,33 @@ def ensure_store(
     delete_shards: bool = False,
     announce: Callable[[str], None] = lambda text: None,
     progress: Progress = unseen,
+    waits: bool = True,
 ) -> Store:
     """Return the store of a located model, converting and verifying it first where that has not been done.
 
     Says what will be fetched, read and written before the first byte; raises DoesNotFit where the disk has no
-    room. `delete_shards`: weight files fetched from the hub are deleted as soon as they are converted.
+    room. Where another process is making the store it `waits`, or InUse is raised. `delete_shards`: weight
+    files fetched from the hub are deleted as soon as they are converted.
     """
     if located.checkpoint is None or is_store(located.store_folder):
         return open_store(located.store_folder)
-    checkpoint = located.checkpoint
-    checkpoint.check_weights()
+    located.checkpoint.check_weights()
     planned = plan_store(located, weights)
+    with making_store(located.store_folder, planned.skeleton.layers, announce, waits=waits):
+        if is_store(located.store_folder):
+            return open_store(located.store_folder)
+        return _made(planned, located, delete_shards, announce, progress)
+
+
+def _made(
+    planned: Store,
+    located: ModelLocation,
+    delete_shards: bool,
+    announce: Callable[[str], None],
+    progress: Progress,
+) -> Store:
+    checkpoint, weights = located.checkpoint, planned.manifest.weights
+    assert checkpoint is not None
     for note in checkpoint.notes:
         announce(note)
     fetched = _prepare_fetching(checkpoint, located, delete_shards, announce)

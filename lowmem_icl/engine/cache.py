@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.rows import Row
+from lowmem_icl.system.files import writes
 
 Key = tuple[str, Mask, int]
 WHOLE_MODEL = Mask()
@@ -175,16 +176,20 @@ class CleanCache:
         entry = self._on_disk.pop(key)
         self._written_bytes -= entry.size_bytes
         assert entry.path is not None
-        entry.path.unlink()
+        entry.path.unlink(missing_ok=True)
 
     def _write(self, key: Key, residual: Tensor, last_use: int) -> None:
         if self._files is None:
             if self._spill_folder is not None:
                 self._spill_folder.mkdir(parents=True, exist_ok=True)
-            self._files = tempfile.TemporaryDirectory(prefix="residuals-", dir=self._spill_folder)
+            # Leftovers are deleted when the run goes on: not the time to fail.
+            self._files = tempfile.TemporaryDirectory(
+                prefix="residuals-", dir=self._spill_folder, ignore_cleanup_errors=True
+            )
         self._file_count += 1
         path = Path(self._files.name) / f"{self._file_count}.f32"
-        residual.numpy().tofile(path)
+        with writes(path), path.open("wb") as opened:
+            opened.write(residual.contiguous().numpy().data)
         size = residual.numel() * residual.element_size()
         self._on_disk[key] = _Kept(residual.shape, size, last_use, path=path)
         self._written_bytes += size

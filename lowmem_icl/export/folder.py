@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lowmem_icl.conversion.checkpoint import TOKENIZER_FILES, Checkpoint, FolderShards
@@ -25,6 +24,7 @@ from lowmem_icl.export.structure import LayerRecipe, least_heads, packed_layers,
 from lowmem_icl.masks.files import MaskFile, check_means, write_mask
 from lowmem_icl.model.skeleton import FIELDS_BY_LAYER, Skeleton
 from lowmem_icl.model.store import is_store
+from lowmem_icl.model.writing import write_tensors
 from lowmem_icl.system.files import atomic_folder, free_bytes
 from lowmem_icl.system.progress import Progress, unseen
 
@@ -255,9 +255,7 @@ def _write_tensors(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> int:
     size, total = 0, 0
 
     def flush() -> None:
-        # A copy of its own: tied or sliced tensors may share memory, which safetensors refuses.
-        content = {name: tensor.detach().clone().contiguous() for name, tensor in held.items()}
-        save_file(content, folder / f"part-{len(parts)}", metadata={"format": "pt"})
+        write_tensors(folder / f"part-{len(parts)}", held, {"format": "pt"})
         parts.append(list(held))
         held.clear()
 
@@ -269,9 +267,6 @@ def _write_tensors(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> int:
         held[name] = tensor
         size, total = size + nbytes, total + nbytes
     flush()
-    # safetensors lets nobody else read what it writes.
-    for number in range(len(parts)):
-        (folder / f"part-{number}").chmod((folder / "config.json").stat().st_mode)
     if len(parts) == 1:
         (folder / "part-0").rename(folder / "model.safetensors")
         return total

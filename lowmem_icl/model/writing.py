@@ -4,16 +4,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lowmem_icl.errors import InputError
 from lowmem_icl.model.reading import TORCH_TYPES, read_header
-from lowmem_icl.system.files import atomic_path
+from lowmem_icl.system.files import atomic_path, unnamed_file, writes
+from lowmem_icl.system.tensor_files import TensorContent, write_tensor_file
 
 TYPE_NAMES = {dtype: name for name, dtype in TORCH_TYPES.items()}
 DIGESTS = "source_digests"
@@ -24,11 +23,22 @@ COPIED_BYTES = 4 << 20
 def save_tensors(path: Path, tensors: dict[str, Tensor], digests: dict[str, str]) -> None:
     """Write tensors, with the digests of the source's tensors."""
     with atomic_path(path) as temporary:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            temporary,
-            metadata={DIGESTS: json.dumps(digests, sort_keys=True)},
+        write_tensors(temporary, tensors, {DIGESTS: json.dumps(digests, sort_keys=True)})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors and metadata as a safetensors file, where it stands."""
+
+    def content_of(tensor: Tensor) -> TensorContent:
+        return TensorContent(
+            TYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes, lambda: _bytes_of(tensor)
         )
+
+    write_tensor_file(path, {name: content_of(tensor) for name, tensor in tensors.items()}, metadata)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def save_one_by_one(
@@ -40,10 +50,10 @@ def save_one_by_one(
     tensor lies on a multiple of its elements' size. Raises InputError where the disk gives back other bytes.
     """
     header: dict[str, Any] = {}
-    with TemporaryFile(dir=path.parent) as body:
+    with writes(path), unnamed_file(path) as body:
         written, size = hashlib.sha256(), 0
         for name, tensor in tensors:
-            content = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+            content = _bytes_of(tensor)
             assert size % tensor.dtype.itemsize == 0, "wider types come first"
             body.write(content)
             written.update(content)
@@ -67,7 +77,7 @@ def save_one_by_one(
     return len(front) + size, whole
 
 
-def _copy(body: BinaryIO, target: BinaryIO, whole: Any) -> tuple[str, str]:
+def _copy(body: IO[bytes], target: IO[bytes], whole: Any) -> tuple[str, str]:
     """Append a body to a file; return the digest of all, and of the body alone."""
     body.seek(0)
     alone = hashlib.sha256()
@@ -91,5 +101,5 @@ def sha256_of_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
         length = opened.read(8)
         summed = hashlib.sha256(length + opened.read(int.from_bytes(length, "little")))
     for name in sorted(tensors, key=lambda name: locations[name].offset):
-        summed.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+        summed.update(_bytes_of(tensors[name]))
     return summed.hexdigest()

@@ -361,6 +361,10 @@ class RunFields(BaseModel):
             changes_results=False,
         ),
     ] = None
+    no_wait: Annotated[
+        bool,
+        Flag(Group.RESOURCES, "Do not wait where another process makes the store.", changes_results=False),
+    ] = False
 
     out: Annotated[
         AnyPath | None,

@@ -1,7 +1,7 @@
 """How the memory given to a run is dealt out between weights, rows and caches, so that it is kept."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -109,10 +109,10 @@ def plan_memory(
         )
 
     whole = store.layer_bytes * store.skeleton.layers
-    if whole <= rest // 2 and needs.least <= rest - whole:
+    if whole <= rest // 2 and needs.least <= rest - whole and needs.lacks_on_disk(sharing(whole)) <= 0:
         return sharing(whole)
     most = min(whole, rest - needs.least)
-    shares = [sharing(min(most, int(rest * share))) for share in RESIDENT_SHARES]
+    shares = needs.fitting([sharing(min(most, int(rest * share))) for share in RESIDENT_SHARES])
     return min(shares, key=lambda plan: (layers_read(plan), plan.resident_bytes))
 
 
@@ -178,19 +178,30 @@ class _Needs:
         return self.in_use + (0 if self.on_device else self.read_ahead) + working
 
     def spill_bytes(self) -> int:
-        """Return how much of the run folder's disk may be used; raise DoesNotFit where that is less than one
-        row needs.
+        """Return how much of the run folder's disk may be used for what the cache cannot hold."""
+        return int(free_bytes(run_folder(self._prepared.options)) * SPILL_SHARE)
+
+    def lacks_on_disk(self, plan: MemoryPlan) -> int:
+        """Return how many bytes of disk are missing for one row at the input of every layer, as far as the
+        cache does not hold it; not more than 0 where none are.
         """
-        folder = run_folder(self._prepared.options)
-        spill = int(free_bytes(folder) * SPILL_SHARE)
-        row = self._row_bytes * self._prepared.skeleton.layers
-        if row > spill:
+        # Neither holds part of a layer's.
+        on_disk = max(0, self._prepared.skeleton.layers - plan.cache_bytes // max(1, self._row_bytes))
+        return on_disk * self._row_bytes - plan.spill_bytes
+
+    def fitting(self, plans: Sequence[MemoryPlan]) -> list[MemoryPlan]:
+        """Return the plans whose cache and disk hold one row at the input of every layer; raise DoesNotFit
+        where none does.
+        """
+        lacks = [self.lacks_on_disk(plan) for plan in plans]
+        if min(lacks) > 0:
             raise DoesNotFit(
-                f"--out {folder}: {spill / 1e9:.3g} GB of its disk may be used, and the activations of the "
-                f"longest row alone take {row / 1e9:.3g} GB; free {(row - spill) / SPILL_SHARE / 1e9:.3g} GB "
-                "there or choose another disk"
+                f"--out {run_folder(self._prepared.options)}: of the activations of the longest row "
+                f"{(min(lacks) + plans[0].spill_bytes) / 1e6:.3g} MB do not fit into memory, and "
+                f"{plans[0].spill_bytes / 1e6:.3g} MB of its disk may be used; free "
+                f"{min(lacks) / SPILL_SHARE / 1e6:.3g} MB there, choose another disk or give more --memory"
             )
-        return spill
+        return [plan for plan, lack in zip(plans, lacks, strict=True) if lack <= 0]
 
     def micro_batch_tokens(self) -> int:
         """Return how many tokens go through a layer together: as many as leave room for rows."""

@@ -3,7 +3,6 @@
 import datetime
 import hashlib
 import logging
-import os
 import platform
 import shutil
 import sys
@@ -15,14 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_icl import __version__
-from lowmem_icl.errors import InputError
+from lowmem_icl.errors import FULL, InputError, from_os_error
 from lowmem_icl.options import RunOptions, shell_command
 from lowmem_icl.session.identity import Identity, run_folder
 from lowmem_icl.session.lock import LOCK_FILE, LOG_FILE, is_in_use, locked
 from lowmem_icl.session.parts import Parts, set_aside
 from lowmem_icl.session.record import RUN_FILE, RecordDamaged, record_text, run_record
 from lowmem_icl.session.run_form import RUN_FORMAT, StageActuals, State
-from lowmem_icl.system.files import existing_folder, is_partial, write_text_atomic
+from lowmem_icl.system.files import (
+    clear_partials,
+    existing_folder,
+    is_partial,
+    try_writing,
+    write_text_atomic,
+)
 from lowmem_icl.system.machine import describe_machine, device_type, peak_resident_bytes, resolved_device
 from lowmem_icl.system.visible import visible
 
@@ -82,11 +87,14 @@ def _check_writable(flag: str, folder: Path) -> None:
         existing = existing_folder(folder)
         if not existing.is_dir():
             raise InputError(f"{flag} {folder}: {existing} is a file; give a folder")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise InputError(f"{flag} {folder}: {existing} cannot be written to; choose another folder")
+        try_writing(folder)
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise from_os_error(error) from error
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{flag} {folder}: {reason}; choose another folder") from error
+        raise InputError(
+            f"{flag} {folder}: cannot be written to ({reason}); choose another folder"
+        ) from error
 
 
 def _refuse_differences(folder: Path, earlier: Identity, identity: Identity) -> None:
@@ -243,9 +251,7 @@ def _clear_leftovers(folder: Path) -> None:
     """Delete what processes left that were killed; the lock says that nobody uses it."""
     for leftover in (folder / "parts").glob("residuals-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in folder.rglob("*.partial"):
-        if is_partial(leftover):
-            leftover.unlink(missing_ok=True)
+    clear_partials(folder, held=True, deep=True)
 
 
 def state_of(folder: Path, record: Mapping[str, Any]) -> State:
@@ -264,10 +270,22 @@ class _Visible(logging.Formatter):
         return visible(super().format(record))
 
 
+class _LogFile(logging.FileHandler):
+    """A log that takes what its disk takes: what matters is written by who says so where it fails."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing."""
+
+    def close(self) -> None:
+        """Close the file, whatever was not written yet."""
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def _logged(folder: Path) -> Iterator[None]:
     """Append what happens to run.log, with times in UTC."""
-    handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8", errors="backslashreplace")
+    handler = _LogFile(folder / LOG_FILE, encoding="utf-8", errors="backslashreplace")
     formatter = _Visible("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)

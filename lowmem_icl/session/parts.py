@@ -122,7 +122,9 @@ class Parts:
         try:
             arrays = dict(make(draft))
         except BaseException:
-            draft.save()
+            # What stopped it is what is to be told, not that the disk is full.
+            with suppress(OSError):
+                draft.save()
             raise
         write_sealed(path, arrays, self._sealed_as(name))
         draft.discard()

@@ -38,6 +38,7 @@ from lowmem_icl.session.text_form import (
 )
 from lowmem_icl.session.text_keys import TableName, sample_key, table_key, tokenizer_digest
 from lowmem_icl.session.texts import FOLDER, KeptTexts
+from lowmem_icl.system.files import try_writing
 from lowmem_icl.system.progress import Progress, unseen
 from lowmem_icl.tasks.catalogue import DEMO_TASKS, LEARNT_PAIR_TASKS, PAPER_TASKS, expanded
 from lowmem_icl.tasks.document_sizes import estimated_rows
@@ -234,6 +235,8 @@ class ModelBasis:
         if needs_weights and located.checkpoint is not None:
             located.checkpoint.check_weights()
         store = plan_store(located, options.weights)
+        if needs_weights and not store.is_written:
+            try_writing(store.folder)
         tokenizer = load_tokenizer(store.tokenizer_folder)
         form = text_form(options, store, tokenizer)
         limits = packing_limits(form, store, tokenizer)
@@ -385,7 +388,11 @@ def with_store(
     progress: Progress = unseen,
 ) -> Prepared:
     """Return the same with its store on disk, converted now where it was only planned."""
-    weights = prepared.store.manifest.weights
-    return replace(
-        prepared, store=ensure_store(prepared.located, weights, announce=announce, progress=progress)
+    store = ensure_store(
+        prepared.located,
+        prepared.store.manifest.weights,
+        announce=announce,
+        progress=progress,
+        waits=not prepared.options.no_wait,
     )
+    return replace(prepared, store=store)

@@ -12,16 +12,17 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from lowmem_icl.rows import PackedRows
 from lowmem_icl.session.sealed import Damaged, digest_of, read_sealed, write_sealed
 from lowmem_icl.system.files import atomic_path
+from lowmem_icl.system.tensor_files import TensorContent, write_tensor_file
 from lowmem_icl.tasks.prompt_table import PromptTable
 from lowmem_icl.tasks.row_arrays import arrays_of_rows, outline_of_arrays, rows_of_arrays
 
@@ -65,8 +66,8 @@ class KeptTexts:
         arrays = make()
         digest = digest_of(arrays)
         try:
-            with atomic_path(path, sync=False) as partial:
-                save_file(dict(arrays), partial, metadata={"digest": digest})
+            with atomic_path(path, sync=False) as temporary:
+                write_tensor_file(temporary, _contents(arrays), {"digest": digest})
             # From here on the tokens lie in the file, not in memory.
             return _mapped_table(path)
         except OSError as error:
@@ -116,6 +117,19 @@ class KeptTexts:
             logger.info("%s cannot be kept (%s); its rows stay in memory", path, error)
             self._in_memory[path] = arrays
         return rows
+
+
+def _contents(arrays: Arrays) -> dict[str, TensorContent]:
+    names = {np.dtype(dtype): name for name, dtype in _TYPES.items()}
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return {
+        name: TensorContent(names[array.dtype], array.shape, array.nbytes, partial(_bytes_of, array))
+        for name, array in whole.items()
+    }
+
+
+def _bytes_of(array: NDArray[Any]) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _size_bytes(rows: PackedRows) -> int:

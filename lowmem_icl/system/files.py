@@ -1,14 +1,65 @@
 """Files that are whole or absent (written to a temporary file, then renamed), and the disks they are on."""
 
+import errno
+import glob
 import hashlib
 import os
+import platform
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
-LONGEST_STEM_BYTES = 220
+LONGEST_STEM_BYTES = 200
 """Of a file's name that a temporary file's repeats; what it adds then fits into 255 bytes too."""
+PARTIAL = ".partial"
+OLDEST_PARTIAL_SECONDS = 24 * 3600
+"""Of a temporary file of another machine: nobody writes it any more."""
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+class NotWritten(OSError):
+    """A file or folder cannot be written; `filename` is the one that was wanted, not a temporary one."""
+
+
+@contextmanager
+def writes(path: Path) -> Iterator[None]:
+    """Raise errors of the disk as NotWritten, naming this path, unless they name another file."""
+    try:
+        yield
+    except NotWritten:
+        raise
+    except OSError as error:
+        if error.filename is not None and not _is_beside(error.filename, path):
+            raise
+        raise NotWritten(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+
+
+def _is_beside(named: object, path: Path) -> bool:
+    """Tell whether a name is of a path, of what is within it, of a folder it is in, or of its temporary."""
+    if not isinstance(named, str | bytes):
+        return True
+    found, wanted = Path(os.fsdecode(named)), path
+    return is_partial(found) or found == wanted or found in wanted.parents or wanted in found.parents
+
+
+def try_writing(folder: Path) -> None:
+    """Write a byte where a folder is or will be, and take it away again; raise NotWritten where it fails."""
+    with writes(folder):
+        place = existing_folder(folder)
+        with unnamed_file(place / "tried") as tried:
+            tried.write(b"x")
+            tried.flush()
+
+
+def unnamed_file(path: Path) -> IO[bytes]:
+    """Return a file on the disk of a path that goes when it is closed; where the disk knows only files with a
+    name, that is a temporary one's.
+    """
+    return tempfile.TemporaryFile(dir=path.parent, prefix=".", suffix=partial_path(path).name)
 
 
 @contextmanager
@@ -18,19 +69,33 @@ def atomic_path(path: Path, *, sync: bool = True) -> Iterator[Path]:
     Without `sync` a power cut may leave a broken file: for what is checked when it is read, and can be made
     again.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = partial_path(path)
+    with writes(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clear(path.parent.glob(f"{glob.escape(_name_of_partials(path))}*{PARTIAL}"))
+        try:
+            yield temporary
+            if sync:
+                with temporary.open("rb") as written:
+                    os.fsync(written.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            # What went wrong is what is to be told.
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def partial_path(path: Path) -> Path:
+    """Return where a file or folder is written before it gets its name: beside it, by machine and process."""
+    return path.with_name(f"{_name_of_partials(path)}{_HOST}-{os.getpid()}{PARTIAL}")
+
+
+def _name_of_partials(path: Path) -> str:
     name = path.name
     if len(os.fsencode(name)) > LONGEST_STEM_BYTES:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    temporary = path.with_name(f".{name}.{os.getpid()}.partial")
-    try:
-        yield temporary
-        if sync:
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return f".{name}."
 
 
 @contextmanager
@@ -39,21 +104,56 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
     Where another process has made `folder` meanwhile, that one stays.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name[:LONGEST_STEM_BYTES]}.{os.getpid()}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        if not folder.exists():
-            os.replace(temporary, folder)
-    finally:
+    temporary = partial_path(folder)
+    with writes(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            try:
+                os.replace(temporary, folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_partial(path: Path) -> bool:
     """Tell whether a file has the name of one that was being written, beside its place."""
-    return path.name.startswith(".") and path.name.endswith(".partial")
+    return path.name.startswith(".") and path.name.endswith(PARTIAL)
+
+
+def clear_partials(folder: Path, *, held: bool = False, deep: bool = False) -> None:
+    """Delete what dead processes were writing into a folder when they ended; what cannot be deleted stays.
+
+    held: this process holds the folder's lock, so that nothing there is anybody's. deep: folders within, too.
+    """
+    _clear(folder.rglob(f".*{PARTIAL}") if deep else folder.glob(f".*{PARTIAL}"), held=held)
+
+
+def _clear(found: Iterator[Path], *, held: bool = False) -> None:
+    with suppress(OSError):
+        for partial in list(found):
+            with suppress(OSError):
+                if held or _is_abandoned(partial):
+                    shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+def _is_abandoned(partial: Path) -> bool:
+    """Tell whether the process that a temporary file's name states is dead; of another machine's processes,
+    and of names without one, age says it.
+    """
+    host, _, number = partial.name.removesuffix(PARTIAL).rpartition(".")[2].partition("-")
+    if host == _HOST and number.isdigit():
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, OverflowError):
+            pass
+    return time.time() - partial.stat().st_mtime > OLDEST_PARTIAL_SECONDS
 
 
 def write_text_atomic(path: Path, text: str) -> None:
