@@ -100,7 +100,7 @@ def test_a_store_that_cannot_be_read_back_is_not_finished(
 
     for method, replacement, message in (
         ("_non_layer_form", loses_a_row, r"outside\.safetensors: parameter .* expected shape"),
-        ("_stored_form", forgets_the_bias, r"000\.safetensors: parameter 'fc1\.bias'.* found none"),
+        ("_stored_form", forgets_the_bias, r"000\.safetensors: parameter 'fc1\.bias' is missing"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(_Steps, method, replacement)
@@ -187,6 +187,8 @@ def test_manifests_of_before_keep_their_digest(float_store: Store) -> None:
     """A run folder is bound to its store by that digest."""
     written = json.loads((float_store.folder / "manifest.json").read_text())
     assert written["source"].keys() == {"id", "revision", "digest"}
+    # What tells of a damaged manifest is no part of it.
+    del written["digest"]
     content = json.dumps(written, sort_keys=True).encode()
     assert float_store.manifest.digest == hashlib.sha256(content).hexdigest()
     changed = float_store.manifest.model_copy(deep=True)
