@@ -197,6 +197,9 @@ def test_an_error_is_kept_and_goes_on(tmp_path: Path) -> None:
     record = run_record(tmp_path)
     assert (record["state"], record["error"]) == ("failed", "InputError: a part cannot be read")
     assert "ended early: InputError" in (tmp_path / "run.log").read_text()
+    output = StringIO()
+    show_status(status_of(tmp_path), Console(file=output))
+    assert "error: InputError: a part cannot be read\n" in output.getvalue()
     session(tmp_path)
     assert run_record(tmp_path)["error"] is None
 

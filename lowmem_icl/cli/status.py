@@ -36,6 +36,8 @@ def show_status(state: Mapping[str, Any], console: Console) -> None:
 
     line(f"folder: {state['folder']}")
     line(f"state: {STATES.get(state['state'], state['state'])}")
+    if state.get("error"):
+        line(f"error: {state['error']}")
     line(f"started: {state['started']}" + (f", ended: {state['ended']}" if state.get("ended") else ""))
     for name in state["experiments"]:
         seconds = state["finished"].get(name)

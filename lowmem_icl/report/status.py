@@ -7,6 +7,7 @@ from typing import Any
 
 from lowmem_icl.report.numbers import held_out_tops, top_units
 from lowmem_icl.session.folder import state_of
+from lowmem_icl.session.parts import DRAFT
 from lowmem_icl.session.record import run_record
 from lowmem_icl.tables.schema import read_table
 
@@ -28,11 +29,12 @@ def status_of(folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "state": state,
+        "error": record.get("error"),
         "started": record["started"],
         "ended": record["finished"],
         "experiments": record["options"]["experiments"],
         "finished": {name: stage["seconds"] for name, stage in stages.items()},
-        "parts": len(list((folder / "parts").glob("*.npz"))),
+        "parts": sum(not path.name.endswith(DRAFT) for path in (folder / "parts").glob("*.npz")),
         "seconds_left_planned": round(left, 1),
         "seconds_left": round(_seconds_left(record, left, state), 1),
         "page": (folder / "report.html").is_file(),
