@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from lowmem_icl.cli.echo import complain
+from lowmem_icl.cli.echo import complain, show_help
 from lowmem_icl.cli.help import help_text
 from lowmem_icl.options import ALIASES, did_you_mean, lm_eval_remark, nearest
 
@@ -68,8 +68,7 @@ class Group(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Show the help where nothing is asked for."""
         if not args and not ctx.resilient_parsing:
-            # Our own text, styled.
-            typer.echo(ctx.get_help())
+            show_help(ctx.get_help())
             raise typer.Exit(2)
         return list(super().parse_args(ctx, args))
 

@@ -10,6 +10,11 @@ def echo(text: str) -> None:
     typer.echo(visible(text))
 
 
+def show_help(text: str) -> None:
+    """Print our own words on stdout, with their styles."""
+    typer.echo(text)
+
+
 def complain(text: str) -> None:
     """Print an error on stderr, in one line after the program's name."""
     typer.echo(f"lowmem-icl: {visible_line(text)}", err=True)

@@ -16,10 +16,10 @@ from lowmem_icl.tables.schema import read_table
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 ENTRY = "from lowmem_icl.cli.entry import main; main()"
+# Says that it has begun: before, Python starts, where nothing of ours is in force.
+STARTED = "import os; from lowmem_icl.cli.stops import end_at_once; end_at_once(); os.write(1, b'.')"
 # In haste, which has to be imported first.
-HASTY_ENTRY = f"from lowmem_icl.cli.stops import end_at_once; end_at_once(); {HASTE}; {UNDRAWN}; {ENTRY}"
-# Nothing of ours runs before this.
-PYTHON_STARTS_SECONDS = 0.05
+HASTY_ENTRY = f"{STARTED}; {HASTE}; {UNDRAWN}; {ENTRY}"
 
 
 def stopped(
@@ -28,11 +28,13 @@ def stopped(
     """Run a command, send it signals from a moment on, and return its exit code and stderr."""
     process = subprocess.Popen(
         command,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+    assert process.stdout is not None
+    assert process.stdout.read(1) == "."
     time.sleep(after)
     for number in signals:
         if process.poll() is None:
@@ -56,12 +58,12 @@ def check(code: int, said: str, signals: Sequence[int]) -> None:
 
 def moments(count: int, longest: float, seed: int) -> list[float]:
     rng = random.Random(seed)
-    return [PYTHON_STARTS_SECONDS + longest * rng.random() ** 2 for _ in range(count)]
+    return [longest * rng.random() ** 2 for _ in range(count)]
 
 
 @pytest.mark.parametrize("number", list(CODES), ids=lambda number: number.name)
 def test_a_stop_while_libraries_are_imported(number: int) -> None:
-    command = [sys.executable, "-c", ENTRY, "tasks"]
+    command = [sys.executable, "-c", f"{STARTED}; {ENTRY}", "tasks"]
     for after in moments(3, 1.0, seed=int(number)):
         check(*stopped(command, [number], after), [number])
 
