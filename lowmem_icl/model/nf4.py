@@ -133,12 +133,19 @@ class Nf4Linear(nn.Module):
         packed = self.weight.view(-1)[begin // 2 : -(-end // 2)]
         maxima = self._maxima[begin // BLOCK_WEIGHTS : -(-end // BLOCK_WEIGHTS)]
         count = end - begin
-        # On the CPU bitsandbytes scales blocks that reach over the end of a row wrongly: one block is a row.
-        shape = [count] if count % BLOCK_WEIGHTS else [count // BLOCK_WEIGHTS, BLOCK_WEIGHTS]
+        # On the CPU bitsandbytes scales blocks that reach over the end of a row wrongly, and compiles code for
+        # odd rows, which takes seconds: one block is a row, the last one filled up.
+        blocks = len(maxima)
+        missing = blocks * BLOCK_WEIGHTS // 2 - len(packed)
         values: Tensor = bitsandbytes_operators().dequantize_4bit(
-            packed, maxima, BLOCK_WEIGHTS, "nf4", shape, torch.float32
+            pad(packed, (0, missing)) if missing else packed,
+            maxima,
+            BLOCK_WEIGHTS,
+            "nf4",
+            [blocks, BLOCK_WEIGHTS],
+            torch.float32,
         )
-        return values.view(-1, self.in_features)
+        return values.view(-1)[:count].view(-1, self.in_features)
 
     def float_rows(self, rows: Sequence[int] | slice, columns: slice = slice(None)) -> Tensor:
         """Return some rows and columns of the weight in float32."""

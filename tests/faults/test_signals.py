@@ -79,6 +79,7 @@ def test_storms(seed: int, stores: Path, tmp_path: Path) -> None:
     check(*stopped(command, signals, moments(1, 20.0, seed)[0], between=rng.random()), signals)
 
 
+@pytest.mark.slow
 def test_what_was_stopped_goes_on_to_the_same_tables(small_run: Path, stores: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-c", HASTY_ENTRY]
