@@ -133,8 +133,8 @@ class Nf4Linear(nn.Module):
         packed = self.weight.view(-1)[begin // 2 : -(-end // 2)]
         maxima = self._maxima[begin // BLOCK_WEIGHTS : -(-end // BLOCK_WEIGHTS)]
         count = end - begin
-        # On the CPU bitsandbytes scales blocks that reach over the end of a row wrongly, and compiles code for
-        # odd rows, which takes seconds: one block is a row, the last one filled up.
+        # On the CPU bitsandbytes scales blocks that reach over the end of a row wrongly, and compiles code
+        # for odd rows, which takes seconds: one block is a row, the last one filled up.
         blocks = len(maxima)
         missing = blocks * BLOCK_WEIGHTS // 2 - len(packed)
         values: Tensor = bitsandbytes_operators().dequantize_4bit(
