@@ -282,6 +282,7 @@ def test_arguments_that_are_wrong_are_named(stores: Path, given: dict[str, Any],
 def test_what_the_harness_always_passes_does_no_harm(
     stores: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    caplog.set_level("INFO", "lowmem_icl")
     flags = {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"}
     model = StreamedLM.create_from_arg_string(f"model=demo,device=cpu,store_dir={stores}", flags)
     assert (model.rank, model.world_size, model.device) == (0, 1, torch.device("cpu"))
