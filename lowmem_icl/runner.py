@@ -30,6 +30,7 @@ from lowmem_icl.session.result import StageResult
 from lowmem_icl.session.run_form import StageActuals, State
 from lowmem_icl.session.work import Work
 from lowmem_icl.system.machine import device_in_use, resolved_device
+from lowmem_icl.system.memory import check_memory_given
 from lowmem_icl.system.progress import Progress, RunView, unseen, unwatched
 from lowmem_icl.tracking.catalogue import check_installed
 from lowmem_icl.tracking.run_tracking import tracked
@@ -80,6 +81,7 @@ def run(
     """
     started = time.monotonic()
     check_installed(options.track)
+    check_memory_given(options.memory)
     folder = check_output(options)
     mask_files = mask_files or {}
     prepared = _prepared_with_store(options, mask_files, audience)

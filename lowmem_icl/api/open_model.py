@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-import psutil
-
 from lowmem_icl.api.options import check_only, checked_options
 from lowmem_icl.api.progress import Shown, progress_of
 from lowmem_icl.api.task import Task
@@ -31,6 +29,7 @@ from lowmem_icl.session.parts import Parts
 from lowmem_icl.session.prepare import ModelBasis, Prepared
 from lowmem_icl.session.work import Work
 from lowmem_icl.system.machine import device_allowance, device_in_use, resolved_device
+from lowmem_icl.system.memory import check_memory_given, free_memory
 from lowmem_icl.system.progress import PartProgress, Progress
 from lowmem_icl.tasks.packing import PackingLimits
 
@@ -200,7 +199,8 @@ def _with_allowance(options: RunOptions) -> RunOptions:
     is not free any more, and must not make the next one's share smaller.
     """
     device = resolved_device(options.device)
-    memory = options.memory or int(psutil.virtual_memory().available * FREE_SHARE)
+    check_memory_given(options.memory)
+    memory = options.memory or int(free_memory() * FREE_SHARE)
     of_device = device_allowance(device, options.device_memory, FREE_SHARE)
     return options.model_copy(update={"memory": memory, "device_memory": of_device})
 
