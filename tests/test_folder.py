@@ -26,10 +26,10 @@ from lowmem_icl.planning.memory import plan_memory
 from lowmem_icl.report.status import status_of
 from lowmem_icl.session.folder import RunFolder, check_output, open_folder
 from lowmem_icl.session.identity import Identity, default_folder, identity_of, run_folder
-from lowmem_icl.session.lock import _take
 from lowmem_icl.session.record import RecordDamaged, record_text, run_record
 from lowmem_icl.session.run_form import StageActuals
 from lowmem_icl.session.text_form import TextForm
+from lowmem_icl.system import folder_lock
 from lowmem_icl.system.files import write_text_atomic
 from lowmem_icl.tables.schema import TABLES, read_table, write_table
 
@@ -168,12 +168,13 @@ def test_a_lock_whose_file_was_deleted_meanwhile_is_no_lock(
     taken: list[int] = []
 
     def take(lock: IO[str]) -> None:
-        _take(lock)
+        lock_file(lock)
         taken.append(lock.fileno())
         if len(taken) == 1:
             (tmp_path / ".lock").unlink()
 
-    monkeypatch.setattr("lowmem_icl.session.lock._take", take)
+    lock_file = folder_lock._lock
+    monkeypatch.setattr(folder_lock, "_lock", take)
     session(tmp_path)
     assert len(taken) == 2
     assert run_record(tmp_path)["state"] == "finished"
@@ -224,9 +225,14 @@ def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
     assert check_output(options_of(tmp_path)) == tmp_path
     (tmp_path / "parts" / "residuals-1").mkdir(parents=True)
     (tmp_path / "parts" / ".one.npz.17.partial").write_bytes(b"half")
+    # Stores and masks of --store-dir and --masks-dir within, which other runs may be writing at this moment.
+    (tmp_path / "stores" / "layers").mkdir(parents=True)
+    others = [tmp_path / "stores" / "layers" / ".000.17.partial", tmp_path / "stores" / ".a.17.partial"]
+    for path in others:
+        path.write_bytes(b"half")
     session(tmp_path)
     assert list((tmp_path / "parts").iterdir()) == []
-    assert not list(tmp_path.glob(".*.partial"))
+    assert sorted(tmp_path.rglob(".*.partial")) == sorted(others)
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lowmem_icl.conversion.checkpoint import Checkpoint, read_json
-from lowmem_icl.conversion.store_lock import is_of_lock
+from lowmem_icl.conversion.store_lock import CLAIM_FILE, is_of_lock
 from lowmem_icl.errors import InputError
 from lowmem_icl.model.store import NON_LAYER, Store, StoredFile, Weights
 from lowmem_icl.model.writing import save_one_by_one, save_tensors, sha256_of_tensors, source_digests
@@ -54,7 +54,7 @@ class Claim:
 
     def __init__(self, conversion: Conversion) -> None:
         folder = conversion.folder
-        self.folder, self.path = folder, folder / "converting.json"
+        self.folder, self.path = folder, folder / CLAIM_FILE
         self.files: dict[str, StoredFile] = {}
         self._identity = {
             "source": conversion.source_id,
