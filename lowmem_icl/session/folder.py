@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lowmem_icl")
 
+OWN_FOLDERS = ("parts", "masks", "figures")
+"""Of a run, within its folder."""
 PACKAGES = ("torch", "transformers", "bitsandbytes", "optimum", "accelerate", "lm_eval", "polars", "numpy")
 
 
@@ -251,7 +253,9 @@ def _clear_leftovers(folder: Path) -> None:
     """Delete what processes left that were killed; the lock says that nobody uses it."""
     for leftover in (folder / "parts").glob("residuals-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    clear_partials(folder, held=True, deep=True)
+    # No other folders within: --store-dir and --masks-dir may lie there, which other runs write into too.
+    for place in (folder, *(folder / name for name in OWN_FOLDERS)):
+        clear_partials(place, held=True)
 
 
 def state_of(folder: Path, record: Mapping[str, Any]) -> State:
