@@ -1,7 +1,9 @@
 """Checks of a store's files before it is called finished: their bytes, and that they can be read."""
 
+from itertools import chain
 from pathlib import Path
 
+from lowmem_icl.conversion.claim import decided_from
 from lowmem_icl.errors import InputError
 from lowmem_icl.model.contents import check_layer, check_non_layer
 from lowmem_icl.model.reading import read_header
@@ -13,17 +15,19 @@ from lowmem_icl.system.progress import Progress
 def check_written(folder: Path, manifest: Manifest, skeleton: Skeleton, progress: Progress) -> None:
     """Compare the disk with what was written, then read every file as a run will.
 
-    A file that differs is deleted, so that the next conversion writes it again. Raises InputError naming it.
+    A file that differs is deleted, and of int8 the layers whose outlier columns were decided from it, so that
+    the next conversion writes them again. Raises InputError naming it.
     """
     total = sum(file.size_bytes for file in manifest.files.values())
     with progress("verifying", total, "bytes") as advance:
         altered = list(altered_files(folder, manifest, advance))
-    for name in altered:
-        (folder / name).unlink()
+    decided = [decided_from(name, manifest.files) for name in altered] if manifest.weights == "int8" else []
+    for name in {*altered, *chain.from_iterable(decided)}:
+        (folder / name).unlink(missing_ok=True)
     if altered:
         raise InputError(
             f"{folder / altered[0]} does not hold what was written: the disk may be failing; it is deleted, "
-            "run the same command again, or choose another disk"
+            "and what was decided from it; run the same command again, or choose another disk"
         )
     check_non_layer(folder / NON_LAYER, read_header(folder / NON_LAYER)[0], skeleton)
     for layer in range(skeleton.layers):

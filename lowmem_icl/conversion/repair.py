@@ -138,6 +138,8 @@ class _Repair(Claim):
     def __init__(self, conversion: Conversion, manifest: Manifest, bad: list[str]) -> None:
         self.folder, self._manifest = conversion.folder, manifest
         self.files = {name: file for name, file in manifest.files.items() if name not in bad}
+        # Just compared with their digests.
+        self._whole = set(self.files)
 
     def write(self, name: str, tensors: dict[str, Tensor], digests: dict[str, str]) -> None:
         super().write(name, tensors, digests)
