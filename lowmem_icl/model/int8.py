@@ -7,7 +7,7 @@ here they are fixed per store, so a row's result is the same whatever shares its
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -327,6 +327,21 @@ def replace_linears(layer: nn.Module, with_one_input: Sequence[Sequence[str]]) -
             module.in_features, module.out_features, module.bias is not None, shared.get(name)
         )
         setattr(layer.get_submodule(parent), leaf, replacement)
+
+
+def check_outlier_columns(linears: Mapping[str, Int8Linear]) -> None:
+    """Raise ValueError, naming the linear, where outlier columns are none of the input's, in another order,
+    or not those of the linears that share the input.
+    """
+    of_input: dict[int, list[int]] = {}
+    for name, linear in linears.items():
+        columns, what = linear.outlier_columns.cpu().tolist(), ""
+        if columns != sorted({column for column in columns if 0 <= column < linear.in_features}):
+            what = f"columns below {linear.in_features} in ascending order"
+        elif of_input.setdefault(id(linear.shared or linear), columns) != columns:
+            what = "those of the other linears that share its input"
+        if what:
+            raise ValueError(f"'{name}.outlier_columns': expected {what}, found {str(columns)[:80]}")
 
 
 def slow_product_note() -> str | None:

@@ -57,6 +57,21 @@ def stored_bytes(shape: Sequence[int]) -> int:
     return packed_shape(shape)[0] + maxima + FLOAT_BYTES * (nested + CODES + NESTED_CODES + 1) + STATE_BYTES
 
 
+def part_forms(shape: Sequence[int]) -> dict[str, tuple[tuple[int | None, ...], torch.dtype]]:
+    """Return shape and type of everything that belongs to a weight [N, K], by bitsandbytes' names; None: of
+    any length.
+    """
+    maxima = -(-torch.Size(shape).numel() // BLOCK_WEIGHTS)
+    return {
+        "absmax": ((maxima,), torch.uint8),
+        "nested_absmax": ((-(-maxima // NESTED_MAXIMA),), torch.float32),
+        "nested_quant_map": ((NESTED_CODES,), torch.float32),
+        "nested_offset": ((), torch.float32),
+        "quant_map": ((CODES,), torch.float32),
+        "quant_state.bitsandbytes__nf4": ((None,), torch.uint8),
+    }
+
+
 def quantise_nf4(name: str, weight: Tensor) -> dict[str, Tensor]:
     """Return a weight [N, K] in NF4: its packed values and what belongs to them, under the names that
     bitsandbytes serialises them by.
