@@ -117,11 +117,12 @@ def test_what_the_disk_spoils_is_named_and_made_anew(tmp_path: Path, monkeypatch
     folder = make_checkpoint(tmp_path / "checkpoint")
     whole = make_store(folder, tmp_path / "whole", "int8")
 
-    def spoils_the_second(path: Path, *arguments: Any) -> None:
-        save_tensors(path, *arguments)
+    def spoils_the_second(path: Path, *arguments: Any) -> tuple[int, str]:
+        written = save_tensors(path, *arguments)
         if path.name == "001.safetensors":
             content = path.read_bytes()
             path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        return written
 
     monkeypatch.setattr(claim_module, "save_tensors", spoils_the_second)
     with pytest.raises(InputError, match=r"001\.safetensors does not hold what was written"):

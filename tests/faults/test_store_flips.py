@@ -1,8 +1,10 @@
 """Bits flipped in every file of a store: each is refused and named, none gives other results in silence."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
+from importlib.resources import files
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from commands import invoke
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lowmem_icl.errors import InputError
 from lowmem_icl.model.nf4 import part_forms
@@ -198,8 +200,8 @@ def change_file(store: Store, folder: Path, name: str, change: Callable[[Path], 
     shutil.copytree(store.folder, folder)
     change(folder / name)
     stored = StoredFile(size_bytes=(folder / name).stat().st_size, sha256=sha256_of_file(folder / name))
-    files = store.manifest.files | {name: stored}
-    write_manifest(folder, store.manifest.model_copy(update={"files": files}))
+    listed = store.manifest.files | {name: stored}
+    write_manifest(folder, store.manifest.model_copy(update={"files": listed}))
 
 
 @pytest.mark.parametrize("kind", HEADERS)
@@ -302,6 +304,50 @@ def test_repair_makes_what_is_bad_again_and_leaves_the_rest(tmp_path: Path, demo
     assert (folder / layer_file(0)).stat() == untouched
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == good
     assert "nothing to mend" in invoke("convert", "--repair", folder).stdout
+
+
+@pytest.mark.parametrize("name", [NON_LAYER, layer_file(1), "tokenizer/tokenizer.json"])
+def test_repair_from_another_source_replaces_nothing(name: str, tmp_path: Path, demo: Path) -> None:
+    folder, source = tmp_path / "store", tmp_path / "source"
+    shutil.copytree(demo, folder)
+    shutil.copytree(Path(str(files("lowmem_icl").joinpath("demo"))), source)
+    weights = load_file(source / "model.safetensors")
+    for tensor in weights.values():
+        tensor.mul_(2)
+    save_file(weights, source / "model.safetensors")
+    (source / "tokenizer.json").write_text((source / "tokenizer.json").read_text() + " ")
+    content = bytearray((folder / name).read_bytes())
+    content[-5] ^= 2
+    (folder / name).write_bytes(content)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    done = invoke("convert", source, folder, "--repair")
+    assert done.exit_code == 2, done.output
+    assert f"{folder / name}: made again from the source, it is not what it was" in done.stderr.replace(
+        "\n", " "
+    )
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert invoke("convert", "demo", folder, "--repair").exit_code == 0
+
+
+@pytest.mark.parametrize("name", [layer_file(1), "tokenizer/tokenizer.json"])
+def test_repair_on_a_failing_disk_says_so(
+    name: str, tmp_path: Path, demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, replace = tmp_path / "store", os.replace
+    shutil.copytree(demo, folder)
+
+    def spoils(temporary: Path, path: Path) -> None:
+        replace(temporary, path)
+        if Path(path) == folder / name:
+            path.write_bytes(path.read_bytes()[:-1] + b"\x07")
+
+    (folder / name).unlink()
+    monkeypatch.setattr(os, "replace", spoils)
+    done = invoke("convert", "--repair", folder)
+    assert done.exit_code == 2
+    assert f"{folder / name} does not hold what was written" in " ".join(done.stderr.split())
+    monkeypatch.undo()
+    assert f"{folder / name}: made again" in invoke("convert", "--repair", folder).stdout
 
 
 def test_a_run_over_a_bad_layer_ends_with_one_line(tmp_path: Path, demo: Path) -> None:
