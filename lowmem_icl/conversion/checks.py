@@ -1,8 +1,12 @@
-"""Checks of a store's files before it is called finished: their bytes, and that they can be read."""
+"""Checks before and after a conversion: of a checkpoint against its config, and of a store's files, their
+bytes and that they can be read.
+"""
 
+import re
 from itertools import chain
 from pathlib import Path
 
+from lowmem_icl.conversion.checkpoint import Checkpoint
 from lowmem_icl.conversion.claim import decided_from
 from lowmem_icl.errors import InputError
 from lowmem_icl.model.contents import check_layer, check_non_layer
@@ -10,6 +14,29 @@ from lowmem_icl.model.reading import read_header
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import NON_LAYER, Manifest, altered_files, layer_file
 from lowmem_icl.system.progress import Progress
+
+A_NUMBER = re.compile("[0-9]{1,9}")
+
+
+def check_layer_count(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+    """Raise InputError, naming its first parameter, where the weights hold a layer beyond the config's: it
+    would be left out, and the model be another one.
+
+    Whatever else the config has no place for is ignored, as Hugging Face does.
+    """
+    known, beyond = skeleton.layer_parameters(), list[tuple[int, str]]()
+    # Older files leave out the first part of the names.
+    for prefix in (f"{skeleton.blocks_name}.", f"{skeleton.blocks_name.partition('.')[2]}."):
+        for name in checkpoint.shard_of:
+            number, _, parameter = name.removeprefix(prefix).partition(".")
+            is_ours = name.startswith(prefix) and parameter in known
+            if is_ours and A_NUMBER.fullmatch(number) and int(number) >= skeleton.layers:
+                beyond.append((int(number), name))
+    if beyond:
+        raise InputError(
+            f"{checkpoint.folder}: expected {skeleton.layers} layers, as config.json says, got weights of "
+            f"more: '{min(beyond)[1]}'; take the config.json that belongs to them, or remove them"
+        )
 
 
 def check_written(folder: Path, manifest: Manifest, skeleton: Skeleton, progress: Progress) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowmem_icl.conversion.calibration import CalibrationPass, CalibrationText
 from lowmem_icl.conversion.checkpoint import TOKENIZER_FILES, Checkpoint
-from lowmem_icl.conversion.checks import check_written
+from lowmem_icl.conversion.checks import check_layer_count, check_written
 from lowmem_icl.conversion.claim import Claim, Conversion
 from lowmem_icl.conversion.tied import settle_tied_tables
 from lowmem_icl.errors import DoesNotFit, InputError
@@ -118,6 +118,7 @@ def convert(conversion: Conversion, text: CalibrationText, *, progress: Progress
     checkpoint, folder = conversion.checkpoint, conversion.folder
     settle_tied_tables(checkpoint)
     skeleton = Skeleton.from_dict(checkpoint.config)
+    check_layer_count(checkpoint, skeleton)
     claim = Claim(conversion)
     copy_tokenizer(checkpoint, folder / "tokenizer")
     steps = _Steps(checkpoint, skeleton, claim, conversion.weights)

@@ -52,13 +52,13 @@ def _check(path: Path, locations: Locations, forms: Mapping[str, Form]) -> None:
     for name, (shape, types) in forms.items():
         found = locations.get(name)
         if found is None:
-            raise damaged(path, f"'{name}' is missing")
+            raise damaged(path, f"parameter '{name}' is missing")
         fits = [wanted is None or wanted == size for wanted, size in zip(shape, found.shape, strict=False)]
         if len(shape) != len(found.shape) or not all(fits):
             expected = ", ".join("any length" if size is None else str(size) for size in shape)
-            raise damaged(path, f"'{name}': expected shape [{expected}], found {list(found.shape)}")
+            raise damaged(path, f"parameter '{name}': expected shape [{expected}], found {list(found.shape)}")
         if found.dtype not in types:
             expected = " or ".join(map(str, types))
-            raise damaged(path, f"'{name}': expected type {expected}, found {found.dtype}")
+            raise damaged(path, f"parameter '{name}': expected type {expected}, found {found.dtype}")
     for name in sorted(locations.keys() - forms.keys()):
         raise damaged(path, f"holds {name!r}, which is no parameter of it")
