@@ -9,7 +9,7 @@ here they are fixed per store, so a row's result is the same whatever shares its
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -252,7 +252,7 @@ class Int8Linear(nn.Module):
         if self.calibrating:
             self._add_outlier_columns(values)
         if torch.is_grad_enabled() and values.requires_grad:
-            return _StraightThrough.apply(values, self)  # type: ignore[no-untyped-call]
+            return ThroughWeight.apply(values, self)  # type: ignore[no-untyped-call]
         return self.multiply(values)
 
     def multiply(self, values: Tensor) -> Tensor:
@@ -279,6 +279,11 @@ class Int8Linear(nn.Module):
                 add_product_in_fixed_rows(part, outliers[rows], self._outlier_weight, fixed_rows)
         return whole
 
+    def multiply_back(self, gradient: Tensor) -> Tensor:
+        """Return gradient [..., N] · the dequantised weight [N, K]."""
+        out = product_with_weight(_flat(gradient), self.weight, self.SCB)
+        return out.view(*gradient.shape[:-1], self.in_features)
+
     def _add_outlier_columns(self, values: Tensor) -> None:
         large = _flat(values).abs().amax(0) >= OUTLIER_THRESHOLD
         large[self.outlier_columns] = True
@@ -296,19 +301,32 @@ def _epilogue_rows(out: Tensor) -> int:
     return max(FIXED_ROWS // 4, fitting // FIXED_ROWS * FIXED_ROWS)
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Forward in int8, backward through the dequantised weight: rounding is treated as the identity."""
+class QuantisedLinear(Protocol):
+    """A linear layer whose weight is rounded: its product, and the way back through the dequantised one."""
+
+    def multiply(self, values: Tensor) -> Tensor:
+        """Map [..., K] to [..., N] in float32."""
+
+    def multiply_back(self, gradient: Tensor) -> Tensor:
+        """Map the gradient [..., N] of a product to that of its input, [..., K]."""
+
+
+class ThroughWeight(torch.autograd.Function):
+    """Forward as a rounded weight is multiplied, backward through the dequantised one: rounding is treated as
+    the identity. Of the weight no more than a block is held.
+    """
 
     @staticmethod
-    def forward(context: Any, values: Tensor, linear: Int8Linear) -> Tensor:
+    def forward(context: Any, values: Tensor, linear: QuantisedLinear) -> Tensor:
+        """Return the product, values [..., K] to [..., N]."""
         context.linear = linear
         return linear.multiply(values)
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        linear: Int8Linear = context.linear
-        out = product_with_weight(_flat(gradients[0]), linear.weight, linear.SCB)
-        return out.view(*gradients[0].shape[:-1], -1), None
+        """Return the gradient of the values, [..., K]."""
+        linear: QuantisedLinear = context.linear
+        return linear.multiply_back(gradients[0]), None
 
 
 def replace_linears(layer: nn.Module, with_one_input: Sequence[Sequence[str]]) -> None:

@@ -9,14 +9,14 @@ shares its batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lowmem_icl.model.int8 import FIXED_ROWS, bitsandbytes_operators
+from lowmem_icl.model.int8 import FIXED_ROWS, ThroughWeight, bitsandbytes_operators
 
 BLOCK_WEIGHTS: Literal[64] = 64
 """How many weights share a maximum."""
@@ -177,7 +177,7 @@ class Nf4Linear(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """Map [..., K] to [..., N] in float32."""
         if torch.is_grad_enabled() and values.requires_grad:
-            return _ThroughWeight.apply(values, self)  # type: ignore[no-untyped-call]
+            return ThroughWeight.apply(values, self)  # type: ignore[no-untyped-call]
         return self.multiply(values)
 
     def multiply(self, values: Tensor) -> Tensor:
@@ -219,20 +219,6 @@ def _row_batches(rows: Tensor) -> list[tuple[slice, Tensor]]:
         last, batch = batches[-1]
         batches[-1] = (last, pad(batch, (0, 0, 0, missing)))
     return batches
-
-
-class _ThroughWeight(torch.autograd.Function):
-    """A product with the dequantised weight, there and back; of the weight no more than a block is held."""
-
-    @staticmethod
-    def forward(context: Any, values: Tensor, linear: Nf4Linear) -> Tensor:
-        context.linear = linear
-        return linear.multiply(values)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        linear: Nf4Linear = context.linear
-        return linear.multiply_back(gradients[0]), None
 
 
 def replace_with_nf4(layer: nn.Module) -> None:
