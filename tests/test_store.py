@@ -309,6 +309,11 @@ def test_tensors_written_one_by_one_are_read_by_safetensors(tmp_path: Path) -> N
     size, summed = save_one_by_one(tmp_path / "file", come(), digests)
     assert (tmp_path / "file").stat().st_size == size
     assert sha256_of_file(tmp_path / "file") == summed
+    content = (tmp_path / "file").read_bytes()
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+    # By these bytes repairs recognise files of stores that are there.
+    assert header.rstrip(b" ") == json.dumps(json.loads(header)).encode()
+    assert len(header) % 8 == 0
     read = load_file(tmp_path / "file")
     assert {name: tensor.dtype for name, tensor in read.items()} == {
         name: tensor.dtype for name, tensor in tensors.items()

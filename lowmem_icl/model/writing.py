@@ -12,14 +12,13 @@ from torch import Tensor
 from lowmem_icl.errors import InputError
 from lowmem_icl.model.reading import TORCH_TYPES, read_header
 from lowmem_icl.system.files import atomic_path, unnamed_file, writes
-from lowmem_icl.system.tensor_files import TensorContent, write_tensor_file
+from lowmem_icl.system.tensor_files import HEADER_MULTIPLE, TensorContent, write_tensor_file
 
 Accept = Callable[[int, str], None]
 """Is given a file's size and SHA-256 before it gets its name; where it raises, the one of before stays."""
 
 TYPE_NAMES = {dtype: name for name, dtype in TORCH_TYPES.items()}
 DIGESTS = "source_digests"
-HEADER_MULTIPLE = 8
 COPIED_BYTES = 4 << 20
 
 
@@ -79,6 +78,7 @@ def save_one_by_one(
             }  # fmt: skip
             size += len(content)
         header["__metadata__"] = {DIGESTS: json.dumps(digests, sort_keys=True)}
+        # Not `header_bytes`: stores that are there have these separators, and digests of files with them.
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % HEADER_MULTIPLE)
         front = len(text).to_bytes(8, "little") + text
