@@ -219,8 +219,9 @@ def test_a_start_that_comes_to_nothing_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
-    # Killed while it wrote run.json for the first time: the folder is still the run's.
-    (tmp_path / ".run.json.17.partial").write_bytes(b"{")
+    # Killed while it wrote run.json for the first time, or tried the disk: the folder is still the run's.
+    for name in (".run.json.17.partial", ".abc_d3fg.tried.0-17.partial"):
+        (tmp_path / name).write_bytes(b"{")
     (tmp_path / ".lock").write_bytes(b"")
     assert check_output(options_of(tmp_path)) == tmp_path
     (tmp_path / "parts" / "residuals-1").mkdir(parents=True)
@@ -321,8 +322,10 @@ def test_what_is_no_run_folder_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "foreign" / "precious.txt").write_text("mine")
     (tmp_path / "logged").mkdir()
     (tmp_path / "logged" / "night.log").write_text("")
+    (tmp_path / "hidden" / ".movie.partial" / "reel").mkdir(parents=True)
     for out, message in {
         "foreign": "is not empty and holds no run",
+        "hidden": "is not empty and holds no run",
         "foreign/precious.txt": "is a file; give a folder",
         "foreign/precious.txt/run": "is a file; give a folder",
         "x" * 300: "File name too long",

@@ -10,7 +10,7 @@ from typing import IO
 from lowmem_icl.errors import InUse
 from lowmem_icl.model.integrity import LAYERS
 from lowmem_icl.model.store import is_store
-from lowmem_icl.system.files import clear_partials, is_partial, writes
+from lowmem_icl.system.files import TRIED, clear_partials, is_partial, writes
 from lowmem_icl.system.folder_lock import FolderLock, NoLocks
 
 LOCK_FILE = "converting.lock"
@@ -44,10 +44,10 @@ def making_store(
 
 
 def is_of_lock(entry: Path) -> bool:
-    """Tell whether an entry of a store's folder is there before a conversion has claimed it: the lock, or a
-    claim that a dead process was writing.
+    """Tell whether an entry of a store's folder may be there before a conversion has claimed it: the lock, or
+    what a dead process was writing by then.
     """
-    return entry.name == LOCK_FILE or is_partial(entry, CLAIM_FILE)
+    return entry.name == LOCK_FILE or is_partial(entry, CLAIM_FILE, TRIED)
 
 
 def _clear_leftovers(folder: Path) -> None:

@@ -22,6 +22,7 @@ from lowmem_icl.session.parts import Parts, set_aside
 from lowmem_icl.session.record import RUN_FILE, RecordDamaged, record_text, run_record
 from lowmem_icl.session.run_form import RUN_FORMAT, StageActuals, State
 from lowmem_icl.system.files import (
+    TRIED,
     clear_partials,
     existing_folder,
     is_partial,
@@ -73,7 +74,8 @@ def _is_foreign(entry: Path) -> bool:
     """Tell whether no start of a run leaves a file of this name: not the lock, a log, or what it was writing
     when it was killed.
     """
-    return entry.name != LOCK_FILE and entry.suffix != ".log" and not is_partial(entry)
+    is_ours = entry.name == LOCK_FILE or entry.suffix == ".log" or is_partial(entry, RUN_FILE, TRIED)
+    return not is_ours
 
 
 def parts_of(folder: Path, identity: Identity | None = None) -> Parts:

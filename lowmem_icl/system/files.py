@@ -5,6 +5,7 @@ import glob
 import hashlib
 import os
 import platform
+import re
 import shutil
 import tempfile
 import time
@@ -16,6 +17,8 @@ from typing import IO
 LONGEST_STEM_BYTES = 200
 """Of a file's name that a temporary file's repeats; what it adds then fits into 255 bytes too."""
 PARTIAL = ".partial"
+TRIED = "tried"
+"""What a file is called that is written to see what a folder's disk does."""
 OLDEST_PARTIAL_SECONDS = 24 * 3600
 """Of a temporary file of processes that cannot be seen from here: nobody writes it any more."""
 
@@ -63,7 +66,7 @@ def try_writing(folder: Path) -> None:
     """Write a byte where a folder is or will be, and take it away again; raise NotWritten where it fails."""
     with writes(folder):
         place = existing_folder(folder)
-        with unnamed_file(place / "tried") as tried:
+        with unnamed_file(place / TRIED) as tried:
             tried.write(b"x")
             tried.flush()
 
@@ -133,11 +136,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def is_partial(path: Path, of: str = "") -> bool:
-    """Tell whether a file has the name of one that was being written, beside its place; `of` this name, if
-    given.
+def is_partial(path: Path, *of: str) -> bool:
+    """Tell whether a file has the name of one that was being written, beside its place; `of` one of these
+    names, where some are given, with or without a random part before it.
     """
-    return path.name.startswith(f".{of}." if of else ".") and path.name.endswith(PARTIAL)
+    if not of:
+        return path.name.startswith(".") and path.name.endswith(PARTIAL)
+    names = "|".join(map(re.escape, of))
+    return re.fullmatch(rf"(\.\w{{8}})?\.({names})\..+{re.escape(PARTIAL)}", path.name) is not None
 
 
 def clear_partials(folder: Path, *, held: bool = False, deep: bool = False) -> None:

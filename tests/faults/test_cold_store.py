@@ -103,7 +103,8 @@ def test_a_strangers_folder_is_left_as_it_is(tmp_path: Path) -> None:
 
 def test_what_a_dead_conversion_was_writing_is_deleted(tmp_path: Path) -> None:
     with making_store(tmp_path, 4, print):
-        (tmp_path / ".converting.json.0-17.partial").write_text("{")
+        for name in (".converting.json.0-17.partial", ".abc_d3fg.tried.0-17.partial"):
+            (tmp_path / name).write_text("{")
     with making_store(tmp_path, 4, print):
         assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
         (tmp_path / CLAIM_FILE).write_text("{}")
