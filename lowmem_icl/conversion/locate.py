@@ -15,6 +15,7 @@ from typing import Any
 
 from lowmem_icl.conversion.calibration import CalibrationText, fixed_text
 from lowmem_icl.conversion.checkpoint import Checkpoint, FolderShards, open_checkpoint
+from lowmem_icl.conversion.checks import check_layer_count
 from lowmem_icl.conversion.claim import Conversion, finished_bytes
 from lowmem_icl.conversion.convert import (
     check_room,
@@ -212,6 +213,7 @@ def plan_store(located: ModelLocation, weights: Weights) -> Store:
     if isinstance(located.checkpoint.shards, FolderShards):
         # Of a hub's the tables are not here yet; conversion settles them.
         settle_tied_tables(located.checkpoint)
+        check_layer_count(located.checkpoint, Skeleton.from_dict(located.checkpoint.config))
     return planned_store(located.checkpoint, located.store_folder, weights)
 
 
