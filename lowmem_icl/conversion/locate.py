@@ -24,7 +24,7 @@ from lowmem_icl.conversion.convert import (
 )
 from lowmem_icl.conversion.gguf.source import gguf_folder_name, open_gguf
 from lowmem_icl.conversion.packaged import PACKAGED_MODELS, packaged_file
-from lowmem_icl.conversion.store_lock import making_store
+from lowmem_icl.conversion.store_lock import clear_dead_lock, making_store
 from lowmem_icl.conversion.tied import settle_tied_tables
 from lowmem_icl.errors import InputError
 from lowmem_icl.model.families.catalogue import family_of
@@ -233,6 +233,7 @@ def ensure_store(
     files fetched from the hub are deleted as soon as they are converted.
     """
     if located.checkpoint is None or is_store(located.store_folder):
+        clear_dead_lock(located.store_folder)
         return open_store(located.store_folder)
     located.checkpoint.check_weights()
     planned = plan_store(located, weights)

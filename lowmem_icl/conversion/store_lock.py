@@ -43,6 +43,14 @@ def making_store(
             lock.remove()
 
 
+def clear_dead_lock(folder: Path) -> None:
+    """Delete the lock file of a process that was killed when its store was finished."""
+    lock = FolderLock(folder, LOCK_FILE)
+    if lock.path.exists():
+        with suppress(OSError), lock.take():
+            lock.remove()
+
+
 def is_of_lock(entry: Path) -> bool:
     """Tell whether an entry of a store's folder may be there before a conversion has claimed it: the lock, or
     what a dead process was writing by then.

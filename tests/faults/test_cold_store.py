@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from lowmem_icl.errors import InUse
 from lowmem_icl.session.lock import locked
 from lowmem_icl.system import files
 from lowmem_icl.system.files import clear_partials, partial_path
+from lowmem_icl.system.folder_lock import FolderLock
 
 QUICK = ("--tasks", "recall", "--shots", "0", "--limit", "4", "--experiments", "evaluate")
 
@@ -159,3 +161,16 @@ def test_a_folder_that_goes_while_it_is_taken_is_made_again(
         assert tried
         assert folder.is_dir()
     assert not folder.exists()
+
+
+def test_the_lock_of_a_process_that_died_when_all_was_done_is_cleared(made: Path, tmp_path: Path) -> None:
+    (store,) = made.glob("demo-*-int8")
+    shutil.copytree(store, tmp_path / "store")
+    before = {path.name for path in store.iterdir()}
+    lock = tmp_path / "store" / LOCK_FILE
+    lock.write_text("123\n", encoding="ascii")
+    with FolderLock(lock.parent, LOCK_FILE).take():
+        assert invoke("convert", "demo", tmp_path / "store", "--quiet").exit_code == 0
+        assert lock.exists()
+    assert invoke("convert", "demo", tmp_path / "store", "--quiet").exit_code == 0
+    assert {path.name for path in lock.parent.iterdir()} == before
