@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -142,9 +143,18 @@ class Claim:
         self._save()
 
     def abandon(self) -> None:
-        """Remove the folder again where no file is finished."""
-        if not self.files:
-            shutil.rmtree(self.folder)
+        """Delete what was begun where no file is finished, the claim last; the folder goes with its lock,
+        unless it was there before.
+        """
+        if self.files:
+            return
+        for entry in self.folder.iterdir():
+            if entry != self.path and not is_of_lock(entry):
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        self.path.unlink()
+        # Where the disk takes no locks.
+        with suppress(OSError):
+            self.folder.rmdir()
 
     def _save(self) -> None:
         files = {name: file.model_dump() for name, file in self.files.items()}

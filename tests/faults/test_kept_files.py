@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 from conftest import make_checkpoint, make_store
+from safetensors.torch import load_file, save_file
 
 from lowmem_icl.conversion import claim as claim_module
 from lowmem_icl.conversion import convert as convert_module
 from lowmem_icl.conversion.claim import decided_from
+from lowmem_icl.conversion.store_lock import making_store
 from lowmem_icl.errors import InputError
 from lowmem_icl.model.store import NON_LAYER, Store, Weights, layer_file
 from lowmem_icl.model.writing import save_one_by_one
@@ -85,6 +87,20 @@ def test_what_was_decided_from_spoiled_bytes_is_decided_again(
     assert not list((tmp_path / "store" / "layers").iterdir())
     monkeypatch.undo()
     assert make_store(source, tmp_path / "store", "int8").manifest == whole["int8"].manifest
+
+
+@pytest.mark.parametrize("was_there", [True, False])
+def test_what_is_abandoned_leaves_what_was_there(was_there: bool, tmp_path: Path) -> None:
+    source, folder = make_checkpoint(tmp_path / "checkpoint"), tmp_path / "new" / "store"
+    weights = load_file(source / "model.safetensors")
+    weights["model.decoder.embed_tokens.weight"][0, 0] = float("inf")
+    save_file(weights, source / "model.safetensors")
+    if was_there:
+        folder.mkdir(parents=True)
+    with pytest.raises(InputError, match="infinities or NaN"), making_store(folder, 3, print):
+        make_store(source, folder, "float32")
+    assert [path.name for path in (tmp_path / "new").rglob("*")] == (["store"] if was_there else [])
+    assert (tmp_path / "new").exists() == was_there
 
 
 def test_what_comes_after_a_file_was_decided_from_it() -> None:
