@@ -27,6 +27,7 @@ from lowmem_icl.conversion.checkpoint import open_checkpoint
 from lowmem_icl.conversion.claim import Conversion
 from lowmem_icl.conversion.convert import convert
 from lowmem_icl.conversion.locate import load_tokenizer, tokeniser
+from lowmem_icl.model.digests import stored_file
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import (
     NON_LAYER,
@@ -34,14 +35,13 @@ from lowmem_icl.model.store import (
     Manifest,
     Source,
     Store,
-    StoredFile,
     is_store,
     layer_file,
     open_store,
     write_manifest,
 )
 from lowmem_icl.rows import Row
-from lowmem_icl.system.files import sha256_of_file, write_text_atomic
+from lowmem_icl.system.files import write_text_atomic
 from lowmem_icl.tasks.demonstrations import PER_DOCUMENT, Demonstrations
 from lowmem_icl.tasks.loading import open_task
 from lowmem_icl.tasks.packing import PackedTask, PackingLimits, pack
@@ -90,18 +90,18 @@ def random_store(
         for name, shape in skeleton.non_layer_parameters().items()
     }
     save_file(non_layer, folder / NON_LAYER)
-    files = {NON_LAYER: _stored(folder / NON_LAYER)}
+    files = {NON_LAYER: stored_file(folder / NON_LAYER)}
     for layer in range(skeleton.layers):
         path = folder / layer_file(layer)
         if layer < distinct_layers:
             save_file(_random_layer(skeleton, generator), path)
-            files[layer_file(layer)] = _stored(path)
+            files[layer_file(layer)] = stored_file(path)
             say(f"layer {layer + 1} of {distinct_layers} written")
         else:
             os.link(folder / layer_file(layer % distinct_layers), path)
             files[layer_file(layer)] = files[layer_file(layer % distinct_layers)]
     for path in sorted((folder / "tokenizer").iterdir()):
-        files[f"tokenizer/{path.name}"] = _stored(path)
+        files[f"tokenizer/{path.name}"] = stored_file(path)
     manifest = Manifest(
         format=STORE_FORMAT,
         weights="int8",
@@ -112,10 +112,6 @@ def random_store(
     )
     write_manifest(folder, manifest)
     return open_store(folder)
-
-
-def _stored(path: Path) -> StoredFile:
-    return StoredFile(size_bytes=path.stat().st_size, sha256=sha256_of_file(path))
 
 
 def _random_layer(skeleton: Skeleton, generator: torch.Generator) -> dict[str, Tensor]:

@@ -1,14 +1,15 @@
 """What it costs that a store's files are compared with their digests as a run first reads them.
 
-    python scripts/bench_digests.py STORE... [--tokens N]... [--rounds N]
+    python scripts/bench_digests.py STORE... [--tokens N]... [--rounds N] [--sha256]
 
 A store is opened and N tokens go through all its layers, once with its digests (as in a run's first pass)
 and once trusting them (as in all later ones), in turns; least of the rounds, wall clock. Beside them the
-machine's SHA-256 and the rate at which its disk gives layer files.
+rates of this machine's SHA-256 and XXH3, and the one at which its disk gives layer files. `--sha256` compares
+those instead, as for stores of before.
 """
 
-import hashlib
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ import torch
 import typer
 
 from lowmem_icl.model.attention import whole_row
+from lowmem_icl.model.digests import Digest
 from lowmem_icl.model.integrity import distrust_all
 from lowmem_icl.model.reading import read_rate
 from lowmem_icl.model.store import Store, open_store
@@ -25,10 +27,11 @@ ROW_TOKENS = 256
 SAMPLE_BYTES = 256 << 20
 
 
-def hash_rate() -> float:
-    """Return the bytes per second of SHA-256 on one core."""
+def hash_rate(digest: Digest) -> float:
+    """Return the bytes per second of a kind of digest on one core."""
     sample, start = bytes(SAMPLE_BYTES), time.perf_counter()
-    hashlib.sha256(sample).digest()
+    summed = digest.summing()
+    summed.update(sample)
     return SAMPLE_BYTES / (time.perf_counter() - start)
 
 
@@ -48,11 +51,19 @@ def main(
     stores: Annotated[list[Path], typer.Argument()],
     tokens: Annotated[list[int], typer.Option(help="Tokens of a pass; several times.")] = [1024, 8192],  # noqa: B006
     rounds: Annotated[int, typer.Option(help="Rounds; the least counts.")] = 5,
+    sha256: Annotated[bool, typer.Option("--sha256", help="As for stores of before.")] = False,
 ) -> None:
     """Print a line per store and number of tokens."""
-    print(f"SHA-256: {hash_rate() / 1e9:.2f} GB/s; threads: {torch.get_num_threads()}")
+    rates = [hash_rate(Digest("sha256", "")), hash_rate(Digest("xxh3", ""))]
+    print(f"SHA-256: {rates[0] / 1e9:.2f} GB/s; XXH3: {rates[1] / 1e9:.2f} GB/s; threads: "
+          f"{torch.get_num_threads()}")  # fmt: skip
     for folder in stores:
         store = open_store(folder)
+        if sha256:
+            files = {
+                name: file.model_copy(update={"xxh3": None}) for name, file in store.manifest.files.items()
+            }
+            store = replace(store, manifest=store.manifest.model_copy(update={"files": files}))
         print(f"{folder.name}: {store.size_bytes / 1e6:.0f} MB, read at "
               f"{read_rate(store.layer_paths, SAMPLE_BYTES) / 1e9:.2f} GB/s")  # fmt: skip
         for count in tokens:

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import bitsandbytes  # noqa: F401  # whose operators the tests ask for
 import pytest
 import torch
+import xxhash
 from conftest import byte_tokens, make_checkpoint, make_store, reference_model
 from safetensors.torch import load_file, save_file
 
@@ -21,6 +22,7 @@ from lowmem_icl.conversion.checkpoint import open_checkpoint
 from lowmem_icl.conversion.convert import check_room, planned_store
 from lowmem_icl.conversion.locate import ensure_store, locate
 from lowmem_icl.errors import DoesNotFit, InputError
+from lowmem_icl.model.digests import StoredFile
 from lowmem_icl.model.reading import LayerReader, read_header
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store, Weights, layer_file, open_store, verify_store
@@ -117,7 +119,7 @@ def test_what_the_disk_spoils_is_named_and_made_anew(tmp_path: Path, monkeypatch
     folder = make_checkpoint(tmp_path / "checkpoint")
     whole = make_store(folder, tmp_path / "whole", "int8")
 
-    def spoils_the_second(path: Path, *arguments: Any) -> tuple[int, str]:
+    def spoils_the_second(path: Path, *arguments: Any) -> StoredFile:
         written = save_tensors(path, *arguments)
         if path.name == "001.safetensors":
             content = path.read_bytes()
@@ -306,9 +308,10 @@ def test_tensors_written_one_by_one_are_read_by_safetensors(tmp_path: Path) -> N
             digests[name] = f"digest of {name}"
             yield name, tensor
 
-    size, summed = save_one_by_one(tmp_path / "file", come(), digests)
-    assert (tmp_path / "file").stat().st_size == size
-    assert sha256_of_file(tmp_path / "file") == summed
+    made = save_one_by_one(tmp_path / "file", come(), digests)
+    assert made.size_bytes == (tmp_path / "file").stat().st_size
+    assert made.sha256 == sha256_of_file(tmp_path / "file")
+    assert made.xxh3 == xxhash.xxh3_128_hexdigest((tmp_path / "file").read_bytes())
     content = (tmp_path / "file").read_bytes()
     header = content[8 : 8 + int.from_bytes(content[:8], "little")]
     # By these bytes repairs recognise files of stores that are there.

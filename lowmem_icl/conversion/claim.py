@@ -17,7 +17,8 @@ from torch import Tensor
 from lowmem_icl.conversion.checkpoint import Checkpoint, read_json
 from lowmem_icl.conversion.store_lock import CLAIM_FILE, is_of_lock
 from lowmem_icl.errors import InputError
-from lowmem_icl.model.store import NON_LAYER, Store, StoredFile, Weights
+from lowmem_icl.model.digests import StoredFile
+from lowmem_icl.model.store import NON_LAYER, Store, Weights
 from lowmem_icl.model.writing import save_one_by_one, save_tensors, source_digests
 from lowmem_icl.system.files import forget_pages, sha256_of_file, write_text_atomic
 
@@ -125,20 +126,20 @@ class Claim:
     def write(self, name: str, tensors: dict[str, Tensor], digests: dict[str, str]) -> None:
         """Write a file of the store; its digest is of the bytes in memory, not of what the disk returns."""
         accept = partial(self._accept, name)
-        self._finish(name, *save_tensors(self.folder / name, tensors, digests, accept))
+        self._finish(name, save_tensors(self.folder / name, tensors, digests, accept))
 
     def write_one_by_one(
         self, name: str, tensors: Iterable[tuple[str, Tensor]], digests: Mapping[str, str]
     ) -> None:
         """Write a file of the store from tensors as they come."""
         accept = partial(self._accept, name)
-        self._finish(name, *save_one_by_one(self.folder / name, tensors, digests, accept))
+        self._finish(name, save_one_by_one(self.folder / name, tensors, digests, accept))
 
-    def _accept(self, name: str, size_bytes: int, digest: str) -> None:
+    def _accept(self, name: str, made: StoredFile) -> None:
         """Raise InputError where a file, which has its name not yet, is not to have it."""
 
-    def _finish(self, name: str, size_bytes: int, digest: str) -> None:
-        self.files[name] = StoredFile(size_bytes=size_bytes, sha256=digest)
+    def _finish(self, name: str, made: StoredFile) -> None:
+        self.files[name] = made
         self._whole.add(name)
         self._save()
 

@@ -21,6 +21,7 @@ from lowmem_icl.conversion.checks import check_layer_count, check_written
 from lowmem_icl.conversion.claim import Claim, Conversion
 from lowmem_icl.conversion.tied import settle_tied_tables
 from lowmem_icl.errors import DoesNotFit, InputError
+from lowmem_icl.model.digests import StoredFile, stored_file
 from lowmem_icl.model.int8 import OUTLIER_THRESHOLD, quantise_rows
 from lowmem_icl.model.nf4 import Nf4Form, quantise_nf4, stored_bytes
 from lowmem_icl.model.skeleton import Skeleton
@@ -31,7 +32,6 @@ from lowmem_icl.model.store import (
     OutlierReport,
     Source,
     Store,
-    StoredFile,
     Weights,
     layer_file,
     open_store,
@@ -39,7 +39,7 @@ from lowmem_icl.model.store import (
 )
 from lowmem_icl.model.vocabulary import Vocabulary
 from lowmem_icl.model.writing import source_digests
-from lowmem_icl.system.files import atomic_path, free_bytes, sha256_of_file, write_text_atomic
+from lowmem_icl.system.files import atomic_path, free_bytes, write_text_atomic
 from lowmem_icl.system.progress import Progress, unseen
 
 FLOAT_BYTES = 4
@@ -177,10 +177,7 @@ def remake_files(
 
 def _tokenizer_files(folder: Path) -> dict[str, StoredFile]:
     """Return the sizes and digests of the tokenizer's files in a store."""
-    return {
-        f"tokenizer/{path.name}": StoredFile(size_bytes=path.stat().st_size, sha256=sha256_of_file(path))
-        for path in sorted((folder / "tokenizer").iterdir())
-    }
+    return {f"tokenizer/{path.name}": stored_file(path) for path in sorted((folder / "tokenizer").iterdir())}
 
 
 def _start_calibration(skeleton: Skeleton, non_layer: Path, text: CalibrationText) -> CalibrationPass:

@@ -16,6 +16,7 @@ from lowmem_icl.conversion.locate import ModelLocation, calibration_text, locate
 from lowmem_icl.conversion.source import find_source
 from lowmem_icl.conversion.tied import settle_tied_tables
 from lowmem_icl.errors import InputError
+from lowmem_icl.model.digests import StoredFile
 from lowmem_icl.model.integrity import MANIFEST
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import (
@@ -150,8 +151,8 @@ class _Repair(Claim):
         # Just compared with their digests.
         self._whole = set(self.files)
 
-    def _accept(self, name: str, size_bytes: int, digest: str) -> None:
-        if (made := self._manifest.files[name]).size_bytes != size_bytes or made.sha256 != digest:
+    def _accept(self, name: str, made: StoredFile) -> None:
+        if made.sha256 != self._manifest.files[name].sha256:
             raise _differs(self.folder, name)
 
     def abandon(self) -> None:

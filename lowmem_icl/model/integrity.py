@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.system.files import sha256_of_file
+from lowmem_icl.model.digests import Digest, digest_of_file
 
 MANIFEST = "manifest.json"
 LAYERS = "layers"
@@ -12,7 +12,7 @@ LAYERS = "layers"
 FileState = tuple[int, int, int, int, int]
 """Device, number, size, and times of the last change of a file's bytes and of anything about it."""
 
-_trusted: set[tuple[FileState, str]] = set()
+_trusted: set[tuple[FileState, Digest]] = set()
 
 
 def state_of(path: Path) -> FileState:
@@ -21,12 +21,12 @@ def state_of(path: Path) -> FileState:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def is_trusted(state: FileState, sha256: str) -> bool:
+def is_trusted(state: FileState, digest: Digest) -> bool:
     """Tell whether this process has read a file of this state, and found this digest."""
-    return (state, sha256) in _trusted
+    return (state, digest) in _trusted
 
 
-def accept(path: Path, state: FileState, found: str, expected: str) -> None:
+def accept(path: Path, state: FileState, found: Digest, expected: Digest) -> None:
     """Trust a file, whose state was `state` before it was read, if its digest is the expected one; else raise
     InputError.
     """
@@ -35,12 +35,12 @@ def accept(path: Path, state: FileState, found: str, expected: str) -> None:
     _trusted.add((state, expected))
 
 
-def check_file(path: Path, expected: str) -> None:
-    """Compare a file with its SHA-256, unless this process has done so; raise InputError where it differs."""
+def check_file(path: Path, expected: Digest) -> None:
+    """Compare a file with its digest, unless this process has done so; raise InputError where it differs."""
     try:
         state = state_of(path)
         if not is_trusted(state, expected):
-            accept(path, state, sha256_of_file(path), expected)
+            accept(path, state, digest_of_file(path, expected), expected)
     except OSError as error:
         raise damaged(path, f"cannot be read ({error.strerror})") from error
 

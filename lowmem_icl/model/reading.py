@@ -5,7 +5,6 @@ passes. Nothing else knows that weights are streamed.
 """
 
 import errno
-import hashlib
 import json
 import mmap
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowmem_icl.model.digests import Digest
 from lowmem_icl.model.integrity import FileState, accept, damaged, is_trusted, state_of
 from lowmem_icl.model.staging import CopyStream, device_offsets
 
@@ -93,7 +93,7 @@ class PendingLayer:
     host: Tensor
     blocks: list[Future[None]]
     state: FileState
-    digest: Future[str] | None
+    digest: Future[Digest] | None
     target: Tensor | None = None
     copied: "Future[torch.cuda.Event] | None" = None
 
@@ -114,7 +114,7 @@ class LayerReader:
 
     The tensors of a streamed layer are views of a buffer that the next but one layer overwrites: they are
     valid until the iterator is advanced. On a CUDA device the layers arrive there, copied while the device
-    computes. With the files' `digests` (SHA-256), a layer is given only once its bytes are found to be those;
+    computes. With the files' `digests`, a layer is given only once its bytes are found to be those;
     what this process has found so before is read without.
     """
 
@@ -123,7 +123,7 @@ class LayerReader:
         paths: Sequence[Path],
         resident_layers: frozenset[int] = frozenset(),
         device: torch.device = CPU,
-        digests: Sequence[str] | None = None,
+        digests: Sequence[Digest] | None = None,
     ) -> None:
         self._device = device
         self._paths = list(paths)
@@ -135,7 +135,7 @@ class LayerReader:
         self._buffers: list[Tensor] = []
         # One more on CUDA: it waits for the blocks of a layer and starts its copy.
         self._pool = ThreadPoolExecutor(READERS + (device.type == "cuda"), thread_name_prefix="layer-reader")
-        # SHA-256 takes a file's blocks in their order: one thread follows those that read.
+        # A digest takes a file's blocks in their order: one thread follows those that read.
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="layer-digest")
         self._copies = self._copy_stream() if device.type == "cuda" else None
         self.read_bytes = 0
@@ -199,7 +199,7 @@ class LayerReader:
         ]
         digest = copied = None
         if self._digests is not None and not is_trusted(state, self._digests[layer]):
-            digest = self._hashing.submit(_digest_as_read, host[:size], blocks)
+            digest = self._hashing.submit(_digest_as_read, host[:size], blocks, self._digests[layer])
         if self._copies is not None and target is not None:
             offsets, _ = self._on_device(layer)
             places = self._locations[layer].items()
@@ -262,13 +262,13 @@ def _copy_when_read(
     return copies.copy(slot, pairs, free)
 
 
-def _digest_as_read(host: Tensor, blocks: Sequence[Future[None]]) -> str:
-    """Return the SHA-256 of a file's bytes, block after block as these are read."""
-    summed = hashlib.sha256()
+def _digest_as_read(host: Tensor, blocks: Sequence[Future[None]], like: Digest) -> Digest:
+    """Return the digest of a file's bytes, of the kind of another, block after block as these are read."""
+    summed = like.summing()
     for number, block in enumerate(blocks):
         block.result()
         summed.update(host[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES].numpy().data)
-    return summed.hexdigest()
+    return Digest(like.kind, summed.hexdigest())
 
 
 def _new_buffer(size: int) -> Tensor:

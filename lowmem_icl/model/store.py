@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Field,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -26,6 +25,7 @@ from pydantic import (
 )
 
 from lowmem_icl.errors import InputError
+from lowmem_icl.model.digests import StoredFile
 from lowmem_icl.model.integrity import MANIFEST, check_file, damaged, repair_command
 from lowmem_icl.model.nf4 import Nf4Form
 from lowmem_icl.model.skeleton import Skeleton
@@ -40,14 +40,6 @@ NON_LAYER = "outside.safetensors"
 """What lies outside the layers; the file keeps the name of older stores, so that these stay readable."""
 
 Weights = Literal["int8", "nf4", "bfloat16", "float32"]
-
-
-class StoredFile(BaseModel):
-    """A file of the store: its size and SHA-256."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-    size_bytes: Annotated[int, Field(ge=0)]
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Source(BaseModel):
@@ -114,11 +106,13 @@ class Manifest(BaseModel):
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the whole manifest, so over every file's digest: the identity of these weights.
+        """SHA-256 over the manifest, so over every file's SHA-256: the identity of these weights.
 
-        Where the source lay is no part of it.
+        Where the source lay is no part of it, nor are the other digests, which older stores lack.
         """
         fields = self.model_dump(exclude={"source": {"path"}})
+        for file in fields["files"].values():
+            file.pop("xxh3", None)
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -194,7 +188,7 @@ def open_store(folder: Path) -> Store:
                 f"expected {file.size_bytes} bytes, got {path.stat().st_size}: truncated or altered",
             )
         if name.startswith("tokenizer/"):
-            check_file(path, file.sha256)
+            check_file(path, file.quickest)
     return store
 
 

@@ -37,12 +37,12 @@ class StreamedModel:
             store.layer_paths,
             resident_layers(store, resident_bytes),
             device,
-            [files[layer_file(layer)].sha256 for layer in range(store.skeleton.layers)],
+            [files[layer_file(layer)].quickest for layer in range(store.skeleton.layers)],
         )
         for path, locations in zip(store.layer_paths, self._reader.locations, strict=True):
             check_layer(path, locations, store.skeleton, store.manifest.weights)
         # Tables are read row by row later, so the whole file is looked through first.
-        check_file(store.folder / NON_LAYER, files[NON_LAYER].sha256)
+        check_file(store.folder / NON_LAYER, files[NON_LAYER].quickest)
         # Last: it keeps files open.
         self.vocabulary = Vocabulary(
             self.skeleton, store.folder / NON_LAYER, device, in_memory=tables_in_memory

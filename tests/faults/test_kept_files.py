@@ -14,6 +14,7 @@ from lowmem_icl.conversion import convert as convert_module
 from lowmem_icl.conversion.claim import decided_from
 from lowmem_icl.conversion.store_lock import making_store
 from lowmem_icl.errors import InputError
+from lowmem_icl.model.digests import StoredFile
 from lowmem_icl.model.store import NON_LAYER, Store, Weights, layer_file
 from lowmem_icl.model.writing import save_one_by_one
 
@@ -76,7 +77,7 @@ def test_what_was_decided_from_spoiled_bytes_is_decided_again(
 ) -> None:
     """The disk spoils the tables right after they were written, so all outlier columns come of other ones."""
 
-    def spoils(path: Path, *arguments: Any) -> tuple[int, str]:
+    def spoils(path: Path, *arguments: Any) -> StoredFile:
         written = save_one_by_one(path, *arguments)
         flip(path)
         return written

@@ -15,12 +15,12 @@ from commands import invoke
 from safetensors.torch import load_file, save_file
 
 from lowmem_icl.errors import InputError
+from lowmem_icl.model.digests import stored_file
 from lowmem_icl.model.nf4 import part_forms
 from lowmem_icl.model.reading import read_header
 from lowmem_icl.model.store import (
     NON_LAYER,
     Store,
-    StoredFile,
     is_store,
     layer_file,
     open_store,
@@ -28,7 +28,6 @@ from lowmem_icl.model.store import (
 )
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.model.writing import save_tensors, source_digests
-from lowmem_icl.system.files import sha256_of_file
 
 TOKENS = torch.arange(5, 25)
 
@@ -199,8 +198,7 @@ def change_file(store: Store, folder: Path, name: str, change: Callable[[Path], 
     """Copy a store, a file of it changed, and a manifest that agrees."""
     shutil.copytree(store.folder, folder)
     change(folder / name)
-    stored = StoredFile(size_bytes=(folder / name).stat().st_size, sha256=sha256_of_file(folder / name))
-    listed = store.manifest.files | {name: stored}
+    listed = store.manifest.files | {name: stored_file(folder / name)}
     write_manifest(folder, store.manifest.model_copy(update={"files": listed}))
 
 
