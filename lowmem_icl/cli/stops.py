@@ -2,6 +2,7 @@
 which of them it was. Imports nothing heavy, since it is in force before anything else is imported.
 """
 
+import atexit
 import os
 import signal
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ def end_at_once() -> None:
     """Have a signal end the process at once: before a command is at work and after it, nothing is lost."""
     for number in STOPPED_BY:
         signal.signal(number, _end)
+    # Registered first, so called last: then Python takes its handlers away, and all is done and said.
+    atexit.register(signal.pthread_sigmask, signal.SIG_BLOCK, STOPPED_BY)
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:

@@ -68,6 +68,15 @@ def test_a_stop_while_libraries_are_imported(number: int) -> None:
         check(*stopped(command, [number], after), [number])
 
 
+@pytest.mark.parametrize("number", list(CODES), ids=lambda number: number.name)
+def test_a_stop_when_all_is_over_changes_nothing(number: int) -> None:
+    """While Python takes itself down, after its handlers of signals are gone."""
+    late = f"class Late: __del__ = lambda self: os.kill(os.getpid(), {int(number)})"
+    command = [sys.executable, "-c", f"{STARTED}\n{late}\nlate = Late()"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(60))
 def test_storms(seed: int, stores: Path, tmp_path: Path) -> None:
