@@ -199,7 +199,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # A stranger's files: tokenizers raises bare exceptions, transformers anything.
         raise InputError(
             f"{folder}: no tokenizer could be loaded ({error}); put its files next to the weights"
         ) from error

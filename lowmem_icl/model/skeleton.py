@@ -29,6 +29,11 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")
 # Lists of a config with one entry per layer: layers that agree in all of them are of one kind.
 FIELDS_BY_LAYER = ("layer_types", "no_rope_layers")
 
+MOST_LAYERS = 10_000
+MOST_OF_OTHERS = 10**9
+LONGEST_REASON = 300
+"""Characters of another library's message that ours repeats."""
+
 
 class Skeleton:
     """A causal language model without weights: sizes, module names and empty layers.
@@ -48,6 +53,7 @@ class Skeleton:
         self.heads: int = sizes.num_attention_heads
         self.width: int = sizes.hidden_size
         self.vocabulary: int = sizes.vocab_size
+        _check_sizes(self)
         self.context_tokens = _context_tokens(config)
         self.logit_form = LogitForm.of(config)
         if self.width % self.heads and not getattr(config, "head_dim", None):
@@ -74,13 +80,18 @@ class Skeleton:
             )
         fields = {name: value for name, value in config.items() if name != "model_type"}
         try:
-            built = AutoConfig.for_model(model_type, **fields)
+            skeleton = cls(AutoConfig.for_model(model_type, **fields))
+            _ = skeleton.model
+        except InputError:
+            raise
         except Exception as error:
-            # transformers' own checks of a stranger's fields raise anything.
+            # transformers' and torch's own checks of a stranger's fields raise anything.
+            reason = f"{type(error).__name__}: {error}"[:LONGEST_REASON]
             raise InputError(
-                f"config.json: no model of type '{model_type}' can be made of it ({error})"
+                f"config.json: no model of type '{model_type}' can be made of it ({reason}); "
+                "fetch the file again"
             ) from error
-        return cls(built)
+        return skeleton
 
     @cached_property
     def kind_of_layer(self) -> tuple[int, ...]:
@@ -248,6 +259,18 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Return the module that has a part of this dotted name as its child, and the child's own name."""
     owner, _, leaf = name.rpartition(".")
     return module.get_submodule(owner), leaf
+
+
+def _check_sizes(skeleton: Skeleton) -> None:
+    """Raise InputError for a size that no model has: counting up to it would take for ever."""
+    sizes = {name: getattr(skeleton, name) for name in ("layers", "heads", "width", "vocabulary")}
+    for name, value in sizes.items():
+        most = MOST_LAYERS if name == "layers" else MOST_OF_OTHERS
+        if type(value) is not int or not 1 <= value <= most:
+            shown = str(value)[:LONGEST_REASON]
+            raise InputError(
+                f"config.json: expected {name} from 1 to {most:,}, got {shown}; fetch the file again"
+            )
 
 
 def _sizes(config: PretrainedConfig) -> Any:

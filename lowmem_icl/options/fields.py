@@ -16,6 +16,7 @@ from lowmem_icl.options.forms import (
     Form,
     Limit,
     Listed,
+    ModelName,
     NotEmpty,
     Size,
     SmallCount,
@@ -46,7 +47,7 @@ class RunFields(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     model: Annotated[
-        str,
+        ModelName,
         NotEmpty,
         Flag(
             Group.MODEL,

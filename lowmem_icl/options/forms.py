@@ -93,6 +93,15 @@ def _parse_path(value: Any) -> Any:
         raise ValueError("not a path") from error
 
 
+def _check_model(value: str) -> str:
+    """Return a model's name; refuse one that can be no path either, as it is looked for on the disk first."""
+    _parse_path(value)
+    return value
+
+
+ModelName = Annotated[
+    str, AfterValidator(_check_model), Form("TEXT", "a folder, a file or a model's id on the hub")
+]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0), Form("SIZE", "a size such as 6GB or 500MiB")]
 AnyPath = Annotated[Path, BeforeValidator(_parse_path), Form("PATH", "a path")]
 Device = Annotated[

@@ -81,7 +81,7 @@ def read_pairs(path: Path) -> list[WordPair]:
     """
     try:
         entries = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: not JSON ({error}); {EXPECTED_FILE}; name a file of JSON lines .jsonl"
         ) from error
