@@ -26,7 +26,7 @@ from lowmem_icl.options.environment import (
 )
 from lowmem_icl.options.fields import DEFAULT_EXACT, FLAGS
 from lowmem_icl.options.flags import ALIASES, default_text, flag_name, form_of, names_of
-from lowmem_icl.options.forms import Form, parse_size
+from lowmem_icl.options.forms import Form, parse_path, parse_size, shortened
 from lowmem_icl.options.groups import Flag, Group
 from lowmem_icl.options.hints import did_you_mean, lm_eval_remark, nearest
 from lowmem_icl.options.reading import run_options
@@ -57,9 +57,11 @@ __all__ = [
     "lm_eval_remark",
     "names_of",
     "nearest",
+    "parse_path",
     "parse_size",
     "read_config",
     "run_options",
     "shell_command",
+    "shortened",
     "variable_name",
 ]

@@ -58,7 +58,21 @@ def json_object(path: Path, number: int, line: str) -> dict[str, Any]:
             f"{path}, line {number}: expected a JSON object, got {type(value).__name__}; "
             "give one object per line"
         )
+    if "\\u" in line and not is_text(value):
+        raise InputError(
+            f"{path}, line {number}: expected texts of whole characters, got half of a surrogate pair, such "
+            "as \\ud83d; leave it out"
+        )
     return value
+
+
+def is_text(value: Any) -> bool:
+    """Tell whether all texts in a JSON value are of whole characters: JSON's own escapes can give halves."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def count_rows(path: Path) -> int:
