@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import invoke
 from conftest import make_checkpoint, small_config
@@ -14,6 +15,8 @@ from lowmem_icl.options import run_options
 from lowmem_icl.session.prepare import prepare
 from lowmem_icl.session.sealed import Damaged, read_sealed
 from lowmem_icl.system.visible import LONGEST_LINE, visible_line
+from lowmem_icl.tasks.loading import open_task
+from lowmem_icl.tasks.scoring import task_metrics
 
 DEMO = Path(lowmem_icl.__file__).parent / "demo"
 
@@ -102,6 +105,17 @@ def test_a_tokenizers_fields_are_no_commands_to_the_terminal(
     with pytest.raises(InputError, match=r"tokenizer_config\.json: no tokenizer could be loaded"):
         load_tokenizer(tmp_path)
     assert "\x1b" not in "".join(capfd.readouterr())
+
+
+def test_an_empty_option_makes_no_warning_of_numpys(tmp_path: Path) -> None:
+    (tmp_path / "piqa").mkdir()
+    rows = [{"goal": "a", "sol1": "" if n else "b", "sol2": "c", "label": n % 2} for n in range(4)]
+    for split in ("train", "validation"):
+        (tmp_path / "piqa" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = open_task("piqa", tmp_path).rows(shots=0, part="evaluate", limit=None)
+    # Warnings are errors in tests.
+    metrics = {value.metric: value.value for value in task_metrics(task, np.full(8, -1.0), np.zeros(8, bool))}
+    assert metrics["acc"] == 0.5
 
 
 def test_a_strangers_long_value_is_cut_in_the_middle() -> None:
