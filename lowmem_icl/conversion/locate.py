@@ -37,6 +37,8 @@ from lowmem_icl.system.progress import Progress, unseen
 from lowmem_icl.system.visible import visible_line
 
 DEMO = "demo"
+MOST_TOKENS = 10_000_000
+"""Of a tokenizer; the largest have a few hundred thousand."""
 READ_MODELS = "models"
 """Folder beside the stores: of GGUF files, config and tokenizer, and what was joined from parts."""
 
@@ -203,6 +205,10 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         _ = tokenizer(["a", " a"]), tokenizer.all_special_ids
+        largest = max(tokenizer.get_vocab().values(), default=0)
+        if largest > MOST_TOKENS:
+            # Its description, asked for below, would count up to that.
+            raise ValueError(f"a token has the id {largest}")
         return tokenizer
     except Exception as error:
         # A stranger's files: tokenizers raises bare exceptions, transformers anything.

@@ -250,7 +250,7 @@ def read_table(path: Path, table: str) -> pl.DataFrame:
         _check_digest(content)
         stated = json.loads(pl.read_parquet_metadata(io.BytesIO(content)).get("lowmem_icl", "{}"))
         frame = pl.read_parquet(io.BytesIO(content))
-    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+    except (OSError, ValueError, RecursionError, pl.exceptions.PolarsError) as error:
         raise InputError(
             f"{path}: cannot be read as a {table} table ({error}); run the same command again, which writes "
             "it anew from the folder's parts"

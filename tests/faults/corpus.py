@@ -136,6 +136,7 @@ REFUSED: dict[str, tuple[bytes, ...]] = {
         *(config(**each) for each in BAD_FIELDS),
     ),
     "tokenizer": (
+        (DEMO / "tokenizer.json").read_bytes().replace(b'"<s>": 0', b'"<s>": 4294967295'),
         *NO_JSON,
         b"{}",
         b'{"model": {"type": "none"}}',
