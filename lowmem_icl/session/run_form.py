@@ -119,8 +119,8 @@ class _Sequences(_Form):
 
 
 class _Session(_Form):
-    started: str
-    finished: str | None
+    started: Time
+    finished: Time | None
     state: State
     stages: dict[str, StageActuals]
 
@@ -135,8 +135,8 @@ class RunRecord(_Form):
 
     format: Literal["lowmem-icl-run/2"]
     state: State
-    started: str
-    finished: str | None
+    started: Time
+    finished: Time | None
     command: str
     options: _Options
     shots: list[int]

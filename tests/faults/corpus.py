@@ -172,6 +172,7 @@ REFUSED: dict[str, tuple[bytes, ...]] = {
     "page": (b"{}",),
     "table": (b"", b"PAR1", b"PAR1PAR1", b"\0" * 100, b"PAR1" + b"\xff" * 8 + b"PAR1"),
     "rows": (
+        ROW * 3 + ROW.replace(b'"a"', b'"' + b"a " * 5_000_000 + b'"'),
         b"",
         b"\n",
         b"{",

@@ -143,7 +143,8 @@ def layer_file(rng: random.Random) -> bytes:
     text = json_text(rng, broken(rng, header, ("F32", [0, 8], [4, 2**40], "U8"))).encode(
         "utf-8", "surrogatepass"
     )
-    return mutated(rng, struct.pack("<Q", len(text)) + text + bytes(position))
+    whole = struct.pack("<Q", len(text)) + text + bytes(position)
+    return mutated(rng, whole) if rng.random() < 0.4 else whole
 
 
 def forms_of_models(store: Store, store_dir: Path) -> dict[str, Form]:
