@@ -280,6 +280,9 @@ REFUSED: dict[str, tuple[bytes, ...]] = {
             ["tasks", "--data-dir", "~nosuch/x"],
             ["masks", "pull", "a/b", "~nosuch/x"],
             ["masks", "push", "mask.json", "../x"],
+            ["masks", "pull", "a/b", "new", "--revision", "\udcff"],
+            ["masks", "pull", "a/\udcff"],
+            ["plan", "--model", "a/b", "--revision", "\udcff"],
         )
     ),
     "name": ("\udcff".encode("utf-8", "surrogateescape"),),

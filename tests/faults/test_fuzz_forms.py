@@ -36,7 +36,8 @@ def forms(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Iterator[di
 def fuzz(form: Form, name: str, seeds: range, folders: tuple[Path, Path]) -> None:
     found = tried(form, name, seeds, folders[0], folders[1], Path(tempfile.gettempdir()))
     print(f"{name}: {len(seeds)} tried, {dict(found.counts)}, longest {found.longest:.2f} s")
-    if len(seeds) >= 200:
+    # A part that is none is made again, not refused.
+    if len(seeds) >= 200 and name != "part":
         assert min(found.counts["taken"], found.counts["refused"]) > SHARE_OF_EACH * len(seeds)
 
 
