@@ -35,7 +35,7 @@ BAD = {
     "device": ("tpu", "auto, cpu, cuda or cuda:N"),
     "tasks": ("", "a comma-separated list of tasks, none twice"),
     "out": ("", "a path"),
-    "model": ("", "a text"),
+    "model": ("", "a folder, a file or a model's id on the hub"),
     "seed": ("1.5", "a whole number of at least 0"),
 }
 

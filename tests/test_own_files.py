@@ -121,7 +121,7 @@ def test_the_row_to_blame_is_named_where_a_field_changes_its_type(tmp_path: Path
     with pytest.raises(InputError, match=r"train\.jsonl, row 8, field 'label', which was int before"):
         open_task("piqa", tmp_path)
     text = {"context": "\ud83d", "options": [" a", " b"], "gold": 0}
-    with pytest.raises(InputError, match=r"own\.jsonl: cannot be read as a table"):
+    with pytest.raises(InputError, match=r"own\.jsonl, line 1: expected texts of whole characters"):
         open_task(own_file(tmp_path, text, text), None)
 
 

@@ -37,6 +37,9 @@ CONTRACT = (
     "method, mask, mask_task, mask_shots, kind, layer, head, heads_removed, ffns_removed, percent, count, "
     "other_task, other_shots, other_method, metric, value, stderr, low, high, chance, exact, documents, seed"
 )
+STAMP = {
+    "experiment": "evaluate", "model": "demo", "weights": "int8", "protocol": "corrected", "exact": True
+}  # fmt: skip
 
 
 def test_the_columns_are_those_of_the_contract() -> None:
@@ -50,7 +53,8 @@ def test_the_columns_are_those_of_the_contract() -> None:
 
 
 def test_a_table_comes_back_with_its_types_and_foreign_files_are_refused(tmp_path: Path) -> None:
-    table = frame("results", [{"task": "piqa", "value": 0.5, "shots": 1}], {"model": "demo"})
+    record = {"task": "piqa", "shots": 1, "metric": "acc", "value": 0.5, "documents": 8}
+    table = frame("results", [record], STAMP)
     write_table(table, "results", tmp_path / "results.parquet")
     assert read_table(tmp_path / "results.parquet", "results").equals(table)
     assert table["head"].null_count() == 1
@@ -146,9 +150,26 @@ def test_a_unit_has_its_kind_layer_and_head() -> None:
     assert unit_blocks([], {"value": np.array([])}) == []
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"value": None}, "column 'value' has gaps"),
+        ({"documents": None}, "column 'documents' has gaps"),
+        ({"mask": "greedy", "heads_removed": None, "ffns_removed": 0}, "column 'heads_removed' has gaps"),
+        ({"layer": 2**31 - 1}, "column 'layer' has values outside 0 to 10,000"),
+        ({"percent": -1}, "column 'percent' has values outside 0 to 100"),
+    ],
+)
+def test_a_table_with_what_no_run_writes_is_refused(change: Block, told: str, tmp_path: Path) -> None:
+    record = {"task": "piqa", "shots": 1, "metric": "acc", "value": 0.5, "documents": 8, **change}
+    write_table(frame("results", [record], STAMP), "results", tmp_path / "results.parquet")
+    with pytest.raises(InputError, match=rf"results\.parquet: {told}"):
+        read_table(tmp_path / "results.parquet", "results")
+
+
 def test_no_flipped_bit_of_a_table_goes_unseen(tmp_path: Path) -> None:
     columns = {"task": ["recall", None] * 30, "metric": ["acc"] * 60, "value": np.linspace(0, 1, 60)}
-    table = frame("results", [columns])
+    table = frame("results", [columns], STAMP | {"experiment": "induction"})
     path = tmp_path / "results.parquet"
     write_table(table, "results", path)
     assert read_table(path, "results").equals(table)

@@ -9,13 +9,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import NoReturn, ParamSpec, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
 from lowmem_icl.cli.echo import complain
 from lowmem_icl.cli.stops import STOPPED_BY, raised
 from lowmem_icl.errors import DoesNotFit, InputError, LowmemIclError, from_os_error
+from lowmem_icl.options import parse_path, shortened
 from lowmem_icl.system.memory import check_room_for_libraries, ran_out_of_memory
 
 CONTINUES = "; finished parts are kept, and the same command continues from there"
@@ -47,7 +49,7 @@ def _reporting(command: Callable[P, R], stopped: str) -> Callable[P, R]:
         try:
             check_room_for_libraries()
             with raised(received):
-                return command(*arguments, **named)
+                return command(*arguments, **{name: _own_paths(value) for name, value in named.items()})
         except typer.Exit:
             raise
         except BrokenPipeError:
@@ -70,6 +72,20 @@ def _reporting(command: Callable[P, R], stopped: str) -> Callable[P, R]:
             raise
 
     return wrapped
+
+
+def _own_paths(value: Any) -> Any:
+    """Return the paths of a flag or argument as a user means them, `~` being the user's home, where no shell
+    saw that; other values as they are. Raises InputError for what can be no path.
+    """
+    if isinstance(value, list):
+        return [_own_paths(each) for each in value]
+    if not isinstance(value, Path):
+        return value
+    try:
+        return parse_path(str(value))
+    except ValueError as error:
+        raise InputError(f"expected a path, got {shortened(repr(str(value)))}; correct it") from error
 
 
 @contextmanager

@@ -7,10 +7,13 @@ from lowmem_icl.conversion.locate import plan_store
 from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.machine_file import MachineFile, measured_machine, write_machine
 from lowmem_icl.session.prepare import find_model
+from lowmem_icl.system.files import try_writing
 
 
 def measure_machine(options: RunOptions, out: Path | None, terminal: Terminal) -> MachineFile:
     """Measure this machine with the model of some options; write it where a file is given."""
+    if out is not None:
+        try_writing(out.parent)
     store = plan_store(find_model(options, terminal.progress), options.weights)
     machine = measured_machine(store, options)
     if out is not None:

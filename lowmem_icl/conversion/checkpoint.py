@@ -163,7 +163,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object; raise InputError naming the file where it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected a JSON object, cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}")

@@ -86,7 +86,7 @@ def open_hub_checkpoint(model: str, revision: str | None) -> Checkpoint:
         commit, sizes = _listing(model, revision)
         names = {"config.json", *TOKENIZER_FILES, *INDEX_FILES} & sizes.keys()
         folders = {name: Path(hf_hub_download(model, name, revision=commit)).parent for name in sorted(names)}
-    except (HFValidationError, *_UNREACHABLE) as error:
+    except (HFValidationError, UnicodeError, *_UNREACHABLE) as error:
         raise InputError(
             f"--model: '{model}' is not a local folder and could not be fetched from the hub "
             f"({type(error).__name__}); give a checkpoint folder or check the name, --revision and the "

@@ -7,14 +7,14 @@ id.
 import glob
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from lowmem_icl.conversion.calibration import CalibrationText, fixed_text
-from lowmem_icl.conversion.checkpoint import Checkpoint, FolderShards, open_checkpoint
+from lowmem_icl.conversion.checkpoint import Checkpoint, FolderShards, open_checkpoint, read_json
 from lowmem_icl.conversion.checks import check_layer_count
 from lowmem_icl.conversion.claim import Conversion, finished_bytes
 from lowmem_icl.conversion.convert import (
@@ -24,18 +24,22 @@ from lowmem_icl.conversion.convert import (
 )
 from lowmem_icl.conversion.gguf.source import gguf_folder_name, open_gguf
 from lowmem_icl.conversion.packaged import PACKAGED_MODELS, packaged_file
+from lowmem_icl.conversion.shapes import check_shapes
 from lowmem_icl.conversion.store_lock import clear_dead_lock, making_store
 from lowmem_icl.conversion.tied import settle_tied_tables
 from lowmem_icl.errors import InputError
 from lowmem_icl.model.families.catalogue import family_of
 from lowmem_icl.model.families.family import Family
-from lowmem_icl.model.skeleton import Skeleton
+from lowmem_icl.model.skeleton import LONGEST_REASON, Skeleton
 from lowmem_icl.model.store import Store, Weights, is_store, open_store
 from lowmem_icl.options import nearest
 from lowmem_icl.system.files import existing_folder
 from lowmem_icl.system.progress import Progress, unseen
+from lowmem_icl.system.visible import visible_line
 
 DEMO = "demo"
+MOST_TOKENS = 10_000_000
+"""Of a tokenizer; the largest have a few hundred thousand."""
 READ_MODELS = "models"
 """Folder beside the stores: of GGUF files, config and tokenizer, and what was joined from parts."""
 
@@ -195,15 +199,43 @@ def tokeniser(tokenizer: Any) -> Callable[[str], Sequence[int]]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load a folder's tokenizer; raise InputError where there is none."""
+    """Load a folder's tokenizer; raise InputError where there is none, or where it does not take a text."""
     from transformers import AutoTokenizer
 
+    _check_tokenizer_fields(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        _ = tokenizer(["a", " a"]), tokenizer.all_special_ids
+        largest = max(tokenizer.get_vocab().values(), default=0)
+        if largest > MOST_TOKENS:
+            # Its description, asked for below, would count up to that.
+            raise ValueError(f"a token has the id {largest}")
+        return tokenizer
+    except Exception as error:
+        # A stranger's files: tokenizers raises bare exceptions, transformers anything.
         raise InputError(
-            f"{folder}: no tokenizer could be loaded ({error}); put its files next to the weights"
+            f"{folder}: no tokenizer could be loaded ({str(error)[:LONGEST_REASON]}); put its files next to "
+            "the weights"
         ) from error
+
+
+def _check_tokenizer_fields(folder: Path) -> None:
+    """Raise InputError for names of fields that a terminal would obey: tokenizers prints those it ignores."""
+
+    def names(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            yield from value
+        for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from names(each)
+
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            for field in names(read_json(folder / name)):
+                if visible_line(field) != field:
+                    raise InputError(
+                        f"{folder / name}: no tokenizer could be loaded (a field is named {field!r:.80}); "
+                        "fetch the file again"
+                    )
 
 
 def plan_store(located: ModelLocation, weights: Weights) -> Store:
@@ -214,7 +246,9 @@ def plan_store(located: ModelLocation, weights: Weights) -> Store:
         # Of a hub's the tables are not here yet; conversion settles them.
         settle_tied_tables(located.checkpoint)
         check_layer_count(located.checkpoint, Skeleton.from_dict(located.checkpoint.config))
-    return planned_store(located.checkpoint, located.store_folder, weights)
+    planned = planned_store(located.checkpoint, located.store_folder, weights)
+    check_shapes(located.checkpoint, planned.skeleton)
+    return planned
 
 
 def ensure_store(

@@ -24,8 +24,16 @@ TYPE_BYTES = {
 }  # fmt: skip
 
 
-def check_safetensors_header(path: Path) -> None:
-    """Raise InputError for a file whose header is not whole, or whose tensors do not fill it one by one."""
+def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a file's tensors by name; raises InputError as `check_safetensors_header`."""
+    header = check_safetensors_header(path)
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != METADATA}
+
+
+def check_safetensors_header(path: Path) -> dict[str, Any]:
+    """Return a file's header; raise InputError where it is not whole, or tensors do not fill the file one by
+    one.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as opened:
@@ -42,6 +50,7 @@ def check_safetensors_header(path: Path) -> None:
             f"{path}: cannot be read as safetensors ({error}); fetch the file again, or save the model anew "
             "with save_pretrained"
         ) from error
+    return dict(header)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ MOST_FILES = 1_000
 MOST_BYTES = 1 << 30
 # The hub's client has changed its HTTP library before; the base of its own error is that of the one in use.
 _HTTP_ERROR = HfHubHTTPError.__bases__[0]
-_FAILURES = (HFValidationError, LocalEntryNotFoundError, _HTTP_ERROR, OSError)
+_FAILURES = (UnicodeError, HFValidationError, LocalEntryNotFoundError, _HTTP_ERROR, OSError)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.masks.mask import Mask, resampling, resampling_seed
+from lowmem_icl.masks.mask import MOST_HEADS, Mask, resampling, resampling_seed
 from lowmem_icl.protocols import Ablation
 from lowmem_icl.system.files import write_text_atomic
 
@@ -44,6 +44,12 @@ class MaskModel(_File):
     layers: Annotated[int, Field(gt=0, lt=10_000)]
     heads: Annotated[int, Field(gt=0, lt=10_000)]
     digest: str
+
+    @model_validator(mode="after")
+    def _has_heads_that_can_be_listed(self) -> "MaskModel":
+        if self.layers * self.heads > MOST_HEADS:
+            raise ValueError(f"expected at most {MOST_HEADS:,} heads, got {self.layers} times {self.heads}")
+        return self
 
     @property
     def shape(self) -> tuple[str, int, int]:

@@ -108,6 +108,10 @@ def resampling_seed(fill: str | None) -> int | None:
     return int(fill.partition(":")[2]) if fill is not None and ablation_of(fill) == "resample" else None
 
 
+MOST_HEADS = 1_000_000
+"""In all layers of a model together: none has nearly as many, and to list more takes long."""
+
+
 def all_heads(layers: int, heads: int) -> list[Unit]:
     """Return every head of a model, ascending."""
     return [Unit("head", layer, head) for layer in range(layers) for head in range(heads)]

@@ -15,10 +15,12 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_icl.errors import InputError
+from lowmem_icl.masks.mask import MOST_HEADS
 from lowmem_icl.model.families.catalogue import family_of
 from lowmem_icl.model.families.family import LogitForm, NormForm, module_at
 
@@ -28,6 +30,13 @@ DEFAULT_CONTEXT_TOKENS = 2048
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 # Lists of a config with one entry per layer: layers that agree in all of them are of one kind.
 FIELDS_BY_LAYER = ("layer_types", "no_rope_layers")
+
+MOST = {"layers": 10_000, "heads": 10_000, "width": 1_000_000, "vocabulary": 100_000_000}
+"""Of a model; more than any has, and few enough to count up to."""
+LARGE_ELEMENTS = 1 << 20
+"""Of a tensor that is a weight; what is made beside them, such as GPT-J's table of positions, is smaller."""
+LONGEST_REASON = 300
+"""Characters of another library's message that ours repeats."""
 
 
 class Skeleton:
@@ -48,6 +57,7 @@ class Skeleton:
         self.heads: int = sizes.num_attention_heads
         self.width: int = sizes.hidden_size
         self.vocabulary: int = sizes.vocab_size
+        _check_sizes(self)
         self.context_tokens = _context_tokens(config)
         self.logit_form = LogitForm.of(config)
         if self.width % self.heads and not getattr(config, "head_dim", None):
@@ -74,13 +84,18 @@ class Skeleton:
             )
         fields = {name: value for name, value in config.items() if name != "model_type"}
         try:
-            built = AutoConfig.for_model(model_type, **fields)
+            skeleton = cls(AutoConfig.for_model(model_type, **fields))
+            _ = skeleton.model
+        except InputError:
+            raise
         except Exception as error:
-            # transformers' own checks of a stranger's fields raise anything.
+            # transformers' and torch's own checks of a stranger's fields raise anything.
+            reason = f"{type(error).__name__}: {error}"[:LONGEST_REASON]
             raise InputError(
-                f"config.json: no model of type '{model_type}' can be made of it ({error})"
+                f"config.json: no model of type '{model_type}' can be made of it ({reason}); "
+                "fetch the file again"
             ) from error
-        return cls(built)
+        return skeleton
 
     @cached_property
     def kind_of_layer(self) -> tuple[int, ...]:
@@ -110,7 +125,7 @@ class Skeleton:
             if values := getattr(config, name, None):
                 setattr(config, name, values[:shown])
         setattr(config, self.layers_field, shown)
-        with init_empty_weights():
+        with init_empty_weights(), _LargeTensorsEmpty():
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
         model.tie_weights()
         return model.eval()
@@ -244,10 +259,44 @@ class Skeleton:
         }
 
 
+class _LargeTensorsEmpty(TorchFunctionMode):
+    """Makes large parameters without their memory from the start: else it is asked for before it is given
+    back, and a stranger's config can ask for any amount.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if func is torch.empty and args and named.get("device") is None:
+            size = args if isinstance(args[0], int) else args[0]
+            if torch.Size(size).numel() > LARGE_ELEMENTS:
+                named = {**named, "device": "meta"}
+        if func is torch.arange and any(isinstance(end, int) and end > LARGE_ELEMENTS for end in args):
+            raise ValueError(f"a table of more than {LARGE_ELEMENTS:,} positions")
+        return func(*args, **named)
+
+
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Return the module that has a part of this dotted name as its child, and the child's own name."""
     owner, _, leaf = name.rpartition(".")
     return module.get_submodule(owner), leaf
+
+
+def _check_sizes(skeleton: Skeleton) -> None:
+    """Raise InputError for a size that no model has: counting up to it would take for ever."""
+    for name, most in MOST.items():
+        value = getattr(skeleton, name)
+        if type(value) is not int or not 1 <= value <= most:
+            shown = str(value)[:LONGEST_REASON]
+            raise InputError(
+                f"config.json: expected {name} from 1 to {most:,}, got {shown}; fetch the file again"
+            )
+    if skeleton.layers * skeleton.heads > MOST_HEADS:
+        raise InputError(
+            f"config.json: expected at most {MOST_HEADS:,} heads in all layers, got {skeleton.layers} times "
+            f"{skeleton.heads}; fetch the file again"
+        )
 
 
 def _sizes(config: PretrainedConfig) -> Any:

@@ -107,16 +107,15 @@ def _pairs_of(yaml: Any, events: Iterator[Any]) -> Iterator[tuple[str, Any]]:
     if isinstance(first, yaml.StreamEndEvent):
         return
     top = next(events)
-    if isinstance(top, yaml.ScalarEvent) and top.value == "":
-        return
-    _expect(isinstance(top, yaml.MappingStartEvent), top, "options, a line for each such as `limit: 16`")
-    for key in events:
-        if isinstance(key, yaml.MappingEndEvent):
-            break
-        _expect_plain(yaml, key, "the name of an option")
-        value = _value(yaml, events, key.value)
-        if value is not None:
-            yield key.value, value
+    if not (isinstance(top, yaml.ScalarEvent) and top.value == ""):
+        _expect(isinstance(top, yaml.MappingStartEvent), top, "options, a line for each such as `limit: 16`")
+        for key in events:
+            if isinstance(key, yaml.MappingEndEvent):
+                break
+            _expect_plain(yaml, key, "the name of an option")
+            value = _value(yaml, events, key.value)
+            if value is not None:
+                yield key.value, value
     next(events)
     last = next(events)
     _expect(isinstance(last, yaml.StreamEndEvent), last, "one document in the file")

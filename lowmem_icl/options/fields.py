@@ -3,11 +3,20 @@
 The command line and TOML files take their options from the fields of `RunFields`.
 """
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
+from lowmem_icl.options.choices import (
+    DEFAULT_CURVES,
+    DEFAULT_EXPERIMENTS,
+    Copying,
+    Curve,
+    Experiment,
+    PatchedTokens,
+    Tracker,
+)
 from lowmem_icl.options.defaults import DEMO
 from lowmem_icl.options.forms import (
     AnyPath,
@@ -16,6 +25,7 @@ from lowmem_icl.options.forms import (
     Form,
     Limit,
     Listed,
+    ModelName,
     NotEmpty,
     Size,
     SmallCount,
@@ -23,19 +33,6 @@ from lowmem_icl.options.forms import (
 from lowmem_icl.options.groups import Flag, Group
 from lowmem_icl.protocols import LABELS, Ablation, Corruption, Labels, ProtocolName
 
-Experiment = Literal[
-    "evaluate", "importance", "ablate", "prune", "induction", "overlap", "patch", "icl-heads"
-]
-EXPERIMENTS: tuple[Experiment, ...] = get_args(Experiment)
-ON_REQUEST: tuple[Experiment, ...] = ("patch", "icl-heads")
-"""Experiments that are done only where they are named."""
-DEFAULT_EXPERIMENTS = tuple(name for name in EXPERIMENTS if name not in ON_REQUEST)
-Curve = Literal["heads", "ffns", "combined", "transfer", "cross-shot", "random"]
-CURVES: tuple[Curve, ...] = get_args(Curve)
-Copying = Literal["norm", "softmax", "bias"]
-PatchedTokens = Literal["last", "all"]
-Tracker = Literal["wandb", "mlflow", "tensorboard", "trackio"]
-DEFAULT_CURVES: tuple[Curve, ...] = ("heads", "ffns", "random")
 DEFAULT_EXACT = 500
 
 
@@ -46,7 +43,7 @@ class RunFields(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     model: Annotated[
-        str,
+        ModelName,
         NotEmpty,
         Flag(
             Group.MODEL,

@@ -79,7 +79,7 @@ def _without_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-def _parse_path(value: Any) -> Any:
+def parse_path(value: Any) -> Any:
     """Return a path, `~` being the user's home; refuse an empty one, which would be the current folder."""
     if not isinstance(value, str):
         return value
@@ -93,8 +93,17 @@ def _parse_path(value: Any) -> Any:
         raise ValueError("not a path") from error
 
 
+def _check_model(value: str) -> str:
+    """Return a model's name; refuse one that can be no path either, as it is looked for on the disk first."""
+    parse_path(value)
+    return value
+
+
+ModelName = Annotated[
+    str, AfterValidator(_check_model), Form("TEXT", "a folder, a file or a model's id on the hub")
+]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0), Form("SIZE", "a size such as 6GB or 500MiB")]
-AnyPath = Annotated[Path, BeforeValidator(_parse_path), Form("PATH", "a path")]
+AnyPath = Annotated[Path, BeforeValidator(parse_path), Form("PATH", "a path")]
 Device = Annotated[
     str,
     Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"),

@@ -2,6 +2,7 @@
 sentence.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from lowmem_icl.options.flags import default_text, flag_name, form_of
 from lowmem_icl.options.forms import LEAST_WITHOUT_UNIT, shortened
 from lowmem_icl.options.hints import did_you_mean
 from lowmem_icl.options.run_options import RunOptions
+
+# What messages about several options begin with.
+_FIRST_FLAG = re.compile(r"^--([a-z-]+)")
 
 
 def run_options(
@@ -37,20 +41,23 @@ def run_options(
     surrounding = {} if environment is None else environment
     merged = {name: value for name, value in (configured | dict(surrounding)).items() if name in known}
     merged |= given
+
+    def where(name: str) -> str:
+        if name not in given and name in surrounding:
+            return variable_name(name)
+        in_file = name not in given and name in configured
+        return f"{flag_name(name)} in {config}" if in_file else flag_name(name)
+
     try:
         return RunOptions.model_validate(merged)
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:
-            raise InputError(first["msg"].removeprefix("Value error, ")) from error
+            said = first["msg"].removeprefix("Value error, ")
+            raise InputError(_FIRST_FLAG.sub(lambda flag: where(flag[1].replace("-", "_")), said)) from error
         name = str(first["loc"][0])
-        where = flag_name(name)
-        if name not in given and name in surrounding:
-            where = variable_name(name)
-        elif name not in given and name in configured:
-            where = f"{flag_name(name)} in {config}"
         value = first["input"] if len(first["loc"]) > 1 else merged[name]
-        raise InputError(f"{where}: {_refusal(name, value)}") from error
+        raise InputError(f"{where(name)}: {_refusal(name, value)}") from error
 
 
 def _refusal(name: str, value: Any) -> str:

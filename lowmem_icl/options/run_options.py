@@ -8,15 +8,9 @@ from typing import Any
 
 from pydantic import model_validator
 
+from lowmem_icl.options.choices import EXPERIMENTS, ON_REQUEST, Experiment
 from lowmem_icl.options.defaults import PRESETS, Defaults, defaults_of
-from lowmem_icl.options.fields import (
-    DEFAULT_EXACT,
-    EXPERIMENTS,
-    FLAGS,
-    ON_REQUEST,
-    Experiment,
-    RunFields,
-)
+from lowmem_icl.options.fields import DEFAULT_EXACT, FLAGS, RunFields
 from lowmem_icl.protocols import PROTOCOLS, Labels, Protocol
 
 PATCHING_OPTIONS = ("corrupt", "at", "pairs", "clean", "corrupted")

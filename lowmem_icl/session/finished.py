@@ -29,7 +29,9 @@ def finished_record(options: RunOptions, masks: Mapping[str, Mask]) -> dict[str,
         record = run_record(folder)
     except RecordDamaged:
         return None
-    if record["state"] != "finished" or record["identity"]["masks"] != masks_digest(masks):
+    if record["state"] != "finished" or record["finished"] is None:
+        return None
+    if record["identity"]["masks"] != masks_digest(masks):
         return None
     if not all((folder / name).is_file() for name in SHOWN_FILES):
         return None

@@ -7,8 +7,9 @@ Whatever else stands in the file is kept as it is. The top level tells of the ne
 import datetime
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from lowmem_icl.masks.mask import MOST_HEADS
 from lowmem_icl.session.identity import Identity
 
 RUN_FORMAT = "lowmem-icl-run/2"
@@ -62,8 +63,14 @@ class _Model(_Form):
     id: str
     digest: str
     weights: str
-    layers: Annotated[int, Field(gt=0)]
-    heads: Annotated[int, Field(gt=0)]
+    layers: Annotated[int, Field(gt=0, lt=10_000)]
+    heads: Annotated[int, Field(gt=0, lt=10_000)]
+
+    @model_validator(mode="after")
+    def _has_heads_that_can_be_listed(self) -> "_Model":
+        if self.layers * self.heads > MOST_HEADS:
+            raise ValueError(f"expected at most {MOST_HEADS:,} heads, got {self.layers} times {self.heads}")
+        return self
 
 
 class _Task(_Form):
@@ -112,8 +119,8 @@ class _Sequences(_Form):
 
 
 class _Session(_Form):
-    started: str
-    finished: str | None
+    started: Time
+    finished: Time | None
     state: State
     stages: dict[str, StageActuals]
 
@@ -128,8 +135,8 @@ class RunRecord(_Form):
 
     format: Literal["lowmem-icl-run/2"]
     state: State
-    started: str
-    finished: str | None
+    started: Time
+    finished: Time | None
     command: str
     options: _Options
     shots: list[int]

@@ -4,6 +4,7 @@ A file is an .npz of plain arrays, read without pickle, with one array more: the
 of all its arrays. A flipped bit shows, and so does a file that stands in another's place.
 """
 
+import errno
 import hashlib
 import zipfile
 from collections.abc import Mapping
@@ -57,7 +58,8 @@ def read_sealed(path: Path, of: str) -> dict[str, NDArray[Any]]:
     except Damaged:
         raise
     except OSError as error:
-        if error.errno is not None:
+        # A place before the file's beginning is no fault of the disk.
+        if error.errno not in (None, errno.EINVAL):
             raise
         raise Damaged(str(error)) from error
     except Exception as error:

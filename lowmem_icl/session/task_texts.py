@@ -10,6 +10,7 @@ from lowmem_icl.errors import InputError
 from lowmem_icl.options import RunOptions
 from lowmem_icl.protocols import PromptForm
 from lowmem_icl.session.document_limits import part_limits
+from lowmem_icl.session.space_notes import space_note
 from lowmem_icl.session.text_keys import TableName, table_key
 from lowmem_icl.session.texts import KeptTexts
 from lowmem_icl.system.progress import Progress
@@ -288,9 +289,11 @@ def documents_of(
     options, controls = maker.options, LabelControls(maker)
     documents: dict[str, list[TaskRows]] = {name: [] for name in part_limits(options)}
     wanted = [(task, shots) for task in tasks for shots in options.resolved_shots]
+    about_space: dict[str, str | None] = {}
     with progress("texts", len(wanted), "tasks") as advance:
         for task, shots in wanted:
             rows = maker.documents(task, shots)
+            about_space[task.name] = about_space.get(task.name) or space_note(rows["evaluate"])
             controls.add(task, rows)
             if "certify" in rows:
                 rows["certify"] = rows["certify"].unrelated_to(rows["train"])
@@ -298,13 +301,14 @@ def documents_of(
                 documents[name].append(reduced(of_part))
             advance(1)
     by_field = {name: tuple(rows) for name, rows in documents.items()}
-    return TaskDocuments(by_field | controls.by_field(), controls.notes(), controls.pair_notes())
+    notes = (*filter(None, about_space.values()), *controls.notes())
+    return TaskDocuments(by_field | controls.by_field(), notes, controls.pair_notes())
 
 
 @dataclass(frozen=True)
 class TaskDocuments:
-    """The documents of a run, by field of Prepared; `notes`: what is left out; `pair_notes`: which tasks make
-    no pairs of prompts. Both in sentences.
+    """The documents of a run, by field of Prepared; `notes`: what is left out, and which contexts end in
+    white space; `pair_notes`: which tasks make no pairs of prompts. Both in sentences.
     """
 
     by_field: Mapping[str, tuple[TaskRows, ...]]

@@ -124,9 +124,12 @@ def mean_of_intervals(members: Intervals) -> Intervals:
         squares = np.square(np.where(has_error, distance, 0.0)).sum(1)
         return np.asarray(np.sqrt(squares / np.maximum(has_error.sum(1), 1) / n_members))
 
-    value = members.value.mean(1)
-    stderr = np.where(has_error.any(1), combined(members.stderr), np.nan)
-    low, high = value - combined(members.value - members.low), value + combined(members.high - members.value)
+    # Of infinite ones there is no mean, which NaN says.
+    with np.errstate(invalid="ignore", over="ignore"):
+        value = members.value.mean(1)
+        stderr = np.where(has_error.any(1), combined(members.stderr), np.nan)
+        below, above = combined(members.value - members.low), combined(members.high - members.value)
+        low, high = value - below, value + above
     return Intervals(value, stderr, np.where(lacks_bounds, np.nan, low), np.where(lacks_bounds, np.nan, high))
 
 

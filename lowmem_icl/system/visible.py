@@ -16,6 +16,12 @@ def visible(text: str) -> str:
     return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+LONGEST_LINE = 2_000
+"""Characters; of a longer line the middle is left out."""
+
+
 def visible_line(text: str) -> str:
-    """Return a text as `visible`, on one line."""
-    return visible(text.replace("\r\n", " ").replace("\n", " "))
+    """Return a text as `visible`, on one line that can be read: a stranger's value may be of any length."""
+    line = visible(text.replace("\r\n", " ").replace("\n", " "))
+    half = LONGEST_LINE // 2
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} [...] {line[-half:]}"

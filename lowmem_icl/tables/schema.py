@@ -181,6 +181,16 @@ MASKS: dict[str, pl.DataType] = {
     "at_chance": pl.Boolean(),
     "documents": pl.Int32(),
 }
+NEVER_NULL = ("experiment", "protocol", "model", "weights", "metric", "value", "exact")
+"""Columns of results.parquet."""
+LARGEST = {
+    **dict.fromkeys(("shots", "mask_shots", "other_shots"), 10_000),
+    **dict.fromkeys(("layer", "head"), 10_000),
+    **dict.fromkeys(("heads_removed", "ffns_removed", "count"), 1_000_000),
+    "percent": 100,
+    "documents": 100_000_000,
+}
+"""Its counts, and what they stay below by far."""
 ACCURACIES = ("acc", "em")
 """The metrics of results.parquet that are a task's accuracy."""
 TABLES = {"results": RESULTS, "effects": EFFECTS, "answers": ANSWERS}
@@ -243,7 +253,7 @@ def read_table(path: Path, table: str) -> pl.DataFrame:
         _check_digest(content)
         stated = json.loads(pl.read_parquet_metadata(io.BytesIO(content)).get("lowmem_icl", "{}"))
         frame = pl.read_parquet(io.BytesIO(content))
-    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+    except (OSError, ValueError, RecursionError, pl.exceptions.PolarsError) as error:
         raise InputError(
             f"{path}: cannot be read as a {table} table ({error}); run the same command again, which writes "
             "it anew from the folder's parts"
@@ -259,4 +269,32 @@ def read_table(path: Path, table: str) -> pl.DataFrame:
     told = {name: value for name, value in stated.items() if name != "digest"}
     if told != expected or frame.schema != pl.Schema(_SCHEMAS[table]):
         raise InputError(f"{path}: expected the {table} table of schema version {SCHEMA_VERSION}, got {told}")
+    if table == "results" and (odd := _odd_cells(frame)):
+        raise InputError(
+            f"{path}: {odd}, which no run writes; run the same command again, which writes it anew from the "
+            "folder's parts"
+        )
     return frame
+
+
+def _odd_cells(results: pl.DataFrame) -> str:
+    """Return which column of results has values that none of ours has, and that no page can be made of; empty
+    where none has.
+    """
+    for name in NEVER_NULL:
+        if results[name].null_count():
+            return f"column '{name}' has gaps"
+    under_a_mask = results.filter(pl.col("mask").is_not_null() & (pl.col("mask") != "clean"))
+    of_documents = results.filter(pl.col("experiment").is_in(["evaluate", "importance", "ablate", "prune"]))
+    for records, names in (
+        (under_a_mask, ("heads_removed", "ffns_removed")),
+        (of_documents, ("task", "shots", "documents")),
+    ):
+        for name in names:
+            if records[name].null_count():
+                return f"column '{name}' has gaps"
+    for name, most in LARGEST.items():
+        values = results[name].drop_nulls()
+        if len(values) and not ((values >= 0) & (values <= most)).all():
+            return f"column '{name}' has values outside 0 to {most:,}"
+    return ""

@@ -47,7 +47,7 @@ def unit_table(results: pl.DataFrame, masks: pl.DataFrame) -> pl.DataFrame:
     table = _with_kept(table, masks).with_columns(
         rank=pl.col("drop").rank("ordinal", descending=True).over(SETTING),
     )
-    return table.select(pl.col(name).cast(dtype) for name, dtype in UNITS.items())
+    return table.select(pl.col(name).cast(dtype, strict=False) for name, dtype in UNITS.items())
 
 
 def _settings(records: pl.DataFrame, heads: pl.DataFrame) -> pl.DataFrame:
@@ -95,6 +95,8 @@ def _joined(
 ) -> pl.DataFrame:
     """Return the table with what records say of a metric; null where they say nothing."""
     said = records.filter(pl.col("metric") == metric).select(*keys, *values)
+    # Ours say it once. Records that a stranger's table doubles would double all others with each metric.
+    said = said.unique(keys, keep="first", maintain_order=True)
     return table.join(said, on=keys, how="left", nulls_equal=True, maintain_order="left")
 
 
@@ -110,6 +112,7 @@ def _with_kept(table: pl.DataFrame, masks: pl.DataFrame) -> pl.DataFrame:
         greedy.select(*SETTING, unit="kept")
         .explode("unit")
         .drop_nulls("unit")
+        .unique(maintain_order=True)
         .with_columns(is_kept=pl.lit(True))
     )
     searched = greedy.select(*SETTING, is_searched=pl.lit(True))

@@ -57,6 +57,9 @@ def harness_tasks(name: str) -> tuple[HarnessTask, ...]:
     log-likelihoods.
     """
     wanted = name.removeprefix(HARNESS_PREFIX)
+    if not wanted.strip():
+        # Before the index is made, which takes seconds.
+        raise InputError(f"--tasks: expected a task of lm-eval after '{HARNESS_PREFIX}', got none; name one")
     found = tuple(_tasks_of(wanted))
     refused = [task for task in found if task.output_type not in SCORED_TYPES]
     kinds = ", ".join(sorted({task.output_type for task in refused}))

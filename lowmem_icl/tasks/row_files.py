@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 from lowmem_icl.errors import InputError
 
 Rows = list[dict[str, Any]]
+LONGEST_LINE = 2 << 20
+"""Characters of a row: more tokens than contexts hold, and as many as take seconds to make."""
 FORM_BY_SUFFIX = {".jsonl": "JSON lines", ".json": "word pairs"}
 
 
@@ -32,9 +34,14 @@ def read_rows(path: Path) -> Rows:
 def json_object(path: Path, number: int, line: str) -> dict[str, Any]:
     """Return the object that a line of a file is.
 
-    Raises InputError for anything else, for a field that is named twice, and for a number that JSON has not,
-    such as NaN.
+    Raises InputError for anything else, for one beyond LONGEST_LINE, for a field that is named twice, and for
+    a number that JSON has not, such as NaN.
     """
+    if len(line) > LONGEST_LINE:
+        raise InputError(
+            f"{path}, line {number}: expected at most {LONGEST_LINE:,} characters, got {len(line):,}; "
+            "shorten its texts, of which a model sees no more than its context holds"
+        )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
@@ -58,7 +65,21 @@ def json_object(path: Path, number: int, line: str) -> dict[str, Any]:
             f"{path}, line {number}: expected a JSON object, got {type(value).__name__}; "
             "give one object per line"
         )
+    if "\\u" in line and not is_text(value):
+        raise InputError(
+            f"{path}, line {number}: expected texts of whole characters, got half of a surrogate pair, such "
+            "as \\ud83d; leave it out"
+        )
     return value
+
+
+def is_text(value: Any) -> bool:
+    """Tell whether all texts in a JSON value are of whole characters: JSON's own escapes can give halves."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def count_rows(path: Path) -> int:

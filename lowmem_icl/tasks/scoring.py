@@ -78,7 +78,10 @@ def task_metrics(task: TaskRows, logprobs: Values, greedy: Flags) -> list[Metric
     ):
         member = task.members[document.member]
         pairs = [(float(value), bool(flag)) for value, flag in zip(document_logprobs, flags, strict=True)]
-        for name, value in member.process_results(document.row, pairs).items():
+        # By length an empty option is infinitely unlikely, of which numpy would warn on the terminal.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = member.process_results(document.row, pairs)
+        for name, value in found.items():
             values[name].append(value)
     aggregation = task.members[0].aggregation()
     clusters = task.clusters

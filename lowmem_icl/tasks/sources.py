@@ -165,7 +165,7 @@ def _built(
         ) from error
     except ROW_ERRORS as error:
         raise InputError(
-            f"task {name}: its first row does not have the expected fields ({error!r})"
+            f"task {name}: its first row does not have the expected fields, or an empty one ({error!r})"
         ) from error
     if not isinstance(task, ConfigurableTask):
         raise InputError(f"task {name}: not defined by YAML in lm-eval; choose another")

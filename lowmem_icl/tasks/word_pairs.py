@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowmem_icl.errors import InputError
-from lowmem_icl.tasks.row_files import Rows, read_text
+from lowmem_icl.tasks.row_files import LONGEST_LINE, Rows, is_text, read_text
 
 OPTIONS = 5
 ITEM_SEPARATOR = ", "
@@ -81,7 +81,7 @@ def read_pairs(path: Path) -> list[WordPair]:
     """
     try:
         entries = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: not JSON ({error}); {EXPECTED_FILE}; name a file of JSON lines .jsonl"
         ) from error
@@ -112,5 +112,15 @@ def _checked_pair(path: Path, number: int, entry: Any) -> WordPair:
         if not isinstance(text, str) or not text.strip():
             raise InputError(
                 f"{path}, entry {number}: '{field}': expected a text that is not empty, got {text!r}"
+            )
+        if len(text) > LONGEST_LINE:
+            raise InputError(
+                f"{path}, entry {number}: '{field}': expected at most {LONGEST_LINE:,} characters, got "
+                f"{len(text):,}; shorten it"
+            )
+        if not is_text(text):
+            raise InputError(
+                f"{path}, entry {number}: '{field}': expected a text of whole characters, got half of a "
+                "surrogate pair; leave it out"
             )
     return WordPair(entry["input"], entry["output"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grammar import mutated
 
 from lowmem_icl.conversion.gguf.header import read_gguf_header
 from lowmem_icl.conversion.weight_files import open_weight_file
@@ -89,23 +90,6 @@ def gguf(rng: random.Random) -> bytes:
         parts += [struct.pack("<Q", count) for count in shape]
         parts.append(struct.pack("<IQ", number(rng, 0) & 0xFFFFFFFF, number(rng, 256 * index)))
     return mutated(rng, b"".join(parts) + bytes(2048))
-
-
-def mutated(rng: random.Random, content: bytes) -> bytes:
-    """Return bytes as they are, or with some flipped, left out, repeated or cut off."""
-    kind, place = rng.randrange(6), rng.randrange(len(content) + 1)
-    if kind == 0:
-        return content[:place]
-    if kind == 1:
-        flipped = bytearray(content)
-        for _ in range(rng.randrange(1, 4)):
-            flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
-        return bytes(flipped)
-    if kind == 2:
-        return content[:place] + content[place + rng.randrange(1, 9) :]
-    if kind == 3:
-        return content[:place] + content[max(0, place - rng.randrange(1, 40)) :]
-    return content
 
 
 def read_all_tensors(path: Path) -> None:

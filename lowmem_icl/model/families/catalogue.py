@@ -219,13 +219,17 @@ _MISSING = {
 }
 
 
+LONGEST_SHOWN = 60
+"""Characters of a name that is none."""
+
+
 def family_of(model_type: str, config: Mapping[str, Any] | None = None) -> Family:
     """Return the family's row; raise InputError for an architecture that has none, naming what it lacks."""
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     missing = {needs for name, needs in _MISSING.items() if (config or {}).get(name)}
     raise InputError(
-        f"model type '{model_type}' is not supported"
+        f"config.json: model type '{model_type[:LONGEST_SHOWN]}' is not supported"
         + (f": what is missing is {'; '.join(sorted(missing))}" if missing else "")
         + f"; expected one of {', '.join(sorted(FAMILIES))}"
     )

@@ -56,7 +56,7 @@ def exactness_note(ablate: pl.DataFrame) -> str:
     """Return how many drops are exact and, under screening, how good the estimates of the others are."""
     drops = unit_drops(ablate).filter(pl.col("task") != AGGREGATE)
     exact = drops.filter(pl.col("exact"))
-    documents = int(exact["documents"].cast(pl.Int64).to_numpy().max(initial=0))
+    documents = int(exact["documents"].drop_nulls().cast(pl.Int64).to_numpy().max(initial=0))
     if len(exact) == len(drops):
         return f"Every unit was ablated exactly, on {documents} training documents per task."
     agreement = mean_over_tasks(ablate.filter(pl.col("metric") == "estimate_spearman"))
