@@ -288,6 +288,16 @@ def test_pickles_and_older_names_are_read(structural: bool, tmp_path: Path) -> N
     np.testing.assert_array_equal(logits(made.folder), logits(expected))
 
 
+def test_other_weights_of_the_same_shape_are_said(comparison: Comparison, tmp_path: Path) -> None:
+    """The digest is that of a store of the same source, whatever was read of it for the new model."""
+    own = comparison.mask_file("layer")
+    own = replace(own, model=own.model.model_copy(update={"digest": comparison.store.manifest.source.digest}))
+    made = export_folder(own, open_checkpoint(comparison.checkpoint), tmp_path / "own", structural=True)
+    assert made.notes == ()
+    (said,) = comparison.exported("layer", structural=True).notes
+    assert said == "mask layer was made on other weights (small) of the same shape"
+
+
 def test_a_disk_without_room_is_told_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

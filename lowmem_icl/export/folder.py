@@ -14,14 +14,15 @@ from typing import Any
 
 from torch import Tensor
 
-from lowmem_icl.conversion.checkpoint import TOKENIZER_FILES, Checkpoint, FolderShards
+from lowmem_icl.conversion.checkpoint import TOKENIZER_FILES, Checkpoint
 from lowmem_icl.conversion.locate import locate
+from lowmem_icl.conversion.source_digest import DigestAsRead
 from lowmem_icl.conversion.tied import settle_tied_tables
 from lowmem_icl.errors import DoesNotFit, InputError
 from lowmem_icl.export.applied import check_shape, check_table
 from lowmem_icl.export.recipes import LayerTensors, Made
 from lowmem_icl.export.structure import LayerRecipe, least_heads, packed_layers, with_heads, zeroed_layers
-from lowmem_icl.masks.files import MaskFile, check_means, write_mask
+from lowmem_icl.masks.files import MaskFile, MaskModel, check_fits, check_means, write_mask
 from lowmem_icl.model.skeleton import FIELDS_BY_LAYER, Skeleton
 from lowmem_icl.model.store import is_store
 from lowmem_icl.model.writing import write_tensors
@@ -88,18 +89,17 @@ def export_folder(
 
     Removed heads are columns of zeros in the output projection, removed FFNs zeros in their last linear and
     its bias; means go into the biases. `structural`: layers, and heads where the architecture allows it, are
-    really gone, and the rest is zeros as before. Raises InputError for a mask of another shape of model, for
-    means that no bias can hold, and where nothing can be gone.
+    really gone, and the rest is zeros as before. The notes say where the mask was made on other weights.
+    Raises InputError for a mask of another shape of model, for means that no bias can hold, and where nothing
+    can be gone.
     """
     if folder.exists():
         raise InputError(f"--out {folder} exists; choose another folder")
-    if isinstance(checkpoint.shards, FolderShards):
-        settle_tied_tables(checkpoint)
+    settle_tied_tables(checkpoint)
     skeleton = Skeleton.from_dict(checkpoint.config)
+    digest = DigestAsRead(checkpoint, skeleton)
     mask, means = mask_file.mask, mask_file.means
-    check_shape(mask, (skeleton.config.model_type, skeleton.layers, skeleton.heads), mask_file.model)
-    check_table(mask, means)
-    check_means(mask_file, skeleton.attention_width, skeleton.width)
+    source = _checked_source(mask_file, skeleton)
     layers = LayerTensors(checkpoint, skeleton, means)
     layers.check_means(mask)
     if structural:
@@ -114,6 +114,8 @@ def export_folder(
             if (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, draft / name)
         write_mask(draft / MASK_FILE, mask_file)
+        # Last, when all but what is gone was read anyway.
+        warning = check_fits(mask_file, source.model_copy(update={"digest": digest.whole()}))
     before, after = _sizes(layers, Skeleton.from_dict(config), written)
     return ExportedFolder(
         folder,
@@ -121,8 +123,21 @@ def export_folder(
         after,
         sum(len(recipe.slots.heads) - len(recipe.slots.live & {*recipe.slots.heads}) for recipe in recipes),
         sum(not recipe.has_ffn for recipe in recipes),
-        tuple(checkpoint.notes),
+        (*checkpoint.notes, *filter(None, [warning])),
     )
+
+
+def _checked_source(mask_file: MaskFile, skeleton: Skeleton) -> MaskModel:
+    """Return what weights are taken from, as masks name it, its digest not known yet; raise InputError where
+    the mask or its means do not fit it.
+    """
+    shape = {"model_type": skeleton.config.model_type, "layers": skeleton.layers, "heads": skeleton.heads}
+    source = mask_file.model.model_copy(update=shape)
+    check_fits(mask_file, source)
+    check_shape(mask_file.mask, source.shape)
+    check_table(mask_file.mask, mask_file.means)
+    check_means(mask_file, skeleton.attention_width, skeleton.width)
+    return source
 
 
 def _check_room(folder: Path, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
