@@ -129,6 +129,15 @@ def test_where_nothing_can_go_it_is_said_why(one_of_each: Comparison) -> None:
     assert why in str(refused.value)
 
 
+def test_what_refuses_fewer_heads_is_said(tmp_path: Path) -> None:
+    """Phi-3 counts its long factors by the model's width over the number of heads, whatever their width."""
+    phi3 = Comparison(CASES["phi3 longrope"], tmp_path)
+    half = Mask(heads_of(l0=(3, 4, 5), l1=(3, 4, 5), l2=(3, 4, 5)))
+    mask_file = replace(phi3.mask_file("layer"), mask=half)
+    with pytest.raises(InputError, match=r"with fewer heads it would be no model .*short_factor"):
+        export_folder(mask_file, open_checkpoint(phi3.checkpoint), tmp_path / "small", structural=True)
+
+
 def test_families_say_where_layers_are(comparison: Comparison) -> None:
     family, skeleton = FAMILIES[comparison.case.model_type], comparison.store.skeleton
     assert family.blocks == skeleton.blocks_name

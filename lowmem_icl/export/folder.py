@@ -179,27 +179,28 @@ def _smaller(mask_file: MaskFile, layers: LayerTensors) -> tuple[dict[str, Any],
             "units were; leave --structural out"
         )
     recipes = packed_layers(mask, facts, layers.leaves_bias)
-    config = _with_layers(skeleton, recipes)
+    config, refused = _with_layers(skeleton, recipes), ""
     if skeleton.family.free_head_width:
-        config, recipes = _with_fewer_heads(config, layers, recipes)
+        config, recipes, refused = _with_fewer_heads(config, layers, recipes)
     same = len(recipes) == facts.layers and all(len(r.slots.heads) == facts.heads for r in recipes)
     if same:
-        raise InputError(f"--structural: {_why_nothing(skeleton)}; leave --structural out for zeros instead")
+        raise InputError(f"--structural: {_why_nothing(skeleton, refused)}; leave --structural out for zeros instead")
     return config, recipes
 
 
-def _why_nothing(skeleton: Skeleton) -> str:
+def _why_nothing(skeleton: Skeleton, refused: str) -> str:
+    """Return why neither layers nor heads can go; `refused`: why fewer heads were no model."""
     model_type = skeleton.config.model_type
     if not skeleton.family.hands_on(skeleton.config):
         return f"in this {model_type} the norms stand behind the sums, so that no layer can go"
     layers = "no layer is without all its heads and its FFN"
     if not skeleton.family.parallel(skeleton.config):
         layers = "no FFN is removed together with all heads of its own layer or of the next"
-    heads = (
-        "every layer needs as many heads as it has"
-        if skeleton.family.free_head_width
-        else f"{model_type} ties the heads' width to their number"
-    )
+    heads = "every layer needs as many heads as it has"
+    if refused:
+        heads = f"with fewer heads it would be no model ({refused})"
+    elif not skeleton.family.free_head_width:
+        heads = f"{model_type} ties the heads' width to their number"
     return f"nothing can go: {layers}, and {heads}"
 
 
@@ -215,8 +216,10 @@ def _with_layers(skeleton: Skeleton, recipes: Sequence[LayerRecipe]) -> dict[str
 
 def _with_fewer_heads(
     config: dict[str, Any], layers: LayerTensors, recipes: list[LayerRecipe]
-) -> tuple[dict[str, Any], list[LayerRecipe]]:
-    """Return config and layers with the fewest heads that hold every layer's and that transformers takes."""
+) -> tuple[dict[str, Any], list[LayerRecipe], str]:
+    """Return config and layers with the fewest heads that hold every layer's and that transformers takes, and
+    why it takes no fewer; nothing where no layer can do with fewer.
+    """
     facts, width = layers.facts, layers.skeleton.head_width
     least_groups, least = least_heads(recipes, facts)
     sizes = [
@@ -224,6 +227,7 @@ def _with_fewer_heads(
         for groups in range(least_groups, facts.groups + 1)
         for heads in range(least, facts.heads // facts.groups + 1)
     ]
+    refused = ""
     # All heads fit and are valid: something is found.
     for groups, heads in sorted(sizes, key=lambda size: (size[0] * size[1], size[0])):
         smaller = config | {
@@ -231,9 +235,10 @@ def _with_fewer_heads(
         }  # fmt: skip
         try:
             Skeleton.from_dict(smaller)
-        except InputError:
+        except InputError as error:
+            refused = " ".join(str(error).split())
             continue
-        return smaller, [with_heads(recipe, facts, groups, heads) for recipe in recipes]
+        return smaller, [with_heads(recipe, facts, groups, heads) for recipe in recipes], refused
     raise AssertionError("the model's own heads are valid")
 
 
