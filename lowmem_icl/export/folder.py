@@ -184,7 +184,8 @@ def _smaller(mask_file: MaskFile, layers: LayerTensors) -> tuple[dict[str, Any],
         config, recipes, refused = _with_fewer_heads(config, layers, recipes)
     same = len(recipes) == facts.layers and all(len(r.slots.heads) == facts.heads for r in recipes)
     if same:
-        raise InputError(f"--structural: {_why_nothing(skeleton, refused)}; leave --structural out for zeros instead")
+        why = _why_nothing(skeleton, refused)
+        raise InputError(f"--structural: {why}; leave --structural out for zeros instead")
     return config, recipes
 
 
