@@ -33,6 +33,7 @@ NOT_RUN = {
     r"^mkdocs build": "a test of its own, in tests/test_site.py",
     r"scripts/try_wheel\.py": "a test of its own, in tests/test_packaging.py",
     r"scripts/\S+\.sh": "hours, and weights from the hub",
+    r"scripts/(plan|bench|weight|structural)_\w+\.py": "figures of the pages: minutes to an hour",
     r"--track ": "trackers are extras, with tests of their own",
     r"masks (push|pull)": "masks go to the hub and come from it",
     r"--install-completion": "writes to the reader's own shell",
@@ -96,12 +97,11 @@ def completed(text: str, folder: Path) -> str:
     return str(found[0])
 
 
-def run_command(command: Command, folder: Path) -> None:
-    """Run a command of a page in this folder; one of ours in this process."""
+def run_command(command: Command, folder: Path) -> str | None:
+    """Run a command of a page in this folder, one of ours in this process; return why it is left out."""
     words = [completed(word, folder) for word in command.words]
     if words[0] == "lm-eval" and "lowmem-icl" not in entry_points(group="lm_eval.models").names:
-        # Known to the harness once this project is installed.
-        return
+        return f"{command.block}: lm-eval knows this project once it is installed"
     if words[0] != "lowmem-icl":
         # What is installed beside this interpreter is what a reader calls.
         surroundings = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -109,18 +109,24 @@ def run_command(command: Command, folder: Path) -> None:
             ["bash", "-c", command.text], cwd=folder, env=surroundings, capture_output=True, text=True
         )
         assert done.returncode == 0, f"{command.block}: {command.text}\n{done.stderr}"
-        return
+        return None
     result = CliRunner().invoke(app, words[1:], env=SMALL)
     assert result.exit_code == 0, f"{command.block}: {command.text}\n{result.output}"
+    return None
 
 
-def run_python(block: Block, folder: Path, names: dict[str, Any]) -> None:
-    """Run a block of Python; it sees the names of those before it on its page."""
+def run_python(block: Block, folder: Path, names: dict[str, Any]) -> str | None:
+    """Run a block of Python, which sees the names of those before it on its page; return why it is left
+    out.
+    """
     text = re.sub(r'(?<=")[^"\n]*…[^"\n]*(?=")', lambda path: completed(path[0], folder), block.text)
     code = compile("\n" * block.line + text, block.page, "exec")
     imported = set(re.findall(r"^ *(?:from|import) (\w+)", text, re.MULTILINE)) & set(NOT_INSTALLED)
-    if all(importlib.util.find_spec(name) for name in imported):
-        exec(code, names)
+    missing = sorted(name for name in imported if importlib.util.find_spec(name) is None)
+    if missing:
+        return f"{block}: {', '.join(missing)} of the extra {NOT_INSTALLED[missing[0]]} is not installed"
+    exec(code, names)
+    return None
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -133,13 +139,16 @@ def test_what_a_page_shows_runs(page: Path, request: pytest.FixtureRequest) -> N
         if block.title:
             (folder / block.title).write_text(block.text, encoding="utf-8")
     names: dict[str, Any] = {}
+    left_out: list[str | None] = []
     for block in shown:
         if block.language == "python":
-            run_python(block, folder, names)
+            left_out.append(run_python(block, folder, names))
         elif block.language == "console":
-            for command in commands(block):
-                if why_not_run(command) is None:
-                    run_command(command, folder)
+            left_out += [
+                run_command(command, folder) for command in commands(block) if why_not_run(command) is None
+            ]
+    if reasons := list(filter(None, left_out)):
+        pytest.skip(f"all else of the page ran; left out: {'; '.join(reasons)}")
 
 
 def runs(block: Block) -> bool:
@@ -176,7 +185,9 @@ def test_what_is_not_run_here_would_be_understood(command: Command, monkeypatch:
         check_requirements(words[2:])
     else:
         for index, word in enumerate(words):
-            if word.endswith(".py"):
+            if word.startswith("tests/"):
+                assert (ROOT / word).is_file()
+            elif word.endswith(".py"):
                 typer.main.get_command(typed(word)).make_context(word, words[index + 1 :])
             elif word.startswith(("scripts/", ".ci/")):
                 check_script(ROOT / word)
