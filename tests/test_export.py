@@ -11,7 +11,16 @@ import pytest
 import torch
 from conftest import make_checkpoint
 from family_models import CASES, HEADS, LAYERS, FamilyCase
-from mask_equalities import ALL, MASKS, WAYS, Comparison, heads_of, plain_logprobs
+from mask_equalities import (
+    ALL,
+    MASKS,
+    WAYS,
+    Comparison,
+    heads_of,
+    is_same_in,
+    plain_logprobs,
+    ways_here,
+)
 from safetensors import safe_open
 from test_store import as_pickle
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -58,7 +67,7 @@ def test_the_masks_matter(comparison: Comparison) -> None:
         assert np.abs(scores - clean).max() > 1e-2
 
 
-# All by all is the table that mask_equalities prints.
+# All by all is the table that mask_equalities prints, and the slow test below.
 COMPARED = {"hf": ("scattered",), "hf, means": ("layer",), "structural": ("layer", "across")}
 
 
@@ -72,6 +81,27 @@ def test_every_way_to_apply_a_mask_equals_the_engine(comparison: Comparison, way
     else:
         assert largest is not None
         assert largest < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", ways_here())
+def test_every_cell_of_the_table(comparison: Comparison, way: str) -> None:
+    name = name_of(comparison)
+    if not is_same_in(comparison, way):
+        assert name in ("falcon 40b", "falcon rw"), "what TransformerLens has otherwise"
+        return
+    for mask in MASKS:
+        refused = (
+            (way == "hf, means" and name not in MEANS_IN_BIASES)
+            or (way == "structural" and (mask == "scattered" or (mask == "across" and name in PARALLEL)))
+            or (way == "transformerlens, means" and name == "granite")
+        )
+        if refused:
+            with pytest.raises(InputError):
+                comparison.difference(way, mask)
+        else:
+            assert comparison.difference(way, mask) < 1e-4
 
 
 def test_a_mask_taken_off_leaves_the_model_as_it_was(one_of_each: Comparison) -> None:

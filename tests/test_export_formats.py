@@ -1,11 +1,9 @@
 """Masks in the forms of other libraries, run in these; and `masks export` as a command."""
 
 import ast
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,7 +11,7 @@ import torch
 from commands import invoke_wide as invoke
 from demo_scores import DEMO
 from family_models import CASES, HEADS, LAYERS
-from mask_equalities import Comparison
+from mask_equalities import Comparison, loaded
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,16 +25,6 @@ from lowmem_icl.masks.mask import resampling
 TOKENS = torch.randint(4, 300, (2, 20), generator=torch.Generator().manual_seed(0))
 MASKS = Path(__file__).parents[1] / "masks" / "demo"
 DEMO_MASK = MASKS / "greedy-recall-16shot.json"
-
-
-def loaded(path: Path) -> ModuleType:
-    """Import a written file as a user would."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def expected(comparison: Comparison, mask_file: MaskFile) -> Tensor:
