@@ -2,12 +2,16 @@
 
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from typer.testing import CliRunner
 
 from lowmem_icl.cli.app import app
 from lowmem_icl.cli.parameters import GivenOptions
+from lowmem_icl.harness.registration import register
 from lowmem_icl.options import read_config
 
 LANGUAGES = {"console", "python", "text", "json", "toml", "yaml", "latex", "bibtex"}
@@ -97,11 +102,43 @@ def completed(text: str, folder: Path) -> str:
     return str(found[0])
 
 
-def run_command(command: Command, folder: Path) -> str | None:
-    """Run a command of a page in this folder, one of ours in this process; return why it is left out."""
+@contextmanager
+def called_as(words: Sequence[str]) -> Iterator[None]:
+    """Let this process be one that was started by these words; what libraries set in it goes afterwards."""
+    root, before = logging.getLogger(), os.environ.copy()
+    level, handlers = root.level, root.handlers[:]
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(sys, "argv", list(words))
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+            root.setLevel(level)
+            root.handlers[:] = handlers
+
+
+def run_lm_eval_here(words: Sequence[str]) -> None:
+    """Run lm-eval's command in this process, where its libraries are loaded already."""
+    (program,) = entry_points(group="console_scripts", name="lm-eval")
+    register()
+    with called_as(words):
+        program.load()()
+
+
+def run_command(command: Command, folder: Path, started: set[str]) -> str | None:
+    """Run a command of a page in this folder; return why it is left out.
+
+    Ours run in this process, others in one of their own, lm-eval only the first time.
+    """
     words = [completed(word, folder) for word in command.words]
     if words[0] == "lm-eval" and "lowmem-icl" not in entry_points(group="lm_eval.models").names:
         return f"{command.block}: lm-eval knows this project once it is installed"
+    if words[0] == "lm-eval" and words[0] in started:
+        run_lm_eval_here(words)
+        return None
+    started.add(words[0])
     if words[0] != "lowmem-icl":
         # What is installed beside this interpreter is what a reader calls.
         surroundings = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -140,12 +177,15 @@ def test_what_a_page_shows_runs(page: Path, request: pytest.FixtureRequest) -> N
             (folder / block.title).write_text(block.text, encoding="utf-8")
     names: dict[str, Any] = {}
     left_out: list[str | None] = []
+    started: set[str] = set()
     for block in shown:
         if block.language == "python":
             left_out.append(run_python(block, folder, names))
         elif block.language == "console":
             left_out += [
-                run_command(command, folder) for command in commands(block) if why_not_run(command) is None
+                run_command(command, folder, started)
+                for command in commands(block)
+                if why_not_run(command) is None
             ]
     if reasons := list(filter(None, left_out)):
         pytest.skip(f"all else of the page ran; left out: {'; '.join(reasons)}")
