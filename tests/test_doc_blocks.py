@@ -39,7 +39,7 @@ NOT_RUN = {
     r"scripts/try_wheel\.py": "a test of its own, in tests/test_packaging.py",
     r"scripts/\S+\.sh": "hours, and weights from the hub",
     r"scripts/(plan|bench|weight|structural)_\w+\.py": "figures of the pages: minutes to an hour",
-    r"--track ": "trackers are extras, with tests of their own",
+    r"--track ": "trackers are extras, with tests of their own where they are installed",
     r"masks (push|pull)": "masks go to the hub and come from it",
     r"--install-completion": "writes to the reader's own shell",
 }
