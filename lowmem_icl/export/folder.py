@@ -1,6 +1,7 @@
 """A checkpoint folder that plain transformers loads, without the units that a mask removes.
 
-The source's tensors are read and written one after the other; in memory lies one file of at most SHARD_BYTES.
+The source's tensors are read and written one after the other; in memory lies one file of at most SHARD_BYTES,
+or the largest tensor.
 """
 
 import copy
