@@ -44,6 +44,8 @@ def from_os_error(error: OSError) -> LowmemIclError:
             f"{where}cannot be written ({reason}); free some space there or choose another folder, then run "
             "the same command again"
         )
+    if error.errno == errno.ENOMEM:
+        return DoesNotFit(f"{where}{reason}: give a smaller --memory, or allow this process more")
     if error.errno == errno.EIO:
         return InputError(f"{where}{reason}: the disk may be failing; choose another")
     done = "cannot be written" if type(error).__name__ == "NotWritten" else "cannot be used"

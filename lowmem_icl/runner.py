@@ -10,7 +10,8 @@ from typing import Any
 
 from lowmem_icl.engine.cache import CleanCache
 from lowmem_icl.experiments.order import run_stages
-from lowmem_icl.masks.files import MaskFile, check_fits, check_means, write_mask
+from lowmem_icl.masks.files import MaskFile, write_mask
+from lowmem_icl.masks.given import misfits, tables_of
 from lowmem_icl.masks.naming import check_names
 from lowmem_icl.model.int8 import slow_product_note
 from lowmem_icl.model.streamed import StreamedModel
@@ -29,6 +30,7 @@ from lowmem_icl.session.result import StageResult
 from lowmem_icl.session.run_form import StageActuals, State
 from lowmem_icl.session.work import Work
 from lowmem_icl.system.machine import device_in_use, resolved_device
+from lowmem_icl.system.memory import check_memory_given
 from lowmem_icl.system.progress import Progress, RunView, unseen, unwatched
 from lowmem_icl.tracking.catalogue import check_installed
 from lowmem_icl.tracking.run_tracking import tracked
@@ -79,12 +81,11 @@ def run(
     """
     started = time.monotonic()
     check_installed(options.track)
+    check_memory_given(options.memory)
     folder = check_output(options)
     mask_files = mask_files or {}
     prepared = _prepared_with_store(options, mask_files, audience)
-    warnings = [_check_mask(mask_file, prepared) for mask_file in mask_files.values()]
-    if options.weights == "int8":
-        warnings.append(slow_product_note())
+    warnings = _warnings(prepared, mask_files)
     device = resolved_device(options.device)
     weights, tasks = prepared.store.manifest.digest, prepared.tasks_digest
     identity = identity_of(options, device.type, weights, tasks, prepared.masks, prepared.given.digest)
@@ -100,7 +101,7 @@ def run(
             # So the folder says by itself what was removed.
             write_mask(folder / "masks" / f"{name}.json", mask_file)
         write_page = _write_page if audience.wants_figures else _write_page_alone
-        publisher = Publisher(prepared, opened, [warning for warning in warnings if warning], write_page)
+        publisher = Publisher(prepared, opened, warnings, write_page)
         with tracked(options, opened, audience.announce) as publisher.follower:
             try:
                 # Planning takes of the hours too.
@@ -135,19 +136,15 @@ def _with_masks(prepared: Prepared, mask_files: Mapping[str, MaskFile]) -> Prepa
     """Return the run with masks to be evaluated, and the tables of means that they name."""
     masks = {name: mask_file.mask for name, mask_file in mask_files.items()}
     check_names((), masks)
-    tables = {
-        mask_file.mask.fill: mask_file.means
-        for mask_file in mask_files.values()
-        if mask_file.mask.fill is not None and mask_file.means is not None
-    }
-    return replace(prepared, masks=masks, given_means=tables)
+    return replace(prepared, masks=masks, given_means=tables_of(mask_files.values()))
 
 
-def _check_mask(mask_file: MaskFile, prepared: Prepared) -> str | None:
-    """Return a warning where a mask was made on other weights; raise InputError where it does not fit."""
-    warning = check_fits(mask_file, prepared.mask_model)
-    check_means(mask_file, prepared.skeleton.attention_width, prepared.skeleton.width)
-    return warning
+def _warnings(prepared: Prepared, mask_files: Mapping[str, MaskFile]) -> list[str]:
+    """Return what is to be said of masks and weights; raise InputError for a mask that does not fit."""
+    widths = prepared.skeleton.attention_width, prepared.skeleton.width
+    found = misfits(mask_files.values(), prepared.mask_model, widths)
+    slow = slow_product_note() if prepared.options.weights == "int8" else None
+    return found if slow is None else [*found, slow]
 
 
 def _write_page(folder: Path, ends_as: State | None) -> None:

@@ -160,6 +160,14 @@ def stores() -> Path:
 
 
 @pytest.fixture(scope="session")
+def made(stores: Path) -> Path:
+    """Folder of stores, that of the demo among them."""
+    if not list(stores.glob("demo-*-int8/manifest.json")):
+        assert invoke("convert", "demo", "--store-dir", stores, "--quiet").exit_code == 0
+    return stores
+
+
+@pytest.fixture(scope="session")
 def demo_scores(stores: Path) -> DemoScores:
     """What the demo answers under masks, for all tests that ask."""
     return DemoScores(stores)

@@ -4,24 +4,29 @@ import doctest
 import gc
 import importlib
 import inspect
+import itertools
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
+import psutil
 import pytest
 from commands import invoke
-from hypothesis import given
-from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 import lowmem_icl as icl
+from lowmem_icl.api import open_model as open_model_module
 from lowmem_icl.api.words import in_python
-from lowmem_icl.system.progress import Advance
+from lowmem_icl.model.streamed import StreamedModel
+from lowmem_icl.options import EXPERIMENTS
+from lowmem_icl.report.figures.registry import FIGURES
+from lowmem_icl.system.progress import Advance, unseen
 
 DEMO_MASK = Path(__file__).parents[1] / "masks" / "demo" / "greedy-recall-16shot.json"
 
@@ -245,42 +250,9 @@ def test_figures_one_by_one(small_run: Path, tmp_path: Path) -> None:
         plot.figure("ablate-head")
     with pytest.raises(icl.InputError, match="run the experiment patch"):
         plot.figure("patch-heads")
+    assert {kind.experiment for kind in FIGURES.values()} <= set(EXPERIMENTS)
     with pytest.raises(icl.InputError, match="expected a name ending in"):
         figure.save(tmp_path / "heads.gif")
-
-
-units = st.sets(st.tuples(st.integers(0, 3), st.integers(0, 4)), max_size=6)
-
-
-@given(units, units)
-def test_masks_are_sets_that_parse_what_they_print(left: set[Any], right: set[Any]) -> None:
-    def mask_of(pairs: set[tuple[int, int]]) -> icl.Mask:
-        # The last head stands for the layer's FFN.
-        return icl.Mask([pair for pair in pairs if pair[1] < 4], [layer for layer, at in pairs if at == 4])
-
-    one, other = mask_of(left), mask_of(right)
-    assert icl.Mask.parse(" ".join(one.removed)) == one
-    assert len(one) == len(left)
-    assert one | other == mask_of(left | right)
-    assert one & other == mask_of(left & right)
-    assert one - other == mask_of(left - right)
-    assert hash(one) == hash(mask_of(set(left)))
-
-
-def test_masks_are_saved_and_read_again(model: icl.OpenModel, tmp_path: Path) -> None:
-    mask = icl.Mask.parse("L0H0,L3F")
-    path = mask.save(tmp_path / "mine.json", model.mask_model)
-    read = icl.Mask.read(path)
-    assert read == mask
-    assert read.name == "mine"
-    assert len(read.kept) == 34
-    both = read | icl.Mask.parse("L1H1")
-    assert both.model == model.mask_model
-    assert both.removed == ["L0H0", "L1H1", "L3F"]
-    with pytest.raises(icl.InputError, match="expected the model that it is for"):
-        mask.save(tmp_path / "other.json")
-    with pytest.raises(icl.InputError, match="ask for removed"):
-        _ = mask.kept
 
 
 REFUSALS: dict[str, tuple[Any, str]] = {
@@ -299,7 +271,13 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     ),
     "several": (lambda: icl.load_task("pairs"), "expected one task, got 'pairs', which is"),
     "a part": (lambda: icl.load_task("recall", part="test"), "part: expected one of evaluate, train"),  # type: ignore[arg-type]
-    "a run's option of a model": (lambda: icl.open_model(limit=3), "limit: expected any of model, revision"),
+    "a run's option of a model": (lambda: icl.open_model(limit=3), "limit is not an option of this"),
+    "a run's option of a task": (
+        lambda: icl.load_task("recall", screen="attribution"),
+        "screen is not an option",
+    ),
+    "lm-eval's name": (lambda: icl.run(num_fewshot=3), "num_fewshot: .* here it is shots"),
+    "too many shots": (lambda: len(icl.load_task("recall", shots=1000)), "^shots 1000: task recall has"),
     "no run": (lambda: icl.load("/no/such"), "/no/such holds no run"),
     "a unit": (lambda: icl.Mask.parse("L0X"), "unit 'L0X': expected a form such as L12H3"),
     "a negative layer": (lambda: icl.Mask(ffns=[-1]), "expected a form such as L12H3"),
@@ -328,12 +306,56 @@ def test_masks_that_do_not_fit_are_refused(model: icl.OpenModel, task: icl.Task)
         icl.score(model, task, [icl.Mask.parse("L0H0")] * 2, progress=False)
     with pytest.raises(icl.InputError, match="the model has no 'L9H9'; it has L0H0 to L3F"):
         icl.ablate(model, task, ["L9H9"], progress=False)
+    assert len(icl.ablate(model, task, (unit for unit in ("L0H0", "L1F")), progress=False)) == 2  # type: ignore[arg-type]
     with pytest.raises(icl.InputError, match="did you mean 'heads'"):
         icl.ablate(model, task, "head", progress=False)
 
 
+def test_a_folder_that_a_config_names_is_kept(stores: Path, tmp_path: Path) -> None:
+    config = tmp_path / "options.toml"
+    config.write_text(f'out = "{tmp_path / "kept"}"\ntasks = "recall"\nshots = 4\nlimit = 4\n')
+    run = icl.run(config=config, experiments="evaluate", store_dir=stores, progress=False)
+    assert run.folder == tmp_path / "kept"
+    again = icl.run(config=config, fresh=True, experiments="evaluate", store_dir=stores, progress=False)
+    assert again.folder == tmp_path / "kept-2"
+
+
+def test_a_model_is_opened_once_for_equal_questions(
+    task: icl.Task, stores: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = itertools.count(3 * 10**9, -40_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=next(free)))
+    opened: list[object] = []
+
+    class Counted(StreamedModel):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            opened.append(self)
+            super().__init__(*arguments, **named)
+
+    monkeypatch.setattr(open_model_module, "StreamedModel", Counted)
+    with icl.open_model(store_dir=stores, progress=False) as once:
+        for _ in range(3):
+            icl.score(once, task, progress=False)
+    assert len(opened) == 1
+
+
+@pytest.mark.parametrize(("part", "limit"), [("train", 8), ("evaluate", 8), ("evaluate", 0.1)])
+def test_of_the_other_part_little_is_made(model: icl.OpenModel, part: Any, limit: float) -> None:
+    prepared = model.prepared(icl.load_task("recall", shots=1, limit=limit, part=part), unseen)
+    other = prepared.train if part == "evaluate" else prepared.evaluate
+    assert len(other[0].documents) <= 32
+
+
 def test_flags_become_parameters() -> None:
-    assert (
-        in_python("--data-dir x: give --memory 6MB (or --no-bos)") == "data_dir x: give memory 6MB (or bos)"
-    )
+    said = in_python("--data-dir x: give --memory 6MB (or --no-bos)")
+    assert said == "data_dir x: give memory 6MB (or bos=False)"
+    for command in (
+        "mend it: lowmem-icl convert --repair /s/x --weights nf4",
+        "run: pip install --force-reinstall --no-deps x",
+        "/data/--limit.jsonl, line 3",
+        "`lowmem-icl convert --delete-shards`",
+    ):
+        assert in_python(command) == command
+    both = in_python("run: lowmem-icl convert X --weights nf4; or give --weights nf4")
+    assert both == "run: lowmem-icl convert X --weights nf4; or give weights nf4"
     assert in_python("a--b -- c") == "a--b -- c"

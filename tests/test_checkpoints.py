@@ -194,3 +194,27 @@ def test_manifests_of_before_keep_their_digest(float_store: Store) -> None:
     changed = float_store.manifest.model_copy(deep=True)
     changed.source.quantisation = "Q4_K_M"
     assert changed.digest != float_store.manifest.digest
+
+
+@pytest.mark.parametrize("form", [SAFETENSORS, "pickle", "old pickle"])
+def test_weights_of_more_layers_than_the_config_has_are_refused(form: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint")
+    whole = make_store(folder, tmp_path / "whole", "float32")
+    first = "model.decoder.layers.2.fc1.bias"
+    if form != SAFETENSORS:
+        as_pickle(folder, "" if form == "old pickle" else "model.")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    named = first.removeprefix("model.") if form == "old pickle" else first
+    with pytest.raises(InputError, match=f"expected 2 layers, as config.json says, .*'{named}'"):
+        make_store(folder, tmp_path / "store", "float32")
+    assert not (tmp_path / "store").exists()
+    planned = invoke("plan", "--model", folder, "--tasks", "recall")
+    assert planned.exit_code == 2
+    assert named in "".join(planned.stderr.split())
+    # What the config has no place for anywhere is ignored as ever.
+    (folder / "config.json").write_text(json.dumps(config))
+    if form == SAFETENSORS:
+        more = {f"model.decoder.layers.{number}.rotary_emb.inv_freq": torch.ones(2) for number in (0, 3)}
+        save_file(load_file(folder / form) | more, folder / form)
+    assert make_store(folder, tmp_path / "again", "float32").manifest.files == whole.manifest.files

@@ -17,8 +17,8 @@ from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.memory import plan_memory
 from lowmem_icl.session.folder import check_output, open_folder
 from lowmem_icl.session.identity import default_folder, run_folder
-from lowmem_icl.session.lock import _take
 from lowmem_icl.session.record import run_record
+from lowmem_icl.system import folder_lock
 from lowmem_icl.tables.schema import TABLES, read_table, write_table
 
 
@@ -52,12 +52,13 @@ def test_a_lock_whose_file_was_deleted_meanwhile_is_no_lock(
     taken: list[int] = []
 
     def take(lock: IO[str]) -> None:
-        _take(lock)
+        lock_file(lock)
         taken.append(lock.fileno())
         if len(taken) == 1:
             (tmp_path / ".lock").unlink()
 
-    monkeypatch.setattr("lowmem_icl.session.lock._take", take)
+    lock_file = folder_lock._lock
+    monkeypatch.setattr(folder_lock, "_lock", take)
     session(tmp_path)
     assert len(taken) == 2
     assert run_record(tmp_path)["state"] == "finished"
@@ -89,15 +90,21 @@ def test_a_start_that_comes_to_nothing_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
-    # Killed while it wrote run.json for the first time: the folder is still the run's.
-    (tmp_path / ".run.json.17.partial").write_bytes(b"{")
+    # Killed while it wrote run.json for the first time, or tried the disk: the folder is still the run's.
+    for name in (".run.json.17.partial", ".abc_d3fg.tried.0-17.partial"):
+        (tmp_path / name).write_bytes(b"{")
     (tmp_path / ".lock").write_bytes(b"")
     assert check_output(options_of(tmp_path)) == tmp_path
     (tmp_path / "parts" / "residuals-1").mkdir(parents=True)
     (tmp_path / "parts" / ".one.npz.17.partial").write_bytes(b"half")
+    # Stores and masks of --store-dir and --masks-dir within, which other runs may be writing at this moment.
+    (tmp_path / "stores" / "layers").mkdir(parents=True)
+    others = [tmp_path / "stores" / "layers" / ".000.17.partial", tmp_path / "stores" / ".a.17.partial"]
+    for path in others:
+        path.write_bytes(b"half")
     session(tmp_path)
     assert list((tmp_path / "parts").iterdir()) == []
-    assert not list(tmp_path.glob(".*.partial"))
+    assert sorted(tmp_path.rglob(".*.partial")) == sorted(others)
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
@@ -186,8 +193,10 @@ def test_what_is_no_run_folder_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "foreign" / "precious.txt").write_text("mine")
     (tmp_path / "logged").mkdir()
     (tmp_path / "logged" / "night.log").write_text("")
+    (tmp_path / "hidden" / ".movie.partial" / "reel").mkdir(parents=True)
     for out, message in {
         "foreign": "is not empty and holds no run",
+        "hidden": "is not empty and holds no run",
         "foreign/precious.txt": "is a file; give a folder",
         "foreign/precious.txt/run": "is a file; give a folder",
         "x" * 300: "File name too long",

@@ -304,12 +304,14 @@ def test_arguments_that_are_wrong_are_named(stores: Path, given: dict[str, Any],
 def test_what_the_harness_always_passes_does_no_harm(
     stores: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    caplog.set_level("INFO", "lowmem_icl")
     flags = {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"}
     model = StreamedLM.create_from_arg_string(f"model=demo,device=cpu,store_dir={stores}", flags)
     assert (model.rank, model.world_size, model.device) == (0, 1, torch.device("cpu"))
     assert not caplog.messages
     StreamedLM.create_from_arg_obj({"model": "demo", "store_dir": str(stores)}, flags | {"batch_size": 8})
-    assert caplog.messages == ["batch_size is ignored: memory= says how much is done at once"]
+    assert "batch_size is ignored: memory= says how much is done at once" in caplog.messages
+    assert ("no CUDA device here: computing on the CPU" in caplog.messages) != torch.cuda.is_available()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="expected one process, got 2"):
         StreamedLM(model="demo", store_dir=str(stores))

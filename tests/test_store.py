@@ -117,11 +117,12 @@ def test_what_the_disk_spoils_is_named_and_made_anew(tmp_path: Path, monkeypatch
     folder = make_checkpoint(tmp_path / "checkpoint")
     whole = make_store(folder, tmp_path / "whole", "int8")
 
-    def spoils_the_second(path: Path, *arguments: Any) -> None:
-        save_tensors(path, *arguments)
+    def spoils_the_second(path: Path, *arguments: Any) -> tuple[int, str]:
+        written = save_tensors(path, *arguments)
         if path.name == "001.safetensors":
             content = path.read_bytes()
             path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        return written
 
     monkeypatch.setattr(claim_module, "save_tensors", spoils_the_second)
     with pytest.raises(InputError, match=r"001\.safetensors does not hold what was written"):
@@ -308,6 +309,11 @@ def test_tensors_written_one_by_one_are_read_by_safetensors(tmp_path: Path) -> N
     size, summed = save_one_by_one(tmp_path / "file", come(), digests)
     assert (tmp_path / "file").stat().st_size == size
     assert sha256_of_file(tmp_path / "file") == summed
+    content = (tmp_path / "file").read_bytes()
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+    # By these bytes repairs recognise files of stores that are there.
+    assert header.rstrip(b" ") == json.dumps(json.loads(header)).encode()
+    assert len(header) % 8 == 0
     read = load_file(tmp_path / "file")
     assert {name: tensor.dtype for name, tensor in read.items()} == {
         name: tensor.dtype for name, tensor in tensors.items()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,23 @@ def test_a_table_comes_back_with_its_types_and_foreign_files_are_refused(tmp_pat
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match="cannot be read"):
         read_table(tmp_path / "broken.parquet", "results")
+
+
+def test_a_large_table_is_written_and_read_without_copies_of_it(tmp_path: Path) -> None:
+    values = pl.Series("value", np.random.default_rng(0).random(300_000), dtype=pl.Float32())
+    table = pl.concat([pl.DataFrame(schema=TABLES["effects"]), values.to_frame()], how="diagonal")
+    path = tmp_path / "effects.parquet"
+    peaks = []
+    for work in (lambda: write_table(table, "effects", path), lambda: read_table(path, "effects")):
+        tracemalloc.start()
+        try:
+            work()
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert path.stat().st_size > 1_000_000
+    assert max(peaks) < 1.6 * path.stat().st_size
+    assert read_table(path, "effects").equals(table)
 
 
 def test_a_table_of_another_schema_is_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ made again.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -243,6 +244,21 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, kind: str, damage: bytes |
         path.write_bytes(spoiled)
     assert digests(prepare(options)) == made
     assert not list((tmp_path / "texts").rglob("*.partial"))
+
+
+def test_rows_of_another_key_are_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Rows go by a digest of which documents they are of, so files of two keys may have one name."""
+    prepared = prepare(small_options(tmp_path / "stores", tasks="recall", shots="0,4"))
+    of = {task.shots: prepared.pack(task).packed for task in prepared.evaluate}
+    kept = KeptTexts(tmp_path)
+    for shots, packed in of.items():
+        kept.rows(f"{shots} shots", "all", lambda packed=packed: packed)  # type: ignore[misc]
+    shutil.copyfile(tmp_path / "0 shots" / "rows-all.npz", tmp_path / "4 shots" / "rows-all.npz")
+    for again in (KeptTexts(tmp_path), KeptTexts(tmp_path)):
+        found = again.rows("4 shots", "all", lambda: of[4])
+        for ours, theirs in zip(found.rows, of[4].rows, strict=True):
+            assert np.array_equal(ours.tokens, theirs.tokens)
+    assert caplog.text.count("is made again") == 1
 
 
 def test_a_folder_that_cannot_be_written_to_leaves_texts_in_memory(tmp_path: Path, calls: Calls) -> None:

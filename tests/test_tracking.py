@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import polars as pl
@@ -24,8 +25,10 @@ from lowmem_icl.session.identity import Identity
 from lowmem_icl.session.record import run_record
 from lowmem_icl.session.run_form import StageActuals
 from lowmem_icl.tracking import catalogue, run_tracking
+from lowmem_icl.tracking.catalogue import TRACKERS
 from lowmem_icl.tracking.metrics import stage_metrics
-from lowmem_icl.tracking.run_tracking import RunTracking, plain_options
+from lowmem_icl.tracking.run_tracking import RunTracking, _tell_options, plain_options
+from lowmem_icl.tracking.worker import TrackerWorker
 
 # What mlflow allows in names.
 NAME = re.compile(r"[\w.\- :]+(/[\w.\- :]+)*")
@@ -257,6 +260,31 @@ def test_an_earlier_run_that_is_gone_is_begun_anew(tmp_path: Path, fake: type[Fa
     LOGGER_TYPE_TO_CLASS["wandb"] = Gone
     tracker, identity = catalogue.open_tracker("wandb", tmp_path, "gone")
     assert (tracker.keywords["id"], identity) == (None, "id-1")
+
+
+def test_a_tracker_that_fails_on_the_way_is_ended() -> None:
+    ended: list[str] = []
+    known = replace(
+        TRACKERS["wandb"], end=lambda tracker, state: ended.append(state), where=lambda tracker: "here"
+    )
+    worker = TrackerWorker("wandb", known, lambda: (object(), "id"))
+
+    def fail(known: object, tracker: object) -> None:
+        raise ValueError("the network is gone")
+
+    worker.ask(fail)
+    worker.end("finished")
+    assert worker.wait(10)
+    assert (ended, worker.has_ended, str(worker.error)) == (["failed"], False, "the network is gone")
+
+
+@pytest.mark.parametrize(("identity", "told"), [("old", []), ("new", [{"limit": 4}])])
+def test_options_are_told_to_a_run_that_is_new_there(identity: str, told: list[dict[str, int]]) -> None:
+    found: list[dict[str, int]] = []
+    worker: Any = SimpleNamespace(identity=identity)
+    tracker = SimpleNamespace(store_init_configuration=found.append)
+    _tell_options(worker, "old", {"limit": 4}, TRACKERS["wandb"], tracker)
+    assert found == told
 
 
 def test_tensorboard_can_be_read_back(tmp_path: Path, stores: Path) -> None:

@@ -102,7 +102,7 @@ class Plots:
         if drawn is None:
             raise InputError(
                 f"{name}: {self._run.folder} has no numbers for it; run the experiment "
-                f"{name.partition('-')[0]}, or ask for another task or shots"
+                f"{FIGURES[name].experiment}, or ask for another task or shots"
             )
         return Figure(name, FIGURES[name].caption, drawn)
 

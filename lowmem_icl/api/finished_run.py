@@ -115,6 +115,8 @@ class Run:
 
         Raises InputError naming one that is like it where there is none.
         """
+        if task is not None and shots is None:
+            raise InputError(f"shots: expected a number of demonstrations with task {task!r}, got none")
         name = method if task is None else mask_name(method, task, shots or 0)
         known = self._tables.mask_files
         if name not in known:
@@ -216,10 +218,11 @@ def run(
     >>> run.results.filter(metric="acc").select("labels", "value").rows()
     [('right', 0.625), ('shuffled', 0.125), ('foreign', 0.125)]
     """
-    if out is not None:
-        out = folder_beside(Path(out)) if fresh else out
-        return load(_finished(checked_options({**options, "out": out}, config), progress))
-    checked = checked_options(options, config)
+    checked = checked_options({**options, "out": out}, config)
+    if checked.out is not None:
+        if fresh:
+            checked = checked.model_copy(update={"out": folder_beside(checked.out)})
+        return load(_finished(checked, progress))
     temporary = tempfile.mkdtemp(prefix="lowmem-icl-run-")
     try:
         in_folder = checked.model_copy(update={"out": Path(temporary)})

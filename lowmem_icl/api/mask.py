@@ -1,5 +1,6 @@
 """Masks as Python users hold them: removed units, and the file, if any, that they come from."""
 
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
 
 LONGEST_TEXT = 60
 """Characters of a mask's units up to which these are its name."""
+DIGEST_DIGITS = 8
+"""Of other masks' names, which tell those of one size apart."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mask:
     """Removed units of a model: heads as (layer, head), FFNs as layers. `Mask()` is the clean model.
 
@@ -92,7 +95,8 @@ class Mask:
             return self.origin.name
         text = " ".join(self.removed) or CLEAN
         if len(text) > LONGEST_TEXT:
-            text = f"{len(self.heads)} heads and {len(self.ffns)} FFNs"
+            digest = hashlib.sha256(text.encode()).hexdigest()[:DIGEST_DIGITS]
+            text = f"{len(self.heads)} heads and {len(self.ffns)} FFNs, {digest}"
         return text if self.ablation == "zero" or not self else f"{text} ({self.ablation})"
 
     @property
@@ -129,6 +133,18 @@ class Mask:
     def scores(self) -> dict[str, Any]:
         """What its file says that the mask scored; empty where there is none."""
         return {} if self.origin is None else dict(self.origin.scores)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mask) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[object, ...]:
+        # Of a mask that removes nothing, nothing stands in a unit's place.
+        filled = (self.ablation, self.units.fill) if self else ()
+        return self.heads, self.ffns, *filled
 
     def __len__(self) -> int:
         """Return how many units are removed."""
@@ -201,17 +217,24 @@ class Mask:
             )
         made = {"method": "named"} if origin is None else origin.made
         means = None if origin is None else origin.means
-        write_mask(path, MaskFile(path.stem, self.units, of_model, made, self.scores, means=means))
+        extra = {} if origin is None else origin.extra
+        write_mask(path, MaskFile(path.stem, self.units, of_model, made, self.scores, extra, means=means))
         return path
 
     def _combined(self, other: "Mask", method: str, units: RemovedUnits) -> "Mask":
-        if self.ablation != other.ablation and self and other:
+        # A mask that removes nothing does not say what stands in units' place.
+        filled = self or other
+        if self and other and (self.ablation, self.units.fill) != (other.ablation, other.units.fill):
             raise InputError(
-                f"masks: expected one kind of ablation, got {self.ablation} and {other.ablation}; combine "
-                "masks that put the same in removed units' place"
+                f"masks: {self.name} and {other.name} put other things in place of what they remove "
+                f"({self.ablation}, {other.ablation}, or other means); combine masks that put the same there"
             )
-        origin = self.origin or other.origin
+        if self.model and other.model and self.model.shape != other.model.shape:
+            raise InputError(f"masks: {self.name} and {other.name} are for models of different shapes")
+        units = units.filled(filled.units.fill)
+        origin = filled.origin or self.origin or other.origin
         if origin is not None:
             made = {"method": method, "from": [self.name, other.name]}
-            origin = MaskFile("", units, origin.model, made, means=origin.means)
-        return Mask(units.heads, units.ffns, self.ablation if self else other.ablation, origin)
+            means = None if filled.origin is None else filled.origin.means
+            origin = MaskFile("", units, origin.model, made, means=means)
+        return Mask(units.heads, units.ffns, filled.ablation, origin)

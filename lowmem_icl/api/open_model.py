@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-from lowmem_icl.api.options import checked_options
+from lowmem_icl.api.options import check_only, checked_options
 from lowmem_icl.api.progress import Shown, progress_of
 from lowmem_icl.api.task import Task
 from lowmem_icl.api.words import python_errors
@@ -22,13 +22,14 @@ from lowmem_icl.masks.files import MaskModel
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import Store, is_store, open_store
 from lowmem_icl.model.streamed import StreamedModel
-from lowmem_icl.options import RunOptions
+from lowmem_icl.options import RunOptions, run_options
 from lowmem_icl.planning.memory import FREE_SHARE, MemoryPlan, plan_memory
 from lowmem_icl.planning.plan import check_memory
 from lowmem_icl.session.parts import Parts
 from lowmem_icl.session.prepare import ModelBasis, Prepared
 from lowmem_icl.session.work import Work
 from lowmem_icl.system.machine import device_allowance, device_in_use, resolved_device
+from lowmem_icl.system.memory import check_memory_given, free_memory
 from lowmem_icl.system.progress import PartProgress, Progress
 from lowmem_icl.tasks.packing import PackingLimits
 
@@ -94,6 +95,7 @@ class OpenModel:
         return self.basis.limits
 
     @property
+    @python_errors
     def mask_model(self) -> MaskModel:
         """The model as mask files name it."""
         return self._prepared_without_tasks().mask_model
@@ -109,7 +111,7 @@ class OpenModel:
         options = {name: getattr(self.options, name) for name in MODEL_OPTIONS}
         of_task = {name: getattr(task.options, name) for name in task.options.model_fields_set}
         given = {**of_task, **options, **settled, "out": Path(self._files.name)}
-        basis = replace(self.basis, options=RunOptions.model_validate(given))
+        basis = replace(self.basis, options=run_options(given))
         return basis.with_texts([task.opened], progress)
 
     @contextmanager
@@ -123,6 +125,7 @@ class OpenModel:
         ):
             yield Work(prepared, model, memory.limits(), cache, Parts(Path(folder)), _of_parts(progress))
 
+    @python_errors
     def sweep(self, jobs: Sequence[Job], progress: Shown = True) -> list[Scores]:
         """Return the scores of jobs: packed rows, each under all of its masks, sharing every read of the
         weights.
@@ -191,6 +194,17 @@ def _of_parts(progress: Progress) -> PartProgress:
     return lambda stage, label, total, ablations: progress(label, total, "operations")
 
 
+def _with_allowance(options: RunOptions) -> RunOptions:
+    """Return options that say how much may be held, of what is free now: what a model holds between questions
+    is not free any more, and must not make the next one's share smaller.
+    """
+    device = resolved_device(options.device)
+    check_memory_given(options.memory)
+    memory = options.memory or int(free_memory() * FREE_SHARE)
+    of_device = device_allowance(device, options.device_memory, FREE_SHARE)
+    return options.model_copy(update={"memory": memory, "device_memory": of_device})
+
+
 @python_errors
 def open_model(
     model: str = "demo",
@@ -217,10 +231,8 @@ def open_model(
     if weights is None and is_store(path):
         weights = open_store(path).manifest.weights
     given = {"model": model, "weights": weights, "memory": memory, **options}
-    unknown = [name for name in given if name not in MODEL_OPTIONS]
-    if unknown:
-        raise InputError(f"{unknown[0]}: expected any of {', '.join(MODEL_OPTIONS)}; leave it out")
-    checked = checked_options({**given, "experiments": ("evaluate",)})
+    check_only(given, MODEL_OPTIONS)
+    checked = _with_allowance(checked_options({**given, "experiments": ("evaluate",)}))
     shown = progress_of(progress)
     basis = ModelBasis.of(checked, shown, needs_weights=True)
     store = ensure_store(basis.located, basis.store.manifest.weights, progress=shown)

@@ -1,6 +1,7 @@
 """Scores of tasks under masks, and what every unit is worth alone: tables, by the code of the experiments."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -15,9 +16,11 @@ from lowmem_icl.api.task import Task
 from lowmem_icl.api.words import python_errors
 from lowmem_icl.errors import InputError
 from lowmem_icl.experiments.ablate import claims, measure
-from lowmem_icl.experiments.ablate.sweeps import Pass, Selection, scored_so_far, units_of
+from lowmem_icl.experiments.ablate.stage import removed_units
+from lowmem_icl.experiments.ablate.sweeps import Pass, Selection, units_of
 from lowmem_icl.experiments.evaluate import stage as evaluate
-from lowmem_icl.masks.files import check_fits, check_means
+from lowmem_icl.masks.files import MaskFile
+from lowmem_icl.masks.given import misfits, tables_of
 from lowmem_icl.masks.mask import Mask as RemovedUnits
 from lowmem_icl.masks.mask import Unit
 from lowmem_icl.masks.naming import CLEAN
@@ -65,14 +68,12 @@ def score(
         task, shown, experiments=("evaluate",), labels=("right",), ablation=_only(ablations)
     )
     filled = {name: _filled(mask, prepared, task) for name, mask in named.items()}
-    tables = {
-        str(mask.units.fill): mask.origin.means
-        for mask in named.values()
-        if mask.origin is not None and mask.origin.means is not None
-    }
+    tables = tables_of(_files_of(named))
     prepared = replace(prepared, evaluate=(_rows(prepared, task),), masks=filled, given_means=tables)
     with model.work(prepared, shown) as work:
         *_, result = evaluate.run(work)
+    for warning in result.warnings:
+        warnings.warn(warning, stacklevel=3)
     return _said(result.results)
 
 
@@ -111,11 +112,10 @@ def ablate(
     with model.work(prepared, shown) as work:
         swept = Pass.over(prepared, [rows], [Selection(indices, indices[:0])], is_control=False)
         scores = [work.sweep(part)[0] for part in swept.parts]
-    scored, in_order = scored_so_far(rows, swept.swept[0], scores)
-    drops = measure.unit_drops(prepared.pack(scored), in_order.logprobs, in_order.greedy)
-    found = measure.drop_blocks(scored, [every[index] for index in indices], drops)
-    exact = claims.ExactDrops.of_units(scored, indices, drops)
-    found += claims.claim_blocks(every, [exact])
+    ((_, _, removed),) = removed_units(prepared, swept, [scores])
+    assert removed is not None, "all its documents are scored"
+    found = measure.drop_blocks(removed.own.task, [every[index] for index in indices], removed.drops)
+    found += claims.claim_blocks(every, [removed.own])
     results = blocks.frame("results", found, stamp(prepared, "ablate"))
     table = unit_table(results, empty_frame("masks"))
     return _said(table.sort("drop", descending=True, nulls_last=True, maintain_order=True))
@@ -142,15 +142,19 @@ def _named_masks(model: OpenModel, masks: Sequence[Mask]) -> dict[str, Mask]:
             continue
         if mask.name in named or mask.name == CLEAN:
             raise InputError(f"masks: two are named '{mask.name}'; leave one out, or save it under another")
-        if mask.origin is not None:
-            check_fits(mask.origin, model.mask_model)
-            check_means(mask.origin, skeleton.attention_width, skeleton.width)
         last = Unit("head", skeleton.layers - 1, skeleton.heads - 1)
         for unit in mask.units.units():
             if unit.layer >= skeleton.layers or (unit.head or 0) >= skeleton.heads:
                 raise InputError(f"mask {mask.name}: the model has no {unit}; its last head is {last}")
         named[mask.name] = mask
+    widths = skeleton.attention_width, skeleton.width
+    for warning in misfits(_files_of(named), model.mask_model, widths):
+        warnings.warn(warning, stacklevel=4)
     return named
+
+
+def _files_of(masks: Mapping[str, Mask]) -> list[MaskFile]:
+    return [mask.origin for mask in masks.values() if mask.origin is not None]
 
 
 def _only(ablations: set[Ablation]) -> Ablation:
@@ -178,6 +182,7 @@ def _indices(units: Kinds | Sequence[str], every: Sequence[Unit]) -> NDArray[np.
             )
         wanted = {"heads": ("head",), "ffns": ("ffn",), "all": ("head", "ffn")}[units]
         return np.array([index for index, unit in enumerate(every) if unit.kind in wanted], dtype=np.int64)
+    units = list(units)
     place = {str(unit): index for index, unit in enumerate(every)}
     for name in units:
         if str(name) not in place:

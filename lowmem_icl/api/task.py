@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lowmem_icl.api.options import checked_options
+from lowmem_icl.api.options import check_only, checked_options
 from lowmem_icl.api.words import python_errors
 from lowmem_icl.errors import InputError
 from lowmem_icl.options import RunOptions, did_you_mean
@@ -18,6 +18,7 @@ from lowmem_icl.tasks.prompting import DIRECT_PROMPTER
 
 Part = Literal["evaluate", "train"]
 PARTS: tuple[Part, ...] = get_args(Part)
+TASK_OPTIONS = ("demonstrations", "demonstration_sets", "protocol", "seed")
 EVERY = 1 << 31
 """More documents than any task has."""
 DEFAULT_TRAIN_LIMIT = 32
@@ -43,6 +44,7 @@ class Task:
     opened: OpenTask = field(repr=False, compare=False)
 
     @cached_property
+    @python_errors
     def rows(self) -> TaskRows:
         """The documents, and what scores them."""
         limit = part_limits(self.options)[self.part][1]
@@ -79,8 +81,8 @@ def load_task(
 
     name: a task's name, `lm-eval:NAME` or a path to JSON lines or pairs. limit: so many documents, or with
     a number below 1 such a share of all; None for all, of part `train` 32. data_dir: folder of
-    `TASK/{train,validation,test}.jsonl`; else the hub. options: as `run` takes them (`demonstrations`,
-    `demonstration_sets`, `protocol`). Raises InputError for what is not known, missing or malformed.
+    `TASK/{train,validation,test}.jsonl`; else the hub. options: `demonstrations`, `demonstration_sets`,
+    `protocol` and `seed`, as `run` takes them. Raises InputError for what is not known, missing or malformed.
 
     >>> import lowmem_icl as icl
     >>> icl.load_task("recall", shots=4, limit=8)
@@ -90,8 +92,11 @@ def load_task(
         raise InputError(
             f"part: expected one of {', '.join(PARTS)}, got {part!r}{did_you_mean(str(part), PARTS)}"
         )
-    # Where nothing is given a run's options depend on its model, a task's do not.
-    limits = {"limit": EVERY if limit is None else limit, "train_limit": limit or DEFAULT_TRAIN_LIMIT}
+    check_only(options, TASK_OPTIONS)
+    # Of the other part no more is made than needs be: training documents give means, evaluation none.
+    limits = {"limit": EVERY if limit is None else limit, "train_limit": DEFAULT_TRAIN_LIMIT}
+    if part == "train":
+        limits = {"limit": 1, "train_limit": limit or DEFAULT_TRAIN_LIMIT}
     settled = {"tasks": (name,), "shots": shots, "data_dir": data_dir, "experiments": ("evaluate",)}
     checked = checked_options({**options, **settled, **limits})
     tasks = open_tasks(checked)

@@ -6,16 +6,33 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 from lowmem_icl.errors import LowmemIclError
+from lowmem_icl.options import FLAGS
 
-FLAG = re.compile(r"(?<![\w-])--(?:no-(?=bos\b|label-drops\b))?([a-z][a-z0-9]*(?:-[a-z0-9]+)*)")
+FLAG = re.compile(r"(?<![\w/.-])--([a-z][a-z0-9]*(?:-[a-z0-9]+)*)")
+COMMAND = re.compile(r"\b(?:lowmem-icl|lm-eval|pip) [^;`]*")
+"""What is to be typed into a shell stays as it is."""
+OTHER_PARAMETERS = ("task",)
+"""Those that are no options of a run."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def in_python(text: str) -> str:
-    """Return a sentence with the flags of the command line named as parameters."""
-    return FLAG.sub(lambda match: match[1].replace("-", "_"), text)
+    """Return a sentence with the flags of the command line named as parameters; `--no-bos` is `bos=False`."""
+    pieces, end = [], 0
+    for command in COMMAND.finditer(text):
+        pieces += [FLAG.sub(_parameter, text[end : command.start()]), command[0]]
+        end = command.end()
+    return "".join([*pieces, FLAG.sub(_parameter, text[end:])])
+
+
+def _parameter(flag: re.Match[str]) -> str:
+    name = flag[1].replace("-", "_")
+    if name in FLAGS or name in OTHER_PARAMETERS:
+        return name
+    opposite = name.removeprefix("no_")
+    return f"{opposite}=False" if opposite in FLAGS else flag[0]
 
 
 def python_errors(function: Callable[P, R]) -> Callable[P, R]:

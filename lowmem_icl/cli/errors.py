@@ -15,9 +15,14 @@ import typer
 
 from lowmem_icl.cli.echo import complain
 from lowmem_icl.cli.stops import STOPPED_BY, raised
-from lowmem_icl.errors import InputError, LowmemIclError, from_os_error
+from lowmem_icl.errors import DoesNotFit, InputError, LowmemIclError, from_os_error
+from lowmem_icl.system.memory import check_room_for_libraries, ran_out_of_memory
 
 CONTINUES = "; finished parts are kept, and the same command continues from there"
+
+NO_MORE_MEMORY = (
+    "the system gave no more memory; give a smaller --memory, or allow this process more (ulimit, container)"
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,6 +45,7 @@ def _reporting(command: Callable[P, R], stopped: str) -> Callable[P, R]:
         _print_any_name()
         received: list[int] = []
         try:
+            check_room_for_libraries()
             with raised(received):
                 return command(*arguments, **named)
         except typer.Exit:
@@ -56,6 +62,8 @@ def _reporting(command: Callable[P, R], stopped: str) -> Callable[P, R]:
             if isinstance(error, OSError):
                 told = from_os_error(error)
                 _fail(str(told), told.exit_code)
+            if ran_out_of_memory(error):
+                _fail(NO_MORE_MEMORY, DoesNotFit.exit_code)
             if isinstance(error, EOFError):
                 # Ours; typer takes it for a user who ended the input.
                 raise RuntimeError(str(error)) from error

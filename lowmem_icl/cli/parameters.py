@@ -130,7 +130,7 @@ def _parameter(name: str) -> inspect.Parameter:
     form = form_of(name)
     switch = not form.placeholder
     declared = flag_name(name)
-    if switch:
+    if switch and not name.startswith("no_"):
         declared += f"/--no-{declared.removeprefix('--')}"
     option = typer.Option(
         declared,

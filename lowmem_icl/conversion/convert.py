@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowmem_icl.conversion.calibration import CalibrationPass, CalibrationText
 from lowmem_icl.conversion.checkpoint import TOKENIZER_FILES, Checkpoint
-from lowmem_icl.conversion.checks import check_written
+from lowmem_icl.conversion.checks import check_layer_count, check_written
 from lowmem_icl.conversion.claim import Claim, Conversion
 from lowmem_icl.conversion.source_digest import combined_digest, stored_parameters, tensor_digest
 from lowmem_icl.conversion.tied import settle_tied_tables
@@ -38,7 +38,7 @@ from lowmem_icl.model.store import (
     write_manifest,
 )
 from lowmem_icl.model.vocabulary import Vocabulary
-from lowmem_icl.model.writing import save_tensors, source_digests
+from lowmem_icl.model.writing import source_digests
 from lowmem_icl.system.files import atomic_path, free_bytes, sha256_of_file, write_text_atomic
 from lowmem_icl.system.progress import Progress, unseen
 
@@ -118,10 +118,11 @@ def convert(conversion: Conversion, text: CalibrationText, *, progress: Progress
     checkpoint, folder = conversion.checkpoint, conversion.folder
     settle_tied_tables(checkpoint)
     skeleton = Skeleton.from_dict(checkpoint.config)
+    check_layer_count(checkpoint, skeleton)
     claim = Claim(conversion)
     copy_tokenizer(checkpoint, folder / "tokenizer")
-    steps = _Steps(checkpoint, skeleton, folder, conversion.weights)
-    if NON_LAYER not in claim.files:
+    steps = _Steps(checkpoint, skeleton, claim, conversion.weights)
+    if not claim.holds(NON_LAYER):
         _write_non_layer(conversion, claim, steps)
     digests = source_digests(folder / NON_LAYER)
     calibration = None
@@ -161,8 +162,8 @@ def remake_files(
     """Write those files of a store, up to a layer, that its claim does not hold; -1: none but the tables'."""
     checkpoint, folder = conversion.checkpoint, conversion.folder
     skeleton = Skeleton.from_dict(checkpoint.config)
-    steps = _Steps(checkpoint, skeleton, folder, conversion.weights)
-    if NON_LAYER not in claim.files:
+    steps = _Steps(checkpoint, skeleton, claim, conversion.weights)
+    if not claim.holds(NON_LAYER):
         _write_non_layer(conversion, claim, steps)
     calibration = None
     if conversion.weights == "int8" and last_layer >= 0:
@@ -218,7 +219,9 @@ def _convert_layer(
 ) -> None:
     """Write a layer that is not there yet; in any case take the fixed text through it."""
     name = layer_file(layer)
-    kept = name in claim.files
+    kept = claim.holds(name)
+    if kept:
+        steps.forget_piece(layer)
     if kept and calibration is None:
         return
     tensors, digests = (load_file(claim.folder / name), {}) if kept else steps.tensors(layer)
@@ -237,9 +240,9 @@ class _Steps:
     Before a fetched shard is deleted, what it held of an unfinished layer is kept as a piece.
     """
 
-    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, folder: Path, weights: Weights) -> None:
+    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, claim: Claim, weights: Weights) -> None:
         self._checkpoint, self._skeleton = checkpoint, skeleton
-        self._folder, self._weights = folder, weights
+        self._claim, self._weights = claim, weights
         self._linears = {f"{name}.weight" for name in skeleton.linear_names()}
 
     def _parameters(self, layer: int | None) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -256,12 +259,9 @@ class _Steps:
             last |= {self._shard(name): layer for name in self._parameters(layer)}
         return last
 
-    def _piece(self, layer: int) -> Path:
-        return self._folder / f"{layer_file(layer)}.piece"
-
     def forget_piece(self, layer: int) -> None:
         """Delete what was kept of a layer that is finished."""
-        self._piece(layer).unlink(missing_ok=True)
+        self._claim.forget(_piece(layer))
 
     def non_layer(self) -> tuple[Iterator[tuple[str, Tensor]], dict[str, str]]:
         """Return the parameters outside the layers as they are read, and their digests, which grow with them.
@@ -294,8 +294,9 @@ class _Steps:
         """Return a layer's tensors in the store's form and their source digests."""
         tensors: dict[str, Tensor] = {}
         digests: dict[str, str] = {}
-        if self._piece(layer).is_file():
-            tensors, digests = load_file(self._piece(layer)), source_digests(self._piece(layer))
+        if self._claim.holds(_piece(layer)):
+            piece = self._claim.folder / _piece(layer)
+            tensors, digests = load_file(piece), source_digests(piece)
         wanted = self._parameters(layer)
         left = [name for name in wanted if name not in digests]
         shards = sorted({self._shard(name) for name in left}, key=lambda shard: self._last_use[shard])
@@ -309,7 +310,7 @@ class _Steps:
                 continue
             if self._checkpoint.shards.deletes:
                 # A stop before the layer's own file is written must not cost a second fetch.
-                save_tensors(self._piece(layer), tensors, digests)
+                self._claim.write(_piece(layer), tensors, digests)
             self._checkpoint.release(shard)
         return tensors, digests
 
@@ -342,6 +343,10 @@ class _Steps:
         # bitsandbytes' number for rows stored as they are.
         form = torch.tensor(0, dtype=torch.uint8)
         return {name: quantised, f"{owner}.SCB": maxima, f"{owner}.weight_format": form}
+
+
+def _piece(layer: int) -> str:
+    return f"{layer_file(layer)}.piece"
 
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from lowmem_icl.conversion.calibration import CalibrationText, fixed_text
 from lowmem_icl.conversion.checkpoint import Checkpoint, FolderShards, open_checkpoint
+from lowmem_icl.conversion.checks import check_layer_count
 from lowmem_icl.conversion.claim import Conversion, finished_bytes
 from lowmem_icl.conversion.convert import (
     check_room,
@@ -23,7 +24,7 @@ from lowmem_icl.conversion.convert import (
 )
 from lowmem_icl.conversion.gguf.source import gguf_folder_name, open_gguf
 from lowmem_icl.conversion.packaged import PACKAGED_MODELS, packaged_file
-from lowmem_icl.conversion.store_lock import making_store
+from lowmem_icl.conversion.store_lock import clear_dead_lock, making_store
 from lowmem_icl.conversion.tied import settle_tied_tables
 from lowmem_icl.errors import InputError
 from lowmem_icl.model.families.catalogue import family_of
@@ -212,6 +213,7 @@ def plan_store(located: ModelLocation, weights: Weights) -> Store:
     if isinstance(located.checkpoint.shards, FolderShards):
         # Of a hub's the tables are not here yet; conversion settles them.
         settle_tied_tables(located.checkpoint)
+        check_layer_count(located.checkpoint, Skeleton.from_dict(located.checkpoint.config))
     return planned_store(located.checkpoint, located.store_folder, weights)
 
 
@@ -231,6 +233,7 @@ def ensure_store(
     files fetched from the hub are deleted as soon as they are converted.
     """
     if located.checkpoint is None or is_store(located.store_folder):
+        clear_dead_lock(located.store_folder)
         return open_store(located.store_folder)
     located.checkpoint.check_weights()
     planned = plan_store(located, weights)

@@ -5,12 +5,9 @@ Stopped in any way, the same command goes on: what it has made by then is good.
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-from torch import Tensor
 
 from lowmem_icl.conversion.checkpoint import Checkpoint
 from lowmem_icl.conversion.claim import Claim, Conversion
@@ -43,16 +40,28 @@ def repair(
     """Mend a store; return the names of the files that were made again.
 
     `source`: where its source is, if not where the manifest says. Raises InputError where the source is gone,
-    or no longer gives the bytes that the manifest names.
+    or no longer gives the bytes that the manifest names: then no file has been replaced by others.
     """
     manifest, mended = _readable_manifest(folder)
     with progress("verifying", sum(file.size_bytes for file in manifest.files.values()), "bytes") as advance:
         bad = list(altered_files(folder, manifest, advance))
     if bad:
         _make_again(Store(folder, manifest, folder / "tokenizer"), bad, store_dir, source, progress)
+        _check_made(folder, manifest, bad, progress)
     if mended or not is_sealed(folder):
         write_manifest(folder, manifest)
     return [*mended, *bad]
+
+
+def _check_made(folder: Path, manifest: Manifest, made: list[str], progress: Progress) -> None:
+    """Compare the disk with what was made again; raise InputError where it differs."""
+    files = {name: manifest.files[name] for name in made}
+    with progress("verifying", sum(file.size_bytes for file in files.values()), "bytes") as advance:
+        for name in altered_files(folder, manifest.model_copy(update={"files": files}), advance):
+            raise InputError(
+                f"{folder / name} does not hold what was written: the disk may be failing; run the same "
+                "command again, or convert to a STORE on another disk"
+            )
 
 
 def _readable_manifest(folder: Path) -> tuple[Manifest, list[str]]:
@@ -138,17 +147,11 @@ class _Repair(Claim):
     def __init__(self, conversion: Conversion, manifest: Manifest, bad: list[str]) -> None:
         self.folder, self._manifest = conversion.folder, manifest
         self.files = {name: file for name, file in manifest.files.items() if name not in bad}
+        # Just compared with their digests.
+        self._whole = set(self.files)
 
-    def write(self, name: str, tensors: dict[str, Tensor], digests: dict[str, str]) -> None:
-        super().write(name, tensors, digests)
-        self._compare(name)
-
-    def write_one_by_one(self, name: str, tensors: object, digests: Mapping[str, str]) -> None:
-        super().write_one_by_one(name, tensors, digests)  # type: ignore[arg-type]
-        self._compare(name)
-
-    def _compare(self, name: str) -> None:
-        if self.files[name] != self._manifest.files[name]:
+    def _accept(self, name: str, size_bytes: int, digest: str) -> None:
+        if (made := self._manifest.files[name]).size_bytes != size_bytes or made.sha256 != digest:
             raise _differs(self.folder, name)
 
     def abandon(self) -> None:

@@ -1,6 +1,5 @@
 """One process at a time makes a store; another one waits for it, and uses what it has made."""
 
-import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -9,10 +8,13 @@ from pathlib import Path
 from typing import IO
 
 from lowmem_icl.errors import InUse
+from lowmem_icl.model.integrity import LAYERS
 from lowmem_icl.model.store import is_store
-from lowmem_icl.system.files import clear_partials, existing_folder, is_partial, writes
+from lowmem_icl.system.files import TRIED, clear_partials, is_partial, writes
+from lowmem_icl.system.folder_lock import FolderLock, NoLocks
 
 LOCK_FILE = "converting.lock"
+CLAIM_FILE = "converting.json"
 SECONDS_BETWEEN_TRIES = 0.1
 SECONDS_BETWEEN_WORDS = 10.0
 
@@ -22,55 +24,63 @@ def making_store(
     folder: Path, layers: int, announce: Callable[[str], None], *, waits: bool = True
 ) -> Iterator[None]:
     """Hold the folder of a store of so many layers while it is made, once nobody else does; where it is
-    finished by then, nothing is held. What dead processes were writing there is deleted.
+    finished by then, nothing is held. What dead processes were writing of a store there is deleted.
 
     Says for whom it waits, and how far that is; raises InUse where it `waits` for nobody. Where no store was
     begun, nothing is left.
     """
-    before = existing_folder(folder)
-    lock = _lock_of(folder, layers, announce, waits)
-    if lock is None:
+    lock = FolderLock(folder, LOCK_FILE)
+    held = _taken(lock, folder, layers, announce, waits)
+    if held is None:
         yield
         return
-    with lock:
-        clear_partials(folder, held=True, deep=True)
-        clear_library_partials(folder)
+    with held:
+        if (folder / CLAIM_FILE).is_file() or all(map(is_of_lock, folder.iterdir())):
+            _clear_leftovers(folder)
         try:
             yield
         finally:
-            # Still locked: who waits for this lock sees that its file is gone.
-            with suppress(OSError):
-                (folder / LOCK_FILE).unlink(missing_ok=True)
-                for made in (folder, *folder.parents):
-                    if made == before:
-                        break
-                    made.rmdir()
+            lock.remove()
 
 
-def clear_library_partials(folder: Path) -> None:
-    """Delete what earlier versions were writing by safetensors' own writer when they ended."""
-    for found in [*folder.glob(".tmp*"), *folder.glob("layers/.tmp*")]:
-        with suppress(OSError):
-            found.unlink()
+def clear_dead_lock(folder: Path) -> None:
+    """Delete the lock file of a process that was killed when its store was finished."""
+    lock = FolderLock(folder, LOCK_FILE)
+    if lock.path.exists():
+        with suppress(OSError), lock.take():
+            lock.remove()
 
 
 def is_of_lock(entry: Path) -> bool:
-    """Tell whether an entry of a store's folder is the lock, or was being written by a dead process."""
-    return entry.name == LOCK_FILE or is_partial(entry)
+    """Tell whether an entry of a store's folder may be there before a conversion has claimed it: the lock, or
+    what a dead process was writing by then.
+    """
+    return entry.name == LOCK_FILE or is_partial(entry, CLAIM_FILE, TRIED)
 
 
-def _lock_of(folder: Path, layers: int, announce: Callable[[str], None], waits: bool) -> IO[str] | None:
+def _clear_leftovers(folder: Path) -> None:
+    """Delete what dead processes were writing where a store's files go; nobody else's folder is touched."""
+    for place in (folder, folder / LAYERS, folder / "tokenizer"):
+        clear_partials(place, held=True)
+        # By safetensors' own writer, in earlier versions.
+        for found in place.glob(".tmp*"):
+            with suppress(OSError):
+                found.unlink()
+
+
+def _taken(
+    lock: FolderLock, folder: Path, layers: int, announce: Callable[[str], None], waits: bool
+) -> IO[str] | None:
     """Return the lock file, open and locked; None where the store is finished or its disk takes no locks."""
-    path, said, said_at = folder / LOCK_FILE, "", -SECONDS_BETWEEN_WORDS
+    said, said_at = "", -SECONDS_BETWEEN_WORDS
     while not is_store(folder):
-        with writes(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = path.open("a+", encoding="utf-8")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = lock.take()
+        except NoLocks:
+            return None
         except BlockingIOError:
-            word = f"{_holder(lock)}, which makes {folder}: {_layers_of(folder)} of {layers} layers are there"
-            lock.close()
+            there = f"{_layers_of(folder)} of {layers} layers are there"
+            word = f"{_holder(lock.path)}, which makes {folder}: {there}"
             if not waits:
                 raise InUse(f"--no-wait: {word}; wait for it or leave --no-wait out") from None
             if word != said and time.monotonic() - said_at >= SECONDS_BETWEEN_WORDS:
@@ -79,30 +89,27 @@ def _lock_of(folder: Path, layers: int, announce: Callable[[str], None], waits: 
             time.sleep(SECONDS_BETWEEN_TRIES)
             continue
         except OSError:
-            lock.close()
-            return None
-        if _is_at(lock, path) and not is_store(folder):
+            with writes(folder):
+                raise
+        if not is_store(folder):
             # Only for who waits: a full disk is told of where it matters.
             with suppress(OSError):
-                os.ftruncate(lock.fileno(), 0)
-                os.write(lock.fileno(), f"{os.getpid()}\n".encode())
-            return lock
-        # Who held it has finished or given up.
-        lock.close()
+                os.ftruncate(held.fileno(), 0)
+                os.write(held.fileno(), f"{os.getpid()}\n".encode())
+            return held
+        # Who held it has finished; this file was made after that one went.
+        with held:
+            lock.remove()
     return None
 
 
-def _holder(lock: IO[str]) -> str:
-    lock.seek(0)
-    return f"process {lock.read(20).strip() or 'unknown'}"
+def _holder(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lock:
+            return f"process {lock.read(20).strip() or 'unknown'}"
+    except OSError:
+        return "another process"
 
 
 def _layers_of(folder: Path) -> int:
-    return sum(1 for _ in folder.glob("layers/*.safetensors"))
-
-
-def _is_at(file: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+    return sum(1 for _ in folder.glob(f"{LAYERS}/*.safetensors"))

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from lowmem_icl.api.mask import Mask
 from lowmem_icl.errors import InputError
 from lowmem_icl.options import did_you_mean
@@ -64,7 +62,7 @@ def checked_arguments(given: Mapping[str, Any]) -> ModelArguments:
         model=str(
             _one_of(MODEL_NAMES, given, "demo, a store, a checkpoint folder, a .gguf file or a hub id")
         ),
-        opening=_opening(given),
+        opening={name: given[name] for name in OPENED_BY if name in given},
         bos=_bos(given),
         max_length=_max_length(given),
         mask=None if "mask" not in given else _mask(str(given["mask"])),
@@ -86,15 +84,6 @@ def _one_of(names: tuple[str, ...], given: Mapping[str, Any], expected: str) -> 
         got = " and ".join(found) if found else "none"
         raise InputError(f"--model_args: expected one of {', '.join(names)} ({expected}), got {got}")
     return given[found[0]]
-
-
-def _opening(given: Mapping[str, Any]) -> dict[str, Any]:
-    opening = {name: given[name] for name in OPENED_BY if name in given}
-    device = str(opening.get("device", "auto"))
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        # What lm-eval says where nobody said anything.
-        opening["device"] = "cpu"
-    return opening
 
 
 def _bos(given: Mapping[str, Any]) -> bool | None:

@@ -27,7 +27,7 @@ from lowmem_icl.errors import InputError, LowmemIclError
 from lowmem_icl.harness.arguments import ModelArguments, check_alone, checked_arguments, logger
 from lowmem_icl.harness.registration import MODEL_NAME
 from lowmem_icl.harness.requests import TokenRequest, pack_requests
-from lowmem_icl.masks.files import check_fits, check_means
+from lowmem_icl.masks.given import misfits, tables_of
 from lowmem_icl.masks.mask import Mask
 
 P = ParamSpec("P")
@@ -85,8 +85,16 @@ class StreamedLM(TemplateLM):  # type: ignore[misc]
     def create_from_arg_obj(
         cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> "StreamedLM":
-        """Return the model of arguments; what --model_args says goes before the harness's own flags."""
-        return cls(**{**(additional_config or {}), **arg_dict})
+        """Return the model of arguments; what --model_args says goes before the harness's own flags.
+
+        The harness says cuda where nobody named a device.
+        """
+        given = {**(additional_config or {}), **arg_dict}
+        is_theirs = "device" not in arg_dict and str(given.get("device")).startswith("cuda")
+        if is_theirs and not torch.cuda.is_available():
+            logger.info("no CUDA device here: computing on the CPU")
+            given["device"] = "cpu"
+        return cls(**given)
 
     @classmethod
     def create_from_arg_string(
@@ -255,8 +263,7 @@ def _fitted_mask(model: OpenModel, arguments: ModelArguments) -> tuple[Mask, Fil
         return Mask(), {}
     origin = mask.origin
     assert origin is not None, "it was read from a file"
-    warning = check_fits(origin, model.mask_model)
-    check_means(origin, model.skeleton.attention_width, model.skeleton.width)
-    if warning is not None:
+    skeleton = model.skeleton
+    for warning in misfits([origin], model.mask_model, (skeleton.attention_width, skeleton.width)):
         logger.warning(warning)
-    return mask.units, {} if origin.means is None else {str(mask.units.fill): origin.means}
+    return mask.units, tables_of([origin])

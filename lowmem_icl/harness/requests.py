@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lowmem_icl.rows import PackedRows
-from lowmem_icl.tasks.row_layout import SHORTEST_STEM_TOKENS, OptionPath, Tokens, plan_rows, shared_length
+from lowmem_icl.tasks.row_layout import (
+    SHORTEST_STEM_TOKENS,
+    OptionPath,
+    Tokens,
+    common_length,
+    plan_rows,
+    shared_length,
+)
 
 Paths = list[OptionPath]
 
@@ -93,7 +100,7 @@ def groups_by_prefix(documents: Sequence[Paths]) -> list[list[Paths]]:
     spans: list[_Span] = []
     before: Tokens = ()
     for paths in documents:
-        tokens = common_beginning(paths)
+        tokens = paths[0].tokens[: common_length(paths)]
         shared = shared_length([before, tokens])
         _close_to(shared, spans)
         spans.append(_Span(len(tokens), loose=[paths]))
@@ -121,10 +128,3 @@ def _close_to(shared: int, spans: list[_Span]) -> None:
     if not spans or spans[-1].shared < shared:
         spans.append(_Span(shared))
     spans[-1].take(inner)
-
-
-def common_beginning(paths: Sequence[OptionPath]) -> Tokens:
-    """Return the tokens that all options of a document begin with, before any answer is read."""
-    shared = shared_length([path.tokens for path in paths])
-    before_answers = min(len(path.tokens) - len(path.continuation) for path in paths)
-    return paths[0].tokens[: min(shared, before_answers)]

@@ -6,9 +6,13 @@ from pathlib import Path
 import torch
 
 from lowmem_icl.model.integrity import damaged
-from lowmem_icl.model.nf4 import packed_shape
+from lowmem_icl.model.nf4 import packed_shape, part_forms
 from lowmem_icl.model.reading import TensorLocation
 from lowmem_icl.model.skeleton import Skeleton
+
+Form = tuple[tuple[int | None, ...], tuple[torch.dtype, ...]]
+"""A tensor's shape, None where any length will do, and the types that it may have."""
+Locations = Mapping[str, TensorLocation]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 WEIGHT_TYPES = {
@@ -17,54 +21,44 @@ WEIGHT_TYPES = {
     "bfloat16": (torch.bfloat16,),
     "float32": (torch.float32,),
 }
-EXTRAS = {
-    "int8": ("SCB", "weight_format", "outlier_columns"),
-    "nf4": (
-        "weight.absmax",
-        "weight.nested_absmax",
-        "weight.nested_quant_map",
-        "weight.quant_map",
-        "weight.quant_state.bitsandbytes__nf4",
-        "weight.nested_offset",
-    ),
-}
-
-Locations = Mapping[str, TensorLocation]
 
 
 def check_layer(path: Path, locations: Locations, skeleton: Skeleton, weights: str) -> None:
     """Raise InputError where a layer's file lacks a tensor, or has one of another name, shape or type."""
-    shapes, linears = skeleton.layer_parameters(), skeleton.linear_shapes
-    if weights == "nf4":
-        shapes |= {f"{name}.weight": packed_shape(shape) for name, shape in linears.items()}
-    types = {f"{name}.weight": WEIGHT_TYPES[weights] for name in linears}
-    if weights == "int8":
-        shapes |= {f"{name}.SCB": shape[:1] for name, shape in linears.items()}
-    extras = {f"{name}.{part}" for name in linears for part in EXTRAS.get(weights, ())}
-    _check(path, locations, shapes, types, extras)
+    forms: dict[str, Form] = {name: (shape, FLOATS) for name, shape in skeleton.layer_parameters().items()}
+    for linear, shape in skeleton.linear_shapes.items():
+        stored = packed_shape(shape) if weights == "nf4" else shape
+        forms[f"{linear}.weight"] = stored, WEIGHT_TYPES[weights]
+        if weights == "int8":
+            forms[f"{linear}.SCB"] = shape[:1], (torch.float32,)
+            forms[f"{linear}.weight_format"] = (), (torch.uint8,)
+            forms[f"{linear}.outlier_columns"] = (None,), (torch.int64,)
+        elif weights == "nf4":
+            for part, (part_shape, dtype) in part_forms(shape).items():
+                forms[f"{linear}.weight.{part}"] = part_shape, (dtype,)
+    _check(path, locations, forms)
 
 
 def check_non_layer(path: Path, locations: Locations, skeleton: Skeleton) -> None:
     """Raise InputError where the file of what is outside the layers holds anything else."""
-    _check(path, locations, skeleton.non_layer_parameters(), {}, set())
+    _check(
+        path,
+        locations,
+        {name: (shape, FLOATS) for name, shape in skeleton.non_layer_parameters().items()},
+    )
 
 
-def _check(
-    path: Path,
-    locations: Locations,
-    shapes: Mapping[str, tuple[int, ...]],
-    types: Mapping[str, tuple[torch.dtype, ...]],
-    extras: set[str],
-) -> None:
-    for name, shape in shapes.items():
+def _check(path: Path, locations: Locations, forms: Mapping[str, Form]) -> None:
+    for name, (shape, types) in forms.items():
         found = locations.get(name)
         if found is None:
             raise damaged(path, f"parameter '{name}' is missing")
-        if found.shape != shape:
-            raise damaged(
-                path, f"parameter '{name}': expected shape {list(shape)}, found {list(found.shape)}"
-            )
-        if found.dtype not in types.get(name, FLOATS):
-            raise damaged(path, f"parameter '{name}' is of type {found.dtype}, which this store has not")
-    for name in sorted(locations.keys() - shapes.keys() - extras):
+        fits = [wanted is None or wanted == size for wanted, size in zip(shape, found.shape, strict=False)]
+        if len(shape) != len(found.shape) or not all(fits):
+            expected = ", ".join("any length" if size is None else str(size) for size in shape)
+            raise damaged(path, f"parameter '{name}': expected shape [{expected}], found {list(found.shape)}")
+        if found.dtype not in types:
+            expected = " or ".join(map(str, types))
+            raise damaged(path, f"parameter '{name}': expected type {expected}, found {found.dtype}")
+    for name in sorted(locations.keys() - forms.keys()):
         raise damaged(path, f"holds {name!r}, which is no parameter of it")

@@ -7,9 +7,9 @@ here they are fixed per store, so a row's result is the same whatever shares its
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -252,7 +252,7 @@ class Int8Linear(nn.Module):
         if self.calibrating:
             self._add_outlier_columns(values)
         if torch.is_grad_enabled() and values.requires_grad:
-            return _StraightThrough.apply(values, self)  # type: ignore[no-untyped-call]
+            return ThroughWeight.apply(values, self)  # type: ignore[no-untyped-call]
         return self.multiply(values)
 
     def multiply(self, values: Tensor) -> Tensor:
@@ -279,6 +279,11 @@ class Int8Linear(nn.Module):
                 add_product_in_fixed_rows(part, outliers[rows], self._outlier_weight, fixed_rows)
         return whole
 
+    def multiply_back(self, gradient: Tensor) -> Tensor:
+        """Return gradient [..., N] · the dequantised weight [N, K]."""
+        out = product_with_weight(_flat(gradient), self.weight, self.SCB)
+        return out.view(*gradient.shape[:-1], self.in_features)
+
     def _add_outlier_columns(self, values: Tensor) -> None:
         large = _flat(values).abs().amax(0) >= OUTLIER_THRESHOLD
         large[self.outlier_columns] = True
@@ -296,19 +301,32 @@ def _epilogue_rows(out: Tensor) -> int:
     return max(FIXED_ROWS // 4, fitting // FIXED_ROWS * FIXED_ROWS)
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Forward in int8, backward through the dequantised weight: rounding is treated as the identity."""
+class QuantisedLinear(Protocol):
+    """A linear layer whose weight is rounded: its product, and the way back through the dequantised one."""
+
+    def multiply(self, values: Tensor) -> Tensor:
+        """Map [..., K] to [..., N] in float32."""
+
+    def multiply_back(self, gradient: Tensor) -> Tensor:
+        """Map the gradient [..., N] of a product to that of its input, [..., K]."""
+
+
+class ThroughWeight(torch.autograd.Function):
+    """Forward as a rounded weight is multiplied, backward through the dequantised one: rounding is treated as
+    the identity. Of the weight no more than a block is held.
+    """
 
     @staticmethod
-    def forward(context: Any, values: Tensor, linear: Int8Linear) -> Tensor:
+    def forward(context: Any, values: Tensor, linear: QuantisedLinear) -> Tensor:
+        """Return the product, values [..., K] to [..., N]."""
         context.linear = linear
         return linear.multiply(values)
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        linear: Int8Linear = context.linear
-        out = product_with_weight(_flat(gradients[0]), linear.weight, linear.SCB)
-        return out.view(*gradients[0].shape[:-1], -1), None
+        """Return the gradient of the values, [..., K]."""
+        linear: QuantisedLinear = context.linear
+        return linear.multiply_back(gradients[0]), None
 
 
 def replace_linears(layer: nn.Module, with_one_input: Sequence[Sequence[str]]) -> None:
@@ -327,6 +345,21 @@ def replace_linears(layer: nn.Module, with_one_input: Sequence[Sequence[str]]) -
             module.in_features, module.out_features, module.bias is not None, shared.get(name)
         )
         setattr(layer.get_submodule(parent), leaf, replacement)
+
+
+def check_outlier_columns(linears: Mapping[str, Int8Linear]) -> None:
+    """Raise ValueError, naming the linear, where outlier columns are none of the input's, in another order,
+    or not those of the linears that share the input.
+    """
+    of_input: dict[int, list[int]] = {}
+    for name, linear in linears.items():
+        columns, what = linear.outlier_columns.cpu().tolist(), ""
+        if columns != sorted({column for column in columns if 0 <= column < linear.in_features}):
+            what = f"columns below {linear.in_features} in ascending order"
+        elif of_input.setdefault(id(linear.shared or linear), columns) != columns:
+            what = "those of the other linears that share its input"
+        if what:
+            raise ValueError(f"'{name}.outlier_columns': expected {what}, found {str(columns)[:80]}")
 
 
 def slow_product_note() -> str | None:

@@ -21,7 +21,13 @@ from transformers import PretrainedConfig
 from lowmem_icl.model.activation import steady_activations
 from lowmem_icl.model.attention import ATTENTION, AttentionForm, RowAttention, Segment
 from lowmem_icl.model.families.family import NormForm
-from lowmem_icl.model.int8 import FIXED_ROWS, Int8Linear, dequantise_rows, replace_linears
+from lowmem_icl.model.int8 import (
+    FIXED_ROWS,
+    Int8Linear,
+    check_outlier_columns,
+    dequantise_rows,
+    replace_linears,
+)
 from lowmem_icl.model.nf4 import Nf4Linear, replace_with_nf4
 from lowmem_icl.model.positions import RotaryAngles
 from lowmem_icl.model.skeleton import Skeleton
@@ -138,6 +144,7 @@ class DecoderLayer:
         self._module: Any = first
         self._kinds = [self._halves(layer) for layer in (first, *others)]
         self._kind = 0
+        self._checked: set[int] = set()
         self._int8 = list(self.int8_linears.values())
         self._quantised = [part for part in first.modules() if isinstance(part, Int8Linear | Nf4Linear)]
         rotary = skeleton.rotary
@@ -179,6 +186,8 @@ class DecoderLayer:
     def fill(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Become a layer of the model, by its number and the tensors of its file; nothing is copied on the
         CPU unless its precision changes.
+
+        Raises ValueError for outlier columns that do not fit.
         """
         self._kind = self._skeleton.kind_of_layer[number]
         for name, tensor in tensors.items():
@@ -197,6 +206,10 @@ class DecoderLayer:
             # Else it would empty the device's allocator after every tensor.
             set_module_tensor_to_device(self._module, name, self.device, value=value, clear_cache=False)
         self._module.requires_grad_(False)
+        if number not in self._checked:
+            # Once, since on a CUDA device it waits for the numbers.
+            check_outlier_columns(self.int8_linears)
+            self._checked.add(number)
         for quantised in self._quantised:
             quantised.refresh()
 

@@ -9,14 +9,14 @@ shares its batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lowmem_icl.model.int8 import FIXED_ROWS, bitsandbytes_operators
+from lowmem_icl.model.int8 import FIXED_ROWS, ThroughWeight, bitsandbytes_operators
 
 BLOCK_WEIGHTS: Literal[64] = 64
 """How many weights share a maximum."""
@@ -55,6 +55,21 @@ def stored_bytes(shape: Sequence[int]) -> int:
     maxima = -(-torch.Size(shape).numel() // BLOCK_WEIGHTS)
     nested = -(-maxima // NESTED_MAXIMA)
     return packed_shape(shape)[0] + maxima + FLOAT_BYTES * (nested + CODES + NESTED_CODES + 1) + STATE_BYTES
+
+
+def part_forms(shape: Sequence[int]) -> dict[str, tuple[tuple[int | None, ...], torch.dtype]]:
+    """Return shape and type of everything that belongs to a weight [N, K], by bitsandbytes' names; None: of
+    any length.
+    """
+    maxima = -(-torch.Size(shape).numel() // BLOCK_WEIGHTS)
+    return {
+        "absmax": ((maxima,), torch.uint8),
+        "nested_absmax": ((-(-maxima // NESTED_MAXIMA),), torch.float32),
+        "nested_quant_map": ((NESTED_CODES,), torch.float32),
+        "nested_offset": ((), torch.float32),
+        "quant_map": ((CODES,), torch.float32),
+        "quant_state.bitsandbytes__nf4": ((None,), torch.uint8),
+    }
 
 
 def quantise_nf4(name: str, weight: Tensor) -> dict[str, Tensor]:
@@ -162,7 +177,7 @@ class Nf4Linear(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """Map [..., K] to [..., N] in float32."""
         if torch.is_grad_enabled() and values.requires_grad:
-            return _ThroughWeight.apply(values, self)  # type: ignore[no-untyped-call]
+            return ThroughWeight.apply(values, self)  # type: ignore[no-untyped-call]
         return self.multiply(values)
 
     def multiply(self, values: Tensor) -> Tensor:
@@ -204,20 +219,6 @@ def _row_batches(rows: Tensor) -> list[tuple[slice, Tensor]]:
         last, batch = batches[-1]
         batches[-1] = (last, pad(batch, (0, 0, 0, missing)))
     return batches
-
-
-class _ThroughWeight(torch.autograd.Function):
-    """A product with the dequantised weight, there and back; of the weight no more than a block is held."""
-
-    @staticmethod
-    def forward(context: Any, values: Tensor, linear: Nf4Linear) -> Tensor:
-        context.linear = linear
-        return linear.multiply(values)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        linear: Nf4Linear = context.linear
-        return linear.multiply_back(gradients[0]), None
 
 
 def replace_with_nf4(layer: nn.Module) -> None:

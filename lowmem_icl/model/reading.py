@@ -11,7 +11,7 @@ import mmap
 import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowmem_icl.errors import InputError
 from lowmem_icl.model.integrity import FileState, accept, damaged, is_trusted, state_of
 from lowmem_icl.model.staging import CopyStream, device_offsets
 
@@ -98,6 +97,17 @@ class PendingLayer:
     target: Tensor | None = None
     copied: "Future[torch.cuda.Event] | None" = None
 
+    def wait(self) -> None:
+        """Return once nothing is written any more to what it is read into, which may be used again then."""
+        # Where the reader was closed, what had not begun never will.
+        for future in (*self.blocks, self.digest):
+            with suppress(CancelledError):
+                if future is not None:
+                    future.exception()
+        with suppress(CancelledError):
+            if self.copied is not None and self.copied.exception() is None:
+                self.copied.result().synchronize()
+
 
 class LayerReader:
     """Reads the layers of a store in any order; keeps those in `resident_layers` in memory, on `device`.
@@ -150,7 +160,8 @@ class LayerReader:
         try:
             self._start(order, 0, started)
             for step, layer in enumerate(order):
-                pending = started.pop(step, None)
+                # It stays there until it was used: where one block cannot be read, the others are waited for.
+                pending = started.get(step)
                 for block in pending.blocks if pending else ():
                     block.result()
                 self._start(order, step + 1, started)
@@ -166,15 +177,10 @@ class LayerReader:
                     tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
                     self._resident[layer] = tensors
                 yield layer, tensors
+                del started[step]
         finally:
             for pending in started.values():
-                for block in pending.blocks:
-                    block.exception()
-                if pending.digest is not None:
-                    pending.digest.exception()
-                if pending.copied is not None and pending.copied.exception() is None:
-                    # What it writes to must not be used for something else before it ends.
-                    pending.copied.result().synchronize()
+                pending.wait()
 
     def _start(self, order: Sequence[int], step: int, started: dict[int, PendingLayer]) -> None:
         if step >= len(order) or order[step] in self._resident:
@@ -185,37 +191,35 @@ class LayerReader:
         if self._copies is not None:
             self._copies.wait_for_host(slot)
         host = self._buffer_for(layer, slot)[: _round_up(size)]
+        # Before anything is read: a device may have no room for it.
+        target = self._target_for(layer, slot)
         blocks = [
             self._pool.submit(_read_block, self._paths[layer], host, start, size)
             for start in range(0, size, BLOCK_BYTES)
         ]
-        digest = None
+        digest = copied = None
         if self._digests is not None and not is_trusted(state, self._digests[layer]):
             digest = self._hashing.submit(_digest_as_read, host[:size], blocks)
-        if self._copies is None:
-            started[step] = PendingLayer(host, blocks, state, digest)
-            return
-        offsets, device_bytes = self._on_device(layer)
-        target = (
-            torch.empty(device_bytes, dtype=torch.uint8, device=self._device)
-            if layer in self._resident_layers
-            else self._copies.buffer(slot)[:device_bytes]
-        )
-        places = self._locations[layer].items()
-        pairs = [(at.of(host, at.offset), at.of(target, offsets[name])) for name, at in places]
-        copied = self._pool.submit(_copy_when_read, self._copies, slot, blocks, pairs, self._copies.now())
+        if self._copies is not None and target is not None:
+            offsets, _ = self._on_device(layer)
+            places = self._locations[layer].items()
+            pairs = [(at.of(host, at.offset), at.of(target, offsets[name])) for name, at in places]
+            copied = self._pool.submit(_copy_when_read, self._copies, slot, blocks, pairs, self._copies.now())
         started[step] = PendingLayer(host, blocks, state, digest, target, copied)
+
+    def _target_for(self, layer: int, slot: int) -> Tensor | None:
+        """Return where a layer goes on a CUDA device, None on the CPU."""
+        if self._copies is None:
+            return None
+        size = self._on_device(layer)[1]
+        if layer in self._resident_layers:
+            return torch.empty(size, dtype=torch.uint8, device=self._device)
+        return self._copies.buffer(slot)[:size]
 
     def _check(self, layer: int, pending: PendingLayer) -> None:
         if pending.digest is None or self._digests is None:
             return
-        try:
-            accept(self._paths[layer], pending.state, pending.digest.result(), self._digests[layer])
-        except InputError:
-            if pending.copied is not None:
-                # What it writes to must not be freed before it ends.
-                pending.copied.result().synchronize()
-            raise
+        accept(self._paths[layer], pending.state, pending.digest.result(), self._digests[layer])
 
     def _state(self, layer: int) -> FileState:
         try:

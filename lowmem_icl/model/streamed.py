@@ -7,7 +7,7 @@ from typing import Self
 import torch
 
 from lowmem_icl.model.contents import check_layer
-from lowmem_icl.model.integrity import check_file
+from lowmem_icl.model.integrity import check_file, damaged
 from lowmem_icl.model.layer import DecoderLayer
 from lowmem_icl.model.reading import LayerReader
 from lowmem_icl.model.skeleton import Skeleton
@@ -61,9 +61,15 @@ class StreamedModel:
         return self._reader.read_bytes + self.vocabulary.read_bytes
 
     def layers(self, order: Sequence[int]) -> Iterator[tuple[int, DecoderLayer]]:
-        """Yield (layer number, the layer filled with its weights); valid until the next one."""
+        """Yield (layer number, the layer filled with its weights); valid until the next one.
+
+        Raises InputError naming the file that is damaged.
+        """
         for number, tensors in self._reader.layers(order):
-            self._layer.fill(number, tensors)
+            try:
+                self._layer.fill(number, tensors)
+            except ValueError as error:
+                raise damaged(self.store.layer_paths[number], str(error)) from error
             yield number, self._layer
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,18 +12,30 @@ from torch import Tensor
 from lowmem_icl.errors import InputError
 from lowmem_icl.model.reading import TORCH_TYPES, read_header
 from lowmem_icl.system.files import atomic_path, unnamed_file, writes
-from lowmem_icl.system.tensor_files import TensorContent, write_tensor_file
+from lowmem_icl.system.tensor_files import HEADER_MULTIPLE, TensorContent, write_tensor_file
+
+Accept = Callable[[int, str], None]
+"""Is given a file's size and SHA-256 before it gets its name; where it raises, the one of before stays."""
 
 TYPE_NAMES = {dtype: name for name, dtype in TORCH_TYPES.items()}
 DIGESTS = "source_digests"
-HEADER_MULTIPLE = 8
 COPIED_BYTES = 4 << 20
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], digests: dict[str, str]) -> None:
-    """Write tensors, with the digests of the source's tensors."""
+def save_tensors(
+    path: Path,
+    tensors: dict[str, Tensor],
+    digests: dict[str, str],
+    accept: Accept = lambda size, digest: None,
+) -> tuple[int, str]:
+    """Write tensors, with the digests of the source's tensors; return size and SHA-256, which is of the bytes
+    in memory, not of what the disk returns.
+    """
     with atomic_path(path) as temporary:
         write_tensors(temporary, tensors, {DIGESTS: json.dumps(digests, sort_keys=True)})
+        size, digest = temporary.stat().st_size, sha256_of_tensors(temporary, tensors)
+        accept(size, digest)
+    return size, digest
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -42,7 +54,10 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def save_one_by_one(
-    path: Path, tensors: Iterable[tuple[str, Tensor]], digests: Mapping[str, str]
+    path: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    digests: Mapping[str, str],
+    accept: Accept = lambda size, digest: None,
 ) -> tuple[int, str]:
     """Write tensors in the order in which they come, one in memory at a time; return size and SHA-256.
 
@@ -63,6 +78,7 @@ def save_one_by_one(
             }  # fmt: skip
             size += len(content)
         header["__metadata__"] = {DIGESTS: json.dumps(digests, sort_keys=True)}
+        # Not `header_bytes`: stores that are there have these separators, and digests of files with them.
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % HEADER_MULTIPLE)
         front = len(text).to_bytes(8, "little") + text
@@ -74,6 +90,7 @@ def save_one_by_one(
                     f"{path}: the disk gives back other bytes than were written: it may be failing; choose "
                     "another"
                 )
+            accept(len(front) + size, whole)
     return len(front) + size, whole
 
 

@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lowmem_icl import __version__
@@ -24,6 +23,7 @@ from lowmem_icl.planning.measure import Rates, measure
 from lowmem_icl.planning.memory import FREE_SHARE
 from lowmem_icl.system.files import write_text_atomic
 from lowmem_icl.system.machine import describe_machine, device_allowance, device_in_use, resolved_device
+from lowmem_icl.system.memory import free_memory
 
 FORMAT: Literal["lowmem-icl-machine/1"] = "lowmem-icl-machine/1"
 MEASURED_ROW = 128
@@ -86,7 +86,7 @@ def measured_machine(store: Store, options: RunOptions) -> MachineFile:
     """Measure this machine with a model, whose weights need not be there."""
     device = resolved_device(options.device)
     on_device = device_allowance(device, options.device_memory, FREE_SHARE)
-    memory = options.memory or int(psutil.virtual_memory().available * FREE_SHARE)
+    memory = options.memory or int(free_memory() * FREE_SHARE)
     limits = SweepLimits(alive_bytes=on_device or memory, micro_batch_tokens=MICRO_BATCH_TOKENS)
     with device_in_use(device, options.device_memory):
         rates = measure(store, MEASURED_ROW, limits, device, backward=True)

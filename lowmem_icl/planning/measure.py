@@ -23,7 +23,7 @@ from lowmem_icl.model.store import Store
 from lowmem_icl.model.tables import VOCABULARY_BLOCK
 from lowmem_icl.model.vocabulary import head_rows
 from lowmem_icl.system.allocator import keep_freed_memory
-from lowmem_icl.system.files import existing_folder, partial_path
+from lowmem_icl.system.files import TRIED, existing_folder, partial_path
 from lowmem_icl.system.machine import wait_for
 
 LAYER_SECONDS = 0.8
@@ -264,7 +264,7 @@ def _disk_bytes_per_second(store: Store) -> float:
     if store.is_written:
         return read_rate(store.layer_paths, SAMPLE_BYTES)
     parent = existing_folder(store.folder)
-    of_process = partial_path(parent / "rates").name
+    of_process = partial_path(parent / TRIED).name
     place = parent if os.access(parent, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".", suffix=of_process, dir=place) as folder:
         some = os.urandom(1 << 20)

@@ -4,8 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import psutil
-
 from lowmem_icl.engine.head_scores import kept_bytes, reading_bytes
 from lowmem_icl.engine.micro_batches import MICRO_BATCH_TOKENS
 from lowmem_icl.engine.patch_jobs import TokenBytes
@@ -25,6 +23,7 @@ from lowmem_icl.session.donors import is_resampled
 from lowmem_icl.session.identity import run_folder
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.system.files import free_bytes
+from lowmem_icl.system.memory import free_memory
 
 FREE_SHARE = 0.8
 RESIDENT_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)
@@ -128,7 +127,7 @@ class _Needs:
         store = prepared.store
         self._prepared, self._longest_tokens, self._device_bytes = prepared, longest_tokens, device_bytes
         self.on_device = device_bytes is not None
-        self.allowance = prepared.options.memory or int(psutil.virtual_memory().available * FREE_SHARE)
+        self.allowance = prepared.options.memory or int(free_memory() * FREE_SHARE)
         self.read_ahead = 2 * (store.layer_bytes + PAGE_BYTES)
         converted = CONVERTED_COPIES[store.manifest.weights]
         self.in_use = math.ceil(store.layer_bytes * converted)

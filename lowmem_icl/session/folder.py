@@ -22,6 +22,7 @@ from lowmem_icl.session.parts import Parts, set_aside
 from lowmem_icl.session.record import RUN_FILE, RecordDamaged, record_text, run_record
 from lowmem_icl.session.run_form import RUN_FORMAT, StageActuals, State
 from lowmem_icl.system.files import (
+    TRIED,
     clear_partials,
     existing_folder,
     is_partial,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lowmem_icl")
 
+OWN_FOLDERS = ("parts", "masks", "figures")
+"""Of a run, within its folder."""
 PACKAGES = ("torch", "transformers", "bitsandbytes", "optimum", "accelerate", "lm_eval", "polars", "numpy")
 
 
@@ -71,7 +74,8 @@ def _is_foreign(entry: Path) -> bool:
     """Tell whether no start of a run leaves a file of this name: not the lock, a log, or what it was writing
     when it was killed.
     """
-    return entry.name != LOCK_FILE and entry.suffix != ".log" and not is_partial(entry)
+    is_ours = entry.name == LOCK_FILE or entry.suffix == ".log" or is_partial(entry, RUN_FILE, TRIED)
+    return not is_ours
 
 
 def parts_of(folder: Path, identity: Identity | None = None) -> Parts:
@@ -251,7 +255,9 @@ def _clear_leftovers(folder: Path) -> None:
     """Delete what processes left that were killed; the lock says that nobody uses it."""
     for leftover in (folder / "parts").glob("residuals-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    clear_partials(folder, held=True, deep=True)
+    # No other folders within: --store-dir and --masks-dir may lie there, which other runs write into too.
+    for place in (folder, *(folder / name for name in OWN_FOLDERS)):
+        clear_partials(place, held=True)
 
 
 def state_of(folder: Path, record: Mapping[str, Any]) -> State:

@@ -20,8 +20,15 @@ from lowmem_icl.tasks.packing import PackingLimits
 KEY_DIGITS = 24
 # Packages that texts and tokens come from.
 TEXT_PACKAGES = ("lm-eval", "datasets", "transformers", "tokenizers")
-# Our own code and definitions that they come from.
-TEXT_SOURCES = ("rows.py", "tasks", "demo/tasks", "session/text_form.py", "session/sampled_texts.py")
+# Our own code and definitions that they come from, or that say what their files are.
+TEXT_SOURCES = (
+    "rows.py",
+    "tasks",
+    "demo/tasks",
+    "session/text_form.py",
+    "session/sampled_texts.py",
+    "session/texts.py",
+)
 
 
 @dataclass(frozen=True)

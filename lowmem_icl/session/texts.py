@@ -80,8 +80,9 @@ class KeptTexts:
 
     def rows(self, key: str, name: str, plan: Callable[[], PackedRows]) -> PackedRows:
         """Return rows by name, packed by `plan` where that was never done."""
-        path = self.folder / key / f"rows-{name}.npz"
-        rows = self._recent.pop(path, None) or self._kept(path, rows_of_arrays) or self._keep(path, plan())
+        path, of = self._rows_file(key, name)
+        kept = self._recent.pop(path, None) or self._kept(path, of, rows_of_arrays)
+        rows = kept or self._keep(path, of, plan())
         self._recent[path] = rows
         # A search asks for the same few rows at every step.
         while len(self._recent) > 1 and sum(map(_size_bytes, self._recent.values())) > RECENT_BYTES:
@@ -89,30 +90,36 @@ class KeptTexts:
         return rows
 
     def outline(self, key: str, name: str, plan: Callable[[], PackedRows]) -> PackedRows:
-        """Return outlines of the rows by name: their sizes and no content, of which nothing more is read."""
-        path = self.folder / key / f"rows-{name}.npz"
+        """Return outlines of the rows by name: their sizes and no content. The file is read whole, and
+        checked, once.
+        """
+        path, of = self._rows_file(key, name)
         if path not in self._outlines:
-            outline = self._kept(path, outline_of_arrays)
+            outline = self._kept(path, of, outline_of_arrays)
             if outline is None:
-                outline = outline_of_arrays(arrays_of_rows(self._keep(path, plan())))
+                outline = outline_of_arrays(arrays_of_rows(self._keep(path, of, plan())))
             self._outlines[path] = outline
         return self._outlines[path]
 
-    def _kept(self, path: Path, read: Callable[[Arrays], PackedRows]) -> PackedRows | None:
+    def _rows_file(self, key: str, name: str) -> tuple[Path, str]:
+        """Return where rows are, and what their file is sealed as being of."""
+        return self.folder / key / f"rows-{name}.npz", f"{key}/{name}"
+
+    def _kept(self, path: Path, of: str, read: Callable[[Arrays], PackedRows]) -> PackedRows | None:
         if path in self._in_memory:
             return read(self._in_memory[path])
         try:
-            return read(read_sealed(path, path.stem))
+            return read(read_sealed(path, of))
         except FileNotFoundError:
             return None
         except _DAMAGED as error:
             logger.warning("%s is damaged (%s) and is made again", path, error)
             return None
 
-    def _keep(self, path: Path, rows: PackedRows) -> PackedRows:
+    def _keep(self, path: Path, of: str, rows: PackedRows) -> PackedRows:
         arrays = arrays_of_rows(rows)
         try:
-            write_sealed(path, arrays, path.stem, sync=False)
+            write_sealed(path, arrays, of, sync=False)
         except OSError as error:
             logger.info("%s cannot be kept (%s); its rows stay in memory", path, error)
             self._in_memory[path] = arrays

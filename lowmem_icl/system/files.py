@@ -5,6 +5,7 @@ import glob
 import hashlib
 import os
 import platform
+import re
 import shutil
 import tempfile
 import time
@@ -16,9 +17,24 @@ from typing import IO
 LONGEST_STEM_BYTES = 200
 """Of a file's name that a temporary file's repeats; what it adds then fits into 255 bytes too."""
 PARTIAL = ".partial"
+TRIED = "tried"
+"""What a file is called that is written to see what a folder's disk does."""
 OLDEST_PARTIAL_SECONDS = 24 * 3600
-"""Of a temporary file of another machine: nobody writes it any more."""
-_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+"""Of a temporary file of processes that cannot be seen from here: nobody writes it any more."""
+
+
+def _processes_of() -> str:
+    """Return a name of the machine and of the processes that a number of one is of: containers may share the
+    former and not the latter.
+    """
+    try:
+        numbered = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        numbered = ""
+    return hashlib.sha256(f"{platform.node()}{numbered}".encode()).hexdigest()[:8]
+
+
+_HOST = _processes_of()
 
 
 class NotWritten(OSError):
@@ -50,7 +66,7 @@ def try_writing(folder: Path) -> None:
     """Write a byte where a folder is or will be, and take it away again; raise NotWritten where it fails."""
     with writes(folder):
         place = existing_folder(folder)
-        with unnamed_file(place / "tried") as tried:
+        with unnamed_file(place / TRIED) as tried:
             tried.write(b"x")
             tried.flush()
 
@@ -120,9 +136,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def is_partial(path: Path) -> bool:
-    """Tell whether a file has the name of one that was being written, beside its place."""
-    return path.name.startswith(".") and path.name.endswith(PARTIAL)
+def is_partial(path: Path, *of: str) -> bool:
+    """Tell whether a file has the name of one that was being written, beside its place; `of` one of these
+    names, where some are given, with or without a random part before it.
+    """
+    if not of:
+        return path.name.startswith(".") and path.name.endswith(PARTIAL)
+    names = "|".join(map(re.escape, of))
+    return re.fullmatch(rf"(\.\w{{8}})?\.({names})\..+{re.escape(PARTIAL)}", path.name) is not None
 
 
 def clear_partials(folder: Path, *, held: bool = False, deep: bool = False) -> None:
@@ -142,17 +163,22 @@ def _clear(found: Iterator[Path], *, held: bool = False) -> None:
 
 
 def _is_abandoned(partial: Path) -> bool:
-    """Tell whether the process that a temporary file's name states is dead; of another machine's processes,
-    and of names without one, age says it.
+    """Tell whether the process that a temporary file's name states is dead; of processes that cannot be seen
+    from here, and of names without one, age says it.
     """
     host, _, number = partial.name.removesuffix(PARTIAL).rpartition(".")[2].partition("-")
-    if host == _HOST and number.isdigit():
+    if host == _HOST and number.isdecimal():
         try:
             os.kill(int(number), 0)
         except ProcessLookupError:
             return True
-        except (OSError, OverflowError):
+        except OverflowError:
+            # No number of a process.
             pass
+        except OSError:
+            return False
+        else:
+            return False
     return time.time() - partial.stat().st_mtime > OLDEST_PARTIAL_SECONDS
 
 
@@ -179,9 +205,12 @@ def forget_pages(path: Path) -> None:
 
 
 def existing_folder(folder: Path) -> Path:
-    """Return the folder, or the nearest above it that exists: on the disk where the folder will be."""
+    """Return the absolute path of the folder, or of the nearest above it that exists: on the disk where the
+    folder will be.
+    """
+    folder = folder.absolute()
     while not folder.exists():
-        folder = folder.absolute().parent
+        folder = folder.parent
     return folder
 
 

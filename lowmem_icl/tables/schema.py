@@ -15,6 +15,7 @@ chance value. `low, high` bound 95 %. Task `aggregate` is the mean over tasks; i
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -200,22 +201,23 @@ def write_table(frame: pl.DataFrame, table: str, path: Path) -> None:
     stated = {"table": table, "schema_version": SCHEMA_VERSION, "digest": NO_DIGEST.decode()}
     written = io.BytesIO()
     frame.write_parquet(written, metadata={"lowmem_icl": json.dumps(stated)})
-    content = bytearray(written.getvalue())
-    at = _digest_at(content)
-    content[at : at + len(NO_DIGEST)] = _digest_without(content, at)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
+    # Patched in place: a table of a long run is large, and no copy of it is made.
+    with written.getbuffer() as content:
+        at = _digest_at(content)
+        content[at : at + len(NO_DIGEST)] = _digest_without(content, at)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
 
 
-def _digest_at(content: bytes | bytearray) -> int:
-    """Return where the digest of a table's file stands in it; raise ValueError where there is none."""
-    at = content.rindex(DIGEST_MARK) + len(DIGEST_MARK)
-    if len(content) < at + len(NO_DIGEST):
+def _digest_at(content: memoryview) -> int:
+    """Return where the digest of a table's file stands in it; raise ValueError where it stands nowhere."""
+    ends = [found.end() for found in re.finditer(DIGEST_MARK, content)]
+    if not ends or len(content) < ends[-1] + len(NO_DIGEST):
         raise ValueError("it is cut")
-    return at
+    return ends[-1]
 
 
-def _digest_without(content: bytes | bytearray, at: int) -> bytes:
+def _digest_without(content: memoryview, at: int) -> bytes:
     """Return the hexadecimal SHA-256 of a file's bytes, zeros being where it stands itself."""
     summed = hashlib.sha256(content[:at])
     summed.update(NO_DIGEST)
@@ -226,8 +228,9 @@ def _digest_without(content: bytes | bytearray, at: int) -> bytes:
 def _check_digest(content: bytes) -> None:
     """Raise ValueError where a file is not what was written; those of earlier versions have no digest."""
     if DIGEST_MARK in content:
-        at = _digest_at(content)
-        if content[at : at + len(NO_DIGEST)] != _digest_without(content, at):
+        view = memoryview(content)
+        at = _digest_at(view)
+        if view[at : at + len(NO_DIGEST)] != _digest_without(view, at):
             raise ValueError("its digest does not match: it is damaged or was changed")
 
 

@@ -120,12 +120,17 @@ def _stem_length(documents: Sequence[Sequence[OptionPath]], row_tokens: int) -> 
     paths = [path for document_paths in documents for path in document_paths]
     if len(documents) < 2:
         return 0
-    before_answers = min(len(path.tokens) - len(path.continuation) for path in paths)
-    stem = min(shared_length([path.tokens for path in paths]), before_answers)
+    stem = common_length(paths)
     if stem < SHORTEST_STEM_TOKENS:
         return 0
     grown = sum(_grown_tokens(document_paths, stem) for document_paths in documents)
     return stem if stem + grown > row_tokens else 0
+
+
+def common_length(paths: Sequence[OptionPath]) -> int:
+    """Return how many tokens all paths begin with, before any answer is read."""
+    before_answers = min(len(path.tokens) - len(path.continuation) for path in paths)
+    return min(shared_length([path.tokens for path in paths]), before_answers)
 
 
 def _grown_tokens(paths: Sequence[OptionPath], depth: int) -> int:

@@ -43,8 +43,7 @@ class RunTracking:
         self._began = time.monotonic()
         self._first_start = datetime.datetime.fromisoformat(opened.record["started"])
         self._tracked: MutableMapping[str, Any] = opened.record.setdefault("tracked", {})
-        earlier = {name: self._tracked.get(name, {}).get("id") for name in names}
-        self._is_new = {name: identity is None for name, identity in earlier.items()}
+        self._earlier = earlier = {name: self._tracked.get(name, {}).get("id") for name in names}
         for name in names:
             self._tracked[name] = {"id": earlier[name], "finished": False}
         self._workers = [
@@ -57,8 +56,7 @@ class RunTracking:
         """Tell the options, to trackers that do not know the run yet."""
         values = plain_options(options) | {"version": __version__}
         for worker in self._workers:
-            if self._is_new[worker.name]:
-                worker.ask(lambda known, tracker: tracker.store_init_configuration(values))
+            worker.ask(partial(_tell_options, worker, self._earlier[worker.name], values))
         deadline = time.monotonic() + SECONDS_TO_OPEN
         for worker in self._workers:
             worker.is_open.wait(max(0.0, deadline - time.monotonic()))
@@ -159,6 +157,14 @@ def plain_options(options: RunOptions) -> dict[str, bool | int | float | str]:
         name: ",".join(map(str, value)) if isinstance(value, list) else "" if value is None else value
         for name, value in options.model_dump(mode="json").items()
     }
+
+
+def _tell_options(
+    worker: TrackerWorker, earlier: str | None, values: dict[str, Any], known: KnownTracker, tracker: Any
+) -> None:
+    # Where an earlier run is gone the tracker has begun another.
+    if worker.identity != earlier:
+        tracker.store_init_configuration(values)
 
 
 def _tell_stage(

@@ -1,5 +1,6 @@
 """The calls of one tracker, in a thread of their own: a network that is slow or gone holds up no run."""
 
+import contextlib
 import logging
 import queue
 import threading
@@ -65,12 +66,15 @@ class TrackerWorker:
 
     def _follow(self) -> None:
         tracker, self.identity = self._opened()
-        self.where = self._known.where(tracker)
-        self.is_open.set()
-        while True:
-            call = self._calls.get()
-            if isinstance(call, str):
-                self._known.end(tracker, call)
-                self.has_ended = True
-                return
-            call(self._known, tracker)
+        try:
+            self.where = self._known.where(tracker)
+            self.is_open.set()
+            while not isinstance(call := self._calls.get(), str):
+                call(self._known, tracker)
+        except BaseException:
+            # Else the tracker would show a run that is at work for ever.
+            with contextlib.suppress(Exception):
+                self._known.end(tracker, "failed")
+            raise
+        self._known.end(tracker, call)
+        self.has_ended = True

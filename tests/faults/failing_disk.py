@@ -1,7 +1,8 @@
 """A disk that fails, fills up, or on which the process dies, at the n-th thing that is asked of it.
 
 Counted are, below one folder: opening for writing, making folders, writing, syncing, renaming and deleting,
-by Python's own files; and what `shutil` copies past them.
+by Python's own files; and what `shutil` copies past them. Or, where reading is to fail: opening for reading
+and reading.
 """
 
 import builtins
@@ -10,13 +11,16 @@ import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 HALF = 2
+READING = ("unreadable", "short")
 NO_PROCESS = 2**30
 
 
@@ -24,11 +28,16 @@ class Killed(BaseException):
     """The process ended here, as by kill -9: nothing after it happens, no cleaning up either."""
 
 
+class Short(BaseException):
+    """Half of what is read next is to come."""
+
+
 class FailingDisk:
     """The things asked of it so far, by name, and which of them fails.
 
     fails_at: its number, from 0; how: "full" (that and every later one that takes room), "broken" (that one,
-    once) or "killed" (that and everything later).
+    once) or "killed" (that and everything later); "unreadable" (that reading, once) or "short" (that reading
+    gives half of what was asked for).
     """
 
     def __init__(self, root: Path, fails_at: int | None = None, how: str = "full") -> None:
@@ -39,9 +48,13 @@ class FailingDisk:
     def has_failed(self) -> bool:
         return self.fails_at is not None and len(self.asked) > self.fails_at
 
+    @property
+    def of_reading(self) -> bool:
+        return self.how in READING
+
     def ask(self, what: str, path: object, *, takes_room: bool = True) -> None:
         """Count a thing, and raise what it fails with."""
-        if not self.concerns(path):
+        if not self.concerns(path) or self.of_reading != (what in ("read", "open to read")):
             return
         number = len(self.asked)
         if self.how != "killed" and not takes_room:
@@ -53,6 +66,8 @@ class FailingDisk:
             raise Killed(self.asked[-1])
         if self.how == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if number == self.fails_at and self.how == "short":
+            raise Short
         if number == self.fails_at:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -77,6 +92,20 @@ class _RawFile(io.FileIO):
             raise
         return super().write(content)
 
+    def readinto(self, buffer: Any) -> int:
+        try:
+            self._disk.ask("read", self._path)
+        except Short:
+            whole = memoryview(buffer).cast("B")
+            return super().readinto(whole[: max(1, len(whole) // HALF)])
+        return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        # Which asks again until all is there.
+        with suppress(Short):
+            self._disk.ask("read", self._path)
+        return super().readall()
+
 
 def _open(disk: FailingDisk, real: Callable[..., Any]) -> Callable[..., Any]:
     def opened(
@@ -87,13 +116,15 @@ def _open(disk: FailingDisk, real: Callable[..., Any]) -> Callable[..., Any]:
         opener: Any = None,
         **named_texts: Any,
     ) -> Any:
-        if not disk.concerns(file) or not set(mode) & set("wxa+"):
+        if not disk.concerns(file) or disk.of_reading == bool(set(mode) & set("wxa+")):
             return real(file, mode, buffering, *texts, opener=opener, **named_texts)
-        disk.ask("open", file)
+        with suppress(Short):
+            disk.ask("open to read" if disk.of_reading else "open", file)
         raw = _RawFile(disk, file, mode.replace("b", "").replace("t", ""), opener)
         if buffering == 0:
             return raw
-        buffered = (io.BufferedRandom if "+" in mode else io.BufferedWriter)(raw)
+        kind = io.BufferedReader if disk.of_reading else io.BufferedWriter
+        buffered = (io.BufferedRandom if "+" in mode else kind)(raw)
         return buffered if "b" in mode else io.TextIOWrapper(buffered, *texts, **named_texts)
 
     return opened
@@ -117,8 +148,19 @@ def failing(disk: FailingDisk) -> Iterator[FailingDisk]:
 
         return call
 
+    real_preadv = os.preadv
+
+    def read_at(descriptor: int, buffers: list[Any], *others: Any) -> int:
+        try:
+            disk.ask("read", named(descriptor))
+        except Short:
+            whole = memoryview(buffers[0]).cast("B")
+            return real_preadv(descriptor, [whole[: max(1, len(whole) // HALF)]], *others)
+        return real_preadv(descriptor, buffers, *others)
+
     with pytest.MonkeyPatch.context() as patch:
         real_open = io.open
+        patch.setattr(os, "preadv", read_at)
         for module in (builtins, io):
             patch.setattr(module, "open", _open(disk, real_open))
         patch.setattr(os, "fsync", asking("fsync", os.fsync))
@@ -129,6 +171,7 @@ def failing(disk: FailingDisk) -> Iterator[FailingDisk]:
         for name in ("unlink", "remove", "rmdir"):
             patch.setattr(os, name, asking("unlink", getattr(os, name), takes_room=False))
         if disk.how == "killed":
+            patch.setattr(psutil, "Process", partial(psutil.Process, os.getpid()))
             patch.setattr(os, "getpid", lambda: NO_PROCESS)
         # Of what is never named there is nothing that could be left.
         patch.setattr(tempfile, "_O_TMPFILE_WORKS", False)

@@ -1,16 +1,22 @@
 """Bits flipped in every file of a store: each is refused and named, none gives other results in silence."""
 
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.resources import files
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 from commands import invoke
+from safetensors.torch import load_file, save_file
 
 from lowmem_icl.errors import InputError
+from lowmem_icl.model.nf4 import part_forms
+from lowmem_icl.model.reading import read_header
 from lowmem_icl.model.store import (
     NON_LAYER,
     Store,
@@ -21,6 +27,7 @@ from lowmem_icl.model.store import (
     write_manifest,
 )
 from lowmem_icl.model.streamed import StreamedModel
+from lowmem_icl.model.writing import save_tensors, source_digests
 from lowmem_icl.system.files import sha256_of_file
 
 TOKENS = torch.arange(5, 25)
@@ -183,25 +190,99 @@ HEADERS = {
         json.loads(text) | {"extra": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
     ).encode(),
     "renamed": lambda text: text.replace(b"fc1.bias", b"fc9.bias"),
-    "another type": lambda text: text.replace(b'"I8"', b'"U8"'),
+    "another type": lambda text: text.replace(b'"I8"', b'"U8"').replace(b'"U8"', b'"I8"'),
 }
+STORES = {"int8": "int8_store", "nf4": "nf4_store"}
+
+
+def change_file(store: Store, folder: Path, name: str, change: Callable[[Path], object]) -> None:
+    """Copy a store, a file of it changed, and a manifest that agrees."""
+    shutil.copytree(store.folder, folder)
+    change(folder / name)
+    stored = StoredFile(size_bytes=(folder / name).stat().st_size, sha256=sha256_of_file(folder / name))
+    listed = store.manifest.files | {name: stored}
+    write_manifest(folder, store.manifest.model_copy(update={"files": listed}))
 
 
 @pytest.mark.parametrize("kind", HEADERS)
 @pytest.mark.parametrize("name", [NON_LAYER, layer_file(1)])
+@pytest.mark.parametrize("weights", STORES)
 def test_a_header_is_refused_even_where_the_manifest_agrees(
-    kind: str, name: str, tmp_path: Path, int8_store: Store
+    weights: str, kind: str, name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if name == NON_LAYER and kind in ("renamed", "another type"):
         pytest.skip("there is no such tensor")
-    folder = tmp_path / "store"
-    shutil.copytree(int8_store.folder, folder)
-    with_header(folder / name, HEADERS[kind])
-    stored = StoredFile(size_bytes=(folder / name).stat().st_size, sha256=sha256_of_file(folder / name))
-    files = int8_store.manifest.files | {name: stored}
-    write_manifest(folder, int8_store.manifest.model_copy(update={"files": files}))
+    store = request.getfixturevalue(STORES[weights])
+    change_file(store, tmp_path / "store", name, lambda path: with_header(path, HEADERS[kind]))
     with pytest.raises(InputError, match=f"{Path(name).name}: .*convert"):
-        scores(folder)
+        scores(tmp_path / "store")
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "missing": lambda entry: {},
+    "empty": lambda entry: entry | {"shape": [0], "data_offsets": entry["data_offsets"][:1] * 2},
+    "deeper": lambda entry: entry | {"shape": [*entry["shape"], 1]},
+    "another type": lambda entry: (
+        entry
+        | {"dtype": "I8" if entry["dtype"] == "U8" else "U8"}
+        | {"shape": [*entry["shape"][:-1], entry["data_offsets"][1] - entry["data_offsets"][0]]}
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("weights", "part"),
+    [
+        *(("int8", part) for part in ("weight", "SCB", "weight_format", "outlier_columns")),
+        *(("nf4", part) for part in ("weight", *(f"weight.{part}" for part in part_forms((64, 32))))),
+        ("float32", "weight"),
+        ("float32", "bias"),
+    ],
+)
+def test_every_part_of_a_weight_has_its_shape_and_type(
+    weights: str, part: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    store = request.getfixturevalue({"float32": "float_store", **STORES}[weights])
+    locations, _ = read_header(store.folder / layer_file(1))
+    any_length = part in ("outlier_columns", "weight.quant_state.bitsandbytes__nf4")
+    for kind, change in CHANGES.items():
+        if (kind == "empty" and any_length) or (kind == "another type" and part == "bias"):
+            continue
+
+        def changed(text: bytes, change: Callable[[dict[str, Any]], dict[str, Any]] = change) -> bytes:
+            header = json.loads(text)
+            header[f"fc1.{part}"] = change(header[f"fc1.{part}"])
+            text = json.dumps({name: entry for name, entry in header.items() if entry}).encode()
+            return text + b" " * (-len(text) % 8)
+
+        folder = tmp_path / kind
+        change_file(store, folder, layer_file(1), lambda path, changed=changed: with_header(path, changed))  # type: ignore[misc]
+        with pytest.raises(InputError, match=rf"001\.safetensors: .*'fc1\.{part}'.*convert --repair"):
+            scores(folder)
+    assert f"fc1.{part}" in locations
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "message"),
+    [
+        ("fc1", [32], "expected columns below 32 in ascending order, found \\[32\\]"),
+        ("fc1", [-1], "expected columns below 32"),
+        ("fc1", [2**40], "expected columns below 32"),
+        ("fc1", [3, 3], "in ascending order"),
+        ("fc2", [64], "expected columns below 64"),
+        ("self_attn.v_proj", [0], "those of the other linears that share its input"),
+    ],
+)
+def test_outlier_columns_that_do_not_fit_are_refused(
+    name: str, columns: list[int], message: str, tmp_path: Path, int8_store: Store
+) -> None:
+    def change(path: Path) -> None:
+        tensors = load_file(path) | {f"{name}.outlier_columns": torch.tensor(columns)}
+        save_tensors(path, tensors, source_digests(path))
+
+    change_file(int8_store, tmp_path / "store", layer_file(1), change)
+    with pytest.raises(InputError, match=rf"001\.safetensors: '{name}\.outlier_columns': .*{message}"):
+        scores(tmp_path / "store")
 
 
 def test_repair_makes_what_is_bad_again_and_leaves_the_rest(tmp_path: Path, demo: Path) -> None:
@@ -223,6 +304,50 @@ def test_repair_makes_what_is_bad_again_and_leaves_the_rest(tmp_path: Path, demo
     assert (folder / layer_file(0)).stat() == untouched
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == good
     assert "nothing to mend" in invoke("convert", "--repair", folder).stdout
+
+
+@pytest.mark.parametrize("name", [NON_LAYER, layer_file(1), "tokenizer/tokenizer.json"])
+def test_repair_from_another_source_replaces_nothing(name: str, tmp_path: Path, demo: Path) -> None:
+    folder, source = tmp_path / "store", tmp_path / "source"
+    shutil.copytree(demo, folder)
+    shutil.copytree(Path(str(files("lowmem_icl").joinpath("demo"))), source)
+    weights = load_file(source / "model.safetensors")
+    for tensor in weights.values():
+        tensor.mul_(2)
+    save_file(weights, source / "model.safetensors")
+    (source / "tokenizer.json").write_text((source / "tokenizer.json").read_text() + " ")
+    content = bytearray((folder / name).read_bytes())
+    content[-5] ^= 2
+    (folder / name).write_bytes(content)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    done = invoke("convert", source, folder, "--repair")
+    assert done.exit_code == 2, done.output
+    assert f"{folder / name}: made again from the source, it is not what it was" in done.stderr.replace(
+        "\n", " "
+    )
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert invoke("convert", "demo", folder, "--repair").exit_code == 0
+
+
+@pytest.mark.parametrize("name", [layer_file(1), "tokenizer/tokenizer.json"])
+def test_repair_on_a_failing_disk_says_so(
+    name: str, tmp_path: Path, demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, replace = tmp_path / "store", os.replace
+    shutil.copytree(demo, folder)
+
+    def spoils(temporary: Path, path: Path) -> None:
+        replace(temporary, path)
+        if Path(path) == folder / name:
+            path.write_bytes(path.read_bytes()[:-1] + b"\x07")
+
+    (folder / name).unlink()
+    monkeypatch.setattr(os, "replace", spoils)
+    done = invoke("convert", "--repair", folder)
+    assert done.exit_code == 2
+    assert f"{folder / name} does not hold what was written" in " ".join(done.stderr.split())
+    monkeypatch.undo()
+    assert f"{folder / name}: made again" in invoke("convert", "--repair", folder).stdout
 
 
 def test_a_run_over_a_bad_layer_ends_with_one_line(tmp_path: Path, demo: Path) -> None:

@@ -101,16 +101,16 @@ def run(work: Work, importance: ImportanceResult | None) -> Iterator[StageResult
 
 
 @dataclass(frozen=True, eq=False)
-class _Removed:
+class DropsOfUnits:
     """What the units of one task that were removed cost, of the documents that are scored so far."""
 
     own: claims.ExactDrops
     drops: measure.UnitDrops
 
 
-def _removed(
+def removed_units(
     prepared: Prepared, each: Pass, done: Sequence[Sequence[Scores]]
-) -> Iterator[tuple[TaskRows, Selection, _Removed | None]]:
+) -> Iterator[tuple[TaskRows, Selection, DropsOfUnits | None]]:
     """Yield every task of a pass and what its units cost; None before its first document is scored."""
     for task, swept, selection, chunks in zip(each.tasks, each.swept, each.selected, done, strict=True):
         if not chunks:
@@ -119,7 +119,7 @@ def _removed(
         scored, scores = scored_so_far(task, swept, chunks)
         drops = measure.unit_drops(prepared.pack(scored), scores.logprobs, scores.greedy)
         own = claims.ExactDrops.of_units(scored, selection.exact, drops)
-        yield task, selection, _Removed(own, drops)
+        yield task, selection, DropsOfUnits(own, drops)
 
 
 def _result(
@@ -131,7 +131,7 @@ def _result(
     effects: list[blocks.Block] = []
     exact_drops: list[claims.ExactDrops] = []
     rankings = Rankings()
-    for task, selection, removed in _removed(prepared, every[0], done[0]):
+    for task, selection, removed in removed_units(prepared, every[0], done[0]):
         estimated = np.arange(len(units))
         if removed is not None:
             own, exact = removed.own, [units[index] for index in selection.exact]
@@ -151,7 +151,7 @@ def _result(
     in_context = _in_context(exact_drops)
     found += in_context_blocks(units, in_context)
     if len(every) > 1:
-        controls = [removed.own for _, _, removed in _removed(prepared, every[1], done[1]) if removed]
+        controls = [removed.own for _, _, removed in removed_units(prepared, every[1], done[1]) if removed]
         found += label_blocks(units, _about_labels(exact_drops, controls))
     results = blocks.frame("results", found, stamp(prepared, "ablate"))
     return StageResult(
