@@ -1,11 +1,12 @@
 """The model in lm-evaluation-harness beside the harness's own `hf`.
 
-python scripts/bench_lm_eval.py --json FILE. Both get the same requests, made by the harness from ARC-Easy's
-and COPA's rows: without demonstrations, with five that are drawn per document (its default), and with the
-same five for all documents (its `first_n`). Each side is a process of its own with as many threads; `hf` has
-float32 weights and the batch size at which it is fastest on a quarter of the documents. Prints seconds,
-ratios and the largest difference in nats; stops where float32 differs by more than a thousandth, or in what
-would be written greedily.
+    python scripts/bench_lm_eval.py [--docs docs/lm-eval.md] [--documents 32,8] [--threads 1] [--json FILE]
+
+Both get the same requests, made by the harness from ARC-Easy's and COPA's rows: without demonstrations, with
+five that are drawn per document (its default), and with the same five for all documents (its `first_n`). Each
+side is a process of its own with as many threads; `hf` has float32 weights and the batch size at which it is
+fastest on a quarter of the documents. Prints seconds, ratios and the largest difference in nats; stops where
+float32 differs by more than a thousandth, or in what would be written greedily.
 """
 
 import json
@@ -24,6 +25,7 @@ import torch
 import typer
 from bench_common import SHARED, Side
 from bench_real import hugging_face
+from doc_tables import put_table
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
@@ -38,7 +40,12 @@ BATCH_SIZES = (1, 4, 8, 16, 32)
 TUNING_SHARE = 4
 LARGEST_DIFFERENCE = 1e-3
 FORMS = ("float32", "int8")
-SETTINGS = (("0 shots", 0, "default"), ("5, drawn", 5, "default"), ("5, the same", 5, "first_n"))
+SETTINGS = (
+    ("0 shots", 0, "default"),
+    ("5 shots, drawn per document", 5, "default"),
+    ("5 shots, the same for all", 5, "first_n"),
+)
+NAMES = {"arc_easy": "ARC-Easy", "copa": "COPA"}
 TABLE_WIDTH = 110
 DEFINITIONS: dict[str, dict[str, Any]] = {
     "arc_easy": {
@@ -110,8 +117,9 @@ def float_store(model: str, stores: Path) -> Path:
     return ours(model, "float32", stores).open.store.folder
 
 
-def threads() -> int:
-    """Return how many threads torch takes here."""
+def set_threads(count: int) -> int:
+    """Let torch take so many threads here; return how many it takes."""
+    torch.set_num_threads(count)
     return torch.get_num_threads()
 
 
@@ -139,14 +147,16 @@ def best_batch_size(store: Path, asked: Asked) -> int:
     return min(BATCH_SIZES, key=lambda size: their_answers(store, few, size)[0])
 
 
-def compared(model: str, stores: Path, every: Sequence[tuple[str, Asked]]) -> list[dict[str, Any]]:
+def compared(
+    model: str, stores: Path, every: Sequence[tuple[str, Asked]], threads: int
+) -> list[dict[str, Any]]:
     """Return a row per task, setting and form of our weights."""
     rows = []
     with Side() as us, Side() as them:
+        counts = us.call(set_threads, threads), them.call(set_threads, threads)
+        if set(counts) != {threads}:
+            raise RuntimeError(f"expected {threads} threads on both sides, got {counts}")
         store = us.call(float_store, model, stores)
-        counts = us.call(threads), them.call(threads)
-        if len(set(counts)) > 1:
-            raise RuntimeError(f"expected as many threads on both sides, got {counts}")
         for setting, asked in every:
             size = them.call(best_batch_size, store, asked)
             before, expected = them.call(their_answers, store, asked, size)
@@ -159,7 +169,7 @@ def compared(model: str, stores: Path, every: Sequence[tuple[str, Asked]]) -> li
                         "task": asked.task, "setting": setting, "weights": form, "documents": asked.documents,
                         "requests": len(answers), "ours_seconds": seconds,
                         "peer_seconds": (before + after) / 2, "ratio": (before + after) / 2 / seconds,
-                        "batch_size": size, "threads": counts[0], "model": model,
+                        "batch_size": size, "threads": threads, "model": model,
                         **differences(answers, expected),
                     }
                 )  # fmt: skip
@@ -214,29 +224,54 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Return how many times faster ours is as the table of the docs: a line per task and setting."""
+    lines = [f"| | {' | '.join(FORMS)} |", f"|---|{'--:|' * len(FORMS)}"]
+    ratios = {(row["task"], row["setting"], row["weights"]): row["ratio"] for row in rows}
+    for task, setting in dict.fromkeys((row["task"], row["setting"]) for row in rows):
+        cells = [f"{ratios[task, setting, form]:.1f}" for form in FORMS]
+        lines.append(f"| {NAMES[task]}, {setting} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def document_counts(text: str) -> tuple[int, int]:
+    """Read how many documents there are without demonstrations and with them."""
+    counts = text.split(",")
+    if len(counts) not in (1, 2) or not all(count.isdigit() and int(count) >= 4 for count in counts):
+        raise typer.BadParameter(f"--documents: expected one number from 4, or two as 32,8, got '{text}'")
+    return int(counts[0]), int(counts[-1])
+
+
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    docs: Annotated[Path | None, typer.Option(help="Put the table between this file's marks.")] = None,
     folder: Annotated[
         Path | None, typer.Option(help="Where stores are kept; else a temporary folder.")
     ] = None,
     data_dir: Annotated[Path, typer.Option(help="Rows of the tasks.")] = SHARED / "data",
     model: Annotated[str, typer.Option(help="A model in a form that float32 can be made of.")] = "smollm2",
-    documents: Annotated[int, typer.Option(min=4, help="Documents per task.")] = 32,
+    documents: Annotated[
+        str, typer.Option(help="Documents per task, without demonstrations and with them.")
+    ] = "32,8",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each side.")] = 1,
 ) -> None:
     """Measure both on this machine."""
     if not data_dir.is_dir():
         raise typer.BadParameter(f"--data-dir: folder {data_dir} does not exist")
+    without, few_shot = document_counts(documents)
     every = [
-        (setting, Asked(data_dir, task, shots, sampler, documents))
+        (setting, Asked(data_dir, task, shots, sampler, few_shot if shots else without))
         for task in DEFINITIONS
         for setting, shots, sampler in SETTINGS
     ]
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
-        rows = compared(model, folder or Path(temporary), every)
+        rows = compared(model, folder or Path(temporary), every, threads)
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     # In a file there is no terminal whose width would cut the columns.
     Console(width=None if sys.stdout.isatty() else TABLE_WIDTH).print(table_of(rows))
+    if docs is not None:
+        put_table(docs, "speed", Path(__file__).name, markdown(rows))
 
 
 if __name__ == "__main__":

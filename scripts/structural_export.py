@@ -1,6 +1,6 @@
 """What `masks export --structural` lets go of a real model: sizes and speed, before and after.
 
-    python scripts/structural_export.py --model smollm2
+    python scripts/structural_export.py --model smollm2 [--docs docs/masks-elsewhere.md]
 
 Masks of half the heads and half the FFNs: taken out as whole layers, as an FFN and the attention after it, as
 groups of keys and values, and at random. Each is written with zeros and as a smaller model; both are loaded
@@ -132,7 +132,7 @@ def main(
     model: Annotated[str, typer.Option(help="A checkpoint folder, a .gguf file, a hub id, `smollm2` …")],
     tokens: Annotated[int, typer.Option(help="Length of the row that is timed.")] = 256,
     rounds: Annotated[int, typer.Option(help="Timed passes of each.")] = 9,
-    write: Annotated[Path | None, typer.Option(help="Markdown file that gets the table.")] = None,
+    docs: Annotated[Path | None, typer.Option(help="Put the table between this file's marks.")] = None,
 ) -> None:
     """Print the table."""
     # Threads that wait for each other would count twice.
@@ -151,8 +151,8 @@ def main(
         mask_file = MaskFile("made", mask, facts, {"method": "by hand"})
         lines.append(measured((name, mask_file), source, shape, drawn, rounds))
         typer.echo(lines[-1])
-    if write is not None:
-        put_table(write, "structural", "structural_export.py", "\n".join(lines))
+    if docs is not None:
+        put_table(docs, "structural", Path(__file__).name, "\n".join(lines))
 
 
 if __name__ == "__main__":

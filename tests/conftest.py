@@ -1,12 +1,13 @@
 """Models, checkpoints and rows that several tests share; all small, all made here."""
 
 import atexit
+import fcntl
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,24 +173,48 @@ def demo_scores(stores: Path) -> DemoScores:
     return DemoScores(stores)
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return a new folder with what `make` writes there: one for all of pytest's workers, by the first."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = factory.mktemp(name)
+        make(folder)
+        return folder
+    folder = factory.getbasetemp().parent / name
+    finished = folder.with_suffix(".made")
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not finished.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            finished.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
     """Folder of a finished run of every experiment, as `run_small` starts it; copied, never written to,
     by tests.
     """
-    out = tmp_path_factory.mktemp("runs") / "demo"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "_write_page", WRITE_PAGE)
-        result = run_small(out, stores, "--masks-dir", out.parent / "masks")
-    assert result.exit_code == 0, result.output
-    assert "accuracy by demonstrations" in result.stdout
-    return out
+
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner, "_write_page", WRITE_PAGE)
+            result = run_small(folder / "demo", stores, "--masks-dir", folder / "masks")
+        assert result.exit_code == 0, result.output
+        assert "accuracy by demonstrations" in result.stdout
+
+    return made_once(tmp_path_factory, "runs", make) / "demo"
 
 
 @pytest.fixture(scope="session")
 def given_run(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
     """Folder of a finished run that patches prompts given in files, without any task; read by tests."""
-    folder = tmp_path_factory.mktemp("given")
+    return made_once(tmp_path_factory, "given", lambda folder: patch_given(folder, stores)) / "out"
+
+
+def patch_given(folder: Path, stores: Path) -> None:
+    """Patch prompts that are given in files."""
     clean, corrupted = "Q: lusa\nA: tiro\n\nQ: lusa\nA:", "Q: lusa\nA: mepi\n\nQ: lusa\nA:"
     pair = {"context": clean, "corrupted": corrupted, "options": [" mepi", " tiro"], "gold": 1}
     files: dict[str, list[dict[str, Any]]] = {
@@ -204,13 +229,16 @@ def given_run(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
         flags += [f"--{name}", path]
     run = invoke("run", "--experiments", "patch", "--store-dir", stores, "--out", folder / "out", *flags)
     assert run.exit_code == 0, run.output
-    return folder / "out"
 
 
 @pytest.fixture(scope="session")
 def opt66b_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a synthetic run of OPT-66B's size; read, never written to, by tests."""
-    return SyntheticRun().write(tmp_path_factory.mktemp("opt66b") / "run")
+    return made_once(tmp_path_factory, "opt66b", lambda folder: _write_large(folder / "run")) / "run"
+
+
+def _write_large(folder: Path) -> None:
+    SyntheticRun().write(folder)
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,8 @@ LLAMA = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# A number of heads of keys that the architecture does not have would be believed by other libraries.
+UNGROUPED = {name: value for name, value in LLAMA.items() if name != "num_key_value_heads"}
 WIDE_HEADS = {"head_dim": 12}
 ALTERNATING = {
     "sliding_window": 7,
@@ -99,12 +101,12 @@ CASES = {
     ),
     "gpt_neox": FamilyCase(
         "gpt_neox",
-        LLAMA | {"hidden_size": 48, "rotary_pct": 0.5},
+        UNGROUPED | {"hidden_size": 48, "rotary_pct": 0.5},
         layers="gpt_neox.layers", output="attention.dense", ffn="mlp.dense_4h_to_h",
     ),
     "gpt_neox serial": FamilyCase(
         "gpt_neox",
-        LLAMA | {"hidden_size": 48, "rotary_pct": 1.0, "use_parallel_residual": False},
+        UNGROUPED | {"hidden_size": 48, "rotary_pct": 1.0, "use_parallel_residual": False},
         layers="gpt_neox.layers", output="attention.dense", ffn="mlp.dense_4h_to_h",
     ),
     "gptj": FamilyCase(
@@ -183,19 +185,19 @@ CASES = {
     ),
     "falcon": FamilyCase(
         "falcon",
-        LLAMA | {
+        UNGROUPED | {
             "hidden_size": 48, "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True,
         },
         layers="transformer.h", output="self_attention.dense", ffn="mlp.dense_4h_to_h",
     ),
     "falcon 40b": FamilyCase(
         "falcon",
-        LLAMA | {"hidden_size": 48, "new_decoder_architecture": True, "num_kv_heads": 2},
+        UNGROUPED | {"hidden_size": 48, "new_decoder_architecture": True, "num_kv_heads": 2},
         layers="transformer.h", output="self_attention.dense", ffn="mlp.dense_4h_to_h",
     ),
     "falcon rw": FamilyCase(
         "falcon",
-        LLAMA | {
+        UNGROUPED | {
             "hidden_size": 48, "new_decoder_architecture": False, "multi_query": False,
             "parallel_attn": False, "alibi": True, "bias": True,
         },

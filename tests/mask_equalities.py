@@ -1,26 +1,35 @@
 """Masks outside the engine against the engine: every family, every way to apply one.
 
 `python tests/mask_equalities.py` prints the table of docs/masks-elsewhere.md: the largest differences of an
-option's summed log-probability, in nats.
+option's summed log-probability, in nats; where TransformerLens and nnsight are installed (the extra `bench`),
+of these too.
 """
 
+import importlib.util
+import sys
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from conftest import make_store
+from demo_scores import DEMO
 from family_models import CASES, HEADS, LAYERS, FamilyCase
 from numpy.typing import NDArray
 from test_engine import packed_task, swept
+from torch import Tensor
+from transformers import AutoTokenizer
 
 from lowmem_icl.conversion.checkpoint import open_checkpoint
 from lowmem_icl.engine.schedule import Job
 from lowmem_icl.errors import InputError
+from lowmem_icl.export import formats
 from lowmem_icl.export.applied import applied
 from lowmem_icl.export.folder import ExportedFolder, export_folder
 from lowmem_icl.masks.files import MaskFile, MaskModel, fill_of_table
@@ -44,6 +53,24 @@ MASKS = {
     "across": Mask(heads_of(l0=(0, 3), l1=tuple(ALL), l2=(0, 3)), frozenset({0})),
 }
 WAYS = ("applied", "hf", "structural", "applied, means", "hf, means")
+LIBRARIES = {"transformerlens": "transformer_lens", "nnsight": "nnsight"}
+"""Formats of `masks export` that are run in a library, and its module."""
+
+
+def ways_here() -> tuple[str, ...]:
+    """All ways that can be measured here, those of installed libraries last."""
+    there = [way for way, module in LIBRARIES.items() if importlib.util.find_spec(module) is not None]
+    return (*WAYS, *(f"{way}{means}" for way in there for means in ("", ", means")))
+
+
+def loaded(path: Path) -> ModuleType:
+    """Import a written file as a user would."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def plain_logprobs(model: Any, options: Sequence[Any]) -> NDArray[np.float64]:
@@ -119,6 +146,39 @@ class Comparison:
             self.made[folder] = export_folder(mask_file, source, folder, structural=structural)
         return self.made[folder]
 
+    @cached_property
+    def bridge(self) -> Any:
+        """The model in TransformerLens; raises whatever that says where it does not know the architecture."""
+        from transformer_lens.model_bridge import TransformerBridge
+
+        return TransformerBridge.boot_transformers(
+            str(self.checkpoint),
+            hf_model=self.case.reloaded(self.checkpoint),
+            tokenizer=AutoTokenizer.from_pretrained(DEMO),
+            device="cpu",
+            dtype=torch.float32,
+        )
+
+    def in_library(self, way: str, mask_file: MaskFile) -> Callable[[Tensor], Tensor]:
+        """From tokens [R, T] to logits [R, T, V] without a mask's units, in another library."""
+        path = self.folder / f"{way}_{mask_file.name}_{mask_file.mask.ablation}.py"
+        if way == "transformerlens":
+            formats.write_transformer_lens(mask_file, path)
+            hooks = loaded(path).fwd_hooks()
+            return lambda tokens: self.bridge.run_with_hooks(tokens, prepend_bos=False, fwd_hooks=hooks)
+        import nnsight
+
+        formats.write_nnsight(mask_file, path)
+        made, wrapped = loaded(path), nnsight.NNsight(self.model)
+
+        def traced(tokens: Tensor) -> Tensor:
+            with wrapped.trace(tokens):
+                made.remove(wrapped)
+                logits = wrapped.output.logits.save()
+            return logits
+
+        return traced
+
     def difference(self, way: str, name: str) -> float:
         """The largest difference from the engine; raises InputError where a way is refused."""
         way, _, means = way.partition(", ")
@@ -126,6 +186,9 @@ class Comparison:
         if way == "applied":
             with applied(mask_file.mask, self.model, mask_file.means, mask_file.model):
                 found = plain_logprobs(self.model, self.task.options)
+        elif way in LIBRARIES:
+            run = self.in_library(way, mask_file)
+            found = plain_logprobs(lambda tokens: SimpleNamespace(logits=run(tokens)), self.task.options)
         else:
             made = self.exported(name, structural=way == "structural", means=bool(means))
             found = plain_logprobs(self.case.reloaded(made.folder), self.task.options)
@@ -142,13 +205,35 @@ class Comparison:
         return max(found, default=None)
 
 
+def is_same_in(comparison: Comparison, way: str) -> bool:
+    """Whether a library gives a model's scores when nothing is removed; what it does else goes to stderr."""
+    if way.partition(",")[0] != "transformerlens":
+        return True
+    options, name = comparison.task.options, comparison.case.model_type
+    try:
+        found = plain_logprobs(
+            lambda tokens: SimpleNamespace(logits=comparison.bridge(tokens, prepend_bos=False)), options
+        )
+    except Exception as error:
+        # Whatever the library says of architectures that it does not know.
+        print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+        return False
+    different = float(np.abs(found - plain_logprobs(comparison.model, options)).max())
+    if different > 1e-4:
+        print(f"{name}: without a mask {different:.1e} from transformers", file=sys.stderr)
+    return different <= 1e-4
+
+
 def table() -> str:
     """The table as Markdown: a line per family."""
-    lines = [f"| model | {' | '.join(WAYS)} |", "|---" * (len(WAYS) + 1) + "|"]
+    ways = ways_here()
+    lines = [f"| model | {' | '.join(ways)} |", "|---" * (len(ways) + 1) + "|"]
     for name, case in CASES.items():
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             comparison = Comparison(case, Path(folder))
-            cells = [comparison.largest(way) for way in WAYS]
+            cells = [comparison.largest(way) if is_same_in(comparison, way) else None for way in ways]
+        print(name, cells, file=sys.stderr, flush=True)
         lines.append(f"| {name} | {' | '.join('—' if c is None else f'{c:.1e}' for c in cells)} |")
     return "\n".join(lines)
 

@@ -21,7 +21,8 @@ def option_logprob(
     """Log-probability of a continuation after `path` minus it,
     by one run of the whole model on this option alone.
     """
-    return float(_summed_logprob(model, path, continuation, mask).detach())
+    with torch.no_grad():
+        return float(_summed_logprob(model, path, continuation, mask))
 
 
 def _summed_logprob(model: OPTForCausalLM, path: list[int], continuation: list[int], mask: Mask) -> Tensor:
@@ -32,9 +33,8 @@ def _summed_logprob(model: OPTForCausalLM, path: list[int], continuation: list[i
         for handle in handles:
             handle.remove()
     # In float32 as the design has it, summed in float64.
-    logprobs = logits.float().log_softmax(-1).double()
-    first = len(path) - len(continuation)
-    return torch.stack([logprobs[first + index, token] for index, token in enumerate(continuation)]).sum()
+    logprobs = logits[len(path) - len(continuation) :].float().log_softmax(-1).double()
+    return torch.stack([logprobs[index, token] for index, token in enumerate(continuation)]).sum()
 
 
 def hook_mask(model: OPTForCausalLM, mask: Mask) -> list[torch.utils.hooks.RemovableHandle]:

@@ -2,12 +2,16 @@
 
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from typer.testing import CliRunner
 
 from lowmem_icl.cli.app import app
 from lowmem_icl.cli.parameters import GivenOptions
+from lowmem_icl.harness.registration import register
 from lowmem_icl.options import read_config
 
 LANGUAGES = {"console", "python", "text", "json", "toml", "yaml", "latex", "bibtex"}
@@ -33,7 +38,8 @@ NOT_RUN = {
     r"^mkdocs build": "a test of its own, in tests/test_site.py",
     r"scripts/try_wheel\.py": "a test of its own, in tests/test_packaging.py",
     r"scripts/\S+\.sh": "hours, and weights from the hub",
-    r"--track ": "trackers are extras, with tests of their own",
+    r"scripts/(plan|bench|weight|structural)_\w+\.py": "figures of the pages: minutes to an hour",
+    r"--track ": "trackers are extras, with tests of their own where they are installed",
     r"masks (push|pull)": "masks go to the hub and come from it",
     r"--install-completion": "writes to the reader's own shell",
 }
@@ -74,10 +80,8 @@ def checks_options_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def reader(tmp_path: Path, small_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which a reader has the project and a few runs."""
-    for name in RUNS:
-        shutil.copytree(small_run, tmp_path / "runs" / name)
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which a reader has the project."""
     shutil.copytree(ROOT / "masks", tmp_path / "masks")
     for name in ("scripts", "lowmem_icl"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -85,6 +89,14 @@ def reader(tmp_path: Path, small_run: Path, monkeypatch: pytest.MonkeyPatch) -> 
     # Python looks for modules where it is started.
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def reader_with_runs(reader: Path, small_run: Path) -> Path:
+    """The same, with a few runs."""
+    for name in RUNS:
+        shutil.copytree(small_run, reader / "runs" / name)
+    return reader
 
 
 def completed(text: str, folder: Path) -> str:
@@ -96,12 +108,47 @@ def completed(text: str, folder: Path) -> str:
     return str(found[0])
 
 
-def run_command(command: Command, folder: Path) -> None:
-    """Run a command of a page in this folder; one of ours in this process."""
+@contextmanager
+def called_as(words: Sequence[str]) -> Iterator[None]:
+    """Let this process be one that was started by these words; what libraries set in it goes afterwards."""
+    root, before = logging.getLogger(), os.environ.copy()
+    level, handlers = root.level, root.handlers[:]
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(sys, "argv", list(words))
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+            root.setLevel(level)
+            root.handlers[:] = handlers
+
+
+def run_lm_eval_here(words: Sequence[str]) -> None:
+    """Run lm-eval's command in this process, where its libraries are loaded already."""
+    (program,) = entry_points(group="console_scripts", name="lm-eval")
+    register()
+    with called_as(words):
+        try:
+            program.load()()
+        finally:
+            # By it our model knows whether the process is lm-eval's command.
+            sys.modules.pop("lm_eval.__main__", None)
+
+
+def run_command(command: Command, folder: Path, started: set[str]) -> str | None:
+    """Run a command of a page in this folder; return why it is left out.
+
+    Ours run in this process, others in one of their own, lm-eval only the first time.
+    """
     words = [completed(word, folder) for word in command.words]
     if words[0] == "lm-eval" and "lowmem-icl" not in entry_points(group="lm_eval.models").names:
-        # Known to the harness once this project is installed.
-        return
+        return f"{command.block}: lm-eval knows this project once it is installed"
+    if words[0] == "lm-eval" and words[0] in started:
+        run_lm_eval_here(words)
+        return None
+    started.add(words[0])
     if words[0] != "lowmem-icl":
         # What is installed beside this interpreter is what a reader calls.
         surroundings = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -109,18 +156,24 @@ def run_command(command: Command, folder: Path) -> None:
             ["bash", "-c", command.text], cwd=folder, env=surroundings, capture_output=True, text=True
         )
         assert done.returncode == 0, f"{command.block}: {command.text}\n{done.stderr}"
-        return
+        return None
     result = CliRunner().invoke(app, words[1:], env=SMALL)
     assert result.exit_code == 0, f"{command.block}: {command.text}\n{result.output}"
+    return None
 
 
-def run_python(block: Block, folder: Path, names: dict[str, Any]) -> None:
-    """Run a block of Python; it sees the names of those before it on its page."""
+def run_python(block: Block, folder: Path, names: dict[str, Any]) -> str | None:
+    """Run a block of Python, which sees the names of those before it on its page; return why it is left
+    out.
+    """
     text = re.sub(r'(?<=")[^"\n]*…[^"\n]*(?=")', lambda path: completed(path[0], folder), block.text)
     code = compile("\n" * block.line + text, block.page, "exec")
     imported = set(re.findall(r"^ *(?:from|import) (\w+)", text, re.MULTILINE)) & set(NOT_INSTALLED)
-    if all(importlib.util.find_spec(name) for name in imported):
-        exec(code, names)
+    missing = sorted(name for name in imported if importlib.util.find_spec(name) is None)
+    if missing:
+        return f"{block}: {', '.join(missing)} of the extra {NOT_INSTALLED[missing[0]]} is not installed"
+    exec(code, names)
+    return None
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -128,18 +181,25 @@ def test_what_a_page_shows_runs(page: Path, request: pytest.FixtureRequest) -> N
     shown = blocks(page)
     if not any(runs(block) for block in shown):
         return
-    folder: Path = request.getfixturevalue("reader")
+    speaks_of_runs = any("runs/" in block.text for block in shown)
+    folder: Path = request.getfixturevalue("reader_with_runs" if speaks_of_runs else "reader")
     for block in shown:
         if block.title:
             (folder / block.title).write_text(block.text, encoding="utf-8")
     names: dict[str, Any] = {}
+    left_out: list[str | None] = []
+    started: set[str] = set()
     for block in shown:
         if block.language == "python":
-            run_python(block, folder, names)
+            left_out.append(run_python(block, folder, names))
         elif block.language == "console":
-            for command in commands(block):
-                if why_not_run(command) is None:
-                    run_command(command, folder)
+            left_out += [
+                run_command(command, folder, started)
+                for command in commands(block)
+                if why_not_run(command) is None
+            ]
+    if reasons := list(filter(None, left_out)):
+        pytest.skip(f"all else of the page ran; left out: {'; '.join(reasons)}")
 
 
 def runs(block: Block) -> bool:
@@ -176,7 +236,9 @@ def test_what_is_not_run_here_would_be_understood(command: Command, monkeypatch:
         check_requirements(words[2:])
     else:
         for index, word in enumerate(words):
-            if word.endswith(".py"):
+            if word.startswith("tests/"):
+                assert (ROOT / word).is_file()
+            elif word.endswith(".py"):
                 typer.main.get_command(typed(word)).make_context(word, words[index + 1 :])
             elif word.startswith(("scripts/", ".ci/")):
                 check_script(ROOT / word)

@@ -11,7 +11,16 @@ import pytest
 import torch
 from conftest import make_checkpoint
 from family_models import CASES, HEADS, LAYERS, FamilyCase
-from mask_equalities import ALL, MASKS, WAYS, Comparison, heads_of, plain_logprobs
+from mask_equalities import (
+    ALL,
+    MASKS,
+    WAYS,
+    Comparison,
+    heads_of,
+    is_same_in,
+    plain_logprobs,
+    ways_here,
+)
 from safetensors import safe_open
 from test_store import as_pickle
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -58,7 +67,7 @@ def test_the_masks_matter(comparison: Comparison) -> None:
         assert np.abs(scores - clean).max() > 1e-2
 
 
-# All by all is the table that mask_equalities prints.
+# All by all is the table that mask_equalities prints, and the slow test below.
 COMPARED = {"hf": ("scattered",), "hf, means": ("layer",), "structural": ("layer", "across")}
 
 
@@ -72,6 +81,27 @@ def test_every_way_to_apply_a_mask_equals_the_engine(comparison: Comparison, way
     else:
         assert largest is not None
         assert largest < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", ways_here())
+def test_every_cell_of_the_table(comparison: Comparison, way: str) -> None:
+    name = name_of(comparison)
+    if not is_same_in(comparison, way):
+        assert name in ("falcon 40b", "falcon rw"), "what TransformerLens has otherwise"
+        return
+    for mask in MASKS:
+        refused = (
+            (way == "hf, means" and name not in MEANS_IN_BIASES)
+            or (way == "structural" and (mask == "scattered" or (mask == "across" and name in PARALLEL)))
+            or (way == "transformerlens, means" and name == "granite")
+        )
+        if refused:
+            with pytest.raises(InputError):
+                comparison.difference(way, mask)
+        else:
+            assert comparison.difference(way, mask) < 1e-4
 
 
 def test_a_mask_taken_off_leaves_the_model_as_it_was(one_of_each: Comparison) -> None:
@@ -127,6 +157,15 @@ def test_where_nothing_can_go_it_is_said_why(one_of_each: Comparison) -> None:
     if not FAMILIES[one_of_each.case.model_type].free_head_width:
         why = "ties the heads' width to their number"
     assert why in str(refused.value)
+
+
+def test_what_refuses_fewer_heads_is_said(tmp_path: Path) -> None:
+    """Phi-3 counts its long factors by the model's width over the number of heads, whatever their width."""
+    phi3 = Comparison(CASES["phi3 longrope"], tmp_path)
+    half = Mask(heads_of(l0=(3, 4, 5), l1=(3, 4, 5), l2=(3, 4, 5)))
+    mask_file = replace(phi3.mask_file("layer"), mask=half)
+    with pytest.raises(InputError, match=r"with fewer heads it would be no model .*short_factor"):
+        export_folder(mask_file, open_checkpoint(phi3.checkpoint), tmp_path / "small", structural=True)
 
 
 def test_families_say_where_layers_are(comparison: Comparison) -> None:
@@ -286,6 +325,16 @@ def test_pickles_and_older_names_are_read(structural: bool, tmp_path: Path) -> N
     assert not (source / "model.safetensors").exists()
     made = export_folder(mask_file, open_checkpoint(source), tmp_path / "out", structural=structural)
     np.testing.assert_array_equal(logits(made.folder), logits(expected))
+
+
+def test_other_weights_of_the_same_shape_are_said(comparison: Comparison, tmp_path: Path) -> None:
+    """The digest is that of a store of the same source, whatever was read of it for the new model."""
+    own = comparison.mask_file("layer")
+    own = replace(own, model=own.model.model_copy(update={"digest": comparison.store.manifest.source.digest}))
+    made = export_folder(own, open_checkpoint(comparison.checkpoint), tmp_path / "own", structural=True)
+    assert made.notes == ()
+    (said,) = comparison.exported("layer", structural=True).notes
+    assert said == "mask layer was made on other weights (small) of the same shape"
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(

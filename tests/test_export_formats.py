@@ -1,11 +1,9 @@
 """Masks in the forms of other libraries, run in these; and `masks export` as a command."""
 
 import ast
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,7 +11,7 @@ import torch
 from commands import invoke_wide as invoke
 from demo_scores import DEMO
 from family_models import CASES, HEADS, LAYERS
-from mask_equalities import Comparison
+from mask_equalities import Comparison, loaded
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,16 +25,6 @@ from lowmem_icl.masks.mask import resampling
 TOKENS = torch.randint(4, 300, (2, 20), generator=torch.Generator().manual_seed(0))
 MASKS = Path(__file__).parents[1] / "masks" / "demo"
 DEMO_MASK = MASKS / "greedy-recall-16shot.json"
-
-
-def loaded(path: Path) -> ModuleType:
-    """Import a written file as a user would."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def expected(comparison: Comparison, mask_file: MaskFile) -> Tensor:
@@ -182,6 +170,7 @@ def test_a_demo_mask_becomes_checkpoints_that_plain_transformers_loads(tmp_path:
             *flags,
         )
         assert told.exit_code == 0, told.output
+        assert "other weights" not in told.stderr
         assert told.stdout.startswith(f"{tmp_path / name}\nbefore: 1,979,904 parameters, 3.96 MB, 4 layers")
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
         tokens = AutoTokenizer.from_pretrained(tmp_path / name)("cat dog", return_tensors="pt").input_ids
@@ -205,10 +194,16 @@ def test_the_command_writes_every_form(tmp_path: Path) -> None:
         assert told.stdout == f"{tmp_path / name}\n"
         assert (tmp_path / name).stat().st_size > 0
         assert "exists; choose another file" in invoke(*arguments).stderr
+    mask_file = read_mask(DEMO_MASK)
+    other = tmp_path / "other.json"
+    write_mask(other, replace(mask_file, model=mask_file.model.model_copy(update={"digest": "0" * 64})))
     as_json = invoke(
-        "masks", "export", DEMO_MASK, "--format", "hf", "--model", "demo", "--out", tmp_path / "f", "--json"
+        "masks", "export", other, "--format", "hf", "--model", "demo", "--out", tmp_path / "f", "--json"
     )
     assert json.loads(as_json.stdout)["zeroed_ffns"] == 3
+    warning = f"mask {mask_file.name} was made on other weights ({mask_file.model.id}) of the same shape"
+    assert warning in json.loads(as_json.stdout)["notes"]
+    assert warning in as_json.stderr
 
 
 def test_flags_that_do_not_belong_together_are_named(tmp_path: Path) -> None:

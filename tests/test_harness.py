@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,14 @@ from lm_eval.tasks import TaskManager
 
 from lowmem_icl.api.mask import Mask
 from lowmem_icl.errors import InputError
+from lowmem_icl.export.applied import applied
 from lowmem_icl.harness import requests as packing
 from lowmem_icl.harness.model import StreamedLM
 from lowmem_icl.harness.registration import MODEL_NAME, register_beside_torch
 from lowmem_icl.harness.requests import TokenRequest, groups_by_prefix, pack_requests
+from lowmem_icl.masks.files import fill_of_table, read_mask, write_mask
+from lowmem_icl.masks.mask import Mask as MaskUnits
+from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.tasks.loading import open_task
 from lowmem_icl.tasks.row_layout import OptionPath, shared_length
 
@@ -196,6 +201,23 @@ def test_a_mask_removes_what_evaluate_removes(stores: Path, lm: StreamedLM) -> N
     assert np.abs(scores.logprobs[0] - scores.logprobs[1]).max() > 0.1
     info = masked.get_model_info()
     assert (info["mask"], info["heads_removed"]) == (mask.name, len(mask.heads))
+
+
+def test_a_mask_of_means_is_hfs_model_with_the_mask_applied(stores: Path, tmp_path: Path) -> None:
+    source, rng = read_mask(MASK), np.random.default_rng(3)
+    heads, ffns = (rng.normal(0, 0.3, (4, 192)).astype(np.float32) for _ in range(2))
+    means = UnitMeans(heads, ffns)
+    mask = MaskUnits(frozenset({(0, 1), (2, 3), (3, 0)}), frozenset({1}), fill_of_table(means))
+    write_mask(tmp_path / "means.json", replace(source, name="means", mask=mask, means=means))
+    ours = StreamedLM(
+        model="demo", weights="float32", store_dir=str(stores), mask=str(tmp_path / "means.json")
+    )
+    theirs, requests = hf(DEMO), asked("loglikelihood", PAIRS)
+    clean = theirs.loglikelihood(requests, disable_tqdm=True)
+    with applied(mask, theirs.model, means):
+        expected = theirs.loglikelihood(requests, disable_tqdm=True)
+    assert_equal(ours.loglikelihood(requests), expected)
+    assert max(abs(one - other) for (one, _), (other, _) in zip(clean, expected, strict=True)) > 0.1
 
 
 def test_a_continuation_must_fit_and_have_tokens_of_its_own(opt_checkpoint: Path, stores: Path) -> None:

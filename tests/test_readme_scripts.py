@@ -1,7 +1,9 @@
 """The scripts behind the README: the figure from a run's tables, sizes from checkpoints without weights."""
 
 import importlib.util
+import itertools
 import math
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -118,22 +120,54 @@ def test_a_table_goes_between_its_marks_or_nowhere(tmp_path: Path) -> None:
     assert page.read_text(encoding="utf-8") == told
 
 
-@pytest.mark.parametrize(
-    ("page", "name", "made_by"),
-    [
-        ("README.md", "sizes", "plan_sizes.py"),
-        ("docs/overnight.md", "night", "plan_night.py"),
-        ("docs/pruning.md", "searches", "compare_searches.py"),
-        ("docs/experiments.md", "ablations", "compare_ablations.py"),
-        ("docs/benchmarks.md", "memory", "bench_memory.py"),
-        ("docs/real-models.md", "tables", "real_models_tables.py"),
-        ("docs/real-models.md", "icl-heads", "icl_heads_tables.py"),
-    ],
+TABLES = (
+    ("README.md", "sizes", "plan_sizes.py"),
+    ("README.md", "weights", "weight_forms.py"),
+    ("docs/stores.md", "weights", "weight_forms.py"),
+    ("docs/masks-elsewhere.md", "structural", "structural_export.py"),
+    ("docs/lm-eval.md", "speed", "bench_lm_eval.py"),
+    ("docs/experiments.md", "heads", "plan_heads.py"),
+    ("docs/overnight.md", "night", "plan_night.py"),
+    ("docs/pruning.md", "searches", "compare_searches.py"),
+    ("docs/experiments.md", "ablations", "compare_ablations.py"),
+    ("docs/benchmarks.md", "memory", "bench_memory.py"),
+    ("docs/real-models.md", "tables", "real_models_tables.py"),
+    ("docs/real-models.md", "icl-heads", "icl_heads_tables.py"),
 )
+
+
+@pytest.mark.parametrize(("page", "name", "made_by"), TABLES)
 def test_every_table_has_its_place(page: str, name: str, made_by: str) -> None:
     told = (SCRIPTS.parent / page).read_text(encoding="utf-8")
     assert told.count(f"<!-- {name}: scripts/{made_by} -->") == told.count(f"<!-- /{name} -->") == 1
     assert f'"{name}", Path(__file__).name' in (SCRIPTS / made_by).read_text(encoding="utf-8")
+
+
+def test_every_script_that_makes_figures_is_named_and_places_are_known() -> None:
+    releasing = (SCRIPTS.parent / "docs" / "releasing.md").read_text(encoding="utf-8")
+    for made_by in {*(made_by for _, _, made_by in TABLES), "bench_digests.py", "make_notebooks.py"}:
+        assert made_by in releasing
+    pages = [SCRIPTS.parent / "README.md", *(SCRIPTS.parent / "docs").glob("*.md")]
+    marks = [re.findall(r"<!-- ([\w-]+): scripts/(\S+) -->", page.read_text("utf-8")) for page in pages]
+    assert sorted(itertools.chain(*marks)) == sorted((name, made_by) for _, name, made_by in TABLES)
+
+
+def test_the_table_of_lm_eval_has_the_ratios(tmp_path: Path) -> None:
+    bench = script("bench_lm_eval")
+    rows = [
+        {"task": task, "setting": setting, "weights": form, "ratio": ratio}
+        for task in bench.DEFINITIONS
+        for setting, *_ in bench.SETTINGS
+        for form, ratio in (("float32", 1.26), ("int8", 4.04))
+    ]
+    told = (SCRIPTS.parent / "docs" / "lm-eval.md").read_text(encoding="utf-8")
+    for line in bench.markdown(rows).splitlines():
+        assert line.replace("1.3 | 4.0 |", "") in told
+    assert bench.document_counts("32,8") == (32, 8)
+    assert bench.document_counts("4") == (4, 4)
+    for wrong in ("3", "8,8,8", "x", ""):
+        with pytest.raises(typer.BadParameter, match="expected one number from 4"):
+            bench.document_counts(wrong)
 
 
 def test_forms_of_weights_are_compared_by_the_right_answers(int8_store: Store, tmp_path: Path) -> None:

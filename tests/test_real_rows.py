@@ -25,14 +25,30 @@ def small_opt(opt_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def test_real_rows_of_all_14_tasks_run(small_opt: Path, shared_data: Path, tmp_path: Path) -> None:
+def run_all_tasks(small_opt: Path, shared_data: Path, out: Path, *more: object) -> Path:
     result = invoke(
-        "run", "--model", small_opt, "--data-dir", shared_data, "--shots", "0,1", "--limit", 4,
-        "--train-limit", 2, "--store-dir", small_opt / "stores", "--out", tmp_path / "run", "--quiet",
-        # Certificates take hundreds of documents more per task.
-        "--certify-limit", 0, "--curve-limit", 2, "--curve-levels", "half", "--random-draws", 1,
+        "run", "--model", small_opt, "--data-dir", shared_data, "--train-limit", 2,
+        "--store-dir", small_opt / "stores", "--out", out, "--quiet", *more,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+    return out
+
+
+def test_every_experiment_takes_real_rows_of_all_14_tasks(
+    small_opt: Path, shared_data: Path, tmp_path: Path
+) -> None:
+    # Certificates take hundreds of documents more per task.
+    few = ("--certify-limit", 0, "--curve-limit", 2, "--curve-levels", "half", "--random-draws", 1)
+    out = run_all_tasks(small_opt, shared_data, tmp_path / "run", "--shots", 1, "--limit", 2, *few)
+    results = read_table(out / "results.parquet", "results")
+    for experiment in ("evaluate", "importance", "ablate", "prune", "overlap"):
+        assert set(results.filter(pl.col("experiment") == experiment)["task"]) >= {*PAPER_TASKS}
+
+
+def test_real_rows_of_all_14_tasks_are_evaluated(small_opt: Path, shared_data: Path, tmp_path: Path) -> None:
+    run_all_tasks(
+        small_opt, shared_data, tmp_path / "run", "--shots", "0,1", "--limit", 4, "--experiments", "evaluate"
+    )
     results = read_table(tmp_path / "run" / "results.parquet", "results")
     evaluated = results.filter((pl.col("experiment") == "evaluate") & pl.col("metric").is_in(["acc", "em"]))
     foreign = evaluated.filter(pl.col("labels") == "foreign")
@@ -61,16 +77,9 @@ def test_float32_answers_on_real_rows_equal_hugging_face(
 ) -> None:
     """Left-truncated 1-shot prompts among them; each option run alone through the whole model."""
     tasks = "winogrande,copa,multirc,record"
-    arguments = [
-        "--model",
-        small_opt,
-        "--data-dir",
-        shared_data,
-        "--shots",
-        "1",
-        "--store-dir",
-        small_opt / "stores",
-    ]
+    arguments = (
+        "--model", small_opt, "--data-dir", shared_data, "--shots", "1", "--store-dir", small_opt / "stores",
+    )  # fmt: skip
     result = invoke(
         "run", *arguments, "--tasks", tasks, "--limit", 2, "--train-limit", 2, "--weights", "float32",
         "--experiments", "evaluate", "--out", tmp_path / "run", "--quiet",

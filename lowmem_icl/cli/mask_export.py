@@ -147,9 +147,12 @@ def _export_checkpoint(
     cache = run_options({}, None, environment_options()).resolved_store_dir
     with terminal.waiting(f"opening {source[0]}"):
         checkpoint = open_source(*source, cache, terminal.progress)
-    for note in checkpoint.notes:
+    said = list(checkpoint.notes)
+    for note in said:
         terminal.say(note)
     made = export_folder(mask_file, checkpoint, out, structural=structural, progress=terminal.progress)
+    for note in made.notes[len(said) :]:
+        terminal.say(note)
     if as_json:
         echo(json.dumps(asdict(made) | {"folder": str(made.folder)}, indent=1))
     else:

@@ -88,7 +88,8 @@ class Checkpoint:
     `index` maps every parameter to its weight file; None where there is one file that holds all. `notes` say
     what a user would not expect of it; `quantisation` names what its weights were rounded to before;
     `float_bytes` are the bytes of an element as it is read, None where only the files' sizes tell them;
-    `stored_name` maps a parameter to the name of another that is stored in its place.
+    `stored_name` maps a parameter to the name of another that is stored in its place; `on_read` is told name
+    and tensor of all that is read.
     """
 
     folder: Path
@@ -101,6 +102,7 @@ class Checkpoint:
     open_shard: OpenShard = open_weight_file
     stored_name: dict[str, str] = field(default_factory=dict)
     tied_tables_settled: bool = False
+    on_read: Callable[[str, Tensor], None] | None = None
     _open_name: str = ""
     _open_shard: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
 
@@ -120,7 +122,10 @@ class Checkpoint:
         opened = self._shard(shard)
         if name not in opened:
             raise InputError(f"{shard}: expected parameter '{name}' as the index says, not found")
-        return opened[name]()
+        tensor = opened[name]()
+        if self.on_read is not None:
+            self.on_read(name, tensor)
+        return tensor
 
     def _shard(self, name: str) -> dict[str, Callable[[], Tensor]]:
         if name != self._open_name:

@@ -4,7 +4,6 @@ In memory at any time: one layer in the source's precision and as converted, or 
 tables; the open shard's pages; and the fixed text's residuals (int8 only).
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from lowmem_icl.conversion.calibration import CalibrationPass, CalibrationText
 from lowmem_icl.conversion.checkpoint import TOKENIZER_FILES, Checkpoint
 from lowmem_icl.conversion.checks import check_layer_count, check_written
 from lowmem_icl.conversion.claim import Claim, Conversion
+from lowmem_icl.conversion.source_digest import combined_digest, stored_parameters, tensor_digest
 from lowmem_icl.conversion.tied import settle_tied_tables
 from lowmem_icl.errors import DoesNotFit, InputError
 from lowmem_icl.model.digests import StoredFile, stored_file
@@ -141,7 +141,7 @@ def convert(conversion: Conversion, text: CalibrationText, *, progress: Progress
         source=Source(
             id=conversion.source_id,
             revision=conversion.revision,
-            digest=_combined(digests),
+            digest=combined_digest(digests),
             quantisation=checkpoint.quantisation,
             notes=list(checkpoint.notes),
             path=None if conversion.source_path is None else str(conversion.source_path),
@@ -243,20 +243,7 @@ class _Steps:
         self._linears = {f"{name}.weight" for name in skeleton.linear_names()}
 
     def _parameters(self, layer: int | None) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Return stored name and shape of every parameter of a layer; None: of non-layer ones."""
-        if layer is None:
-            parameters = self._skeleton.non_layer_parameters()
-            return {self._stored_name(name): (name, shape) for name, shape in parameters.items()}
-        blocks = self._skeleton.blocks_name
-        return {
-            f"{blocks}.{layer}.{name}": (name, shape)
-            for name, shape in self._skeleton.layer_parameters().items()
-        }
-
-    def _stored_name(self, name: str) -> str:
-        """Return what the checkpoint calls a parameter outside the layers."""
-        older = self._skeleton.family.stored_names.get(name, name)
-        return older if older in self._checkpoint.shard_of else name
+        return stored_parameters(self._checkpoint, self._skeleton, layer)
 
     def _shard(self, name: str) -> str:
         return self._checkpoint.shard_of.get(self._checkpoint.source_name(name), "")
@@ -378,13 +365,7 @@ def _fetch(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> tuple[T
             f"{checkpoint.folder}: parameter '{name}': expected floating point of shape {list(shape)}, "
             f"got {tensor.dtype} {list(tensor.shape)}; config.json and weights do not belong together"
         )
-    digest = hashlib.sha256(str(tensor.dtype).encode())
-    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return tensor, digest.hexdigest()
-
-
-def _combined(digests: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    return tensor, tensor_digest(tensor)
 
 
 def _outlier_report(counts: Mapping[str, int]) -> OutlierReport:

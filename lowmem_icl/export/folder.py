@@ -1,6 +1,7 @@
 """A checkpoint folder that plain transformers loads, without the units that a mask removes.
 
-The source's tensors are read and written one after the other; in memory lies one file of at most SHARD_BYTES.
+The source's tensors are read and written one after the other; in memory lies one file of at most SHARD_BYTES,
+or the largest tensor.
 """
 
 import copy
@@ -14,14 +15,15 @@ from typing import Any
 
 from torch import Tensor
 
-from lowmem_icl.conversion.checkpoint import TOKENIZER_FILES, Checkpoint, FolderShards
+from lowmem_icl.conversion.checkpoint import TOKENIZER_FILES, Checkpoint
 from lowmem_icl.conversion.locate import locate
+from lowmem_icl.conversion.source_digest import DigestAsRead
 from lowmem_icl.conversion.tied import settle_tied_tables
 from lowmem_icl.errors import DoesNotFit, InputError
 from lowmem_icl.export.applied import check_shape, check_table
 from lowmem_icl.export.recipes import LayerTensors, Made
 from lowmem_icl.export.structure import LayerRecipe, least_heads, packed_layers, with_heads, zeroed_layers
-from lowmem_icl.masks.files import MaskFile, check_means, write_mask
+from lowmem_icl.masks.files import MaskFile, MaskModel, check_fits, check_means, write_mask
 from lowmem_icl.model.skeleton import FIELDS_BY_LAYER, Skeleton
 from lowmem_icl.model.store import is_store
 from lowmem_icl.model.writing import write_tensors
@@ -88,18 +90,17 @@ def export_folder(
 
     Removed heads are columns of zeros in the output projection, removed FFNs zeros in their last linear and
     its bias; means go into the biases. `structural`: layers, and heads where the architecture allows it, are
-    really gone, and the rest is zeros as before. Raises InputError for a mask of another shape of model, for
-    means that no bias can hold, and where nothing can be gone.
+    really gone, and the rest is zeros as before. The notes say where the mask was made on other weights.
+    Raises InputError for a mask of another shape of model, for means that no bias can hold, and where nothing
+    can be gone.
     """
     if folder.exists():
         raise InputError(f"--out {folder} exists; choose another folder")
-    if isinstance(checkpoint.shards, FolderShards):
-        settle_tied_tables(checkpoint)
+    settle_tied_tables(checkpoint)
     skeleton = Skeleton.from_dict(checkpoint.config)
+    digest = DigestAsRead(checkpoint, skeleton)
     mask, means = mask_file.mask, mask_file.means
-    check_shape(mask, (skeleton.config.model_type, skeleton.layers, skeleton.heads), mask_file.model)
-    check_table(mask, means)
-    check_means(mask_file, skeleton.attention_width, skeleton.width)
+    source = _checked_source(mask_file, skeleton)
     layers = LayerTensors(checkpoint, skeleton, means)
     layers.check_means(mask)
     if structural:
@@ -114,6 +115,8 @@ def export_folder(
             if (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, draft / name)
         write_mask(draft / MASK_FILE, mask_file)
+        # Last, when all but what is gone was read anyway.
+        warning = check_fits(mask_file, source.model_copy(update={"digest": digest.whole()}))
     before, after = _sizes(layers, Skeleton.from_dict(config), written)
     return ExportedFolder(
         folder,
@@ -121,8 +124,21 @@ def export_folder(
         after,
         sum(len(recipe.slots.heads) - len(recipe.slots.live & {*recipe.slots.heads}) for recipe in recipes),
         sum(not recipe.has_ffn for recipe in recipes),
-        tuple(checkpoint.notes),
+        (*checkpoint.notes, *filter(None, [warning])),
     )
+
+
+def _checked_source(mask_file: MaskFile, skeleton: Skeleton) -> MaskModel:
+    """Return what weights are taken from, as masks name it, its digest not known yet; raise InputError where
+    the mask or its means do not fit it.
+    """
+    shape = {"model_type": skeleton.config.model_type, "layers": skeleton.layers, "heads": skeleton.heads}
+    source = mask_file.model.model_copy(update=shape)
+    check_fits(mask_file, source)
+    check_shape(mask_file.mask, source.shape)
+    check_table(mask_file.mask, mask_file.means)
+    check_means(mask_file, skeleton.attention_width, skeleton.width)
+    return source
 
 
 def _check_room(folder: Path, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
@@ -164,27 +180,29 @@ def _smaller(mask_file: MaskFile, layers: LayerTensors) -> tuple[dict[str, Any],
             "units were; leave --structural out"
         )
     recipes = packed_layers(mask, facts, layers.leaves_bias)
-    config = _with_layers(skeleton, recipes)
+    config, refused = _with_layers(skeleton, recipes), ""
     if skeleton.family.free_head_width:
-        config, recipes = _with_fewer_heads(config, layers, recipes)
+        config, recipes, refused = _with_fewer_heads(config, layers, recipes)
     same = len(recipes) == facts.layers and all(len(r.slots.heads) == facts.heads for r in recipes)
     if same:
-        raise InputError(f"--structural: {_why_nothing(skeleton)}; leave --structural out for zeros instead")
+        why = _why_nothing(skeleton, refused)
+        raise InputError(f"--structural: {why}; leave --structural out for zeros instead")
     return config, recipes
 
 
-def _why_nothing(skeleton: Skeleton) -> str:
+def _why_nothing(skeleton: Skeleton, refused: str) -> str:
+    """Return why neither layers nor heads can go; `refused`: why fewer heads were no model."""
     model_type = skeleton.config.model_type
     if not skeleton.family.hands_on(skeleton.config):
         return f"in this {model_type} the norms stand behind the sums, so that no layer can go"
     layers = "no layer is without all its heads and its FFN"
     if not skeleton.family.parallel(skeleton.config):
         layers = "no FFN is removed together with all heads of its own layer or of the next"
-    heads = (
-        "every layer needs as many heads as it has"
-        if skeleton.family.free_head_width
-        else f"{model_type} ties the heads' width to their number"
-    )
+    heads = "every layer needs as many heads as it has"
+    if refused:
+        heads = f"with fewer heads it would be no model ({refused})"
+    elif not skeleton.family.free_head_width:
+        heads = f"{model_type} ties the heads' width to their number"
     return f"nothing can go: {layers}, and {heads}"
 
 
@@ -200,8 +218,10 @@ def _with_layers(skeleton: Skeleton, recipes: Sequence[LayerRecipe]) -> dict[str
 
 def _with_fewer_heads(
     config: dict[str, Any], layers: LayerTensors, recipes: list[LayerRecipe]
-) -> tuple[dict[str, Any], list[LayerRecipe]]:
-    """Return config and layers with the fewest heads that hold every layer's and that transformers takes."""
+) -> tuple[dict[str, Any], list[LayerRecipe], str]:
+    """Return config and layers with the fewest heads that hold every layer's and that transformers takes, and
+    why it takes no fewer; nothing where no layer can do with fewer.
+    """
     facts, width = layers.facts, layers.skeleton.head_width
     least_groups, least = least_heads(recipes, facts)
     sizes = [
@@ -209,6 +229,7 @@ def _with_fewer_heads(
         for groups in range(least_groups, facts.groups + 1)
         for heads in range(least, facts.heads // facts.groups + 1)
     ]
+    refused = ""
     # All heads fit and are valid: something is found.
     for groups, heads in sorted(sizes, key=lambda size: (size[0] * size[1], size[0])):
         smaller = config | {
@@ -216,9 +237,10 @@ def _with_fewer_heads(
         }  # fmt: skip
         try:
             Skeleton.from_dict(smaller)
-        except InputError:
+        except InputError as error:
+            refused = " ".join(str(error).split())
             continue
-        return smaller, [with_heads(recipe, facts, groups, heads) for recipe in recipes]
+        return smaller, [with_heads(recipe, facts, groups, heads) for recipe in recipes], refused
     raise AssertionError("the model's own heads are valid")
 
 

@@ -4,20 +4,22 @@ What is fetched was written by strangers: only files with the names of masks, at
 and the tables that they name; each is checked as any mask file before it is kept.
 """
 
+import errno
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from lowmem_icl.errors import InputError
+from lowmem_icl.errors import FULL, InputError
 from lowmem_icl.export.card import mask_card
 from lowmem_icl.masks import files, means
 from lowmem_icl.masks.files import NAME_PATTERN, MaskFile, masks_in, read_mask, write_mask
 from lowmem_icl.masks.means import means_file
+from lowmem_icl.system.files import NotWritten, writes
 
 CARD = "README.md"
 MOST_FILES = 1_000
@@ -25,6 +27,8 @@ MOST_BYTES = 1 << 30
 # The hub's client has changed its HTTP library before; the base of its own error is that of the one in use.
 _HTTP_ERROR = HfHubHTTPError.__bases__[0]
 _FAILURES = (UnicodeError, HFValidationError, LocalEntryNotFoundError, _HTTP_ERROR, OSError)
+_OF_A_DISK = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""What no network fails with, as far as it is not asked for a file."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ def push_masks(masks: Sequence[MaskFile], repository: str, *, private: bool = Fa
                 repo_id=repository, folder_path=folder, commit_message=f"{len(masks)} masks by lowmem-icl"
             )
     except _FAILURES as error:
+        _raise_of_disk(error)
         raise InputError(
             f"masks push: {repository} could not be written ({_said(error)}); check the name (OWNER/NAME), "
             "the network, and that `hf auth whoami` names an account that may write there"
@@ -99,12 +104,13 @@ def pull_masks(repository: str, folder: Path, revision: str | None = None) -> Pu
             f"masks pull: {repository} has {len(wanted)} files of {sum(wanted.values()):,} bytes that may be "
             f"masks, expected at most {MOST_FILES} of {MOST_BYTES >> 20} MB; fetch the ones you want yourself"
         )
-    with TemporaryDirectory() as draft:
+    with writes(Path(gettempdir())), TemporaryDirectory() as draft:
         pulled, left_out = _fetched(_Repository(repository, commit, sizes), Path(draft), wanted)
         if not pulled:
             why = f" ({left_out[0]})" if left_out else ""
             raise InputError(f"masks pull: {repository} holds no mask files{why}; choose another")
-        folder.mkdir(parents=True, exist_ok=True)
+        with writes(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         targets = {folder / f"{mask_file.name}.json": mask_file for mask_file in pulled}
         for target, mask_file in targets.items():
             if target.exists() and read_mask(target).to_json() != mask_file.to_json():
@@ -147,6 +153,7 @@ class _Repository:
         try:
             return Path(hf_hub_download(self.name, file, revision=self.commit, local_dir=folder))
         except _FAILURES as error:
+            _raise_of_disk(error)
             raise InputError(
                 f"masks pull: {file} of {self.name} could not be fetched ({_said(error)}); check the network "
                 "and run the same command again"
@@ -173,6 +180,12 @@ def _fetched(repository: _Repository, draft: Path, wanted: Iterable[str]) -> tup
             continue
         pulled.append(mask_file)
     return pulled, left_out
+
+
+def _raise_of_disk(error: Exception) -> None:
+    """Raise an error of this machine's disk as one, naming the folder for temporary files."""
+    if isinstance(error, OSError) and error.errno in _OF_A_DISK:
+        raise NotWritten(error.errno, error.strerror, gettempdir()) from error
 
 
 def _said(error: Exception) -> str:

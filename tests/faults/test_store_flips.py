@@ -167,7 +167,7 @@ def test_a_manifest_of_a_billion_layers_is_refused_at_once(tmp_path: Path, int8_
     write_manifest(
         folder, manifest.model_copy(update={"config": manifest.config | {"num_hidden_layers": 10**9}})
     )
-    with pytest.raises(InputError, match=r"manifest\.json: lists \d+ files for 1000000000 layers"):
+    with pytest.raises(InputError, match=r"manifest\.json: .*layers from 1 to 10,000, got 1000000000"):
         open_store(folder)
 
 
