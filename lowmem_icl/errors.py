@@ -3,6 +3,7 @@
 LowmemIclError
 ├── InputError      2   an argument, a file or a row is not what was expected
 ├── DoesNotFit      3   the work does not fit the memory or the disk it was given
+├── NotFinite       4   values that a model computes are NaN, infinite, or too large
 └── InUse          75   another process holds the folder
 """
 
@@ -27,6 +28,12 @@ class DoesNotFit(LowmemIclError):
     """The work does not fit; the message names the smallest setting that would."""
 
     exit_code = 3
+
+
+class NotFinite(LowmemIclError):
+    """Values that a model computes are not finite; the message says where and of what."""
+
+    exit_code = 4
 
 
 class InUse(LowmemIclError):

@@ -75,9 +75,9 @@ def run(
     reused.
 
     With `mask_files` only `evaluate` runs, clean and under each of them. Tables and page are written at the
-    end, and before that every two minutes or so. Raises InputError, DoesNotFit or InUse
-    before any long work; on Ctrl-C, and when --hours are over, what is finished stays and is in tables and
-    page.
+    end, and before that every two minutes or so. Settings whose values are not finite fail, and the run goes
+    on: the record's `failures` lists them. Raises InputError, DoesNotFit or InUse before any long work; on
+    Ctrl-C, and when --hours are over, what is finished stays and is in tables and page.
     """
     started = time.monotonic()
     check_installed(options.track)
@@ -110,13 +110,20 @@ def run(
                 if not isinstance(error, Exception):
                     publisher.publish_stopped(audience.announce)
                 raise
-            for warning in publisher.warnings:
-                logger.warning(warning)
-                audience.announce(f"warning: {warning}")
+            _tell(publisher, audience)
             state: State = "out of time" if publisher.unfinished else "finished"
             publisher.publish(state)
             opened.finish(state)
     return RunOutcome(folder, publisher.results, opened.record)
+
+
+def _tell(publisher: Publisher, audience: Audience) -> None:
+    """Say what there is to be warned of; what failed is logged, and told by whoever asked."""
+    for warning in publisher.warnings:
+        logger.warning(warning)
+        audience.announce(f"warning: {warning}")
+    for failure in publisher.failures:
+        logger.error("failed: %s", failure.sentence)
 
 
 def _prepared_with_store(

@@ -1,6 +1,6 @@
 """Work that is only described: parts answered with arbitrary numbers, so that stages run without a model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -21,9 +21,11 @@ from lowmem_icl.experiments.order import run_stages
 from lowmem_icl.options import RunOptions
 from lowmem_icl.planning.measure import Rates
 from lowmem_icl.session import prepare as preparing
+from lowmem_icl.session.part_jobs import PartJob
+from lowmem_icl.session.parts import of_jobs
 from lowmem_icl.session.prepare import Prepared, prepare
 from lowmem_icl.session.result import StageResult
-from lowmem_icl.session.work import GradientsPart, HeadScoresPart, OutOfTime, Part, SweepPart, Work
+from lowmem_icl.session.work import GradientsPart, HeadScoresPart, Made, OutOfTime, Part, SweepPart, Work
 from lowmem_icl.tasks.loading import OpenTask, open_task
 
 RATES = Rates(
@@ -92,18 +94,23 @@ class PlayedWork(Work):
             )
         return scores
 
-    def made(self, name: str, make: Callable[[Any], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    def made(
+        self, name: str, jobs: Sequence[PartJob], make: Callable[[Any, Sequence[int]], Made]
+    ) -> list[Mapping[str, NDArray[Any]]]:
         """Parts that patch: the arrays that they would fill, without what fills them. What begins no pass is
         made.
         """
         draft = _NoDraft()
         with suppress(_Begun):
-            return make(draft)
+            results, _ = make(draft, range(len(jobs)))
+            return [result.arrays() for result in results]
         rng = self._ask(PatchingPart(name))
-        return {
+        arrays = {
             key: np.ones_like(array) if array.dtype == np.bool_ else rng.random(array.shape)
             for key, array in draft.arrays.items()
         }
+        found: list[Mapping[str, NDArray[Any]]] = [*of_jobs(arrays)]
+        return found
 
     def gradients(self, part: GradientsPart) -> list[UnitGradients]:
         rng, skeleton = self._ask(part), self.prepared.skeleton

@@ -24,19 +24,11 @@ from lowmem_icl.model.store import Store
 from lowmem_icl.model.streamed import StreamedModel
 from lowmem_icl.planning.amounts import held_by
 from lowmem_icl.rows import PackedRows, stem_of
+from lowmem_icl.session.chunks import scores_by_task, sweep_in_chunks
 from lowmem_icl.session.fills import MeansPart
 from lowmem_icl.session.jobs import MaskedDocuments
 from lowmem_icl.session.parts import Parts
-from lowmem_icl.session.work import (
-    GradientsPart,
-    HeadScoresPart,
-    OutOfTime,
-    Part,
-    SweepPart,
-    Work,
-    scores_by_task,
-    sweep_in_chunks,
-)
+from lowmem_icl.session.work import GradientsPart, HeadScoresPart, OutOfTime, Part, SweepPart, Work
 from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.packing import PackedTask, pack
 

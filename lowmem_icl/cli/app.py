@@ -88,7 +88,7 @@ def run(
 
     terminal = Terminal(quiet)
     terminal.say(first_line(f"running {', '.join(options.experiments_in_order)} with", options))
-    from lowmem_icl.cli.running import finish_or_find
+    from lowmem_icl.cli.running import end_as_finished, finish_or_find
     from lowmem_icl.cli.tables import show_summary
     from lowmem_icl.report.run_tables import read_run
     from lowmem_icl.report.summary import run_summary
@@ -98,6 +98,7 @@ def run(
         _print_json(run_summary(read_run(folder)))
     else:
         show_summary(folder, terminal.out)
+    end_as_finished(folder)
 
 
 @command_of(app)
@@ -245,7 +246,7 @@ def evaluate(
     under = "1 mask" if len(mask_files) == 1 else f"{len(mask_files)} masks"
     terminal.say(first_line(f"evaluating under {under}:", options))
     from lowmem_icl.cli.evaluation import show_evaluation
-    from lowmem_icl.cli.running import finish_or_find
+    from lowmem_icl.cli.running import end_as_finished, finish_or_find
     from lowmem_icl.report.run_tables import read_run
     from lowmem_icl.report.summary import run_summary
 
@@ -254,6 +255,7 @@ def evaluate(
         _print_json(run_summary(read_run(folder)))
     else:
         show_evaluation(folder, terminal.out)
+    end_as_finished(folder)
 
 
 @command_of(app)

@@ -3,11 +3,16 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import typer
+
+from lowmem_icl.cli.echo import complain
 from lowmem_icl.cli.terminal import Terminal
+from lowmem_icl.errors import NotFinite
 from lowmem_icl.masks.files import MaskFile
 from lowmem_icl.options import RunOptions
 from lowmem_icl.session.finished import finished_record
 from lowmem_icl.session.identity import folder_beside, run_folder
+from lowmem_icl.session.record import run_record
 from lowmem_icl.tracking.catalogue import check_installed
 
 
@@ -39,3 +44,12 @@ def finish_or_find(
         from lowmem_icl.runner import run
 
     return run(options, audience_of(terminal), mask_files).folder
+
+
+def end_as_finished(folder: Path) -> None:
+    """Where settings of a run failed, say so in a line each, and end with NotFinite's exit code."""
+    failures = run_record(folder).get("failures", [])
+    for failure in failures:
+        complain(f"failed: {failure['sentence']}")
+    if failures:
+        raise typer.Exit(NotFinite.exit_code)

@@ -59,5 +59,7 @@ def show_status(state: Mapping[str, Any], console: Console) -> None:
         line(f"  {PICKED}")
     if state["page"]:
         line(f"page: {state['folder']}/report.html")
+    for failure in state.get("failures", []):
+        line(f"failed: {failure['sentence']}")
     for warning in state["warnings"]:
         line(f"warning: {warning}")

@@ -18,7 +18,7 @@ class Scores:
     """Option scores of one job under M masks, O options: what is scored, and what is still to be.
 
     logprobs [M, O]: nats, summed in float64; greedy [M, O]: whether an option is what the model would write;
-    scored [M, O]: which of both are made. A NaN that the model gives is a score like any other.
+    scored [M, O]: which of both are made; NaN among them is of rows that met what is not finite.
     """
 
     logprobs: NDArray[np.float64]

@@ -166,12 +166,15 @@ def copying_eigenvalues(layer: DecoderLayer, token_products: Tensor, heads: int)
 
     1 where a token raises its own logit whatever is mixed, −1 where it lowers it (Elhage et al. 2021; Olsson
     et al. 2022). The circuit U W_O W_V Eᵀ is vocabulary by vocabulary; its eigenvalues other than 0 are those
-    of W_V (Eᵀ U) W_O, [d, d]. Weights alone, without norms. token_products: Eᵀ U, [D, D].
+    of W_V (Eᵀ U) W_O, [d, d]. Weights alone, without norms. token_products: Eᵀ U, [D, D]. Infinity where a
+    circuit is not finite.
     """
     circuits = []
     for head in range(heads):
         # One at a time: all heads' would be three more tensors of the size of the products.
         entering, leaving = layer.head_weights(head)
         circuits.append((entering @ token_products) @ leaving)
-    values = torch.linalg.eigvals(torch.stack(circuits).cpu().double())
-    return values.real.sum(-1) / values.abs().sum(-1)
+    every = torch.stack(circuits).cpu().double()
+    is_lost = ~every.isfinite().all(-1).all(-1)
+    values = torch.linalg.eigvals(every.masked_fill(is_lost[:, None, None], 0.0))
+    return (values.real.sum(-1) / values.abs().sum(-1)).masked_fill(is_lost, float("inf"))

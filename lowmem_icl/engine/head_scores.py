@@ -60,8 +60,7 @@ class HeadScores:
     """Scores by sequence, [S, L, H], and of the weights alone, [L, H].
 
     `finished` [2S]: which rows are scored in all layers; `weights_scored` [L]: which layers have their
-    copying_eigenvalues. What is not made yet is NaN, but a NaN that the model gives is a score like any
-    other.
+    copying_eigenvalues. What is not made yet is NaN, and so is what is made of values that are not finite.
     """
 
     prefix_matching: Values

@@ -13,6 +13,15 @@ from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.cost import SweepCost
 from lowmem_icl.engine.fills import DonatedValues, donors_of
 from lowmem_icl.engine.head_scores import HeadQuestions, HeadReader, HeadScores, PassCheckpoint
+from lowmem_icl.engine.lost import (
+    mark_gradients,
+    mark_heads,
+    mark_means,
+    report_gradients,
+    report_heads,
+    report_means,
+    report_sweep,
+)
 from lowmem_icl.engine.micro_batches import row_batches
 from lowmem_icl.engine.row_masks import embedded, plain_segments
 from lowmem_icl.engine.schedule import (
@@ -28,6 +37,7 @@ from lowmem_icl.engine.schedule import (
     schedule,
 )
 from lowmem_icl.engine.setup import PassSetup
+from lowmem_icl.engine.traced import trace_wave
 from lowmem_icl.engine.unit_gradients import (
     GradientJob,
     LayerCuts,
@@ -53,7 +63,8 @@ def sweep(
     The result does not depend on the limits, nor on which jobs and masks are swept together, nor on what the
     cache holds from earlier sweeps of equal rows; with `keep_clean` later ones find there what these variants
     branched from. `scores`: what an earlier call left; what is scored is not scored again. They are filled in
-    place and returned. Raises DoesNotFit where one row exceeds the memory.
+    place and returned. Rows and masks under which a value on the way is not finite score NaN, and
+    `setup.lost` names one for every job. Raises DoesNotFit where one row exceeds the memory.
     """
     skeleton = setup.model.skeleton
     results = [Scores.empty(len(job.masks), job.packed.option_count) for job in jobs]
@@ -64,26 +75,36 @@ def sweep(
         jobs, skeleton.width, skeleton.layers, setup.limits, earlier, keep_clean=keep_clean
     ):
         with setup.cache.holding([member.row for member in block.rows], keep=keep_clean):
-            _run_waves(setup, jobs, results, block)
+            lost = _run_waves(setup, jobs, results, block)
+        # Who keeps what is not finite would start from there.
+        setup.cache.forget(lost)
+    report_sweep(setup, jobs, results)
     return results
 
 
-def _run_waves(setup: PassSetup, jobs: Sequence[Job], results: Sequence[Scores], block: PlannedBlock) -> None:
-    """Run the waves of a block one after the other."""
+def _run_waves(
+    setup: PassSetup, jobs: Sequence[Job], results: Sequence[Scores], block: PlannedBlock
+) -> list[Row]:
+    """Run the waves of a block one after the other; return the rows that are not finite in the clean run."""
+    lost: list[Row] = []
+    setup.model.watch.overflowed()
     for plan in block.waves:
         wave = Wave(setup, jobs, results, block.rows, plan)
         for number, layer in setup.model.layers(range(plan.first_layer, setup.model.skeleton.layers)):
             wave.step(number, layer)
         wave.finish()
+        if setup.model.watch.overflowed():
+            lost += trace_wave(setup, jobs, results, block.rows, plan)
         setup.after_step()
+    return lost
 
 
 def unit_gradients(setup: PassSetup, jobs: Sequence[GradientJob], results: Sequence[UnitGradients]) -> None:
     """Fill in the gradients of all jobs from two reads of the weights: forward with a cache, then backward.
 
     No gradient of a weight is ever made: going back, one layer is run again from its cached input. Rows whose
-    owners are finished are left out. Raises DoesNotFit where one row's residuals at all layers exceed the
-    cache.
+    owners are finished are left out. `setup.lost` names jobs that met what is not finite. Raises DoesNotFit
+    where one row's residuals at all layers exceed the cache.
     """
     width, layers = setup.model.skeleton.width, setup.model.skeleton.layers
     members = [
@@ -102,11 +123,13 @@ def unit_gradients(setup: PassSetup, jobs: Sequence[GradientJob], results: Seque
         with setup.cache.holding([member.row for member in rows]):
             residuals = _forward(setup, jobs, block, donors, cuts)
             gradients = answer_gradients(setup.model, jobs, block, residuals, results)
+            mark_gradients(setup, jobs, block, results)
             del residuals
             _backward(setup, jobs, block, donors, cuts, (gradients, results))
         for member in block:
             results[member.job].finished[member.row.owners] = True
         setup.after_step()
+    report_gradients(setup, jobs, results)
 
 
 def _check_cache(longest: int, width: int, layers: int, limits: SweepLimits) -> None:
@@ -207,7 +230,8 @@ def unit_means(
     """Add the rows of tasks to their sums, from one read of the weights per block of rows that fits.
 
     Rows that are in the sums already are left out; rows must have no stem. `ends_only`: of a row its last
-    token alone is added. Of a row only its residual is held. Raises DoesNotFit where one row exceeds the
+    token alone is added. Of a row only its residual is held. `setup.lost` names tasks that met what is not
+    finite. Raises DoesNotFit where one row exceeds the
     memory.
     """
     model = setup.model
@@ -235,7 +259,9 @@ def unit_means(
                     tokens = len(entering)
                     setup.account(SweepCost(tokens, tokens, tokens))
         sums.finish([number_of[row] for row in rows], block)
+        mark_means(setup, block, results)
         setup.after_step()
+    report_means(setup, packed, results)
 
 
 def _begin_anew(checkpoint: PassCheckpoint) -> None:
@@ -252,7 +278,8 @@ def score_heads(
     """Fill in the scores of all heads from one read of the weights, or as many as there are blocks of rows
     that fit.
 
-    The rows continue as in the clean run. Rows that are finished are left out. `begin` is given the
+    The rows continue as in the clean run. Rows that are finished are left out. `setup.lost` names a sequence
+    that met what is not finite. `begin` is given the
     checkpoint of every block before it starts, and may put into its arrays what an earlier run left; on the
     CPU they always are what there is when `after_step` is called.
     """
@@ -274,7 +301,9 @@ def score_heads(
                 _look_at_heads(setup, reader, block, parts)
             checkpoint.next_layer[0] = number + 1
             setup.after_step()
+        mark_heads(setup, block, questions, results)
         results.finished[checkpoint.row_indices] = True
+    report_heads(setup, questions, results)
 
 
 def _look_at_heads(setup: PassSetup, reader: HeadReader, block: Block, residuals: Sequence[Tensor]) -> None:

@@ -8,7 +8,7 @@ are patched, R those that are read, N tokens of a micro-batch, D width, H heads,
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowmem_icl.engine.answers import AnswerReader, PendingAnswers, Scores
 from lowmem_icl.engine.cost import SweepCost
+from lowmem_icl.engine.lost import report_patches
 from lowmem_icl.engine.micro_batches import Piece, Slots, flattened, micro_batches, row_batches
 from lowmem_icl.engine.patch_jobs import (
     Addition,
@@ -26,6 +27,7 @@ from lowmem_icl.engine.patch_jobs import (
     TokenBytes,
     patch_blocks,
 )
+from lowmem_icl.engine.places import Suspect, places_of
 from lowmem_icl.engine.removed_units import RemovedUnits
 from lowmem_icl.engine.row_masks import RowMasks, embedded
 from lowmem_icl.engine.setup import PassSetup
@@ -34,6 +36,7 @@ from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.model.attention import Segment
 from lowmem_icl.model.layer import DecoderLayer, cut_heads
 from lowmem_icl.model.streamed import StreamedModel
+from lowmem_icl.model.watch import is_lost
 from lowmem_icl.rows import Row
 
 
@@ -41,17 +44,49 @@ def patch(setup: PassSetup, jobs: Sequence[PatchJob], results: Sequence[Scores])
     """Fill in the option scores under every change of all jobs.
 
     They depend neither on the limits nor on which jobs and changes go together. What is scored is not scored
-    again. Raises DoesNotFit where one change of a row exceeds the memory.
+    again. Changes under which a value on the way is not finite score NaN, and `setup.lost` names one for
+    every job. Raises DoesNotFit where one change of a row exceeds the memory.
     """
     wanted = [np.flatnonzero(result.missing(job.into.row)) for job, result in zip(jobs, results, strict=True)]
     model = setup.model
     for block in patch_blocks(jobs, wanted, TokenBytes.of(model.skeleton), setup.limits.alive_bytes):
-        runs = _PatchedBlock(setup, jobs, results, block)
-        for number, layer in model.layers(range(model.skeleton.layers)):
-            with torch.no_grad():
-                runs.step(number, layer)
-        runs.finish()
+        model.watch.overflowed()
+        _run(model, _PatchedBlock(setup, jobs, results, block))
+        if model.watch.overflowed():
+            _mark(setup, jobs, results, block)
         setup.after_step()
+    report_patches(setup, jobs, results)
+
+
+def _run(model: StreamedModel, runs: "_PatchedBlock") -> None:
+    for number, layer in model.layers(range(model.skeleton.layers)):
+        with torch.no_grad():
+            runs.step(number, layer)
+    runs.finish()
+
+
+def _mark(setup: PassSetup, jobs: Sequence[PatchJob], results: Sequence[Scores], block: PatchBlock) -> None:
+    """Make the scores NaN of rows that lose a value without any change, and run the others again, change by
+    change, to mark those that do.
+    """
+    found = zip(block.rows, places_of(setup, [Suspect(row) for row in block.rows]), strict=True)
+    lost_rows = {row for row, place in found if place is not None}
+    left: list[PatchMember] = []
+    for member in block.members:
+        if lost_rows.isdisjoint(jobs[member.job].rows):
+            left.append(member)
+        else:
+            results[member.job].logprobs[member.changes] = np.nan
+    if not left:
+        return
+    rows = list(dict.fromkeys(row for member in left for row in jobs[member.job].rows))
+    alone = replace(setup, limits=replace(setup.limits, micro_batch_tokens=1), account=lambda cost: None)
+    traced = _TracedBlock(alone, jobs, results, PatchBlock(rows, left))
+    _run(setup.model, traced)
+    setup.model.watch.overflowed()
+    for index, slot in traced.lost:
+        member = left[index]
+        results[member.job].logprobs[member.changes[slot]] = np.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +246,14 @@ class _PatchedBlock:
     def step(self, number: int, layer: DecoderLayer) -> None:
         """Take everything through one layer."""
         self._clean.step(layer)
+        self._changes(number, layer)
+
+    def finish(self) -> None:
+        """Score what is still to be read."""
+        self._reader.flush()
+
+    def _changes(self, number: int, layer: DecoderLayer) -> None:
+        """Take all changes through a layer, which the clean rows have been through."""
         for changed in self._changed:
             changed.enter(number, self._clean.at)
         continuing = [changed.continuing(number) for changed in self._changed]
@@ -228,10 +271,6 @@ class _PatchedBlock:
                 self._leave(Piece(index, slots), states[:, reads])
             if changed.reads is not None and len(slots := np.flatnonzero(changed.firsts < 0)):
                 self._leave(Piece(index, slots), leaving.expand(len(slots), -1, -1)[:, reads])
-
-    def finish(self) -> None:
-        """Score what is still to be read."""
-        self._reader.flush()
 
     def _continued(self, layer: DecoderLayer, batch: Sequence[Piece]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the residuals [V, T, D] of changes that began in earlier layers, and their z [V, T, Z]."""
@@ -290,3 +329,36 @@ class _PatchedBlock:
             self._account(SweepCost(answers=states.shape[0] * states.shape[1]))
             masks = changed.member.changes[piece.slots]
             self._reader.add(PendingAnswers(self._results[piece.index], masks, changed.row, states))
+
+
+class _TracedBlock(_PatchedBlock):
+    """Looks after every step which change it was of; `lost`: members, by index in the block, and slots."""
+
+    def __init__(
+        self, setup: PassSetup, jobs: Sequence[PatchJob], results: Sequence[Scores], block: PatchBlock
+    ) -> None:
+        super().__init__(setup, jobs, results, block)
+        self.lost = set[tuple[int, int]]()
+
+    def _changes(self, number: int, layer: DecoderLayer) -> None:
+        # What the rows themselves met is no change's.
+        self._model.watch.overflowed()
+        super()._changes(number, layer)
+
+    def _finish(
+        self, layer: DecoderLayer, batch: Sequence[Piece], inputs: list[Tensor], zs: list[Tensor]
+    ) -> None:
+        super()._finish(layer, batch, inputs, zs)
+        if self._model.watch.overflowed():
+            self.lost.update((piece.index, slot) for piece in batch for slot in piece.slots.tolist())
+
+    def _leave(self, piece: Piece, states: Tensor) -> None:
+        lost = is_lost(states.flatten(0, 1)).view(len(piece.slots), -1).any(1).tolist()
+        slots = zip(piece.slots.tolist(), lost, strict=True)
+        self.lost.update((piece.index, slot) for slot, is_lost_here in slots if is_lost_here)
+        before = self._model.watch.overflowed()
+        super()._leave(piece, states)
+        # Answers that are read here may be others', which were looked at before.
+        self._model.watch.overflowed()
+        if before:
+            self.lost.update((piece.index, slot) for slot in piece.slots.tolist())

@@ -32,7 +32,7 @@ from lowmem_icl.model.attention import Segment
 from lowmem_icl.model.layer import AttentionOutput, DecoderLayer, cut_heads
 from lowmem_icl.rows import Integers, Row
 
-_CLEAN = -1
+CLEAN = -1
 _CLEAN_SLOT: Slots = np.zeros(1, dtype=np.int64)
 
 
@@ -53,16 +53,16 @@ class _LayerSlots:
 class _JobSlots:
     """The variants of one job in a wave; the clean run, where it is among them, is slot 0.
 
-    `masks` [S]: the index of each slot's mask in the job's list, _CLEAN for the clean run.
+    `masks` [S]: the index of each slot's mask in the job's list, CLEAN for the clean run.
     """
 
     def __init__(
         self, job: Job, variants: Sequence[Variant], widths: tuple[int, int], *, clean: bool
     ) -> None:
         indices = [variant.mask for variant in variants]
-        self.masks: Integers = np.array([_CLEAN, *indices] if clean else indices, dtype=np.int64)
+        self.masks: Integers = np.array([CLEAN, *indices] if clean else indices, dtype=np.int64)
         firsts = [variant.first_layer for variant in variants]
-        self._first = np.array([_CLEAN] * clean + firsts, dtype=np.int64)
+        self._first = np.array([CLEAN] * clean + firsts, dtype=np.int64)
         masks = [Mask()] * clean + [job.masks[index] for index in indices]
         self._removed = RemovedUnits(masks)
         # The clean run has nothing to put in place of.
@@ -74,7 +74,7 @@ class _JobSlots:
     def at(self, layer: int, heads: int, device: torch.device) -> _LayerSlots:
         """Return who does what at a layer."""
         keep_heads, keep_ffn = self._removed.keep_tensors(layer, heads)
-        variants = self.masks != _CLEAN
+        variants = self.masks != CLEAN
         branching, continuing = variants & (self._first == layer), variants & (self._first < layer)
         return _LayerSlots(
             branching=(np.flatnonzero(branching & keep_ffn), np.flatnonzero(branching & ~keep_ffn)),
@@ -315,7 +315,7 @@ class Wave:
         """Hand on the states [V, R, D] of a row after the last layer, from which its answers are read."""
         member = self._block[piece.index]
         masks = self._slots[member.job].masks[piece.slots]
-        if masks[0] == _CLEAN:
+        if masks[0] == CLEAN:
             asked = [i for i, mask in enumerate(self._jobs[member.job].masks) if mask.first_layer is None]
             masks, hidden = np.array(asked, np.int64), hidden.expand(len(asked), *hidden.shape[1:])
         if hidden.numel():

@@ -41,6 +41,7 @@ from lowmem_icl.model.stand_ins import (
     with_stand_ins,
 )
 from lowmem_icl.model.store import Weights
+from lowmem_icl.model.watch import norms_of
 
 FFN_ELEMENTS = 1 << 24
 
@@ -182,6 +183,11 @@ class DecoderLayer:
         return {
             name: module for name, module in self._module.named_modules() if isinstance(module, Int8Linear)
         }
+
+    @property
+    def norms(self) -> list[nn.Module]:
+        """The norms of all kinds of layers, which share them."""
+        return norms_of(self._module)
 
     def fill(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Become a layer of the model, by its number and the tensors of its file; nothing is copied on the

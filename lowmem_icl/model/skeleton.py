@@ -227,6 +227,12 @@ class Skeleton:
         norm = module_at(self.model, self.family.final_norm)
         return None if norm is None else NormForm.of(norm, plus_one=self.family.normed_plus_one)
 
+    @property
+    def last_norms(self) -> list[nn.Module]:
+        """The norm before the unembedding, if there is one."""
+        norm = module_at(self.model, self.family.final_norm)
+        return [] if norm is None else [norm]
+
     def before_head(self, residual: Tensor) -> Tensor:
         """Return what multiplies the unembedding, [M, E], for residuals after the last layer [M, D]."""
         norm = module_at(self.model, self.family.final_norm)

@@ -13,6 +13,7 @@ from lowmem_icl.model.reading import LayerReader
 from lowmem_icl.model.skeleton import Skeleton
 from lowmem_icl.model.store import NON_LAYER, Store, layer_file
 from lowmem_icl.model.vocabulary import Vocabulary
+from lowmem_icl.model.watch import FiniteWatch
 from lowmem_icl.system.allocator import keep_freed_memory
 
 
@@ -20,7 +21,8 @@ class StreamedModel:
     """The vocabulary and, by stream, the decoder layers of a store.
 
     `resident_bytes`: how much of the layers may stay between passes, in the device's memory.
-    `tables_in_memory`: whether the vocabulary's tables stay there too. Use as a context manager.
+    `tables_in_memory`: whether the vocabulary's tables stay there too. `watch`: whether what went through it
+    was finite. Use as a context manager.
     """
 
     def __init__(
@@ -32,6 +34,8 @@ class StreamedModel:
         self.skeleton = Skeleton(copy.deepcopy(store.skeleton.config))
         self.device = device
         self._layer = DecoderLayer(self.skeleton, store.manifest.weights, device)
+        self.watch = FiniteWatch(device)
+        self.watch.follow([*self._layer.norms, *self.skeleton.last_norms])
         files = store.manifest.files
         self._reader = LayerReader(
             store.layer_paths,

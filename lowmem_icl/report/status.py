@@ -40,6 +40,7 @@ def status_of(folder: Path) -> dict[str, Any]:
         "page": (folder / "report.html").is_file(),
         "best_units": [] if results is None else top_units(results).to_dicts(),
         "best_units_held_out": [] if results is None else held_out_tops(results).to_dicts(),
+        "failures": record.get("failures", []),
         "warnings": record["warnings"],
     }
 

@@ -47,6 +47,7 @@ def run_summary(tables: RunTables) -> dict[str, Any]:
         "patched_units": top_patches(results).to_dicts(),
         "function_vector_heads": vector_heads(results).to_dicts(),
         "function_vectors_added": added_vectors(results).to_dicts(),
+        "failures": record.get("failures", []),
         "warnings": record["warnings"],
         "seconds": total_seconds(record),
     }

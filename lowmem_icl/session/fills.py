@@ -12,7 +12,8 @@ from lowmem_icl.masks.means import UnitMeans, mean_of_tables
 from lowmem_icl.options import RunOptions
 from lowmem_icl.protocols import AGGREGATE, in_domain
 from lowmem_icl.rows import PackedRows
-from lowmem_icl.session.parts import Parts, of_jobs
+from lowmem_icl.session.part_jobs import PartJob, task_jobs
+from lowmem_icl.session.parts import Parts
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.tasks.documents import TaskRows
 
@@ -64,6 +65,11 @@ class MeansPart:
 
     ends_only: ClassVar[bool] = False
 
+    @property
+    def part_jobs(self) -> list[PartJob]:
+        """Its tasks as they are kept."""
+        return task_jobs(self.tasks)
+
     def packed(self, prepared: Prepared) -> list[PackedRows]:
         """Return the rows of every task."""
         return [prepared.pack(task, gold_only=True).packed for task in self.tasks]
@@ -83,11 +89,15 @@ def means_parts(prepared: Prepared) -> list[MeansPart]:
 
 def kept_tables(prepared: Prepared, parts: Parts) -> Mapping[str, UnitMeans]:
     """Return the tables of a run whose first part is there; none where no means stand in units' place."""
-    (tables,) = [
-        tables_of(part.tasks, [MeanSums(**arrays) for arrays in of_jobs(parts.read(part.name))])
-        for part in means_parts(prepared)
-    ] or [{}]
-    return tables
+    for part in means_parts(prepared):
+        kept = parts.jobs(part.name)
+        found = [
+            (task, MeanSums(**kept[job.name]))
+            for task, job in zip(part.tasks, part.part_jobs, strict=True)
+            if job.name in kept
+        ]
+        return tables_of([task for task, _ in found], [sums for _, sums in found])
+    return {}
 
 
 def tables_of(tasks: Sequence[TaskRows], sums: Sequence[MeanSums]) -> Mapping[str, UnitMeans]:

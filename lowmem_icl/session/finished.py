@@ -17,7 +17,7 @@ SHOWN_FILES = ("results.parquet", "report.html")
 
 def finished_record(options: RunOptions, masks: Mapping[str, Mask]) -> dict[str, Any] | None:
     """Return run.json of the run that these options name where it is finished and nothing of it is missing;
-    None where there is something to do.
+    None where there is something to do. What failed is tried again.
 
     A local model or a task's file that was changed since is opened and compared, so None too. Raises as
     `check_output`.
@@ -33,7 +33,7 @@ def finished_record(options: RunOptions, masks: Mapping[str, Mask]) -> dict[str,
         return None
     if record["identity"]["masks"] != masks_digest(masks):
         return None
-    if not all((folder / name).is_file() for name in SHOWN_FILES):
+    if record.get("failures") or not all((folder / name).is_file() for name in SHOWN_FILES):
         return None
     if options.masks_dir is not None and record["options"].get("masks_dir") != str(options.masks_dir):
         return None

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from lowmem_icl.errors import InputError
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_DRAFTS = 60.0
 DRAFT = ".draft.npz"
 BAD = ".bad"
+JOBS = "jobs"
+"""The array of a part that names the jobs that its other arrays are of, in order."""
 
 
 class Draft:
@@ -34,8 +37,13 @@ class Draft:
 
     def __init__(self, path: Path, of: str = "") -> None:
         self._path, self._of = path, of
+        self._jobs: NDArray[np.str_] | None = None
         self._arrays: Callable[[], Arrays] | None = None
         self._saved = time.monotonic()
+
+    def is_of(self, jobs: Sequence[str]) -> None:
+        """Say which jobs the arrays will be of: what others left is not resumed."""
+        self._jobs = np.array(jobs)
 
     def resume(self, arrays: Callable[[], Arrays]) -> None:
         """Fill the arrays with what an earlier run left, if shapes agree, and save them from now on."""
@@ -44,11 +52,12 @@ class Draft:
             return
         try:
             ours, left = arrays(), read_sealed(self._path, self._of)
+            jobs = left.pop(JOBS, None)
         except Damaged as error:
             logger.warning("%s is damaged (%s); what it held is made again", self._path, error)
             set_aside(self._path)
             return
-        if _shapes(ours) == _shapes(left):
+        if _shapes(ours) == _shapes(left) and _equal(self._jobs, jobs):
             for name, array in ours.items():
                 array[...] = left[name]
 
@@ -60,7 +69,8 @@ class Draft:
     def save(self) -> None:
         """Write the arrays."""
         if self._arrays is not None:
-            write_sealed(self._path, self._arrays(), self._of)
+            jobs = {} if self._jobs is None else {JOBS: self._jobs}
+            write_sealed(self._path, {**self._arrays(), **jobs}, self._of)
             self._saved = time.monotonic()
 
     def discard(self) -> None:
@@ -103,20 +113,58 @@ class Parts:
         `make` may continue from its draft; however it is stopped, the draft is saved. A part that is damaged
         or that stands in another's place is set aside and made again, which `notes` says.
         """
+        arrays = self._found(name)
+        if arrays is not None:
+            self.reused += 1
+            return arrays
+        return self._make(name, make)
+
+    def jobs(self, name: str) -> dict[str, Arrays]:
+        """Return what a part has of jobs, by the names they were completed with; none where it is missing."""
+        arrays = self._found(name) or {}
+        names = arrays.pop(JOBS, np.zeros(0, dtype=np.str_)).tolist()
+        return dict(zip(names, of_jobs(arrays), strict=True)) if names else {}
+
+    def complete(
+        self, name: str, kept: Mapping[str, Arrays], make: Callable[[Draft], Mapping[str, Arrays]]
+    ) -> dict[str, Arrays]:
+        """Add jobs to those a part has, and keep both; `make` returns them by name, as `get_or_make` has it.
+
+        Where there are none in the end, there is no part.
+        """
+        every: dict[str, Arrays] = {}
+
+        def made(draft: Draft) -> Arrays:
+            every.update({**kept, **make(draft)})
+            return {
+                **{
+                    f"{index}.{field}": array
+                    for index, arrays in enumerate(every.values())
+                    for field, array in arrays.items()
+                },
+                **({JOBS: np.array(list(every))} if every else {}),
+            }
+
+        self._make(name, made)
+        return every
+
+    def _found(self, name: str) -> dict[str, NDArray[Any]] | None:
+        """Return a finished part, None where there is none; a damaged one is set aside, which is noted."""
         path = self._path(name)
-        if path.is_file():
-            try:
-                arrays = read_sealed(path, self._sealed_as(name))
-            except Damaged as error:
-                kept = set_aside(path)
-                self.notes.append(
-                    f"{path.name} of the folder's parts was damaged or is another's ({error}): it was set "
-                    f"aside as {kept.name} and is made again"
-                )
-                logger.warning("%s", self.notes[-1])
-            else:
-                self.reused += 1
-                return arrays
+        if not path.is_file():
+            return None
+        try:
+            return read_sealed(path, self._sealed_as(name))
+        except Damaged as error:
+            kept = set_aside(path)
+            self.notes.append(
+                f"{path.name} of the folder's parts was damaged or is another's ({error}): it was set "
+                f"aside as {kept.name} and is made again"
+            )
+            logger.warning("%s", self.notes[-1])
+            return None
+
+    def _make(self, name: str, make: Callable[[Draft], Arrays]) -> dict[str, NDArray[Any]]:
         started = time.monotonic()
         draft = self.draft(name)
         try:
@@ -126,10 +174,11 @@ class Parts:
             with suppress(OSError):
                 draft.save()
             raise
-        write_sealed(path, arrays, self._sealed_as(name))
+        if arrays:
+            write_sealed(self._path(name), arrays, self._sealed_as(name))
+            self.made += 1
+            logger.info("part %s made in %.1f s", name, time.monotonic() - started)
         draft.discard()
-        self.made += 1
-        logger.info("part %s made in %.1f s", name, time.monotonic() - started)
         return arrays
 
     def holds_any(self) -> bool:
@@ -148,6 +197,10 @@ class Parts:
         return f"{self._run} {name}"
 
 
+def _equal(ours: NDArray[np.str_] | None, left: NDArray[Any] | None) -> bool:
+    return ours is left is None or (ours is not None and left is not None and np.array_equal(ours, left))
+
+
 def _shapes(arrays: Arrays) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for name, array in arrays.items()}
 
@@ -159,11 +212,14 @@ def set_aside(path: Path) -> Path:
     return kept
 
 
-class _HasArrays(Protocol):
-    def arrays(self) -> Mapping[str, NDArray[Any]]: ...
+class HasArrays(Protocol):
+    """A result of a job."""
+
+    def arrays(self) -> Mapping[str, NDArray[Any]]:
+        """Return its arrays by name."""
 
 
-def by_job(results: Sequence[_HasArrays]) -> dict[str, NDArray[Any]]:
+def by_job(results: Sequence[HasArrays]) -> dict[str, NDArray[Any]]:
     """Return the arrays of all jobs by `<job>.<name>`."""
     return {
         f"{index}.{name}": array

@@ -12,21 +12,30 @@ from lowmem_icl.engine.patch_jobs import PatchJob, TokenBytes, patch_blocks, pat
 from lowmem_icl.engine.schedule import SweepLimits
 from lowmem_icl.engine.unit_means import means_cost
 from lowmem_icl.rows import Integers, PackedRows, Row, stem_of
+from lowmem_icl.session.failures import Setting
+from lowmem_icl.session.part_jobs import PartJob, Source, patch_jobs, prompts_job
 from lowmem_icl.session.prepare import Prepared
 
 FROM_THE_OTHER = "other prompt"
+NOBODY = Source(Setting(), "")
 
 
 @dataclass(frozen=True, eq=False)
 class PatchPart:
     """Changes to prompts, all from the same reads of the weights; `reads_before`: how often these are read
-    for what is put in.
+    for what is put in; `sources`: whose each job's prompt is.
     """
 
     name: str
     label: str
     jobs: tuple[PatchJob, ...]
     reads_before: int = 0
+    sources: tuple[Source, ...] = ()
+
+    @property
+    def part_jobs(self) -> list[PartJob]:
+        """Its jobs as they are kept."""
+        return patch_jobs(self.jobs, self.sources)
 
     @cached_property
     def ablations(self) -> int:
@@ -60,13 +69,21 @@ class PatchPart:
 @dataclass(frozen=True, eq=False)
 class PromptMeansPart:
     """The means of all units' outputs over the tokens of prompts, [tokens] each, by group; `ends_only`: of
-    each prompt its last token alone.
+    each prompt its last token alone. `sources`: whose the prompts are, by group.
     """
 
     name: str
     label: str
     groups: tuple[tuple[tuple[int, ...], ...], ...]
     ends_only: bool = True
+    sources: tuple[tuple[Source, ...], ...] = ()
+
+    @property
+    def part_jobs(self) -> list[PartJob]:
+        """Its groups as they are kept."""
+        sources = self.sources or [()] * len(self.groups)
+        contents = ((group, self.ends_only) for group in self.groups)
+        return [prompts_job(content, of) for content, of in zip(contents, sources, strict=True)]
 
     def packed(self, prepared: Prepared) -> list[PackedRows]:
         """Return the prompts as rows, by group."""
@@ -80,13 +97,24 @@ class PromptMeansPart:
 @dataclass(frozen=True, eq=False)
 class PatchEstimatesPart:
     """First-order estimates of patches: the gradients of rows without stems, and whose values would stand in
-    theirs.
+    theirs. `sources`: whose prompts the rows are, one for each.
     """
 
     name: str
     label: str
     rows: tuple[Row, ...]
     donors: Mapping[Row, Donor]
+    sources: tuple[Source, ...]
+
+    @property
+    def part_jobs(self) -> list[PartJob]:
+        """All rows as one job, as it is kept; of several owners to a row each is from there."""
+        content = [(row.digest, self.donors[row].row.digest) for row in self.rows]
+        of_owner: dict[int, Source] = {}
+        for row, source in zip(self.rows, self.sources, strict=True):
+            of_owner.update(dict.fromkeys(row.owners.tolist(), source))
+        owners = range(max(of_owner, default=-1) + 1)
+        return [prompts_job(content, [of_owner.get(owner, NOBODY) for owner in owners])]
 
     @property
     def fills(self) -> Fills:

@@ -16,6 +16,7 @@ from lowmem_icl.errors import InputError
 from lowmem_icl.masks.files import MaskFile, fill_of_table, write_mask
 from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.protocols import AGGREGATE, in_domain
+from lowmem_icl.session.failures import Failure
 from lowmem_icl.session.fills import kept_tables
 from lowmem_icl.session.folder import RunFolder
 from lowmem_icl.session.prepare import Prepared
@@ -83,6 +84,11 @@ class Publisher:
         return [result.unfinished for result in self.results.values() if result.unfinished]
 
     @property
+    def failures(self) -> list[Failure]:
+        """What could not be done."""
+        return [failure for result in self.results.values() for failure in result.failures]
+
+    @property
     def warnings(self) -> list[str]:
         """All there is to be warned of."""
         found = itertools.chain.from_iterable(result.warnings for result in self.results.values())
@@ -98,6 +104,7 @@ class Publisher:
         """Write run.json."""
         self._is_recorded()
         fields = {name: value for result in self.results.values() for name, value in result.record.items()}
+        fields["failures"] = [failure.as_record() for failure in self.failures]
         self._opened.write_record(warnings=self.warnings, fields=fields)
         self.follower.recorded()
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.rankings import RankingKey
+from lowmem_icl.session.failures import Failure
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.statistics.resampling import DocumentRanking
 from lowmem_icl.tables.schema import empty_frame
@@ -57,7 +58,7 @@ class StageResult:
     """What a stage has found so far: records of the three tables, masks, and what run.json keeps of it.
 
     `rankings`: those that it made; `unfinished`: a sentence on what its time did not do for, empty where all
-    is done.
+    is done; `failures`: what could not be done, of which nothing else tells.
     """
 
     results: pl.DataFrame = field(default_factory=lambda: empty_frame("results"))
@@ -68,6 +69,7 @@ class StageResult:
     warnings: tuple[str, ...] = ()
     record: Mapping[str, Any] = field(default_factory=dict)
     unfinished: str = ""
+    failures: tuple[Failure, ...] = ()
 
 
 def rankings_of(*results: StageResult | None) -> Rankings:

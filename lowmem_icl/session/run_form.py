@@ -118,6 +118,13 @@ class _Sequences(_Form):
     drawable_ids_ordered_by: str
 
 
+class _Failure(_Form):
+    stage: str
+    task: str | None
+    shots: int | None
+    sentence: str
+
+
 class _Session(_Form):
     started: Time
     finished: Time | None
@@ -154,4 +161,5 @@ class RunRecord(_Form):
     greedy: list[_GreedyCheck] = Field(default_factory=list)
     certificates: list[_Certificate] = Field(default_factory=list)
     induction: _Sequences | None = None
+    failures: list[_Failure] = Field(default_factory=list)
     tracked: dict[str, _Tracked] = Field(default_factory=dict)

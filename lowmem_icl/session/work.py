@@ -22,11 +22,13 @@ from lowmem_icl.engine.cost import SweepCost, gradients_cost, operations, sweep_
 from lowmem_icl.engine.head_scores import HeadQuestions, HeadScores, heads_cost
 from lowmem_icl.engine.passes import GradientJob, PassSetup, score_heads, sweep, unit_gradients, unit_means
 from lowmem_icl.engine.schedule import BlockRow, SweepLimits, head_blocks
+from lowmem_icl.engine.setup import Lost
 from lowmem_icl.engine.unit_gradients import UnitGradients
-from lowmem_icl.engine.unit_means import MeanSums
+from lowmem_icl.engine.unit_means import MeanSums, means_cost
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.means import UnitMeans
 from lowmem_icl.model.streamed import StreamedModel
+from lowmem_icl.session.failures import Failure, Setting, SettingsFailed, reason_of
 from lowmem_icl.session.fills import MeansPart, means_parts, tables_of
 from lowmem_icl.session.jobs import (
     MaskedDocuments,
@@ -36,15 +38,19 @@ from lowmem_icl.session.jobs import (
     outlined_jobs,
     rows_of_gold,
 )
-from lowmem_icl.session.parts import Draft, Parts, by_job, of_jobs
+from lowmem_icl.session.part_jobs import PartJob, Source, prompts_job, sweep_jobs, task_jobs
+from lowmem_icl.session.parts import Draft, HasArrays, Parts, by_job
 from lowmem_icl.session.patch_parts import PatchEstimatesPart, PatchPart, PromptMeansPart
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.rows_on_the_way import RowsOnTheWay
+from lowmem_icl.session.sealed import Arrays
 from lowmem_icl.system.progress import Advance, PartProgress
 from lowmem_icl.tasks.loading import TaskRows
 from lowmem_icl.tasks.packing import PackedTask
 
 Resident = Collection[int]
+Made = tuple[Sequence[HasArrays], Sequence[Lost]]
+"""Results of jobs, in order, and what of them is lost."""
 
 
 class OutOfTime(Exception):
@@ -134,7 +140,8 @@ class Work:
     `deadline`: the time by `clock` at which the stage must stop. `wants_results`: whether anybody would look
     at what there is before a stage is over; it costs seconds to compute. `after_part`: called whenever a part
     is there. `stage`: whose parts these are. `known_tables`: of means, by the names that masks have for them,
-    as far as these were asked for.
+    as far as these were asked for. `everything`: the run with the settings that `prepared` is without, None
+    where that is all. `failures`: by part and job, those of this session.
     """
 
     prepared: Prepared
@@ -149,6 +156,8 @@ class Work:
     after_part: Callable[[], None] = lambda: None
     stage: str = ""
     known_tables: dict[str, UnitMeans] = field(default_factory=dict)
+    everything: Prepared | None = None
+    failures: dict[tuple[str, str], Failure] = field(default_factory=dict)
 
     def check_time(self) -> None:
         """Raise OutOfTime where the stage's time is over."""
@@ -157,65 +166,68 @@ class Work:
 
     def sweep(self, part: SweepPart) -> list[Scores]:
         """Return the scores of a part's jobs, from its file or by sweeping; raise OutOfTime between two
-        waves.
+        waves, SettingsFailed where some are not finite.
         """
 
-        def make(draft: Draft) -> dict[str, NDArray[Any]]:
-            self.check_time()
-            tables = self._tables(itertools.chain.from_iterable(job.masks for job in part.jobs))
-            rows = [masked_rows(self.prepared, job, tables) for job in part.jobs]
+        def make(draft: Draft, wanted: Sequence[int]) -> Made:
+            asked = replace(part, jobs=tuple(part.jobs[index] for index in wanted))
+            tables = self._tables(itertools.chain.from_iterable(job.masks for job in asked.jobs))
+            rows = [masked_rows(self.prepared, job, tables) for job in asked.jobs]
             jobs = [each.job for of_job in rows for each in of_job]
             scores = [Scores.empty(len(job.masks), job.packed.option_count) for job in jobs]
             draft.resume(lambda: by_job(scores))
             skeleton = self.prepared.skeleton
             cost = sweep_cost(jobs, skeleton.width, skeleton.layers, self.limits, cached=part.cached)
-            with self.counted(part.label, cost, part.ablations) as advance:
-                sweep(self.setup(advance, draft), jobs, scores, keep_clean=part.keep_clean)
+            with self.counted(part.label, cost, asked.ablations) as advance:
+                setup = self.setup(advance, draft)
+                sweep(setup, jobs, scores, keep_clean=part.keep_clean)
             made = iter(scores)
-            return by_job([gathered(of_job, list(itertools.islice(made, len(of_job)))) for of_job in rows])
+            owners = [index for index, of_job in enumerate(rows) for _ in of_job]
+            lost = [replace(each, job=owners[each.job]) for each in setup.lost]
+            return [gathered(of_job, list(itertools.islice(made, len(of_job)))) for of_job in rows], lost
 
-        return [Scores(**fields) for fields in of_jobs(self.made(part.name, make))]
+        return [Scores(**fields) for fields in self.made(part.name, sweep_jobs(part.jobs), make)]
 
     def gradients(self, part: GradientsPart) -> list[UnitGradients]:
         """Return the unit gradients of a part's tasks, from its file or from two reads of the weights per
-        block.
+        block; raise SettingsFailed where some are not finite.
         """
 
-        def make(draft: Draft) -> dict[str, NDArray[Any]]:
-            self.check_time()
-            packed = [self.prepared.pack(task, gold_only=True) for task in part.tasks]
-            skeleton = self.prepared.skeleton
+        def make(draft: Draft, wanted: Sequence[int]) -> Made:
+            pairs = [(part.tasks[index], part.masks[index]) for index in wanted]
+            tasks, masks = zip(*pairs, strict=True)
+            packed = [self.prepared.pack(task, gold_only=True) for task in tasks]
+            size = self.prepared.skeleton.layers, self.prepared.skeleton.heads
             gradients = [
-                UnitGradients.empty(
-                    len(task.task.documents), len(task.options), skeleton.layers, skeleton.heads
-                )
-                for task in packed
+                UnitGradients.empty(len(task.task.documents), len(task.options), *size) for task in packed
             ]
             draft.resume(lambda: by_job(gradients))
-            tables = self._tables(part.masks)
+            tables = self._tables(masks)
             jobs = []
-            for task, of_task, mask in zip(part.tasks, packed, part.masks, strict=True):
+            for task, of_task, mask in zip(tasks, packed, masks, strict=True):
                 rows, fills = rows_of_gold(self.prepared, task, mask, tables)
                 jobs.append(GradientJob(rows.rows, partial(best_gold, of_task), mask, fills))
             # The vocabulary's share is not reported as progress.
-            cost = replace(part.cost(self.prepared, self.limits, ()), answers=0)
+            asked = replace(part, tasks=tasks, masks=masks)
+            cost = replace(asked.cost(self.prepared, self.limits, ()), answers=0)
             with self.counted(part.label, cost) as advance:
-                unit_gradients(self.setup(advance, draft), jobs, gradients)
-            return by_job(gradients)
+                setup = self.setup(advance, draft)
+                unit_gradients(setup, jobs, gradients)
+            return gradients, setup.lost
 
-        return [UnitGradients(**fields) for fields in of_jobs(self.made(part.name, make))]
+        found = self.made(part.name, task_jobs(part.tasks, part.masks), make)
+        return [UnitGradients(**fields) for fields in found]
 
     def head_scores(self, part: HeadScoresPart) -> HeadScores:
         """Return the scores of all heads, from the part's file or from a read of the weights per block of
-        rows.
+        rows; raise SettingsFailed where some are not finite.
         """
         questions = part.questions
 
-        def make(draft: Draft) -> dict[str, NDArray[Any]]:
-            self.check_time()
+        def make(draft: Draft, wanted: Sequence[int]) -> Made:
             skeleton = self.prepared.skeleton
             scores = HeadScores.empty(len(questions.base_tokens), skeleton.layers, skeleton.heads)
-            draft.resume(scores.arrays)
+            draft.resume(lambda: by_job([scores]))
             rows = RowsOnTheWay(
                 draft,
                 self.parts.draft(f"{part.name}-rows"),
@@ -230,43 +242,102 @@ class Work:
                 setup = replace(self.setup(advance, draft), after_step=rows.after_layer)
                 score_heads(setup, questions, scores, begin=rows.begin)
             rows.discard()
-            return scores.arrays()
+            return [scores], setup.lost
 
-        return HeadScores(**self.made(part.name, make))
+        content = [row.digest for row in questions.rows], questions.form, questions.spurious
+        sources = [
+            Source(Setting(), f"random sequence {number + 1}") for number in range(len(questions.repeated))
+        ]
+        (found,) = self.made(part.name, [prompts_job(content, sources)], make)
+        return HeadScores(**found)
 
     def means(self, part: MeansPart | PromptMeansPart) -> list[MeanSums]:
         """Return what units' outputs add up to, of every task or group of a part, from its file or from a
-        read of the weights per block of rows.
+        read of the weights per block of rows; raise SettingsFailed where some are not finite.
         """
 
-        def make(draft: Draft) -> dict[str, NDArray[Any]]:
-            self.check_time()
+        def make(draft: Draft, wanted: Sequence[int]) -> Made:
             skeleton = self.prepared.skeleton
-            packed = part.packed(self.prepared)
+            every = part.packed(self.prepared)
+            packed = [every[index] for index in wanted]
             widths = skeleton.attention_width, skeleton.width
             sums = [MeanSums.empty(len(of_task.rows), skeleton.layers, *widths) for of_task in packed]
             draft.resume(lambda: by_job(sums))
-            with self.counted(part.label, part.cost(self.prepared, self.limits, ())) as advance:
-                unit_means(self.setup(advance, draft), packed, sums, ends_only=part.ends_only)
-            return by_job(sums)
+            with self.counted(part.label, means_cost(packed, skeleton.size, self.limits)) as advance:
+                setup = self.setup(advance, draft)
+                unit_means(setup, packed, sums, ends_only=part.ends_only)
+            return sums, setup.lost
 
-        return [MeanSums(**fields) for fields in of_jobs(self.made(part.name, make))]
+        return [MeanSums(**fields) for fields in self.made(part.name, part.part_jobs, make)]
 
     def _tables(self, masks: Iterable[Mask]) -> Mapping[str, UnitMeans]:
-        """Return the tables that names of means stand for: given with masks, or made by the first part."""
+        """Return the tables that names of means stand for: given with masks, or made by the first part.
+
+        Raises SettingsFailed where tasks have none; together all others count, whatever else failed of them.
+        """
         named = {mask.fill for mask in masks if mask.fill is not None and mask.ablation == "mean"}
         if not named <= self.known_tables.keys():
             self.known_tables.update(self.prepared.given_means)
         if not named <= self.known_tables.keys():
-            for part in means_parts(self.prepared):
-                self.known_tables.update(tables_of(part.tasks, self.means(part)))
+            for part in means_parts(self.everything or self.prepared):
+                self.known_tables.update(self._tables_of(part))
         return self.known_tables
 
-    def made(self, name: str, make: Callable[[Draft], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-        """Return the arrays of a part, from its file or as they are made."""
-        arrays = self.parts.get_or_make(name, make)
+    def _tables_of(self, part: MeansPart) -> Mapping[str, UnitMeans]:
+        try:
+            return tables_of(part.tasks, self.means(part))
+        except SettingsFailed as error:
+            failed = {failure.setting for failure in error.failures}
+            if not failed.isdisjoint(map(Setting.of, self.prepared.train)):
+                raise
+            left = tuple(task for task in part.tasks if Setting.of(task) not in failed)
+            return self._tables_of(replace(part, tasks=left))
+
+    def made(
+        self, name: str, jobs: Sequence[PartJob], make: Callable[[Draft, Sequence[int]], Made]
+    ) -> list[Mapping[str, NDArray[Any]]]:
+        """Return the arrays of a part's jobs, from its file or as they are made.
+
+        `make` makes those that are not in the file, by their indices, and says which met what is not finite:
+        they are not kept, and SettingsFailed is raised once all others are.
+        """
+        known = [self.failures[name, job.name] for job in jobs if (name, job.name) in self.failures]
+        if known:
+            raise SettingsFailed(known)
+        kept = self.parts.jobs(name)
+        wanted = [index for index, job in enumerate(jobs) if job.name not in kept]
+        if wanted:
+            missing = [jobs[index] for index in wanted]
+            kept = self._completed(name, kept, missing, lambda draft: make(draft, wanted))
+        else:
+            self.parts.reused += 1
         self.after_part()
-        return arrays
+        return [kept[job.name] for job in jobs]
+
+    def _completed(
+        self,
+        name: str,
+        kept: Mapping[str, Arrays],
+        jobs: Sequence[PartJob],
+        make: Callable[[Draft], Made],
+    ) -> dict[str, Arrays]:
+        failed: dict[str, Failure] = {}
+
+        def whole(draft: Draft) -> dict[str, Arrays]:
+            self.check_time()
+            draft.is_of([job.name for job in jobs])
+            results, every_lost = make(draft)
+            for lost in every_lost:
+                source = jobs[lost.job].source_of(lost.document)
+                failed[jobs[lost.job].name] = Failure(source.setting, reason_of(lost, source.name))
+            pairs = zip(jobs, results, strict=True)
+            return {job.name: result.arrays() for job, result in pairs if job.name not in failed}
+
+        every = self.parts.complete(name, kept, whole)
+        if failed:
+            self.failures.update({(name, job): failure for job, failure in failed.items()})
+            raise SettingsFailed(failed.values())
+        return every
 
     def counted(self, label: str, cost: SweepCost, ablations: int = 0) -> Any:
         """Show a part as it goes on; gives what its progress is told to."""
@@ -296,67 +367,3 @@ def best_gold(task: PackedTask, logprobs: NDArray[np.float64]) -> NDArray[np.boo
         gold = [int(first) + index for index, is_gold in enumerate(document.gold) if is_gold]
         selected[max(gold, key=lambda option: (logprobs[option], -option))] = True
     return selected
-
-
-def chunks_of(n_documents: int, size: int) -> list[slice]:
-    """Return documents in chunks of one size."""
-    return [slice(start, start + size) for start in range(0, n_documents, size)]
-
-
-def most_documents(tasks: Sequence[TaskRows]) -> int:
-    """Return how many documents the largest of some tasks has."""
-    return max(len(task.documents) for task in tasks)
-
-
-def masked_chunk(
-    tasks: Sequence[TaskRows], masks: Sequence[Sequence[Mask]], chunk: slice
-) -> tuple[MaskedDocuments, ...]:
-    """Return one chunk of the documents of all tasks that have any there, under each task's masks."""
-    return tuple(
-        MaskedDocuments(task, chunk, tuple(task_masks))
-        for task, task_masks in zip(tasks, masks, strict=True)
-        if chunk.start < len(task.documents)
-    )
-
-
-def sweep_in_chunks(
-    name: str, label: str, tasks: Sequence[TaskRows], masks: Sequence[Sequence[Mask]], size: int
-) -> list[SweepPart]:
-    """Return the parts that sweep tasks in chunks of documents; rows are packed by chunk, whatever the
-    memory.
-    """
-    chunks = chunks_of(most_documents(tasks), size)
-    return [
-        SweepPart(
-            f"{name}-{chunk.start:06d}",
-            label if len(chunks) == 1 else f"{label} {number}/{len(chunks)}",
-            masked_chunk(tasks, masks, chunk),
-            documents=chunk.stop,
-        )
-        for number, chunk in enumerate(chunks, start=1)
-    ]
-
-
-def scores_by_task(
-    tasks: Sequence[TaskRows], parts: Sequence[SweepPart], scores: Sequence[Sequence[Scores]]
-) -> list[Scores]:
-    """Return the scores of every task's documents, joined over the parts that hold some of them."""
-    found: list[list[Scores]] = [[] for _ in tasks]
-    for part, part_scores in zip(parts, scores, strict=True):
-        for job, score in zip(part.jobs, part_scores, strict=True):
-            found[_index_of(tasks, job.task)].append(score)
-    return [joined(chunks) for chunks in found]
-
-
-def _index_of(tasks: Sequence[TaskRows], wanted: TaskRows) -> int:
-    return next(index for index, task in enumerate(tasks) if task is wanted)
-
-
-def joined(chunks: Sequence[Scores]) -> Scores:
-    """Return the scores of consecutive documents from those of their chunks."""
-    return Scores(
-        **{
-            name: np.concatenate([getattr(score, name) for score in chunks], axis=1)
-            for name in ("logprobs", "greedy", "scored")
-        }
-    )

@@ -11,9 +11,10 @@ from lowmem_icl.engine.answers import Scores
 from lowmem_icl.experiments.ablate import measure
 from lowmem_icl.experiments.importance.stage import ImportanceResult
 from lowmem_icl.masks.mask import Mask, Unit
+from lowmem_icl.session.chunks import joined, masked_chunk, most_documents
 from lowmem_icl.session.fills import clean_beside, fill_for
 from lowmem_icl.session.prepare import Prepared
-from lowmem_icl.session.work import SweepPart, joined, masked_chunk, most_documents
+from lowmem_icl.session.work import SweepPart
 from lowmem_icl.tasks.documents import Document, TaskRows
 
 LARGEST_CHUNK = 16

@@ -11,6 +11,8 @@ from lowmem_icl.experiments.icl_heads.measure import TaskScores
 from lowmem_icl.experiments.patch.prompts import END, VectorPrompts, sized_pairs
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.means import UnitMeans
+from lowmem_icl.session.failures import Setting
+from lowmem_icl.session.part_jobs import Source
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.tasks.documents import TaskRows
 from lowmem_icl.tasks.prompt_pairs.made import Prompt, prompts_of
@@ -28,6 +30,12 @@ class TaskPrompts:
     task: TaskRows
     prompts: tuple[Prompt, ...]
     truncated: int = 0
+
+    @property
+    def sources(self) -> list[Source]:
+        """Whose the prompts are."""
+        setting = Setting.of(self.task)
+        return [Source(setting, f"document {prompt.document}") for prompt in self.prompts]
 
     def jobs(self, changes: Sequence[Mask], means: UnitMeans | None) -> list[PatchJob]:
         """Return a job per document: heads' means in their place at the prompt's last token; read are the

@@ -30,6 +30,8 @@ from lowmem_icl.experiments.patch.prompts import PromptsFound, VectorPrompts, pr
 from lowmem_icl.experiments.patch.stage import PatchResult, Setting, function_vector_parts, head_effects
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.means import UnitMeans, mean_of_tables
+from lowmem_icl.session.failures import TEXT
+from lowmem_icl.session.part_jobs import Source
 from lowmem_icl.session.patch_parts import PatchPart, PromptMeansPart
 from lowmem_icl.session.patch_work import patched
 from lowmem_icl.session.prepare import Prepared
@@ -117,7 +119,8 @@ def removal_part(
         for task, of_task in zip(prompts, of_tasks, strict=True)
         for job in task.jobs(changes, of_task)
     ]
-    return PatchPart("icl-heads", "heads removed", tuple(jobs))
+    of_prompts = [source for task in prompts for source in task.sources]
+    return PatchPart("icl-heads", "heads removed", tuple(jobs), sources=tuple(of_prompts * len(tables)))
 
 
 def _tables(
@@ -140,13 +143,24 @@ def _text_parts(text: TextWindows | None, removals: Sequence[Removal]) -> list[P
 
 def text_means_part(text: TextWindows) -> PromptMeansPart:
     """Return the pass that takes the means of all units over the tokens of the windows."""
-    return PromptMeansPart("icl-heads-text-means", "means of text", (text.windows,), ends_only=False)
+    return PromptMeansPart(
+        "icl-heads-text-means",
+        "means of text",
+        (text.windows,),
+        ends_only=False,
+        sources=(_windows(text),),
+    )
 
 
 def text_part(text: TextWindows, removals: Sequence[Removal], means: UnitMeans | None) -> PatchPart:
     """Return the pass that removes heads from the windows; before there are means, None."""
     changes = (Mask(), *(removal.mask for removal in removals))
-    return PatchPart("icl-heads-text", "heads removed from text", tuple(text_jobs(text, changes, means)))
+    jobs = tuple(text_jobs(text, changes, means))
+    return PatchPart("icl-heads-text", "heads removed from text", jobs, sources=_windows(text))
+
+
+def _windows(text: TextWindows) -> tuple[Source, ...]:
+    return tuple(Source(TEXT, f"window {number + 1}") for number in range(len(text.windows)))
 
 
 def text_removals(removals: Sequence[Removal]) -> list[Removal]:

@@ -20,17 +20,11 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.options import RunOptions
 from lowmem_icl.rows import stem_of
+from lowmem_icl.session.chunks import joined, masked_chunk
 from lowmem_icl.session.fills import expected_mask, fill_for_all, means_parts
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import MaskResult, Rankings, StageResult, rankings_of, stamp
-from lowmem_icl.session.work import (
-    HeadScoresPart,
-    Part,
-    SweepPart,
-    Work,
-    joined,
-    masked_chunk,
-)
+from lowmem_icl.session.work import HeadScoresPart, Part, SweepPart, Work
 from lowmem_icl.statistics.intervals import CHANGE, mean_intervals
 from lowmem_icl.tables import blocks
 from lowmem_icl.tables.aggregate import over_tasks

@@ -45,7 +45,8 @@ def estimates_part(every: Sequence[Pairs]) -> PatchEstimatesPart:
             after = len(first) - len(pair.corrupted)
             donors[first] = Donor(second, _from_the_end(pair.corrupted, pair.clean, after))
             donors[second] = Donor(first, _from_the_end(pair.clean, pair.corrupted, after))
-    return PatchEstimatesPart("patch-estimates", "attribution patching", tuple(rows), donors)
+    sources = tuple(source for pairs in every for source in pairs.sources for _ in range(2))
+    return PatchEstimatesPart("patch-estimates", "attribution patching", tuple(rows), donors, sources)
 
 
 def _row(prompt: Tokens, pair: PromptPair, number: int) -> Row:

@@ -9,6 +9,8 @@ import numpy as np
 from lowmem_icl.engine.patch_jobs import Change, PatchJob, RowTokens
 from lowmem_icl.masks.mask import Mask, Unit
 from lowmem_icl.masks.means import UnitMeans
+from lowmem_icl.session.failures import Setting
+from lowmem_icl.session.part_jobs import Source
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.tasks.documents import TaskRows
 from lowmem_icl.tasks.prompt_pairs.made import NoPromptPairs, pairs_of
@@ -44,6 +46,12 @@ class Pairs:
         """The columns that say which prompts a number is of."""
         return {"task": self.task, "shots": self.shots, "split": self.split, "documents": len(self.pairs)}
 
+    @property
+    def sources(self) -> list[Source]:
+        """Whose the pairs are."""
+        setting = Setting(self.task, self.shots, self.labels)
+        return [Source(setting, f"document {pair.document}") for pair in self.pairs]
+
     def at(self, at: At) -> "Pairs":
         """Return the pairs that can be patched there: at all tokens, those that align."""
         if at == "last":
@@ -66,6 +74,15 @@ class VectorPrompts:
     corrupted: tuple[Tokens, ...]
     targets: tuple[Tokens, ...]
     clusters: tuple[str, ...]
+
+    @property
+    def setting(self) -> Setting:
+        """What numbers of them are of."""
+        return Setting(self.task, self.shots, self.labels)
+
+    def sources(self, prompts: Sequence[Tokens]) -> tuple[Source, ...]:
+        """Return whose some of the prompts are, in their order."""
+        return tuple(Source(self.setting, f"prompt {number + 1}") for number in range(len(prompts)))
 
     @property
     def fields(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from lowmem_icl.experiments.patch.prompts import (
 )
 from lowmem_icl.masks.mask import Unit, all_heads
 from lowmem_icl.masks.means import UnitMeans
+from lowmem_icl.session.part_jobs import Source
 from lowmem_icl.session.patch_parts import PatchPart, PromptMeansPart
 from lowmem_icl.session.patch_work import patch_estimates, patched, written_vectors
 from lowmem_icl.session.prepare import Prepared
@@ -68,18 +69,21 @@ def function_vector_parts(prepared: Prepared, vectors: Sequence[VectorPrompts]) 
 def pairs_part(prepared: Prepared, every: Sequence[Pairs]) -> PatchPart:
     """Return the pass that patches all pairs, in both directions and everywhere asked for."""
     units = units_of(prepared)
-    jobs = [
-        job
-        for pairs in every
-        for at in prepared.options.at
-        for job in pair_jobs(pairs.at(at).pairs, units, at)
-    ]
-    return PatchPart("patch", "patch", tuple(jobs))
+    placed = [(pairs.at(at), at) for pairs in every for at in prepared.options.at]
+    jobs = [job for pairs, at in placed for job in pair_jobs(pairs.pairs, units, at)]
+    # Two jobs a pair.
+    sources = [source for pairs, _ in placed for source in pairs.sources for _ in range(2)]
+    return PatchPart("patch", "patch", tuple(jobs), sources=tuple(sources))
 
 
 def means_part(vectors: Sequence[VectorPrompts]) -> PromptMeansPart:
     """Return the pass that takes the means at the last tokens of clean prompts."""
-    return PromptMeansPart("patch-means", "means at last tokens", tuple(prompts.clean for prompts in vectors))
+    return PromptMeansPart(
+        "patch-means",
+        "means at last tokens",
+        tuple(prompts.clean for prompts in vectors),
+        sources=tuple(prompts.sources(prompts.clean) for prompts in vectors),
+    )
 
 
 def vectors_part(
@@ -92,7 +96,8 @@ def vectors_part(
         for prompts, of_task in zip(vectors, means, strict=True)
         for job in vector_jobs(prompts, of_task, heads)
     ]
-    return PatchPart("patch-vectors", "function vectors", tuple(jobs))
+    sources = [source for prompts in vectors for source in prompts.sources(prompts.corrupted)]
+    return PatchPart("patch-vectors", "function vectors", tuple(jobs), sources=tuple(sources))
 
 
 def added_part(
@@ -100,7 +105,14 @@ def added_part(
 ) -> PatchPart:
     """Return the pass that adds vectors to prompts without demonstrations; before there are vectors, none."""
     jobs = added.jobs_of(found, prepared.skeleton.layers, vectors)
-    return PatchPart("patch-added", "function vectors added", tuple(jobs), reads_before=1)
+    sources = [
+        Source(of_task.vectors.setting, f"document {prompt.document} without demonstrations")
+        for of_task in found
+        for prompt in of_task.prompts
+    ]
+    return PatchPart(
+        "patch-added", "function vectors added", tuple(jobs), reads_before=1, sources=tuple(sources)
+    )
 
 
 def units_of(prepared: Prepared) -> list[Unit]:

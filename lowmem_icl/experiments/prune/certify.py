@@ -17,10 +17,11 @@ from lowmem_icl.experiments.evaluate.stage import CHUNK
 from lowmem_icl.experiments.prune.search import SearchPlan
 from lowmem_icl.experiments.prune.settings import Setting, settings_of
 from lowmem_icl.masks.mask import Mask, Unit
+from lowmem_icl.session.chunks import scores_by_task, sweep_in_chunks
 from lowmem_icl.session.document_limits import BOUNDED_OBJECTIVES
 from lowmem_icl.session.fills import clean_beside, fill_for_all
 from lowmem_icl.session.prepare import Prepared
-from lowmem_icl.session.work import Part, SweepPart, Work, scores_by_task, sweep_in_chunks
+from lowmem_icl.session.work import Part, SweepPart, Work
 from lowmem_icl.statistics.certificate import (
     LEVEL,
     cluster_means,

@@ -29,10 +29,11 @@ from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.masks.rankings import RankingKey, mean_of_ranks
 from lowmem_icl.options import RunOptions
 from lowmem_icl.protocols import AGGREGATE, in_domain
+from lowmem_icl.session.chunks import scores_by_task, sweep_in_chunks
 from lowmem_icl.session.fills import fill_for, filled
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import MaskResult, Rankings, StageResult, Values, stamp
-from lowmem_icl.session.work import Part, SweepPart, Work, scores_by_task, sweep_in_chunks
+from lowmem_icl.session.work import Part, SweepPart, Work
 from lowmem_icl.tables import blocks
 from lowmem_icl.tables.aggregate import over_tasks
 from lowmem_icl.tables.guessing import settings_at_chance

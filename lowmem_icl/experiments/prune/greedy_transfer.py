@@ -14,10 +14,11 @@ from lowmem_icl.experiments.prune.judging import mask_fields
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.protocols import AGGREGATE, in_domain
+from lowmem_icl.session.chunks import scores_by_task, sweep_in_chunks
 from lowmem_icl.session.fills import expected_mask
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import MaskResult, stamp
-from lowmem_icl.session.work import SweepPart, Work, scores_by_task, sweep_in_chunks
+from lowmem_icl.session.work import SweepPart, Work
 from lowmem_icl.tables import blocks
 from lowmem_icl.tables.schema import empty_frame
 from lowmem_icl.tasks.loading import TaskRows

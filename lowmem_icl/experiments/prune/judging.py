@@ -16,9 +16,10 @@ from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import CLEAN
 from lowmem_icl.options import RunOptions
 from lowmem_icl.protocols import AGGREGATE
+from lowmem_icl.session.chunks import scores_by_task, sweep_in_chunks
 from lowmem_icl.session.prepare import Prepared
 from lowmem_icl.session.result import MaskResult, stamp
-from lowmem_icl.session.work import SweepPart, Work, scores_by_task, sweep_in_chunks
+from lowmem_icl.session.work import SweepPart, Work
 from lowmem_icl.statistics.certificate import verdict
 from lowmem_icl.tables import blocks
 from lowmem_icl.tables.aggregate import over_tasks

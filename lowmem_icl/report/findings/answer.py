@@ -133,6 +133,8 @@ def _chips(results: pl.DataFrame, units: pl.DataFrame, record: Record, settings:
         yield Chip("protocol", record["options"]["protocol"], "warning")
     if record["state"] != "finished":
         yield Chip("run", record["state"], "warning")
+    if failures := len(record.get("failures", [])):
+        yield Chip("failed", str(failures), "warning")
     warnings = len(record["warnings"])
     yield Chip("warnings", str(warnings), "warning" if warnings else "plain")
 

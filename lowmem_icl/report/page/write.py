@@ -76,6 +76,7 @@ class Page:
     chips: Sequence[Chip]
     notes: Sequence[str]
     warnings: Sequence[str]
+    failures: Sequence[str]
     sections: Sequence[Section]
     images: Mapping[str, str]
     """What stands in a plot's place without JavaScript: data URLs by the names of figures."""
@@ -111,6 +112,7 @@ def run_page(run: RunTables, images: Mapping[str, bytes] = NO_IMAGES) -> Page:
         chips=found.chips,
         notes=found.notes,
         warnings=record["warnings"],
+        failures=[failure["sentence"] for failure in record.get("failures", [])],
         sections=sections,
         images=embedded(images),
         data=_json(payload(run)),
@@ -157,6 +159,11 @@ def comparison_page(runs: Sequence[RunTables]) -> Page:
             f"{label}: {warning}"
             for label, run in zip(labels, runs, strict=True)
             for warning in run.record["warnings"]
+        ],
+        failures=[
+            f"{label}: {failure['sentence']}"
+            for label, run in zip(labels, runs, strict=True)
+            for failure in run.record.get("failures", [])
         ],
         sections=sections,
         images={},
