@@ -180,7 +180,7 @@ MASKS: dict[str, pl.DataType] = {
     "at_chance": pl.Boolean(),
     "documents": pl.Int32(),
 }
-NEVER_NULL = ("experiment", "protocol", "model", "weights", "metric", "value", "exact")
+NEVER_NULL = ("experiment", "metric", "value")
 """Columns of results.parquet."""
 LARGEST = {
     **dict.fromkeys(("shots", "mask_shots", "other_shots"), 10_000),
@@ -285,7 +285,8 @@ def _odd_cells(results: pl.DataFrame) -> str:
     of_documents = results.filter(pl.col("experiment").is_in(["evaluate", "importance", "ablate", "prune"]))
     for records, names in (
         (under_a_mask, ("heads_removed", "ffns_removed")),
-        (of_documents, ("task", "shots", "documents")),
+        (of_documents, ("task", "shots")),
+        (results.filter(pl.col("experiment") == "evaluate"), ("documents",)),
     ):
         for name in names:
             if records[name].null_count():
