@@ -190,6 +190,8 @@ LARGEST = {
     "documents": 100_000_000,
 }
 """Its counts, and what they stay below by far."""
+LARGEST_FLOAT = 1e300
+"""A few such numbers have no sum."""
 ACCURACIES = ("acc", "em")
 """The metrics of results.parquet that are a task's accuracy."""
 TABLES = {"results": RESULTS, "effects": EFFECTS, "answers": ANSWERS}
@@ -295,4 +297,8 @@ def _odd_cells(results: pl.DataFrame) -> str:
         values = results[name].drop_nulls()
         if len(values) and not ((values >= 0) & (values <= most)).all():
             return f"column '{name}' has values outside 0 to {most:,}"
+    for name in ("value", "stderr", "low", "high", "chance"):
+        values = results[name].drop_nulls()
+        if (values.filter(values.is_finite()).abs() > LARGEST_FLOAT).any():
+            return f"column '{name}' has values beyond {LARGEST_FLOAT:g}"
     return ""
