@@ -181,7 +181,7 @@ MASKS: dict[str, pl.DataType] = {
     "at_chance": pl.Boolean(),
     "documents": pl.Int32(),
 }
-NEVER_NULL = ("experiment", "protocol", "model", "weights", "metric", "value", "exact")
+NEVER_NULL = ("experiment", "metric", "value")
 """Columns of results.parquet."""
 LARGEST = {
     **dict.fromkeys(("shots", "mask_shots", "other_shots"), 10_000),
@@ -191,6 +191,8 @@ LARGEST = {
     "documents": 100_000_000,
 }
 """Its counts, and what they stay below by far."""
+LARGEST_FLOAT = 1e300
+"""A few such numbers have no sum."""
 ACCURACIES = ("acc", "em")
 """The metrics of results.parquet that are a task's accuracy."""
 TABLES = {"results": RESULTS, "effects": EFFECTS, "answers": ANSWERS}
@@ -288,7 +290,8 @@ def _odd_cells(results: pl.DataFrame) -> str:
     of_documents = results.filter(pl.col("experiment").is_in(["evaluate", "importance", "ablate", "prune"]))
     for records, names in (
         (under_a_mask, ("heads_removed", "ffns_removed")),
-        (of_documents, ("task", "shots", "documents")),
+        (of_documents, ("task", "shots")),
+        (results.filter(pl.col("experiment") == "evaluate"), ("documents",)),
     ):
         for name in names:
             if records[name].null_count():
@@ -297,4 +300,8 @@ def _odd_cells(results: pl.DataFrame) -> str:
         values = results[name].drop_nulls()
         if len(values) and not ((values >= 0) & (values <= most)).all():
             return f"column '{name}' has values outside 0 to {most:,}"
+    for name in ("value", "stderr", "low", "high", "chance"):
+        values = results[name].drop_nulls()
+        if (values.filter(values.is_finite()).abs() > LARGEST_FLOAT).any():
+            return f"column '{name}' has values beyond {LARGEST_FLOAT:g}"
     return ""
