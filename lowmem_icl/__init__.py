@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lowmem_icl.api.open_model import OpenModel, open_model
     from lowmem_icl.api.scoring import ablate, score
     from lowmem_icl.api.task import Task, load_task
-    from lowmem_icl.errors import DoesNotFit, InputError, InUse, LowmemIclError
+    from lowmem_icl.errors import DoesNotFit, InputError, InUse, LowmemIclError, NotFinite
 
 # What stands where; imported when it is first asked for, so that importing the package stays quick.
 _MODULES = {
@@ -50,6 +50,7 @@ _MODULES = {
     "InUse": "errors",
     "InputError": "errors",
     "LowmemIclError": "errors",
+    "NotFinite": "errors",
 }
 __all__ = [
     "DoesNotFit",
@@ -58,6 +59,7 @@ __all__ = [
     "InputError",
     "LowmemIclError",
     "Mask",
+    "NotFinite",
     "OpenModel",
     "Plots",
     "Run",

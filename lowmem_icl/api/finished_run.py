@@ -134,6 +134,11 @@ class Run:
         """The answer, in up to three sentences."""
         return list(self.summary["answer"]["sentences"])
 
+    @property
+    def failures(self) -> list[str]:
+        """What the run could not do because values were not finite, a sentence each; the others are whole."""
+        return [failure["sentence"] for failure in self.record.get("failures", [])]
+
     @cached_property
     def plot(self) -> Plots:
         """The figures, one by one."""

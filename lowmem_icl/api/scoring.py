@@ -52,7 +52,8 @@ def score(
     `acc`), gold_logprob (nats), gold_prob, margin, top_answer_share; what a mask costs on the same documents:
     acc_drop, gold_logprob_drop, gold_prob_drop, clean minus masked. Columns are those of results.parquet that
     have a value. A mask whose ablation is `mean` and that brings no means gets those of the task's training
-    documents. Raises InputError for a mask that does not fit the model and for two masks of one name.
+    documents. Raises InputError for a mask that does not fit the model and for two masks of one name,
+    NotFinite where the model's values are NaN, infinite or too large.
 
     >>> import lowmem_icl as icl
     >>> with icl.open_model("demo") as model:
@@ -92,7 +93,7 @@ def ablate(
     `zero`, `mean` (over the task's training documents) or `resample` (another document's values). drop: mean
     loss of gold log-probability in nats, with the bounds of its 95 % interval and the q-value of the claim
     that more documents are hurt than helped, or the reverse, among these units; likewise acc_drop,
-    gold_prob_drop and margin_drop. Columns are those of units.parquet that have a value.
+    gold_prob_drop and margin_drop. Columns are those of units.parquet that have a value. Raises as `score`.
 
     >>> import lowmem_icl as icl
     >>> with icl.open_model("demo") as model:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
+from lowmem_icl import errors
 from lowmem_icl.errors import LowmemIclError
 from lowmem_icl.options import FLAGS
 
@@ -27,6 +28,11 @@ def in_python(text: str) -> str:
     return "".join([*pieces, FLAG.sub(_parameter, text[end:])])
 
 
+def _public_kind(error: LowmemIclError) -> type[LowmemIclError]:
+    """Return the kind of an error that users know, which is made of a sentence alone."""
+    return next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+
+
 def _parameter(flag: re.Match[str]) -> str:
     name = flag[1].replace("-", "_")
     if name in FLAGS or name in OTHER_PARAMETERS:
@@ -46,6 +52,6 @@ def python_errors(function: Callable[P, R]) -> Callable[P, R]:
             said = in_python(str(error))
             if said == str(error):
                 raise
-            raise type(error)(said) from error
+            raise _public_kind(error)(said) from error
 
     return called

@@ -16,6 +16,7 @@ from polars.testing import assert_frame_equal
 from safetensors.torch import load_file, save_file
 from test_engine import CPU, LIMITS, PLENTY, ablation_masks, cache_of, ids, random_task
 
+import lowmem_icl as icl
 from lowmem_icl.engine.answers import Scores
 from lowmem_icl.engine.head_scores import HeadQuestions, HeadScores
 from lowmem_icl.engine.passes import GradientJob, PassSetup, score_heads, sweep, unit_gradients, unit_means
@@ -323,6 +324,14 @@ def test_a_run_goes_on_without_what_fails_and_says_so_everywhere(tmp_path: Path)
     expected = results["whole"].filter(~of_failed & ~is_mean)
     # Threads may share float32's products otherwise from run to run.
     assert_frame_equal(results["failed"].filter(~is_mean), expected, rel_tol=1e-4, abs_tol=1e-6)
+
+    sentences = icl.load(tmp_path / "failed").failures
+    assert [sentence.split(" gives")[0] for sentence in sentences] == [said.split(" gives")[0]]
+    with icl.open_model(str(tmp_path / "model-sleet"), store_dir=tmp_path / "stores") as model:
+        task = icl.load_task("knowledge", shots=4, limit=6)
+        for ask in (icl.score, icl.ablate):
+            with pytest.raises(icl.NotFinite, match="document 92: the embedding gives"):
+                ask(model, task, progress=False)
 
     before = pl.read_parquet(tmp_path / "failed" / "results.parquet")
     again = run("sleet", tmp_path / "failed")
