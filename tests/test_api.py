@@ -324,7 +324,7 @@ def test_a_model_is_opened_once_for_equal_questions(
     task: icl.Task, stores: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = itertools.count(3 * 10**9, -40_000)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=next(free)))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=next(free), total=10**11))
     opened: list[object] = []
 
     class Counted(StreamedModel):

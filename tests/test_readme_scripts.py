@@ -57,7 +57,7 @@ def run_folder(tmp_path: Path) -> Path:
         for head in range(2)
     ]  # fmt: skip
     scores = {"metric": "acc", "value": 0.5, "low": 0.25, "high": 0.75, "chance": 0.25}
-    clean = record(experiment="evaluate", mask="clean", **scores)
+    clean = record(experiment="evaluate", mask="clean", documents=8, **scores)
     own = {"mask_task": "recall", "mask_shots": 4, "heads_removed": 1, "ffns_removed": 1}
     pruned = [
         record(
