@@ -38,10 +38,9 @@ class RunOptions(RunFields):
                 "--exact: expected with --screen attribution, which says what is left out; add it"
             )
         if self.screen is not None and "ablate" in experiments and "importance" not in experiments:
-            of_preset = f" (of --preset {self.preset})" if self.preset else ""
-            raise ValueError(
-                f"--screen{of_preset}: its estimates come from importance; add that to --experiments"
-            )
+            # By the option that was given.
+            screen = f"--preset {self.preset}: the screen's" if self.preset else "--screen: its"
+            raise ValueError(f"{screen} estimates come from importance; add that to --experiments")
         if self.rescore and not {"importance", "prune"} <= experiments:
             raise ValueError("--rescore: expected importance and prune among --experiments; add them")
         if self.label_drops and "ablate" not in experiments:

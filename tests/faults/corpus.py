@@ -99,6 +99,7 @@ REFUSED: dict[str, tuple[bytes, ...]] = {
         b"tasks = [1]",
         b"text = 'a.txt'",
         b"exact = 5",
+        b"preset = 'night'\nexperiments = ['ablate']",
         b"clean = 'a.jsonl'",
         b"model = '~nosuch/x'",
         b"out = '~nosuch/x'",
