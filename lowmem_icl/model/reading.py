@@ -6,6 +6,7 @@ passes. Nothing else knows that weights are streamed.
 
 import errno
 import json
+import math
 import mmap
 import os
 import time
@@ -70,9 +71,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorLocation], dict[str, str]]:
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             dtype, shape = TORCH_TYPES[entry["dtype"]], tuple(entry["shape"])
-            elements = 1
-            for axis in shape:
-                elements *= axis
+            if not all(type(count) is int and count >= 0 for count in (*shape, begin, end)):
+                raise ValueError(f"tensor '{name}' has no sizes")
+            elements = math.prod(shape)
             if not 0 <= begin <= end <= size - 8 - length or end - begin != elements * dtype.itemsize:
                 raise ValueError(f"tensor '{name}' does not lie inside the file")
             if (8 + length + begin) % dtype.itemsize:

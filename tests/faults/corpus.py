@@ -157,6 +157,8 @@ REFUSED: dict[str, tuple[bytes, ...]] = {
         header(DEEP),
         header(b'{"a": ' + DIGITS + b"}"),
         header(b'{"a": 1}'),
+        header(b'{"b": {"dtype": "F32", "shape": ["F32", 9223372036854775808], "data_offsets": [0, 0]}}'),
+        header(b'{"b": {"dtype": "I8", "shape": [-2, -3], "data_offsets": [0, 6]}}', b"123456"),
         header(b'{"a": {}}'),
         header(
             b'{"a": {"dtype": "F32", "shape": [4611686018427387904, 8], "data_offsets": [0, 4]}}', b"\0" * 4
