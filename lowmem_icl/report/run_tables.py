@@ -10,6 +10,7 @@ from typing import Any
 
 import polars as pl
 
+from lowmem_icl.errors import InputError
 from lowmem_icl.masks.files import NAME_PATTERN, MaskFile, read_mask
 from lowmem_icl.masks.mask import Mask
 from lowmem_icl.masks.naming import CLEAN
@@ -112,9 +113,21 @@ def read_run(folder: Path) -> RunTables:
     """
     record, results = run_record(folder), read_table(folder / "results.parquet", "results")
     record["state"] = state_of(folder, record)
+    _check_units(folder, record, results)
     files = _mask_files(folder, results)
     masks = mask_table(results, files, judging_of(record))
     return RunTables(folder, record, results, unit_table(results, masks), masks, files)
+
+
+def _check_units(folder: Path, record: Mapping[str, Any], results: pl.DataFrame) -> None:
+    """Raise InputError where results are of units that the run's model does not have."""
+    for name, count in (("layer", record["model"]["layers"]), ("head", record["model"]["heads"])):
+        last = results[name].max()
+        if isinstance(last, int) and last >= count:
+            raise InputError(
+                f"{folder / 'results.parquet'}: is of {name} {last}, and the model has {count}, from 0; run the "
+                "same command again, which writes it anew from the folder's parts"
+            )
 
 
 def judging_of(record: Mapping[str, Any]) -> Judging:

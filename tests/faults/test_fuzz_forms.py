@@ -33,6 +33,12 @@ def forms(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Iterator[di
     logging.disable(logging.NOTSET)
 
 
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`~` is a place that may be written to, and no other's."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
 def fuzz(form: Form, name: str, seeds: range, folders: tuple[Path, Path]) -> None:
     found = tried(form, name, seeds, folders[0], folders[1], Path(tempfile.gettempdir()))
     print(f"{name}: {len(seeds)} tried, {dict(found.counts)}, longest {found.longest:.2f} s")

@@ -1,9 +1,11 @@
 """What users' files and words once did, and what is said of it now."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from commands import invoke
 from conftest import make_checkpoint, small_config
@@ -12,9 +14,11 @@ import lowmem_icl
 from lowmem_icl.conversion.locate import load_tokenizer, locate, plan_store
 from lowmem_icl.errors import InputError
 from lowmem_icl.options import run_options
+from lowmem_icl.report.run_tables import read_run
 from lowmem_icl.session.prepare import prepare
 from lowmem_icl.session.sealed import Damaged, read_sealed
 from lowmem_icl.system.visible import LONGEST_LINE, visible_line
+from lowmem_icl.tables.schema import read_table, write_table
 from lowmem_icl.tasks.loading import open_task
 from lowmem_icl.tasks.scoring import task_metrics
 
@@ -131,3 +135,18 @@ def test_a_part_whose_places_lie_before_its_beginning_is_damaged(tmp_path: Path)
     path.write_bytes(b"PK\x05\x06" + b"\0" * 4 + b"\1\0\1\0" + b"\x00\xff\0\0" + b"\x00\xff\xff\0" + b"\0\0")
     with pytest.raises(Damaged):
         read_sealed(path, "x")
+
+
+@pytest.mark.parametrize(("column", "value", "has"), [("head", 8, 8), ("layer", 4, 4)])
+def test_a_table_of_units_that_the_model_lacks_is_refused(
+    column: str, value: int, has: int, small_run: Path, tmp_path: Path
+) -> None:
+    """Head 8 of layer 0 would be shown as the first of layer 1."""
+    shutil.copy(small_run / "run.json", tmp_path)
+    results = read_table(small_run / "results.parquet", "results")
+    of_others = results.with_columns(
+        pl.when(pl.col(column) == 1).then(value).otherwise(pl.col(column)).alias(column)
+    )
+    write_table(of_others.cast({column: results.schema[column]}), "results", tmp_path / "results.parquet")
+    with pytest.raises(InputError, match=f"is of {column} {value}, and the model has {has}"):
+        read_run(tmp_path)
