@@ -125,8 +125,8 @@ def _check_units(folder: Path, record: Mapping[str, Any], results: pl.DataFrame)
         last = results[name].max()
         if isinstance(last, int) and last >= count:
             raise InputError(
-                f"{folder / 'results.parquet'}: is of {name} {last}, and the model has {count}, from 0; run the "
-                "same command again, which writes it anew from the folder's parts"
+                f"{folder / 'results.parquet'}: is of {name} {last}, and the model has {count}, from 0; run "
+                "the same command again, which writes it anew from the folder's parts"
             )
 
 
