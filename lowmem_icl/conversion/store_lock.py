@@ -44,11 +44,11 @@ def making_store(
 
 
 def clear_dead_lock(folder: Path) -> None:
-    """Delete the lock file of a process that was killed when its store was finished."""
+    """Delete what a process left of its hold that was killed when its store was finished."""
     lock = FolderLock(folder, LOCK_FILE)
-    if lock.path.exists():
+    if lock.path.exists() or (folder / CLAIM_FILE).exists():
         with suppress(OSError), lock.take():
-            lock.remove()
+            lock.remove(folder / CLAIM_FILE)
 
 
 def is_of_lock(entry: Path) -> bool:

@@ -66,6 +66,8 @@ def try_writing(folder: Path) -> None:
     """Write a byte where a folder is or will be, and take it away again; raise NotWritten where it fails."""
     with writes(folder):
         place = existing_folder(folder)
+        # What others tried here who died at it.
+        _clear(found for found in place.glob(f".*{PARTIAL}") if is_partial(found, TRIED))
         with unnamed_file(place / TRIED) as tried:
             tried.write(b"x")
             tried.flush()

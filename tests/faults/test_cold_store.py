@@ -169,8 +169,12 @@ def test_the_lock_of_a_process_that_died_when_all_was_done_is_cleared(made: Path
     before = {path.name for path in store.iterdir()}
     lock = tmp_path / "store" / LOCK_FILE
     lock.write_text("123\n", encoding="ascii")
+    (lock.parent / CLAIM_FILE).write_text("{}", encoding="ascii")
     with FolderLock(lock.parent, LOCK_FILE).take():
         assert invoke("convert", "demo", tmp_path / "store", "--quiet").exit_code == 0
         assert lock.exists()
+    assert invoke("convert", "demo", tmp_path / "store", "--quiet").exit_code == 0
+    assert {path.name for path in lock.parent.iterdir()} == before
+    (lock.parent / CLAIM_FILE).write_text("{}", encoding="ascii")
     assert invoke("convert", "demo", tmp_path / "store", "--quiet").exit_code == 0
     assert {path.name for path in lock.parent.iterdir()} == before
