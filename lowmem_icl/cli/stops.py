@@ -21,8 +21,8 @@ def end_at_once() -> None:
     """Have a signal end the process at once: before a command is at work and after it, nothing is lost."""
     for number in STOPPED_BY:
         signal.signal(number, _end)
-    # Registered first, so called last: all is done and said. Python takes its own handlers away after that, and
-    # a signal would end the process by itself, whichever thread met it.
+    # Registered first, so called last: all is done and said. Python takes its own handlers away after that,
+    # and a signal would end the process by itself, whichever thread met it.
     atexit.register(_ignore)
 
 

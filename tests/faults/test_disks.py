@@ -4,6 +4,7 @@ command goes on to what it would have been.
 
 import functools
 import gc
+import logging
 import random
 import shutil
 from collections.abc import Callable
@@ -57,7 +58,12 @@ def disturb(name: str, how: str, number: int, folder: Path, made: Path) -> str:
         result = invoke(*case.arguments(folder))
     where = f"{how} at {number}: {disk.asked[number] if number < len(disk.asked) else None}"
     if result is None or how == "killed":
-        # What it held, its locks among it, goes with the process.
+        # What it held, its log and locks among it, goes with the process.
+        logger = logging.getLogger("lowmem_icl")
+        for handler in [each for each in logger.handlers if isinstance(each, logging.FileHandler)]:
+            logger.removeHandler(handler)
+            with suppress(Killed):
+                handler.close()
         gc.collect()
     else:
         said = [line for line in result.stderr.splitlines() if line.startswith("lowmem-icl: ")]
