@@ -231,8 +231,7 @@ def unit_means(
 
     Rows that are in the sums already are left out; rows must have no stem. `ends_only`: of a row its last
     token alone is added. Of a row only its residual is held. `setup.lost` names tasks that met what is not
-    finite. Raises DoesNotFit where one row exceeds the
-    memory.
+    finite. Raises DoesNotFit where one row exceeds the memory.
     """
     model = setup.model
     number_of = {
@@ -265,7 +264,7 @@ def unit_means(
 
 
 def _begin_anew(checkpoint: PassCheckpoint) -> None:
-    pass
+    """Take up nothing: the pass starts at its first layer."""
 
 
 def score_heads(

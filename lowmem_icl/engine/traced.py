@@ -7,20 +7,15 @@ import numpy as np
 from torch import Tensor
 
 from lowmem_icl.engine.answers import Scores
-from lowmem_icl.engine.cost import SweepCost
 from lowmem_icl.engine.fills import donors_of
 from lowmem_icl.engine.micro_batches import Piece
 from lowmem_icl.engine.places import Suspect, places_of
 from lowmem_icl.engine.schedule import Block, Job, PlannedWave, Variants
-from lowmem_icl.engine.setup import PassSetup
+from lowmem_icl.engine.setup import PassSetup, ignore_cost
 from lowmem_icl.engine.wave import CLEAN, Wave
 from lowmem_icl.model.layer import AttentionOutput, DecoderLayer
 from lowmem_icl.model.watch import is_lost
 from lowmem_icl.rows import Integers, Row
-
-
-def _uncounted(cost: SweepCost) -> None:
-    pass
 
 
 def trace_wave(
@@ -65,7 +60,7 @@ def _run_again(
     setup: PassSetup, jobs: Sequence[Job], results: Sequence[Scores], block: Block, plan: PlannedWave
 ) -> None:
     """Run a wave again, row by row and variant by variant if it still loses a value, and mark what does."""
-    together = replace(setup, account=_uncounted)
+    together = replace(setup, account=ignore_cost)
     _run(setup, Wave(together, jobs, results, block, plan), plan)
     if not setup.model.watch.overflowed():
         return
