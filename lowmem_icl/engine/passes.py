@@ -278,9 +278,9 @@ def score_heads(
     that fit.
 
     The rows continue as in the clean run. Rows that are finished are left out. `setup.lost` names a sequence
-    that met what is not finite. `begin` is given the
-    checkpoint of every block before it starts, and may put into its arrays what an earlier run left; on the
-    CPU they always are what there is when `after_step` is called.
+    that met what is not finite. `begin` is given the checkpoint of every block before it starts, and may put
+    into its arrays what an earlier run left; on the CPU they always are what there is when `after_step` is
+    called.
     """
     model = setup.model
     left = [BlockRow(index, row) for index, row in enumerate(questions.rows) if not results.finished[index]]
