@@ -36,6 +36,8 @@ from lowmem_icl.errors import InputError
 from lowmem_icl.options import Group
 from lowmem_icl.protocols import LABELS
 
+LONGEST_COUNT = 18
+
 app = typer.Typer(
     cls=Commands,
     pretty_exceptions_enable=False,
@@ -320,7 +322,8 @@ def prompts(
 
     lowmem-icl prompts wsc --model facebook/opt-1.3b --shots 1
     """
-    if not (count.isdecimal() and int(count)):
+    # No task has documents of more digits, and Python reads no number of thousands of them.
+    if not (count.isdecimal() and len(count) <= LONGEST_COUNT and int(count)):
         raise InputError(f"--count: expected a whole number of at least 1, got '{count}'; correct it")
     options = given.checked(tasks=(task,), shots=shots, labels=tuple(dict.fromkeys(("right", labels))))
     from lowmem_icl.cli.terminal import Terminal

@@ -255,6 +255,7 @@ REFUSED: dict[str, tuple[bytes, ...]] = {
             ["run", "--out", "/proc/x/y"],
             ["run", "--masks-dir", "/dev/null/x"],
             ["plan", "--tasks", "lm-eval:"],
+            ["prompts", "recall", "--count", "9" * 5_000],
             ["plan", "--machine", "~nosuch/x"],
             ["plan", "--tasks", "x" * 5_000 + ".jsonl"],
             ["plan", "--tasks", "[/b]"],
