@@ -33,6 +33,7 @@ from lowmem_icl.session.prepare import ModelBasis
 from lowmem_icl.system.files import write_text_atomic
 
 CODES = (0, 2, 3, 75)
+# Without "/", in which an administrator may write, and has then asked for it.
 ODD_WORDS = (
     *(
         "",
@@ -53,7 +54,19 @@ ODD_WORDS = (
         ",,",
     ),
     *("0,1", "1,1", "recall", "demo", "lm-eval:", "lm-eval: ", "recall,", "pairs", "own.jsonl", "own.json"),
-    *("x" * 5_000, "x/" * 2_500, "~nosuch/x", "~", "~/x", "/proc/x/y", "/dev/null", ".", "..", "../", "/"),
+    *(
+        "x" * 5_000,
+        "x/" * 2_500,
+        "~nosuch/x",
+        "~",
+        "~/x",
+        "/proc/x/y",
+        "/dev/null",
+        ".",
+        "..",
+        "../",
+        "/proc",
+    ),
     *(
         "[x]",
         "[/b]",
